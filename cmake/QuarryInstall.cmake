@@ -1,0 +1,2 @@
+# Install and export of the daemon and the client.
+include(GNUInstallDirs)

@@ -1,0 +1,53 @@
+# One library per folder, named quarry_<folder> with the alias quarry::<folder>.
+
+# Warnings and sanitizers of our own targets; third-party code keeps its own.
+function(quarry_target_defaults target)
+  target_include_directories(${target} PUBLIC
+    $<BUILD_INTERFACE:${CMAKE_SOURCE_DIR}> $<INSTALL_INTERFACE:include/quarry>)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wno-missing-field-initializers>
+    $<$<AND:$<CXX_COMPILER_ID:Clang>,$<COMPILE_LANGUAGE:CXX>>:-Wthread-safety>)
+  if(QUARRY_SANITIZE)
+    target_compile_options(${target} PUBLIC
+      $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${QUARRY_SANITIZE} -fno-omit-frame-pointer>)
+    target_link_options(${target} PUBLIC -fsanitize=${QUARRY_SANITIZE})
+  endif()
+endfunction()
+
+function(quarry_library folder)
+  cmake_parse_arguments(ARG "" "" "SOURCES;PUBLIC;PRIVATE" ${ARGN})
+  add_library(quarry_${folder} STATIC ${ARG_SOURCES})
+  add_library(quarry::${folder} ALIAS quarry_${folder})
+  target_link_libraries(quarry_${folder} PUBLIC ${ARG_PUBLIC} PRIVATE ${ARG_PRIVATE})
+  quarry_target_defaults(quarry_${folder})
+endfunction()
+
+# A test program tests/<folder>/<name>.cc; LABELS as in HACKING.md, TIMEOUT in seconds.
+function(quarry_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;LIBS;LABELS;ENV" ${ARGN})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  if(NOT ARG_LABELS)
+    set(ARG_LABELS unit)
+  endif()
+  if(NOT ARG_SOURCES)
+    set(ARG_SOURCES ${name}.cc)
+  endif()
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gmock GTest::gtest_main)
+  quarry_target_defaults(${name})
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}" ENVIRONMENT "${ARG_ENV}")
+endfunction()
+
+# A benchmark program perf/<name>.cc, built to build/<preset>/perf/<name>.
+function(quarry_bench name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LIBS" ${ARGN})
+  if(NOT ARG_SOURCES)
+    set(ARG_SOURCES ${name}.cc)
+  endif()
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE ${ARG_LIBS})
+  quarry_target_defaults(${name})
+endfunction()

@@ -1,0 +1,87 @@
+// KeyIndex: what finds, for query vectors, the tokens of one run that carry their attention.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "cpu_index/partial.h"
+#include "proto/types.h"
+
+namespace quarry {
+
+// Contiguous K and V of one (layer, kv_head): [tokens][head_dim] each, of the view's dtype.
+// 64-byte aligned in the arena; kernels accept any alignment.
+struct KvSegment {
+  const void* k = nullptr;
+  const void* v = nullptr;
+  TokenRange tokens;
+};
+
+// K and V of consecutive tokens of one (layer, kv_head), as segments in token order without gaps.
+struct KvView {
+  std::span<const KvSegment> segments;
+  uint32_t head_dim = 0;
+  DType dtype = DType::kBf16;
+  TokenRange tokens() const {
+    return segments.empty() ? TokenRange{}
+                            : TokenRange{segments.front().tokens.lo, segments.back().tokens.hi};
+  }
+};
+
+// Queries that share a KV head: all heads of its group, of all rows that share the run.
+// Scores are q.k * scale (natural log base). Each query has its own range of tokens.
+struct QueryBlock {
+  const float* q = nullptr;  // [queries][head_dim] fp32 (exactly representable in the caller's dtype)
+  DType q_dtype = DType::kFp32;  // what q was before widening: bf16/fp16 queries allow faster kernels
+  uint32_t queries = 0;
+  uint32_t head_dim = 0;
+  float scale = 1.0f;
+  std::span<const TokenRange> ranges;  // [queries]
+};
+
+// Coarse scores of one run: nodes (tokens, or groups of tokens) in token order, per query.
+// The exact scan has one node per token with its exact score.
+struct CoarseScores {
+  TokenRange tokens;              // nodes cover exactly these
+  uint32_t nodes = 0;
+  std::vector<float> score;       // [queries][nodes]; -infinity outside the query's range
+  std::vector<uint32_t> weight;   // [nodes] tokens per node; empty: one token each
+};
+
+// What a budget allots one run: per query, the nodes with score > threshold are refined, and of
+// those equal to it the first `ties`.
+struct RunAllotment {
+  std::vector<float> threshold;  // [queries]
+  std::vector<uint32_t> ties;    // [queries]
+};
+
+// An index over one immutable run, or over a growing tail through a fresh view per query.
+// Thread-safe after construction; methods are const and do not block.
+class KeyIndex {
+ public:
+  virtual ~KeyIndex() = default;
+
+  // "exact", later "graph", "clusters", ...
+  virtual std::string_view kind() const = 0;
+
+  // Exact attention over every token of run that lies in each query's range; merged into acc.
+  // Cost: one pass over K and V for all queries.
+  virtual void AttendAll(const KvView& run, const QueryBlock& queries,
+                         std::span<Partial> acc) const = 0;
+
+  // First pass of a budgeted query.
+  virtual void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const = 0;
+
+  // Second pass: exact attention over what was allotted; merged into acc.
+  virtual void Refine(const KvView& run, const QueryBlock& queries, const CoarseScores& coarse,
+                      const RunAllotment& allotment, std::span<Partial> acc) const = 0;
+};
+
+// The exact scan: no data of its own, one instance serves every run.
+const KeyIndex& ExactScan();
+
+}  // namespace quarry

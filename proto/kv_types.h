@@ -1,0 +1,95 @@
+// Plain types of the store interface. The gRPC services, the shared-memory calls, the client
+// library and the engine speak these; proto/convert.h is the only place where they meet wire
+// messages.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "proto/model_spec.h"
+#include "proto/types.h"
+
+namespace quarry {
+
+struct OpenRequest {
+  ModelSpec spec;
+  std::vector<uint32_t> tokens;       // the prompt known so far; used for prefix search only
+  std::vector<InputDigest> inputs;    // multimodal inputs, in order; part of every block id
+  uint32_t max_tokens = 0;            // room reserved; pins the LongRoPE regime
+  NumericRecipe recipe;               // of the K/V this context will append
+  std::vector<NumericRecipe> accepts; // of cached prefixes, in order of preference
+};
+
+struct OpenResult {
+  ContextId context;
+  uint32_t reused_tokens = 0;         // whole blocks, leased; the worker appends from here
+  std::vector<BlockId> reused_blocks;
+  double expected_load_ms = 0;        // until the reused blocks are in RAM; 0 in the RAM tier
+  // True when the reused prefix was all computed densely.
+  bool reused_dense = true;
+};
+
+// K and V of some tokens of one layer, for a range of KV heads.
+struct AppendRequest {
+  ContextId context;
+  uint32_t layer = 0;
+  uint32_t first_kv_head = 0;
+  uint32_t kv_heads = 0;
+  TokenRange range;       // must start at the layer's next token for these heads
+  const void* k = nullptr;  // [token][kv_head][head_dim] of the context's dtype
+  const void* v = nullptr;
+  // Ids of tokens the context does not know yet (range.hi > known): the ids of [known, range.hi).
+  std::span<const uint32_t> new_token_ids;
+  // Optional query samples for index building: [samples][heads of the KV heads][head_dim] fp32,
+  // with positions.
+  const float* query_samples = nullptr;
+  std::span<const uint32_t> query_positions;
+};
+
+struct ForkRequest {
+  ContextId context;
+  uint32_t tokens = 0;      // the fork shares [0, tokens); at most what is complete in all layers
+  uint32_t max_tokens = 0;
+  NumericRecipe recipe;
+};
+
+struct ContextInfo {
+  ContextId context;
+  std::string model;
+  KvShape shape;
+  uint32_t tokens = 0;           // complete in all layers
+  uint32_t known_tokens = 0;     // token ids known
+  uint32_t shared_tokens = 0;    // of published blocks
+  uint32_t max_tokens = 0;
+  bool sealed = false;
+  uint64_t private_bytes = 0;
+  uint64_t shared_bytes = 0;
+};
+
+// Where a leased block lies. The mapping is read-only; the bytes stay until the lease ends.
+struct BlockLease {
+  LeaseId lease;
+  uint32_t extent = 0;        // index of the extent's descriptor in the channel
+  uint64_t offset = 0;        // within the extent
+  uint64_t bytes = 0;
+  ByteDigest digest;
+};
+
+struct PinRequest {
+  std::string name;                 // of the pin; one owner per (tenant, name)
+  std::vector<BlockId> blocks;      // or the blocks of a context
+  std::optional<ContextId> context;
+  uint64_t ttl_ms = 0;              // 0: until unpinned
+};
+
+struct PurgeRequest {
+  // Exactly one is set: everything of the caller's tenant, one namespace, or some blocks.
+  bool whole_tenant = false;
+  std::optional<NamespaceDigest> name_space;
+  std::vector<BlockId> blocks;
+};
+
+}  // namespace quarry

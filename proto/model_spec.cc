@@ -1,0 +1,1 @@
+#include "proto/model_spec.h"
