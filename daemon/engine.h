@@ -26,7 +26,11 @@ struct EngineOptions {
   uint32_t executor_threads = 0;     // 0: one less than the cores, at least 1
   uint32_t run_tokens = 8192;        // of one index; a multiple of kBlockTokens
   uint32_t first_run_token = 128;    // the grid's origin: the static window's first part
-  uint32_t task_tokens = 4096;       // tokens one executor task scans
+  uint32_t task_tokens = 4096;       // tokens one executor task scans; a multiple of kBlockTokens
+  uint64_t inline_bytes = 512ull << 10;  // a batch that reads no more is answered by its caller
+  uint32_t max_queued_batches = 1024;    // attend batches waiting; more are ResourceExhausted
+  uint32_t max_leases_per_session = 65536;
+  uint32_t max_context_tokens = 1u << 24;  // Open and Fork refuse a larger max_tokens
 };
 
 struct LongestPrefix {
@@ -40,49 +44,98 @@ struct PutResult {
   bool existed = false;
 };
 
+// Percentiles since the start, in microseconds, within 13% (upper edge of a histogram bucket).
+struct LatencySummary {
+  uint64_t count = 0;
+  double p50_us = 0, p90_us = 0, p99_us = 0, p999_us = 0, max_us = 0;
+};
+
 struct EngineStats {
   BlockStoreStats store;
   uint64_t contexts = 0, sessions = 0;
   uint64_t attend_rows = 0, attend_failures = 0, attend_bytes = 0, attend_tokens = 0;
   uint64_t append_tokens = 0, append_bytes = 0;
   uint64_t reused_tokens = 0, opened = 0;
-  uint64_t runs_indexed = 0;
+  uint64_t runs_indexed = 0;     // built since the start
+  uint64_t runs_live = 0;
+  uint64_t leases = 0;           // of all sessions
+  uint64_t publish_failures = 0;
+  uint64_t read_digest_failures = 0;  // Read, Get: answered as DataLoss or a miss
+  uint64_t queued_batches = 0, refused_batches = 0;
+  LatencySummary attend;         // whole batches, from the call to the last answer
+  LatencySummary append;
+  LatencySummary open;
 };
 
 // Thread-safe. Every call names the session; a session sees only its tenant's contexts and
-// blocks, and what it leases ends with EndSession.
+// blocks, and what it leases ends with EndSession. Any session of a tenant may use a context that
+// another session of that tenant opened (tensor and pipeline parallel workers); the context ends
+// with the session that opened it.
+//
+// Errors of every call: NotFound for an unknown session, context, lease or key, also when it is
+// another tenant's; Unavailable after Drain where said; InvalidArgument and FailedPrecondition
+// name the object and the numbers.
 class Engine {
  public:
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options);
+  // Waits for attends in flight.
   virtual ~Engine() = default;
 
   // The tenant comes from the transport (peer credentials, TLS identity), never from a request.
+  // 1 to 255 bytes. Ids are random, so that one cannot be guessed; a transport still checks that
+  // the peer's tenant is SessionTenant(). ResourceExhausted at max_sessions.
   virtual absl::StatusOr<SessionId> StartSession(std::string_view tenant, std::string_view name) = 0;
-  // Closes the session's contexts and ends its leases. Attends in flight finish first, within
-  // the task they run; never waits for a client.
+  virtual absl::StatusOr<std::string> SessionTenant(SessionId session) const = 0;
+  // Closes the session's contexts and ends its leases; returns without waiting for anybody. Its
+  // attends in flight are answered Cancelled within the task they run, and keep what they read:
+  // the caller's buffers must live until their `done` has run.
   virtual void EndSession(SessionId session) = 0;
 
+  // Finds and leases the longest cached prefix of request.tokens and reserves blocks for the
+  // rest of max_tokens.
+  // - Whole blocks only, and at least one token is left to compute (its logits are wanted):
+  //   reused_tokens <= tokens.size() - 1.
+  // - At each block the accepted recipes are tried in order (none given: recipe alone).
+  // - All digests in request.inputs are hashed into the first block's id, thereby into every
+  //   descendant's: contexts with other inputs share nothing.
+  // - Cached KV of the same identity but another shape or dtype is a miss.
+  // ResourceExhausted: no room for max_tokens, or max_contexts. FailedPrecondition: max_tokens
+  // beyond rope.regime_max_tokens. request.tokens are the context's known ids.
   virtual absl::StatusOr<OpenResult> Open(SessionId, const OpenRequest&) = 0;
   // Ids of tokens to come, so that several writers (tensor or pipeline parallel) can append.
   virtual absl::Status DeclareTokens(SessionId, ContextId, std::span<const uint32_t> ids) = 0;
+  // Copies K and V of [lo, hi) of one layer and a range of KV heads. InvalidArgument: lo is not
+  // the next token of these heads, wrong heads or layer, NaN or infinity (names layer, token and
+  // KV head), other ids than known. FailedPrecondition: beyond max_tokens, sealed, or another
+  // call is appending to the same layer and heads. A failed append advances nothing.
+  // new_token_ids: the ids of `range`, or of [known_tokens, range.hi), or none.
   virtual absl::Status Append(SessionId, const AppendRequest&) = 0;
-  // No more appends; returns when every full block is published.
+  // No more appends; returns when every full block whose token ids are known is published.
   virtual absl::StatusOr<ContextInfo> Seal(SessionId, ContextId) = 0;
+  // A context that shares [0, tokens) and appends its own tokens from there. Whole blocks are
+  // shared, a partial last block is copied. If the copied tokens were computed under another
+  // recipe that is not dense, that block and its successors stay private.
   virtual absl::StatusOr<ContextId> Fork(SessionId, const ForkRequest&) = 0;
   virtual absl::Status Close(SessionId, ContextId) = 0;
   virtual absl::StatusOr<ContextInfo> Info(SessionId, ContextId) = 0;
+  // Of the session's tenant, by id.
   virtual absl::StatusOr<std::vector<ContextInfo>> ListContexts(SessionId) = 0;
 
   // Copies K and V [token][kv_head][head_dim] of one layer into out (both halves the same size).
+  // The first read of a reused block checks its digest; DataLoss retires the block: open again.
   virtual absl::Status Read(SessionId, ContextId, uint32_t layer, TokenRange range,
                             std::span<std::byte> k, std::span<std::byte> v) = 0;
+  // Leases end with ReleaseLease or the session. FailedPrecondition: the block is not published.
   virtual absl::StatusOr<BlockLease> LeaseContextBlock(SessionId, ContextId, uint32_t block) = 0;
   virtual absl::StatusOr<BlockLease> LeaseEngineBlock(SessionId, std::string_view engine_namespace,
                                                       std::string_view key) = 0;
   virtual absl::Status ReleaseLease(SessionId, LeaseId) = 0;
   virtual absl::StatusOr<std::vector<bool>> Exists(SessionId, std::string_view engine_namespace,
                                                    std::span<const std::string> keys) = 0;
+  // What Open would reuse now; nothing is leased.
   virtual absl::StatusOr<LongestPrefix> FindLongestPrefix(SessionId, const OpenRequest&) = 0;
+  // DataLoss: `digest` is given and is not that of the bytes as copied. The first put of a key
+  // wins; a later one returns the stored block's digest with `existed`.
   virtual absl::StatusOr<PutResult> Put(SessionId, std::string_view engine_namespace,
                                         std::string_view key, std::span<const std::byte> bytes,
                                         std::optional<ByteDigest> digest) = 0;
@@ -95,9 +148,20 @@ class Engine {
   virtual absl::StatusOr<std::vector<BlockInfo>> ListBlocks(SessionId, uint32_t limit) = 0;
 
   // Answers every row, each with its own status; `done` runs once, on an executor or the calling
-  // thread, after the last answer is written. Small batches are answered before it returns.
+  // thread, after the last answer is written. Small batches are answered before it returns; of
+  // larger ones the calling thread does its share of the tasks, and may return before `done`.
+  // answers.size() == rows.size(); o and lse of the row's size. Both spans, the buffers they name
+  // and q, k, v must live until `done`; q, k and v are read once, o and lse are only written.
+  // Rows are taken in order: a row may attend the token of an earlier row of the batch. Rows that
+  // share blocks, layer and KV head are scanned in one pass.
+  // Row statuses: InvalidArgument (heads not whole groups, range beyond the stored tokens of the
+  // layer and heads, NaN or infinity in q, k or v), FailedPrecondition (token_position is not the
+  // next one), NotFound (context), ResourceExhausted (queue full), Cancelled (session ended).
+  // A row that fails stores no token, unless its status is ResourceExhausted or Cancelled.
   virtual void Attend(SessionId, std::span<const AttendRow> rows, std::span<AttendAnswer> answers,
                       std::function<void()> done) = 0;
+  // The k best tokens of row.range by exact score, per query head; runs on the calling thread.
+  // The row's budget is not used and it may carry no token.
   virtual TopKAnswer TopK(SessionId, const AttendRow& row, uint32_t k, bool gather) = 0;
 
   // Executors spin while at least one client is armed, then park.

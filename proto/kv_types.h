@@ -16,8 +16,9 @@ namespace quarry {
 
 struct OpenRequest {
   ModelSpec spec;
-  std::vector<uint32_t> tokens;       // the prompt known so far; used for prefix search only
-  std::vector<InputDigest> inputs;    // multimodal inputs, in order; part of every block id
+  std::vector<uint32_t> tokens;       // the prompt known so far: prefix search, and known ids
+  std::vector<InputDigest> inputs;    // multimodal inputs, in order; all hashed into the first
+                                      // block's id, thereby into every block's
   uint32_t max_tokens = 0;            // room reserved; pins the LongRoPE regime
   NumericRecipe recipe;               // of the K/V this context will append
   std::vector<NumericRecipe> accepts; // of cached prefixes, in order of preference
@@ -41,7 +42,8 @@ struct AppendRequest {
   TokenRange range;       // must start at the layer's next token for these heads
   const void* k = nullptr;  // [token][kv_head][head_dim] of the context's dtype
   const void* v = nullptr;
-  // Ids of tokens the context does not know yet (range.hi > known): the ids of [known, range.hi).
+  // The ids of `range` (checked against those known), or of [known, range.hi), or none: blocks
+  // with unknown ids are not published.
   std::span<const uint32_t> new_token_ids;
   // Optional query samples for index building: [samples][heads of the KV heads][head_dim] fp32,
   // with positions.
