@@ -1,1 +1,115 @@
 #include "proto/identity.h"
+
+#include <bit>
+#include <string>
+
+#include <openssl/evp.h>
+
+#include "proto/check.h"
+
+namespace quarry {
+namespace {
+
+// SHA-256 over a domain and canonical fields (proto/IDENTITY.md): integers are little-endian,
+// byte strings and lists carry their length first.
+class CanonicalHash {
+ public:
+  explicit CanonicalHash(std::string_view domain) : context_(EVP_MD_CTX_new()) {
+    QUARRY_CHECK(context_ != nullptr && EVP_DigestInit_ex(context_, EVP_sha256(), nullptr) == 1);
+    Bytes(domain.data(), domain.size());
+  }
+  ~CanonicalHash() { EVP_MD_CTX_free(context_); }
+  CanonicalHash(const CanonicalHash&) = delete;
+  CanonicalHash& operator=(const CanonicalHash&) = delete;
+
+  void U32(uint32_t x) { Integer(x, 4); }
+  void U64(uint64_t x) { Integer(x, 8); }
+  void F32(float x) { U32(std::bit_cast<uint32_t>(x)); }
+  void Bytes(const void* data, size_t n) {
+    U64(n);
+    Raw(data, n);
+  }
+  template <typename Tag>
+  void Add(const Digest<Tag>& d) {
+    Bytes(d.bytes.data(), d.bytes.size());
+  }
+  template <typename Result>
+  Result Finish() {
+    Result out;
+    unsigned int n = 0;
+    QUARRY_CHECK(EVP_DigestFinal_ex(context_, out.bytes.data(), &n) == 1 && n == out.bytes.size());
+    return out;
+  }
+
+ private:
+  void Integer(uint64_t x, int bytes) {
+    unsigned char little[8];
+    for (int i = 0; i < bytes; ++i) little[i] = static_cast<unsigned char>(x >> (8 * i));
+    Raw(little, bytes);
+  }
+  void Raw(const void* data, size_t n) {
+    QUARRY_CHECK(EVP_DigestUpdate(context_, data, n) == 1);
+  }
+  EVP_MD_CTX* context_;
+};
+
+}  // namespace
+
+RopeSignature RopeSignatureOf(const RopeSpec& rope) {
+  CanonicalHash h("quarry.rope.v1");
+  h.U64(rope.inv_freq.size());
+  for (float f : rope.inv_freq) h.F32(f);
+  h.F32(rope.attention_scale);
+  h.U32(rope.rotary_dim);
+  h.U32(rope.interleaved ? 1 : 0);
+  h.U32(static_cast<uint32_t>(rope.dtype));
+  h.U32(static_cast<uint32_t>(rope.regime));
+  return h.Finish<RopeSignature>();
+}
+
+NamespaceDigest NamespaceDigestOf(const NamespaceFields& fields) {
+  CanonicalHash h("quarry.namespace.v1");
+  h.Bytes(fields.tenant.data(), fields.tenant.size());
+  h.Add(fields.weights);
+  h.Add(fields.tokenizer);
+  h.U64(fields.adapters.size());
+  for (const AdapterDigest& a : fields.adapters) h.Add(a);
+  h.Add(fields.rope);
+  h.Add(fields.recipe);
+  return h.Finish<NamespaceDigest>();
+}
+
+BlockId BlockIdOf(const BlockId& parent, const NamespaceDigest& name_space,
+                  std::span<const uint32_t> tokens, std::span<const InputDigest> inputs) {
+  QUARRY_CHECK(tokens.size() == kBlockTokens);
+  CanonicalHash h("quarry.block.v1");
+  h.Add(parent);
+  h.Add(name_space);
+  h.U64(tokens.size());
+  for (uint32_t t : tokens) h.U32(t);
+  h.U64(inputs.size());
+  for (const InputDigest& d : inputs) h.Add(d);
+  return h.Finish<BlockId>();
+}
+
+BlockId EngineBlockIdOf(std::string_view tenant, std::string_view engine_namespace,
+                        std::string_view key) {
+  CanonicalHash h("quarry.engine_block.v1");
+  h.Bytes(tenant.data(), tenant.size());
+  h.Bytes(engine_namespace.data(), engine_namespace.size());
+  h.Bytes(key.data(), key.size());
+  return h.Finish<BlockId>();
+}
+
+NumericRecipe RecipeOf(const Budget& budget, uint32_t window_first, uint32_t window_last) {
+  if (budget.kind == Budget::Kind::kUnlimited) return {};
+  CanonicalHash h("quarry.recipe.budget.v1");
+  h.U32(static_cast<uint32_t>(budget.kind));
+  h.U32(budget.k);
+  h.F32(budget.kind == Budget::Kind::kTopP ? budget.mass : 0.0f);
+  h.U32(window_first);
+  h.U32(window_last);
+  return {h.Finish<RecipeDigest>()};
+}
+
+}  // namespace quarry
