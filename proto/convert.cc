@@ -1,0 +1,444 @@
+#include "proto/convert.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+absl::Status TooMany(const char* field, int count) {
+  return absl::InvalidArgumentError(
+      absl::StrCat(field, " has ", count, " entries, at most ", kMaxListEntries, " are taken"));
+}
+
+template <typename D, typename List>
+absl::StatusOr<std::vector<D>> DigestList(const List& list, const char* field) {
+  if (list.size() > kMaxListEntries) return TooMany(field, list.size());
+  std::vector<D> out;
+  out.reserve(list.size());
+  for (const std::string& bytes : list) {
+    QUARRY_ASSIGN_OR_RETURN(D d, DigestFromBytes<D>(bytes, field, EmptyDigest::kRefused));
+    out.push_back(d);
+  }
+  return out;
+}
+
+absl::StatusOr<DType> DTypeFromWire(int value, const char* field) {
+  DType dtype = static_cast<DType>(value);
+  if (value < 0 || value > 255 || !IsValid(dtype)) {
+    return absl::InvalidArgumentError(absl::StrCat(field, " is ", value, ", not a known dtype"));
+  }
+  return dtype;
+}
+
+wire::TokenRange ToProto(const TokenRange& range) {
+  wire::TokenRange out;
+  out.set_lo(range.lo);
+  out.set_hi(range.hi);
+  return out;
+}
+
+TokenRange FromProto(const wire::TokenRange& message) { return {message.lo(), message.hi()}; }
+
+// An empty recipe means dense.
+absl::StatusOr<NumericRecipe> RecipeFromWire(const std::string& bytes, const char* field) {
+  QUARRY_ASSIGN_OR_RETURN(RecipeDigest d,
+                          DigestFromBytes<RecipeDigest>(bytes, field, EmptyDigest::kIsZero));
+  return NumericRecipe{d};
+}
+
+absl::StatusOr<RopeSpec> RopeFromWire(const wire::RopeSpec& message) {
+  if (message.inv_freq_size() > kMaxListEntries) return TooMany("rope inv_freq", message.inv_freq_size());
+  RopeSpec rope;
+  rope.inv_freq.assign(message.inv_freq().begin(), message.inv_freq().end());
+  rope.attention_scale = message.attention_scale();
+  rope.rotary_dim = message.rotary_dim();
+  rope.interleaved = message.interleaved();
+  QUARRY_ASSIGN_OR_RETURN(rope.dtype, DTypeFromWire(message.dtype(), "rope dtype"));
+  if (message.regime() < 0 || message.regime() > 2) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("rope regime is ", static_cast<int>(message.regime()), ", not a known regime"));
+  }
+  rope.regime = static_cast<RopeRegime>(message.regime());
+  rope.regime_max_tokens = message.regime_max_tokens();
+  return rope;
+}
+
+}  // namespace
+
+wire::ByteDigest ToProto(const ByteDigest& digest) {
+  wire::ByteDigest out;
+  out.set_low(digest.low);
+  out.set_high(digest.high);
+  return out;
+}
+
+ByteDigest FromProto(const wire::ByteDigest& message) { return {message.low(), message.high()}; }
+
+wire::KvShape ToProto(const KvShape& shape) {
+  wire::KvShape out;
+  out.set_layers(shape.layers);
+  out.set_heads(shape.heads);
+  out.set_kv_heads(shape.kv_heads);
+  out.set_head_dim(shape.head_dim);
+  out.set_dtype(static_cast<wire::DType>(shape.dtype));
+  return out;
+}
+
+absl::StatusOr<KvShape> FromProto(const wire::KvShape& message) {
+  KvShape shape;
+  shape.layers = message.layers();
+  shape.heads = message.heads();
+  shape.kv_heads = message.kv_heads();
+  shape.head_dim = message.head_dim();
+  QUARRY_ASSIGN_OR_RETURN(shape.dtype, DTypeFromWire(message.dtype(), "shape dtype"));
+  return shape;
+}
+
+wire::ModelSpec ToProto(const ModelSpec& spec) {
+  wire::ModelSpec out;
+  out.set_name(spec.name);
+  *out.mutable_shape() = ToProto(spec.shape);
+  out.set_weights_digest(ToBytes(spec.weights));
+  out.set_tokenizer_digest(ToBytes(spec.tokenizer));
+  for (const AdapterDigest& a : spec.adapters) out.add_adapter_digests(ToBytes(a));
+  wire::RopeSpec* rope = out.mutable_rope();
+  rope->mutable_inv_freq()->Add(spec.rope.inv_freq.begin(), spec.rope.inv_freq.end());
+  rope->set_attention_scale(spec.rope.attention_scale);
+  rope->set_rotary_dim(spec.rope.rotary_dim);
+  rope->set_interleaved(spec.rope.interleaved);
+  rope->set_dtype(static_cast<wire::DType>(spec.rope.dtype));
+  rope->set_regime(static_cast<wire::RopeRegime>(spec.rope.regime));
+  rope->set_regime_max_tokens(spec.rope.regime_max_tokens);
+  return out;
+}
+
+absl::StatusOr<ModelSpec> FromProto(const wire::ModelSpec& message) {
+  ModelSpec spec;
+  spec.name = message.name();
+  QUARRY_ASSIGN_OR_RETURN(spec.shape, FromProto(message.shape()));
+  QUARRY_ASSIGN_OR_RETURN(spec.weights,
+                          DigestFromBytes<WeightsDigest>(message.weights_digest(), "weights_digest",
+                                                         EmptyDigest::kRefused));
+  QUARRY_ASSIGN_OR_RETURN(
+      spec.tokenizer, DigestFromBytes<TokenizerDigest>(message.tokenizer_digest(),
+                                                       "tokenizer_digest", EmptyDigest::kIsZero));
+  QUARRY_ASSIGN_OR_RETURN(
+      spec.adapters, DigestList<AdapterDigest>(message.adapter_digests(), "adapter_digests"));
+  QUARRY_ASSIGN_OR_RETURN(spec.rope, RopeFromWire(message.rope()));
+  QUARRY_RETURN_IF_ERROR(ValidateModelSpec(spec));
+  return spec;
+}
+
+wire::OpenRequest ToProto(const OpenRequest& request) {
+  wire::OpenRequest out;
+  *out.mutable_model() = ToProto(request.spec);
+  out.mutable_tokens()->Add(request.tokens.begin(), request.tokens.end());
+  for (const InputDigest& d : request.inputs) out.add_input_digests(ToBytes(d));
+  out.set_max_tokens(request.max_tokens);
+  out.set_recipe(ToBytes(request.recipe.digest));
+  for (const NumericRecipe& r : request.accepts) out.add_accepted_recipes(ToBytes(r.digest));
+  return out;
+}
+
+absl::StatusOr<OpenRequest> FromProto(const wire::OpenRequest& message) {
+  OpenRequest request;
+  QUARRY_ASSIGN_OR_RETURN(request.spec, FromProto(message.model()));
+  request.tokens.assign(message.tokens().begin(), message.tokens().end());
+  QUARRY_ASSIGN_OR_RETURN(request.inputs,
+                          DigestList<InputDigest>(message.input_digests(), "input_digests"));
+  request.max_tokens = message.max_tokens();
+  QUARRY_ASSIGN_OR_RETURN(request.recipe, RecipeFromWire(message.recipe(), "recipe"));
+  if (message.accepted_recipes_size() > kMaxListEntries) {
+    return TooMany("accepted_recipes", message.accepted_recipes_size());
+  }
+  for (const std::string& bytes : message.accepted_recipes()) {
+    QUARRY_ASSIGN_OR_RETURN(NumericRecipe r, RecipeFromWire(bytes, "accepted_recipes"));
+    request.accepts.push_back(r);
+  }
+  if (request.accepts.empty()) request.accepts.push_back(request.recipe);
+  return request;
+}
+
+wire::OpenReply ToProto(const OpenResult& result) {
+  wire::OpenReply out;
+  out.set_context(result.context.value);
+  out.set_reused_tokens(result.reused_tokens);
+  for (const BlockId& id : result.reused_blocks) out.add_reused_blocks(ToBytes(id));
+  out.set_expected_load_ms(result.expected_load_ms);
+  out.set_reused_dense(result.reused_dense);
+  return out;
+}
+
+absl::StatusOr<OpenResult> FromProto(const wire::OpenReply& message) {
+  OpenResult result;
+  result.context.value = message.context();
+  result.reused_tokens = message.reused_tokens();
+  QUARRY_ASSIGN_OR_RETURN(result.reused_blocks,
+                          DigestList<BlockId>(message.reused_blocks(), "reused_blocks"));
+  result.expected_load_ms = message.expected_load_ms();
+  result.reused_dense = message.reused_dense();
+  return result;
+}
+
+absl::StatusOr<AppendRequest> FromProto(const wire::AppendRequest& message) {
+  AppendRequest request;
+  request.context.value = message.context();
+  request.layer = message.layer();
+  request.first_kv_head = message.first_kv_head();
+  request.kv_heads = message.kv_heads();
+  request.range = FromProto(message.range());
+  if (message.k().size() != message.v().size()) {
+    return absl::InvalidArgumentError(absl::StrCat("append of layer ", request.layer, ": k has ",
+                                                   message.k().size(), " bytes, v has ",
+                                                   message.v().size()));
+  }
+  request.k = message.k().data();
+  request.v = message.v().data();
+  request.new_token_ids = {message.new_token_ids().data(),
+                           static_cast<size_t>(message.new_token_ids_size())};
+  request.query_samples = message.query_samples().data();
+  request.query_positions = {message.query_positions().data(),
+                             static_cast<size_t>(message.query_positions_size())};
+  return request;
+}
+
+wire::AppendRequest ToProto(const AppendRequest& request, size_t k_bytes, size_t v_bytes,
+                            size_t samples_floats) {
+  wire::AppendRequest out;
+  out.set_context(request.context.value);
+  out.set_layer(request.layer);
+  out.set_first_kv_head(request.first_kv_head);
+  out.set_kv_heads(request.kv_heads);
+  *out.mutable_range() = ToProto(request.range);
+  out.set_k(request.k, k_bytes);
+  out.set_v(request.v, v_bytes);
+  out.mutable_new_token_ids()->Add(request.new_token_ids.begin(), request.new_token_ids.end());
+  out.mutable_query_samples()->Add(request.query_samples, request.query_samples + samples_floats);
+  out.mutable_query_positions()->Add(request.query_positions.begin(),
+                                     request.query_positions.end());
+  return out;
+}
+
+wire::ForkRequest ToProto(const ForkRequest& request) {
+  wire::ForkRequest out;
+  out.set_context(request.context.value);
+  out.set_tokens(request.tokens);
+  out.set_max_tokens(request.max_tokens);
+  out.set_recipe(ToBytes(request.recipe.digest));
+  return out;
+}
+
+absl::StatusOr<ForkRequest> FromProto(const wire::ForkRequest& message) {
+  ForkRequest request;
+  request.context.value = message.context();
+  request.tokens = message.tokens();
+  request.max_tokens = message.max_tokens();
+  QUARRY_ASSIGN_OR_RETURN(request.recipe, RecipeFromWire(message.recipe(), "recipe"));
+  return request;
+}
+
+wire::ContextInfo ToProto(const ContextInfo& info) {
+  wire::ContextInfo out;
+  out.set_context(info.context.value);
+  out.set_model(info.model);
+  *out.mutable_shape() = ToProto(info.shape);
+  out.set_tokens(info.tokens);
+  out.set_known_tokens(info.known_tokens);
+  out.set_shared_tokens(info.shared_tokens);
+  out.set_max_tokens(info.max_tokens);
+  out.set_sealed(info.sealed);
+  out.set_private_bytes(info.private_bytes);
+  out.set_shared_bytes(info.shared_bytes);
+  return out;
+}
+
+absl::StatusOr<ContextInfo> FromProto(const wire::ContextInfo& message) {
+  ContextInfo info;
+  info.context.value = message.context();
+  info.model = message.model();
+  QUARRY_ASSIGN_OR_RETURN(info.shape, FromProto(message.shape()));
+  info.tokens = message.tokens();
+  info.known_tokens = message.known_tokens();
+  info.shared_tokens = message.shared_tokens();
+  info.max_tokens = message.max_tokens();
+  info.sealed = message.sealed();
+  info.private_bytes = message.private_bytes();
+  info.shared_bytes = message.shared_bytes();
+  return info;
+}
+
+wire::PinRequest ToProto(const PinRequest& request) {
+  wire::PinRequest out;
+  out.set_name(request.name);
+  for (const BlockId& id : request.blocks) out.add_blocks(ToBytes(id));
+  out.set_context(request.context.value_or(ContextId{}).value);
+  out.set_ttl_ms(request.ttl_ms);
+  return out;
+}
+
+absl::StatusOr<PinRequest> FromProto(const wire::PinRequest& message) {
+  PinRequest request;
+  request.name = message.name();
+  QUARRY_ASSIGN_OR_RETURN(request.blocks, DigestList<BlockId>(message.blocks(), "blocks"));
+  if (message.context() != 0) request.context = ContextId{message.context()};
+  request.ttl_ms = message.ttl_ms();
+  return request;
+}
+
+wire::PurgeRequest ToProto(const PurgeRequest& request) {
+  wire::PurgeRequest out;
+  out.set_whole_tenant(request.whole_tenant);
+  if (request.name_space) out.set_namespace_digest(ToBytes(*request.name_space));
+  for (const BlockId& id : request.blocks) out.add_blocks(ToBytes(id));
+  return out;
+}
+
+absl::StatusOr<PurgeRequest> FromProto(const wire::PurgeRequest& message) {
+  PurgeRequest request;
+  request.whole_tenant = message.whole_tenant();
+  if (!message.namespace_digest().empty()) {
+    QUARRY_ASSIGN_OR_RETURN(
+        request.name_space, DigestFromBytes<NamespaceDigest>(message.namespace_digest(),
+                                                             "namespace_digest",
+                                                             EmptyDigest::kRefused));
+  }
+  QUARRY_ASSIGN_OR_RETURN(request.blocks, DigestList<BlockId>(message.blocks(), "blocks"));
+  int set = (request.whole_tenant ? 1 : 0) + (request.name_space ? 1 : 0) +
+            (request.blocks.empty() ? 0 : 1);
+  if (set != 1) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "purge sets ", set, " of whole_tenant, namespace_digest and blocks, must set exactly one"));
+  }
+  return request;
+}
+
+wire::Budget ToProto(const Budget& budget) {
+  wire::Budget out;
+  out.set_kind(static_cast<wire::BudgetKind>(budget.kind));
+  out.set_k(budget.k);
+  out.set_mass(budget.mass);
+  return out;
+}
+
+absl::StatusOr<Budget> FromProto(const wire::Budget& message) {
+  if (message.kind() < 0 || message.kind() > 2) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("budget kind is ", static_cast<int>(message.kind()), ", not a known kind"));
+  }
+  return Budget{static_cast<Budget::Kind>(message.kind()), message.k(), message.mass()};
+}
+
+absl::StatusOr<RowFromWire> FromProto(const wire::AttendRow& message) {
+  RowFromWire out;
+  AttendRow& row = out.row;
+  row.context.value = message.context();
+  row.layer = message.layer();
+  row.range = FromProto(message.range());
+  row.first_head = message.first_head();
+  row.heads = message.heads();
+  QUARRY_ASSIGN_OR_RETURN(row.budget, FromProto(message.budget()));
+  QUARRY_ASSIGN_OR_RETURN(row.q_dtype, DTypeFromWire(message.q_dtype(), "q_dtype"));
+  row.q = message.q().data();
+  out.q_bytes = message.q().size();
+  row.has_token = message.has_token();
+  if (row.has_token) {
+    row.token_position = message.token().position();
+    row.k = message.token().k().data();
+    row.v = message.token().v().data();
+    out.k_bytes = message.token().k().size();
+    out.v_bytes = message.token().v().size();
+  }
+  return out;
+}
+
+wire::AttendRow ToProto(const AttendRow& row, uint32_t head_dim, uint32_t group, DType kv_dtype) {
+  wire::AttendRow out;
+  out.set_context(row.context.value);
+  out.set_layer(row.layer);
+  *out.mutable_range() = ToProto(row.range);
+  out.set_first_head(row.first_head);
+  out.set_heads(row.heads);
+  *out.mutable_budget() = ToProto(row.budget);
+  out.set_q_dtype(static_cast<wire::DType>(row.q_dtype));
+  out.set_q(row.q, size_t{row.heads} * head_dim * DTypeBytes(row.q_dtype));
+  if (row.has_token) {
+    size_t bytes = size_t{row.heads / group} * head_dim * DTypeBytes(kv_dtype);
+    out.mutable_token()->set_position(row.token_position);
+    out.mutable_token()->set_k(row.k, bytes);
+    out.mutable_token()->set_v(row.v, bytes);
+  }
+  return out;
+}
+
+wire::AttendAnswer ToProto(const AttendAnswer& answer) {
+  wire::AttendAnswer out;
+  out.set_status(static_cast<uint32_t>(answer.status.code()));
+  if (!answer.status.ok()) {
+    out.set_error(std::string(answer.status.message()));
+    return out;
+  }
+  *out.mutable_covered() = ToProto(answer.covered);
+  out.set_tokens_attended(answer.tokens_attended);
+  out.set_bytes_touched(answer.bytes_touched);
+  out.set_error_estimate(answer.error_estimate);
+  out.set_o(answer.o.data(), answer.o.size_bytes());
+  out.set_lse(answer.lse.data(), answer.lse.size_bytes());
+  return out;
+}
+
+absl::Status FromProto(const wire::AttendAnswer& message, AttendAnswer* answer) {
+  answer->status =
+      absl::Status(static_cast<absl::StatusCode>(message.status()), message.error());
+  if (!answer->status.ok()) return answer->status;
+  if (message.o().size() != answer->o.size_bytes() ||
+      message.lse().size() != answer->lse.size_bytes()) {
+    return absl::DataLossError(absl::StrCat("answer has ", message.o().size(), " bytes of o and ",
+                                            message.lse().size(), " of lse, expected ",
+                                            answer->o.size_bytes(), " and ",
+                                            answer->lse.size_bytes()));
+  }
+  answer->covered = FromProto(message.covered());
+  answer->tokens_attended = message.tokens_attended();
+  answer->bytes_touched = message.bytes_touched();
+  answer->error_estimate = message.error_estimate();
+  std::memcpy(answer->o.data(), message.o().data(), message.o().size());
+  std::memcpy(answer->lse.data(), message.lse().data(), message.lse().size());
+  return absl::OkStatus();
+}
+
+wire::TopKReply ToProto(const TopKAnswer& answer) {
+  wire::TopKReply out;
+  for (size_t h = 0; h < answer.heads.size(); ++h) {
+    wire::TopKHead* head = out.add_heads();
+    for (const TopKEntry& e : answer.heads[h]) {
+      head->add_tokens(e.token);
+      head->add_scores(e.score);
+    }
+    if (h < answer.k.size()) head->set_k(answer.k[h]);
+    if (h < answer.v.size()) head->set_v(answer.v[h]);
+  }
+  return out;
+}
+
+absl::StatusOr<TopKAnswer> FromProto(const wire::TopKReply& message) {
+  TopKAnswer answer;
+  for (const wire::TopKHead& head : message.heads()) {
+    if (head.tokens_size() != head.scores_size()) {
+      return absl::DataLossError(absl::StrCat("top-k head has ", head.tokens_size(),
+                                              " tokens and ", head.scores_size(), " scores"));
+    }
+    std::vector<TopKEntry>& entries = answer.heads.emplace_back();
+    for (int i = 0; i < head.tokens_size(); ++i) {
+      entries.push_back({head.tokens(i), head.scores(i)});
+    }
+    answer.k.push_back(head.k());
+    answer.v.push_back(head.v());
+  }
+  return answer;
+}
+
+}  // namespace quarry
