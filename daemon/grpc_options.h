@@ -1,0 +1,28 @@
+// Options of the gRPC services; no gRPC header.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <string>
+
+namespace quarry {
+
+struct GrpcOptions {
+  std::string socket;        // Unix socket; empty: off
+  mode_t socket_mode = 0660;
+  std::string listen;        // TCP address:port; empty: off
+  std::string tcp_tenant;    // of every peer of a loopback `listen` without TLS
+  // Mutual TLS of `listen`, all three or none: PEM files. The client's tenant is the common name
+  // of its certificate.
+  std::string tls_certificate, tls_key, tls_client_ca;
+  uint64_t max_message_bytes = 64ull << 20;
+  uint64_t max_put_bytes = 256ull << 20;   // one opaque block
+  uint32_t max_threads = 32;               // of all calls together
+  uint32_t max_streams_per_tenant = 8;     // below max_threads: one tenant never takes them all
+  uint32_t max_connections = 256;          // of the Unix socket
+  uint32_t max_sessions_per_tenant = 64;
+  uint32_t stalled_stream_ms = 10000;      // a stream that moves nothing for so long is cancelled
+};
+
+}  // namespace quarry

@@ -1,0 +1,87 @@
+// What quarryd counts. One list of samples feeds both /metrics (Prometheus) and
+// Admin.Statistics, so that the two never disagree.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "daemon/engine.h"
+#include "daemon/latency_histogram.h"
+
+namespace quarry {
+
+struct MetricsOptions {
+  std::string listen = "127.0.0.1:9464";  // empty: off
+  bool allow_remote = false;              // the figures name no tenant; still, off by default
+};
+
+// Counted by the transports; relaxed atomics, any thread.
+struct TransportCounters {
+  std::atomic<uint64_t> shm_channels{0};          // open now
+  std::atomic<uint64_t> shm_handshakes_refused{0};
+  std::atomic<uint64_t> shm_channels_malformed{0};  // closed because of what the client wrote
+  std::atomic<uint64_t> shm_channels_opened{0};
+  std::array<std::atomic<uint64_t>, 8> shm_requests{};  // by opcode; 0: unknown opcodes
+  std::atomic<uint64_t> shm_request_errors{0};
+  std::atomic<uint64_t> shm_bulk_refused{0};      // queue full
+  std::atomic<uint64_t> shm_parks{0};             // how often the poller went to sleep
+  std::atomic<uint64_t> grpc_calls{0};
+  std::atomic<uint64_t> grpc_call_errors{0};
+  std::atomic<uint64_t> grpc_sessions{0};         // open now
+  std::atomic<uint64_t> grpc_connections{0};      // open now, of the Unix socket
+  std::atomic<uint64_t> grpc_connections_refused{0};
+  std::atomic<uint64_t> grpc_streams_stalled{0};  // cancelled because the client stopped reading
+  LatencyHistogram shm_attend;                    // request seen to answer written
+  LatencyHistogram grpc_attend;
+};
+
+struct MetricSample {
+  enum class Type { kCounter, kGauge } type = Type::kGauge;
+  std::string name;  // quarry_<area>_<what>_<unit>
+  std::string help;
+  std::string label_name, label_value;  // empty: no label
+  double value = 0;
+};
+struct MetricHistogram {
+  std::string name, help;
+  LatencyHistogram::Snapshot snapshot;
+};
+struct MetricsSnapshot {
+  std::vector<MetricSample> samples;
+  std::vector<MetricHistogram> histograms;
+};
+
+// Thread-safe; Collect costs one Engine::Stats().
+class Metrics {
+ public:
+  Metrics(const Engine& engine, std::function<double()> uptime_seconds);
+
+  TransportCounters& counters() { return counters_; }
+  MetricsSnapshot Collect() const;
+  // The same figures under their names as on /metrics, e.g. quarry_shm_requests_total{opcode="nop"}.
+  std::map<std::string, double> Flat() const;
+
+ private:
+  const Engine& engine_;
+  const std::function<double()> uptime_seconds_;
+  TransportCounters counters_;
+};
+
+// Serves /metrics over HTTP until destroyed. FailedPrecondition names an address in use.
+class MetricsServer {
+ public:
+  static absl::StatusOr<std::unique_ptr<MetricsServer>> Start(const MetricsOptions& options,
+                                                              const Metrics& metrics);
+  virtual ~MetricsServer() = default;
+  virtual int port() const = 0;
+};
+
+}  // namespace quarry
