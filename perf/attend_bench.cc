@@ -1,0 +1,287 @@
+// Round trip of an attend: what the protocol costs beside the scan itself.
+//
+// Workload: one Llama-3-8B-shaped layer (32 query heads, 8 KV heads, head_dim 128, bf16), a shared
+// prefix of 0, 1K, 16K or 128K tokens held by the daemon, batches of 1, 8 and 32 rows that all
+// attend the whole prefix with an unlimited budget. Shared memory (armed poller) against unary
+// gRPC over a Unix socket, interleaved call by call; "nop" is a round trip that asks for nothing.
+// Floor of one batch: 2 * tokens * 8 * 128 * 2 bytes over the machine's read bandwidth.
+//
+// Prints microseconds at the median with the 10th and 90th percentile; --json prints JSON lines.
+#include <grpcpp/grpcpp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/client.h"
+#include "proto/check.h"
+#include "proto/convert.h"
+#include "proto/half.h"
+#include "quarry/v1/kv_store.grpc.pb.h"
+#include "quarry/v1/retrieval.grpc.pb.h"
+#include "tests/support/daemon_process.h"
+
+namespace quarry {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr KvShape kShape{.layers = 1, .heads = 32, .kv_heads = 8, .head_dim = 128,
+                         .dtype = DType::kBf16};
+
+struct Settings {
+  std::vector<uint32_t> tokens = {0, 1024, 16384, 131072};
+  std::vector<uint32_t> batches = {1, 8, 32};
+  double seconds = 1.0;  // per configuration
+  uint32_t seed = 1;
+  bool json = false;
+};
+
+struct Quantiles {
+  double p10 = 0, p50 = 0, p90 = 0;
+};
+
+Quantiles QuantilesOf(std::vector<double> x) {
+  std::sort(x.begin(), x.end());
+  auto at = [&](double q) { return x[static_cast<size_t>(q * static_cast<double>(x.size() - 1))]; };
+  return {at(0.1), at(0.5), at(0.9)};
+}
+
+template <typename F>
+double Microseconds(F&& f) {
+  Clock::time_point start = Clock::now();
+  f();
+  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+}
+
+std::vector<uint16_t> RandomBf16(size_t n, std::mt19937* random) {
+  std::normal_distribution<float> normal;
+  std::vector<uint16_t> out(n);
+  for (uint16_t& x : out) x = FloatToBf16(normal(*random));
+  return out;
+}
+
+ModelSpec BenchSpec() {
+  ModelSpec spec;
+  spec.name = "attend-bench";
+  spec.shape = kShape;
+  spec.weights.bytes.fill(0x42);
+  return spec;
+}
+
+// A context of `tokens` random tokens; 0 tokens: an empty context with room for some.
+ContextId MakeContext(Client* client, uint32_t tokens, std::mt19937* random) {
+  OpenRequest open;
+  open.spec = BenchSpec();
+  open.max_tokens = std::max(tokens, 1u);
+  open.accepts = {NumericRecipe{}};
+  absl::StatusOr<OpenResult> opened = client->Open(open);
+  if (!opened.ok()) {
+    std::fprintf(stderr, "open: %s\n", opened.status().ToString().c_str());
+    std::exit(1);
+  }
+  constexpr uint32_t kPiece = 1024;
+  std::vector<uint32_t> ids(tokens);
+  for (uint32_t& id : ids) id = static_cast<uint32_t>((*random)());
+  for (uint32_t lo = 0; lo < tokens; lo += kPiece) {
+    uint32_t hi = std::min(tokens, lo + kPiece);
+    size_t elements = size_t{hi - lo} * kShape.kv_heads * kShape.head_dim;
+    std::vector<uint16_t> k = RandomBf16(elements, random), v = RandomBf16(elements, random);
+    AppendRequest append;
+    append.context = opened->context;
+    append.kv_heads = kShape.kv_heads;
+    append.range = {lo, hi};
+    append.k = k.data();
+    append.v = v.data();
+    append.new_token_ids = std::span(ids).subspan(lo, hi - lo);
+    absl::Status status = client->Append(append);
+    if (!status.ok()) {
+      std::fprintf(stderr, "append: %s\n", status.ToString().c_str());
+      std::exit(1);
+    }
+  }
+  return opened->context;
+}
+
+// Rows over one context, with room for their answers.
+struct Batch {
+  std::vector<float> q, o, lse;
+  std::vector<AttendRow> rows;
+  std::vector<AttendAnswer> answers;
+
+  Batch(ContextId context, uint32_t tokens, uint32_t size, std::mt19937* random) {
+    std::normal_distribution<float> normal;
+    size_t per_row = size_t{kShape.heads} * kShape.head_dim;
+    q.resize(size * per_row);
+    for (float& x : q) x = Bf16ToFloat(FloatToBf16(normal(*random)));
+    o.resize(q.size());
+    lse.resize(size_t{size} * kShape.heads);
+    rows.resize(size);
+    answers.resize(size);
+    for (uint32_t r = 0; r < size; ++r) {
+      rows[r].context = context;
+      rows[r].range = {0, tokens};
+      rows[r].heads = kShape.heads;
+      rows[r].q = q.data() + r * per_row;
+      answers[r].o = std::span(o).subspan(r * per_row, per_row);
+      answers[r].lse = std::span(lse).subspan(size_t{r} * kShape.heads, kShape.heads);
+    }
+  }
+};
+
+// The gRPC side: a session of the same tenant; contexts are the tenant's.
+class GrpcPeer {
+ public:
+  explicit GrpcPeer(const std::string& socket) {
+    grpc::ChannelArguments arguments;
+    arguments.SetMaxReceiveMessageSize(-1);
+    std::shared_ptr<grpc::Channel> channel = grpc::CreateCustomChannel(
+        absl::StrCat("unix:", socket), grpc::InsecureChannelCredentials(), arguments);
+    store_ = wire::KvStore::NewStub(channel);
+    retrieval_ = wire::Retrieval::NewStub(channel);
+    session_ = store_->Session(&session_context_, wire::SessionRequest());
+    QUARRY_CHECK(session_->Read(&reply_));
+  }
+  ~GrpcPeer() {
+    session_context_.TryCancel();
+    session_->Finish();
+  }
+
+  void Attend(Batch* batch) {
+    grpc::ClientContext context;
+    context.AddMetadata("quarry-session", std::to_string(reply_.session()));
+    wire::AttendRequest request;
+    for (const AttendRow& row : batch->rows) {
+      *request.add_rows() = ToProto(row, kShape.head_dim, kShape.group(), kShape.dtype);
+    }
+    wire::AttendReply reply;
+    grpc::Status status = retrieval_->Attend(&context, request, &reply);
+    if (!status.ok() || reply.answers_size() != static_cast<int>(batch->rows.size())) {
+      std::fprintf(stderr, "gRPC attend: %s\n", status.error_message().c_str());
+      std::exit(1);
+    }
+    for (int i = 0; i < reply.answers_size(); ++i) {
+      QUARRY_CHECK(FromProto(reply.answers(i), &batch->answers[i]).ok());
+    }
+  }
+
+ private:
+  std::unique_ptr<wire::KvStore::Stub> store_;
+  std::unique_ptr<wire::Retrieval::Stub> retrieval_;
+  grpc::ClientContext session_context_;
+  std::unique_ptr<grpc::ClientReader<wire::SessionReply>> session_;
+  wire::SessionReply reply_;
+};
+
+void AttendOverShm(Client* client, Batch* batch) {
+  absl::Status status = client->Attend(batch->rows, batch->answers);
+  for (const AttendAnswer& answer : batch->answers) status.Update(answer.status);
+  if (!status.ok()) {
+    std::fprintf(stderr, "shm attend: %s\n", status.ToString().c_str());
+    std::exit(1);
+  }
+}
+
+void Print(const Settings& settings, const char* what, uint32_t tokens, uint32_t batch,
+           const Quantiles& us, size_t rounds, double bytes) {
+  if (settings.json) {
+    nlohmann::json line = {{"bench", "attend"}, {"path", what}, {"tokens", tokens},
+                           {"batch", batch}, {"us_p10", us.p10}, {"us_p50", us.p50},
+                           {"us_p90", us.p90}, {"rounds", rounds},
+                           {"kv_gb_per_s", bytes / us.p50 / 1e3}};
+    std::printf("%s\n", line.dump().c_str());
+  } else {
+    std::printf("%-6s %8u tokens  batch %2u  %10.1f us  [%.1f, %.1f]  %6.2f GB/s of KV  (%zu)\n",
+                what, tokens, batch, us.p50, us.p10, us.p90, bytes / us.p50 / 1e3, rounds);
+  }
+  std::fflush(stdout);
+}
+
+void RunOne(const Settings& settings, Client* client, GrpcPeer* grpc_peer, ContextId context,
+            uint32_t tokens, uint32_t size, std::mt19937* random) {
+  Batch batch(context, tokens, size, random);
+  AttendOverShm(client, &batch);  // warm
+  grpc_peer->Attend(&batch);
+  std::vector<double> shm, grpc_us, nop;
+  absl::Time end = absl::Now() + absl::Seconds(settings.seconds);
+  while (shm.size() < 20 || (absl::Now() < end && shm.size() < 20000)) {
+    client->Arm();
+    nop.push_back(Microseconds([&] { QUARRY_CHECK(client->Nop().ok()); }));
+    shm.push_back(Microseconds([&] { AttendOverShm(client, &batch); }));
+    client->Disarm();
+    grpc_us.push_back(Microseconds([&] { grpc_peer->Attend(&batch); }));
+  }
+  double bytes = 2.0 * tokens * kShape.kv_heads * static_cast<double>(kShape.vector_bytes());
+  Print(settings, "nop", tokens, size, QuantilesOf(nop), nop.size(), 0);
+  Print(settings, "shm", tokens, size, QuantilesOf(shm), shm.size(), bytes);
+  Print(settings, "grpc", tokens, size, QuantilesOf(grpc_us), grpc_us.size(), bytes);
+}
+
+// Share of one core that an idle daemon with one connected client uses.
+void PrintIdle(const Settings& settings, const testing::DaemonProcess& daemon) {
+  absl::SleepFor(absl::Milliseconds(500));
+  absl::Duration before = daemon.CpuTime();
+  constexpr absl::Duration kWindow = absl::Seconds(5);
+  absl::SleepFor(kWindow);
+  double share = absl::FDivDuration(daemon.CpuTime() - before, kWindow);
+  if (settings.json) {
+    std::printf("%s\n", nlohmann::json({{"bench", "idle"}, {"core_share", share}}).dump().c_str());
+  } else {
+    std::printf("idle daemon: %.2f%% of a core\n", 100 * share);
+  }
+}
+
+int Run(const Settings& settings) {
+  testing::DaemonOptions options;
+  options.arguments = {"--arena-bytes", "2GiB"};
+  absl::StatusOr<std::unique_ptr<testing::DaemonProcess>> daemon =
+      testing::DaemonProcess::Start(options);
+  if (!daemon.ok()) {
+    std::fprintf(stderr, "%s\n", daemon.status().ToString().c_str());
+    return 1;
+  }
+  ClientOptions client_options;
+  client_options.socket_path = (*daemon)->socket_path();
+  client_options.name = "attend_bench";
+  client_options.slot_bytes = 8 << 20;
+  absl::StatusOr<std::unique_ptr<Client>> client = Client::Connect(client_options);
+  if (!client.ok()) {
+    std::fprintf(stderr, "%s\n", client.status().ToString().c_str());
+    return 1;
+  }
+  GrpcPeer grpc_peer((*daemon)->grpc_path());
+  std::mt19937 random(settings.seed);
+  std::fprintf(stderr, "seed %u\n", settings.seed);
+  PrintIdle(settings, **daemon);
+  for (uint32_t tokens : settings.tokens) {
+    ContextId context = MakeContext(client->get(), tokens, &random);
+    for (uint32_t size : settings.batches) {
+      RunOne(settings, client->get(), &grpc_peer, context, tokens, size, &random);
+    }
+    QUARRY_CHECK((*client)->Close(context).ok());
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace quarry
+
+int main(int argc, char** argv) {
+  quarry::Settings settings;
+  CLI::App app("Attend round trips: shared memory against gRPC over a Unix socket");
+  app.add_option("--tokens", settings.tokens, "prefix lengths");
+  app.add_option("--batches", settings.batches, "rows per request");
+  app.add_option("--seconds", settings.seconds, "per configuration");
+  app.add_option("--seed", settings.seed, "of the random K, V and queries");
+  app.add_flag("--json", settings.json, "JSON lines");
+  CLI11_PARSE(app, argc, argv);
+  return quarry::Run(settings);
+}
