@@ -1,0 +1,192 @@
+// A worker or the daemon killed or stopped at any moment: nothing hangs, nobody else is blocked,
+// and nothing wrong is returned.
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <functional>
+#include <random>
+#include <thread>
+
+#include "absl/time/clock.h"
+#include "tests/support/daemon_process.h"
+#include "tests/support/kv_client.h"
+
+namespace quarry {
+namespace {
+
+using testing::DaemonProcess;
+
+std::unique_ptr<DaemonProcess> StartDaemon(const char* arena = "256MiB") {
+  testing::DaemonOptions options;
+  options.arguments = {"--arena-bytes", arena};
+  auto daemon = DaemonProcess::Start(options);
+  EXPECT_TRUE(daemon.ok()) << daemon.status();
+  return daemon.ok() ? *std::move(daemon) : nullptr;
+}
+
+// A child process that opens a context, holds leases and attends until it is killed. It is forked
+// before this process has threads of its own.
+class Worker {
+ public:
+  Worker(const std::string& socket, const ModelSpec& spec, const testing::KvData& data) {
+    int ready[2];
+    EXPECT_EQ(pipe(ready), 0);
+    pid_ = fork();
+    if (pid_ == 0) {
+      close(ready[0]);
+      _exit(Main(socket, spec, data, ready[1]));
+    }
+    close(ready[1]);
+    char byte = 0;
+    EXPECT_EQ(read(ready[0], &byte, 1), 1) << "the worker did not get ready";
+    close(ready[0]);
+  }
+  ~Worker() { End(SIGKILL); }
+  void Signal(int signal) { kill(pid_, signal); }
+  void End(int signal) {
+    if (pid_ <= 0) return;
+    kill(pid_, signal);
+    waitpid(pid_, nullptr, 0);
+    pid_ = -1;
+  }
+
+ private:
+  static int Main(const std::string& socket, const ModelSpec& spec, const testing::KvData& data,
+                  int ready) {
+    auto client = testing::ConnectTo(socket);
+    if (!client.ok()) return 1;
+    auto opened = (*client)->Open(testing::OpenFor(spec, data, 2048));
+    if (!opened.ok()) return 2;
+    uint32_t count = static_cast<uint32_t>(data.tokens.size());
+    if (!testing::AppendTokens(client->get(), opened->context, data, opened->reused_tokens, count)
+             .ok()) {
+      return 3;
+    }
+    if (write(ready, "r", 1) != 1) return 4;
+    (*client)->Arm();  // dies armed: the poller must not spin for it
+    for (uint32_t seed = 0;; ++seed) {
+      testing::OneRow row(spec.shape, opened->context, seed % 2, {0, count}, seed);
+      if (!row.Run(client->get()).ok()) return 5;
+    }
+  }
+  pid_t pid_ = -1;
+};
+
+uint64_t ContextCount(Client* client) {
+  auto contexts = client->ListContexts();
+  EXPECT_TRUE(contexts.ok()) << contexts.status();
+  return contexts.ok() ? contexts->size() : 0;
+}
+
+bool WithinASecond(const std::function<bool()>& condition) {
+  absl::Time end = absl::Now() + absl::Seconds(1);
+  while (absl::Now() < end) {
+    if (condition()) return true;
+    absl::SleepFor(absl::Milliseconds(5));
+  }
+  return condition();
+}
+
+TEST(ProcessDeathTest, KilledAndStoppedWorkersCostOnlyTheirOwnContexts) {
+  uint32_t seed = static_cast<uint32_t>(absl::ToUnixNanos(absl::Now()));
+  RecordProperty("seed", static_cast<int>(seed));
+  std::printf("seed %u\n", seed);
+  std::mt19937 random(seed);
+  auto daemon = StartDaemon();
+  ASSERT_NE(daemon, nullptr);
+  ModelSpec spec = testing::SmallSpec();
+  testing::KvData data(spec.shape, 700, 11);
+  for (int round = 0; round < 8; ++round) {
+    Worker victim(daemon->socket_path(), spec, data);
+    auto client = testing::ConnectTo(daemon->socket_path());
+    ASSERT_TRUE(client.ok()) << client.status();
+    auto opened = (*client)->Open(testing::OpenFor(spec, data, 1024));
+    ASSERT_TRUE(opened.ok()) << opened.status();
+    ASSERT_TRUE(testing::AppendTokens(client->get(), opened->context, data,
+                                      opened->reused_tokens, 700).ok());
+    ASSERT_EQ(ContextCount(client->get()), 2u);
+    absl::SleepFor(absl::Microseconds(random() % 3000));  // the moment of the kill is the input
+    bool stopped = round % 2 == 1;
+    victim.Signal(stopped ? SIGSTOP : SIGKILL);
+    for (uint32_t i = 0; i < 50; ++i) {
+      testing::OneRow row(spec.shape, opened->context, i % 2, {0, 700}, i);
+      ASSERT_TRUE(row.Run(client->get()).ok()) << row.answer.status;
+      if (i == 0) {
+        EXPECT_LT(row.Error(data), 1e-3);
+      }
+    }
+    victim.End(SIGKILL);
+    EXPECT_TRUE(WithinASecond([&] { return ContextCount(client->get()) == 1; }))
+        << "the dead worker's context is still there";
+  }
+}
+
+TEST(ProcessDeathTest, ManyDeadWorkersLeaveTheArenaWhole) {
+  auto daemon = StartDaemon("64MiB");
+  ASSERT_NE(daemon, nullptr);
+  ModelSpec spec = testing::SmallSpec();
+  // Each worker reserves 2048 tokens; without cleanup the arena would be full after some.
+  for (int i = 0; i < 24; ++i) {
+    testing::KvData data(spec.shape, 300, static_cast<uint32_t>(100 + i));
+    Worker worker(daemon->socket_path(), spec, data);
+    worker.End(SIGKILL);
+  }
+  auto client = testing::ConnectTo(daemon->socket_path());
+  ASSERT_TRUE(client.ok());
+  EXPECT_TRUE(WithinASecond([&] { return ContextCount(client->get()) == 0; }));
+}
+
+TEST(ProcessDeathTest, KilledDaemonMakesAttendUnavailableNotHang) {
+  auto daemon = StartDaemon();
+  ASSERT_NE(daemon, nullptr);
+  ModelSpec spec = testing::SmallSpec();
+  testing::KvData data(spec.shape, 500, 5);
+  auto client = testing::ConnectTo(daemon->socket_path(), absl::Seconds(5));
+  ASSERT_TRUE(client.ok());
+  auto opened = (*client)->Open(testing::OpenFor(spec, data, 1024));
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  ASSERT_TRUE(testing::AppendTokens(client->get(), opened->context, data, 0, 500).ok());
+  std::atomic<bool> killed = false;
+  std::thread killer([&] {
+    absl::SleepFor(absl::Milliseconds(30));
+    daemon->Kill();
+    killed = true;
+  });
+  absl::Status status;
+  uint32_t seed = 0;
+  while (status.ok()) {
+    testing::OneRow row(spec.shape, opened->context, 0, {0, 500}, ++seed);
+    status = row.Run(client->get());
+    if (status.ok()) {
+      ASSERT_LT(row.Error(data), 1e-3) << "a wrong answer at seed " << seed;
+    }
+  }
+  killer.join();
+  EXPECT_TRUE(killed);
+  EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+  absl::Time start = absl::Now();
+  EXPECT_TRUE(absl::IsUnavailable((*client)->Nop()));  // stays so, at once
+  EXPECT_LT(absl::Now() - start, absl::Seconds(1));
+}
+
+TEST(ProcessDeathTest, StoppedDaemonMakesAttendUnavailableByTheDeadline) {
+  auto daemon = StartDaemon();
+  ASSERT_NE(daemon, nullptr);
+  auto client = testing::ConnectTo(daemon->socket_path(), absl::Milliseconds(300));
+  ASSERT_TRUE(client.ok());
+  ASSERT_TRUE((*client)->Nop().ok());
+  daemon->Signal(SIGSTOP);
+  absl::Time start = absl::Now();
+  absl::Status status = (*client)->Nop();
+  absl::Duration took = absl::Now() - start;
+  daemon->Signal(SIGCONT);
+  EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+  EXPECT_GE(took, absl::Milliseconds(250));
+  EXPECT_LT(took, absl::Seconds(2));
+}
+
+}  // namespace
+}  // namespace quarry
