@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "proto/types.h"
 #include "storage/arena.h"
@@ -59,14 +61,21 @@ struct BlockInfo {
   uint32_t children = 0;
 };
 
+struct BlockStoreOptions {
+  ArenaOptions arena;
+  uint64_t max_pinned_bytes_per_tenant = 1ull << 30;
+  std::function<absl::Time()> now = absl::Now;  // ends pins; tests inject a clock
+};
+
 // Thread-safe. A lease guards memory and counts references; the store does not know sessions.
 class BlockStore {
  public:
-  static absl::StatusOr<std::unique_ptr<BlockStore>> Create(const ArenaOptions& options);
+  static absl::StatusOr<std::unique_ptr<BlockStore>> Create(const BlockStoreOptions& options);
   virtual ~BlockStore() = default;
 
   // Sets aside memory for `count` blocks of `bytes` each, evicting unleased, unpinned blocks leaf
-  // first. ResourceExhausted (with wanted, capacity, leased and pinned bytes) changes nothing.
+  // first. ResourceExhausted (with wanted, capacity, leased and pinned counts) sets nothing aside;
+  // nothing is evicted either where no eviction could have made enough room.
   // Unused reservations go back with Unreserve.
   virtual absl::Status Reserve(std::string_view tenant, uint64_t bytes, uint32_t count) = 0;
   virtual void Unreserve(std::string_view tenant, uint64_t bytes, uint32_t count) = 0;
@@ -75,7 +84,7 @@ class BlockStore {
   virtual absl::StatusOr<BlockView> Begin(std::string_view tenant, uint64_t bytes) = 0;
   // WRITING -> SEALED (digest: given, or computed over the bytes) -> PUBLISHED under key. If the
   // id is published already, the earlier block wins: its view is returned with a lease for the
-  // caller, the given block is RETIRED and `existed` is set.
+  // caller, the given block is RETIRING until the caller releases it too, and `existed` is set.
   virtual absl::StatusOr<BlockView> Publish(BlockHandle block, BlockKey key,
                                             std::optional<ByteDigest> digest, bool* existed) = 0;
 
