@@ -1,0 +1,159 @@
+#include "daemon/attend_slot.h"
+
+#include <chrono>
+#include <cstring>
+#include <span>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/attend_shape.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+constexpr size_t kMaxCachedShapes = 4096;
+
+uint64_t NowNs() {
+  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                   std::chrono::steady_clock::now().time_since_epoch())
+                                   .count());
+}
+
+// Buffers of a message: whole, inside the slot, behind its rows, aligned.
+class SlotBuffers {
+ public:
+  SlotBuffers(std::byte* slot, uint64_t slot_bytes, uint64_t first)
+      : slot_(slot), slot_bytes_(slot_bytes), first_(first) {}
+
+  absl::StatusOr<std::byte*> At(std::string_view what, uint64_t offset, uint64_t bytes) const {
+    if (offset % 4 != 0 || offset < first_ || offset > slot_bytes_ ||
+        bytes > slot_bytes_ - offset) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(absl::string_view(what.data(), what.size()), ": ", bytes,
+                       " bytes at offset ", offset, " are not 4-byte aligned inside [", first_,
+                       ", ", slot_bytes_, ")"));
+    }
+    return slot_ + offset;
+  }
+
+ private:
+  std::byte* const slot_;
+  const uint64_t slot_bytes_;
+  const uint64_t first_;  // after the header and the rows
+};
+
+absl::StatusOr<KvShape> ShapeOf(Engine& engine, Channel& channel, ContextId context) {
+  // Context ids are never reused and shapes never change; a closed context's stale entry only
+  // lets the engine say NotFound itself.
+  auto& shapes = channel.shapes();
+  if (const auto it = shapes.find(context.value); it != shapes.end()) return it->second;
+  QUARRY_ASSIGN_OR_RETURN(const ContextInfo info, engine.Info(channel.owner().session, context));
+  if (shapes.size() >= kMaxCachedShapes) shapes.clear();
+  shapes[context.value] = info.shape;
+  return info.shape;
+}
+
+AttendRow ToRow(const shm::AttendRowPod& pod) {
+  AttendRow row;
+  row.context = {pod.context};
+  row.layer = pod.layer;
+  row.range = {pod.range_lo, pod.range_hi};
+  row.first_head = pod.first_head;
+  row.heads = pod.heads;
+  row.budget = {static_cast<Budget::Kind>(pod.budget_kind), pod.budget_k, pod.budget_mass};
+  row.q_dtype = static_cast<DType>(pod.q_dtype);
+  row.has_token = pod.has_token != 0;
+  row.token_position = pod.token_position;
+  return row;
+}
+
+absl::Status AddRow(Engine& engine, Channel& channel, const SlotBuffers& buffers,
+                    const shm::AttendRowPod& pod, SlotState* state) {
+  AttendRow row = ToRow(pod);
+  if (pod.has_token > 1 || pod.reserved0 != 0 || pod.reserved1 != 0) {
+    return absl::InvalidArgumentError("has_token must be 0 or 1 and reserved fields 0");
+  }
+  QUARRY_ASSIGN_OR_RETURN(const KvShape shape, ShapeOf(engine, channel, row.context));
+  QUARRY_ASSIGN_OR_RETURN(const AttendRowBytes bytes, BytesOfRow(row, shape));
+  QUARRY_ASSIGN_OR_RETURN(row.q, buffers.At("q", pod.q_offset, bytes.q));
+  if (row.has_token) {
+    QUARRY_ASSIGN_OR_RETURN(row.k, buffers.At("k", pod.k_offset, bytes.kv));
+    QUARRY_ASSIGN_OR_RETURN(row.v, buffers.At("v", pod.v_offset, bytes.kv));
+  }
+  QUARRY_ASSIGN_OR_RETURN(std::byte* const o, buffers.At("o", pod.o_offset, bytes.o));
+  QUARRY_ASSIGN_OR_RETURN(std::byte* const lse, buffers.At("lse", pod.lse_offset, bytes.lse));
+  AttendAnswer answer;
+  answer.o = {reinterpret_cast<float*>(o), bytes.o / sizeof(float)};
+  answer.lse = {reinterpret_cast<float*>(lse), bytes.lse / sizeof(float)};
+  state->rows.push_back(row);
+  state->answers.push_back(std::move(answer));
+  return absl::OkStatus();
+}
+
+// Runs once, on whichever thread wrote the last answer.
+void Finish(TransportCounters& counters, SlotState& state) {
+  // After Answer the slot's state belongs to the poller again; `keep` holds the memory until then.
+  const std::shared_ptr<Channel> keep = std::move(state.keep);
+  for (size_t i = 0; i < state.answers.size(); ++i) {
+    const AttendAnswer& answer = state.answers[i];
+    shm::AttendAnswerPod& pod = state.replies[state.answer_index[i]];
+    pod.status = static_cast<uint32_t>(answer.status.code());
+    pod.covered_lo = answer.covered.lo;
+    pod.covered_hi = answer.covered.hi;
+    pod.tokens_attended = answer.tokens_attended;
+    pod.bytes_touched = answer.bytes_touched;
+    pod.error_estimate = answer.error_estimate;
+  }
+  const Submission request = state.submission;
+  const size_t bytes = state.replies.size() * sizeof(shm::AttendAnswerPod);
+  std::memcpy(keep->payload(request.slot).data(), state.replies.data(), bytes);
+  counters.shm_attend.Observe(NowNs() - request.seen_ns);
+  keep->Answer(request, absl::StatusCode::kOk, bytes);
+}
+
+}  // namespace
+
+void ServeAttend(Engine& engine, TransportCounters& counters, std::shared_ptr<Channel> channel,
+                 const Submission& request) {
+  std::byte* const slot = channel->slot(request.slot);
+  const uint64_t slot_bytes = channel->geometry().slot_bytes;
+  const auto header = CopyOnce<shm::AttendHeader>(slot + shm::kSlotPayload);
+  const uint64_t rows_offset = shm::kSlotPayload + sizeof(shm::AttendHeader);
+  const uint64_t rows_end = rows_offset + uint64_t{header.rows} * sizeof(shm::AttendRowPod);
+  if (header.rows == 0 || header.rows > shm::kMaxRows ||
+      rows_end > shm::kSlotPayload + request.request_bytes) {
+    counters.shm_request_errors.fetch_add(1, std::memory_order_relaxed);
+    return channel->AnswerError(
+        request, absl::InvalidArgumentError(absl::StrCat(
+                     header.rows, " rows in a request of ", request.request_bytes,
+                     " bytes; 1 to ", shm::kMaxRows, " that fit are allowed")));
+  }
+  SlotState& state = channel->state(request.slot);
+  state.submission = request;
+  state.rows.clear();
+  state.answers.clear();
+  state.answer_index.clear();
+  state.replies.assign(header.rows, shm::AttendAnswerPod{});
+  const SlotBuffers buffers(slot, slot_bytes, rows_end);
+  for (uint32_t i = 0; i < header.rows; ++i) {
+    const auto pod =
+        CopyOnce<shm::AttendRowPod>(slot + rows_offset + i * sizeof(shm::AttendRowPod));
+    state.replies[i].generation = request.generation;
+    const absl::Status added = AddRow(engine, *channel, buffers, pod, &state);
+    if (added.ok()) {
+      state.answer_index.push_back(i);
+    } else {
+      state.replies[i].status = static_cast<uint32_t>(added.code());
+      counters.shm_request_errors.fetch_add(1, std::memory_order_relaxed);
+    }
+  }
+  const SessionId session = channel->owner().session;
+  state.keep = std::move(channel);
+  if (state.rows.empty()) return Finish(counters, state);
+  // Two references fit a std::function without an allocation.
+  engine.Attend(session, state.rows, state.answers,
+                [&counters, &state] { Finish(counters, state); });
+}
+
+}  // namespace quarry
