@@ -110,7 +110,8 @@ class Engine {
   // call is appending to the same layer and heads. A failed append advances nothing.
   // new_token_ids: the ids of `range`, or of [known_tokens, range.hi), or none.
   virtual absl::Status Append(SessionId, const AppendRequest&) = 0;
-  // No more appends; returns when every full block whose token ids are known is published.
+  // No more appends; returns when every full block whose token ids are known is published, or
+  // cannot be (its id names KV of another shape; it stays private and is counted).
   virtual absl::StatusOr<ContextInfo> Seal(SessionId, ContextId) = 0;
   // A context that shares [0, tokens) and appends its own tokens from there. Whole blocks are
   // shared, a partial last block is copied. If the copied tokens were computed under another

@@ -1,0 +1,321 @@
+#include "daemon/attend_batch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/finite.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+absl::Status CheckBudget(const Budget& budget) {
+  switch (budget.kind) {
+    case Budget::Kind::kUnlimited: return absl::OkStatus();
+    case Budget::Kind::kFixedK:
+      if (budget.k > 0) return absl::OkStatus();
+      return absl::InvalidArgumentError("a fixed budget of 0 tokens");
+    case Budget::Kind::kTopP:
+      if (budget.mass > 0 && budget.mass <= 1) return absl::OkStatus();
+      return absl::InvalidArgumentError(
+          absl::StrCat("a budget's mass of ", budget.mass, " is not in (0, 1]"));
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("unknown budget kind ", static_cast<int>(budget.kind)));
+}
+
+// A budget that every token of the range fits into is the exact answer.
+ScanKind KindOf(const AttendRow& row) {
+  const bool holds_all = row.budget.k >= row.range.size();
+  switch (row.budget.kind) {
+    case Budget::Kind::kUnlimited: return ScanKind::kExact;
+    case Budget::Kind::kFixedK: return holds_all ? ScanKind::kExact : ScanKind::kIndexed;
+    case Budget::Kind::kTopP:
+      return row.budget.mass >= 1 && (row.budget.k == 0 || holds_all) ? ScanKind::kExact
+                                                                     : ScanKind::kIndexed;
+  }
+  return ScanKind::kExact;
+}
+
+void AnswerEmpty(const AttendRow& row, AttendAnswer& answer) {
+  std::fill(answer.o.begin(), answer.o.end(), 0.0f);
+  std::fill(answer.lse.begin(), answer.lse.end(), kEmptyLse);
+  answer.covered = row.range;
+}
+
+}  // namespace
+
+absl::Status CheckRow(const AttendRow& row, const KvShape& s) {
+  if (row.layer >= s.layers) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("row of layer ", row.layer, " of ", s.layers, " layers"));
+  }
+  if (row.heads == 0 || row.first_head >= s.heads || row.heads > s.heads - row.first_head ||
+      row.first_head % s.group() != 0 || row.heads % s.group() != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "row of query heads [", row.first_head, ", ", uint64_t{row.first_head} + row.heads,
+        "): whole groups of ", s.group(), " within ", s.heads, " heads are wanted"));
+  }
+  if (!IsValid(row.q_dtype) || row.q == nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "row without queries or of unknown dtype ", static_cast<int>(row.q_dtype)));
+  }
+  if (row.range.lo > row.range.hi) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("row of tokens [", row.range.lo, ", ", row.range.hi, ")"));
+  }
+  return absl::OkStatus();
+}
+
+class AttendBatch::RefineJob final : public Executor::Job {
+ public:
+  RefineJob(std::shared_ptr<AttendBatch> batch, AttendLane& lane)
+      : Job(lane.units()), batch_(std::move(batch)), lane_(lane) {}
+  void RunTask(uint32_t unit) override {
+    if (!batch_->cancelled()) lane_.Refine(unit);
+    batch_->UnitDone(lane_, /*refining=*/true);
+  }
+
+ private:
+  const std::shared_ptr<AttendBatch> batch_;
+  AttendLane& lane_;
+};
+
+AttendBatch::AttendBatch(Params params, const ContextTable& contexts)
+    : params_(std::move(params)), contexts_(contexts) {}
+
+void AttendBatch::Start(Executor& executor) {
+  size_t q_floats = 0;
+  for (const AttendAnswer& answer : params_.answers) q_floats += answer.o.size();
+  q_.reserve(q_floats);
+  for (uint32_t i = 0; i < params_.rows.size(); ++i) {
+    AttendAnswer& answer = params_.answers[i];
+    answer.covered = {};
+    answer.tokens_attended = answer.bytes_touched = 0;
+    answer.error_estimate = 0;
+    AdmittedRow admitted{i};
+    answer.status = Admit(params_.rows[i], answer, &admitted);
+    if (!answer.status.ok()) continue;
+    if (params_.rows[i].range.empty()) {
+      AnswerEmpty(params_.rows[i], answer);
+    } else {
+      admitted_.push_back(std::move(admitted));
+    }
+  }
+  if (admitted_.empty()) return Finish();
+
+  PlanLanes();
+  uint64_t bytes = 0;
+  for (AttendLane& lane : lanes_) {
+    lane.StartPhase();
+    bytes += lane.scan_bytes();
+  }
+  lanes_left_.store(static_cast<uint32_t>(lanes_.size()), std::memory_order_relaxed);
+  set_tasks(static_cast<uint32_t>(tasks_.size()));
+  if (bytes > params_.inline_bytes && executor.threads() > 0) {
+    executor_ = &executor;
+    if (!executor.Submit(shared_from_this())) {
+      params_.counters->refused_batches.fetch_add(1, std::memory_order_relaxed);
+      FailAdmitted(absl::ResourceExhaustedError(
+          absl::StrCat("attend queue is full with ", executor.queued_jobs(), " batches")));
+      return Finish();
+    }
+  }
+  Help();
+}
+
+absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer,
+                                AdmittedRow* admitted) {
+  QUARRY_ASSIGN_OR_RETURN(admitted->context,
+                          contexts_.Find(params_.session->tenant(), row.context));
+  Context& context = *admitted->context;
+  const KvShape& s = context.shape();
+  QUARRY_RETURN_IF_ERROR(CheckRow(row, s));
+  QUARRY_RETURN_IF_ERROR(CheckBudget(row.budget));
+  const size_t q_floats = size_t{row.heads} * s.head_dim;
+  if (answer.o.size() != q_floats || answer.lse.size() != row.heads) {
+    return absl::InvalidArgumentError(absl::StrCat("room for ", answer.o.size(), " and ",
+                                                   answer.lse.size(), " numbers of o and lse of ",
+                                                   row.heads, " heads of ", s.head_dim));
+  }
+  const uint32_t first_kv_head = row.first_head / s.group();
+  const uint32_t kv_heads = row.heads / s.group();
+  uint64_t available = context.AvailableTokens(row.layer, first_kv_head, kv_heads);
+  if (row.has_token) available = std::max(available, uint64_t{row.token_position} + 1);
+  if (row.range.hi > available) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "context ", row.context.value, ": row of tokens [", row.range.lo, ", ", row.range.hi,
+        ") of layer ", row.layer, ", which has ", available));
+  }
+  admitted->q_offset = q_.size();
+  q_.resize(q_.size() + q_floats);
+  float* const q = q_.data() + admitted->q_offset;
+  absl::Status status;
+  if (!WidenFinite(row.q_dtype, row.q, q_floats, q)) {
+    status = absl::InvalidArgumentError(absl::StrCat("context ", row.context.value,
+                                                     ": NaN or infinity in a query of layer ",
+                                                     row.layer));
+  } else if (row.has_token) {
+    // Last, so that a row that fails stores no token.
+    status = context.AppendToken(row.layer, first_kv_head, kv_heads, row.token_position, row.k,
+                                 row.v);
+  }
+  if (!status.ok()) {
+    q_.resize(admitted->q_offset);
+    return status;
+  }
+  admitted->table = context.Table();
+  admitted->kind = KindOf(row);
+  return absl::OkStatus();
+}
+
+std::vector<AttendBatch::LaneSeat> AttendBatch::Seats() const {
+  std::vector<const KvShape*> shapes;  // one pointer per shape, so that keys compare by it
+  std::vector<LaneSeat> seats;
+  for (uint32_t r = 0; r < admitted_.size(); ++r) {
+    const AttendRow& row = params_.rows[admitted_[r].index];
+    const KvShape& s = admitted_[r].context->shape();
+    auto shape = std::find_if(shapes.begin(), shapes.end(),
+                              [&](const KvShape* seen) { return *seen == s; });
+    if (shape == shapes.end()) shape = shapes.insert(shapes.end(), &s);
+    const uint32_t first = row.first_head / s.group();
+    for (uint32_t h = first; h < first + row.heads / s.group(); ++h) {
+      seats.push_back({{*shape, row.layer, h, row.q_dtype, admitted_[r].kind}, r});
+    }
+  }
+  if (admitted_.size() > 1) {
+    const auto order = [&](const LaneSeat& seat) {
+      const auto shape = std::find(shapes.begin(), shapes.end(), seat.key.shape);
+      return std::tuple(shape - shapes.begin(), seat.key.kind, seat.key.q_dtype, seat.key.layer,
+                        seat.key.kv_head, seat.row);
+    };
+    std::sort(seats.begin(), seats.end(),
+              [&](const LaneSeat& a, const LaneSeat& b) { return order(a) < order(b); });
+  }
+  return seats;
+}
+
+void AttendBatch::PlanLanes() {
+  const std::vector<LaneSeat> seats = Seats();
+  const auto same = [](const LaneKey& a, const LaneKey& b) {
+    return a.shape == b.shape && a.layer == b.layer && a.kv_head == b.kv_head &&
+           a.q_dtype == b.q_dtype && a.kind == b.kind;
+  };
+  for (size_t lo = 0, hi = 0; lo < seats.size(); lo = hi) {
+    for (hi = lo + 1; hi < seats.size() && same(seats[lo].key, seats[hi].key);) ++hi;
+    AddLane(std::span(seats).subspan(lo, hi - lo));
+  }
+}
+
+const AttendBatch::Plan& AttendBatch::PlanFor(std::span<const LaneSeat> seats) {
+  // The KV heads of a layer mostly have the same rows: one plan serves them all.
+  if (!plans_.empty() && plans_.back().kind == seats.front().key.kind &&
+      std::equal(seats.begin(), seats.end(), plans_.back().rows.begin(), plans_.back().rows.end(),
+                 [](const LaneSeat& seat, uint32_t row) { return seat.row == row; })) {
+    return plans_.back();
+  }
+  Plan& plan = plans_.emplace_back();
+  plan.kind = seats.front().key.kind;
+  std::vector<ScanMember> members;
+  for (const LaneSeat& seat : seats) {
+    plan.rows.push_back(seat.row);
+    const AdmittedRow& row = admitted_[seat.row];
+    members.push_back({row.table.get(), params_.rows[row.index].range});
+  }
+  plan.units = PlanScan(members, plan.kind, params_.task_tokens);
+  return plan;
+}
+
+void AttendBatch::AddLane(std::span<const LaneSeat> seats) {
+  const Plan& plan = PlanFor(seats);
+  const LaneKey& key = seats.front().key;
+  const size_t group = key.shape->group();
+  const size_t head_dim = key.shape->head_dim;
+  std::vector<LaneMember> members;
+  for (const LaneSeat& seat : seats) {
+    const AdmittedRow& admitted = admitted_[seat.row];
+    const AttendRow& row = params_.rows[admitted.index];
+    const AttendAnswer& answer = params_.answers[admitted.index];
+    const size_t head = key.kv_head * group - row.first_head;  // within the row
+    members.push_back({q_.data() + admitted.q_offset + head * head_dim, row.budget,
+                       answer.o.data() + head * head_dim, answer.lse.data() + head});
+  }
+  AttendLane& lane = lanes_.emplace_back(key, members, plan.units);
+  lane_rows_.push_back(plan.rows);
+  for (uint32_t u = 0; u < lane.units(); ++u) tasks_.push_back({&lane, u});
+}
+
+bool AttendBatch::cancelled() {
+  if (params_.session->ended()) cancelled_.store(true, std::memory_order_relaxed);
+  return cancelled_.load(std::memory_order_relaxed);
+}
+
+void AttendBatch::RunTask(uint32_t task) {
+  const auto [lane, unit] = tasks_[task];
+  if (!cancelled()) lane->Scan(unit);
+  UnitDone(*lane, /*refining=*/false);
+}
+
+void AttendBatch::UnitDone(AttendLane& lane, bool refining) {
+  if (!lane.UnitDone()) return;
+  if (!refining && lane.key().kind == ScanKind::kIndexed && !cancelled()) {
+    return StartRefine(lane);
+  }
+  if (!cancelled()) lane.Finish();
+  LaneDone();
+}
+
+void AttendBatch::StartRefine(AttendLane& lane) {
+  lane.Allocate();
+  lane.StartPhase();
+  auto job = std::make_shared<RefineJob>(shared_from_this(), lane);
+  // A full queue only means that nobody helps.
+  if (executor_ != nullptr) executor_->Submit(job);
+  job->Help();
+}
+
+void AttendBatch::LaneDone() {
+  if (lanes_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) Finish();
+}
+
+void AttendBatch::FailAdmitted(const absl::Status& status) {
+  for (const AdmittedRow& row : admitted_) params_.answers[row.index].status = status;
+  admitted_.clear();
+}
+
+void AttendBatch::Finish() {
+  if (cancelled_.load(std::memory_order_relaxed)) {
+    FailAdmitted(absl::CancelledError(
+        absl::StrCat("session ", params_.session->id().value, " ended")));
+  }
+  for (size_t l = 0; l < lanes_.size() && !admitted_.empty(); ++l) {
+    const std::span<const LaneResult> results = lanes_[l].results();
+    for (size_t m = 0; m < results.size(); ++m) {
+      AttendAnswer& answer = params_.answers[admitted_[lane_rows_[l][m]].index];
+      answer.tokens_attended += results[m].tokens;
+      answer.bytes_touched += results[m].bytes;
+      answer.error_estimate = std::max(answer.error_estimate, results[m].error_estimate);
+    }
+  }
+  uint64_t failures = 0, tokens = 0, bytes = 0;
+  for (const AdmittedRow& row : admitted_) {
+    AttendAnswer& answer = params_.answers[row.index];
+    answer.covered = params_.rows[row.index].range;
+    tokens += answer.tokens_attended;
+    bytes += answer.bytes_touched;
+  }
+  for (const AttendAnswer& answer : params_.answers) failures += !answer.status.ok();
+  EngineCounters& c = *params_.counters;
+  c.attend_rows.fetch_add(params_.rows.size(), std::memory_order_relaxed);
+  c.attend_failures.fetch_add(failures, std::memory_order_relaxed);
+  c.attend_tokens.fetch_add(tokens, std::memory_order_relaxed);
+  c.attend_bytes.fetch_add(bytes, std::memory_order_relaxed);
+  c.attend.Add(std::chrono::steady_clock::now() - start_);
+  // What the rows read is given back before anybody learns that they are answered.
+  admitted_.clear();
+  params_.done();
+}
+
+}  // namespace quarry

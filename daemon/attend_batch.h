@@ -1,0 +1,99 @@
+// AttendBatch: one call of Engine::Attend, from its rows to its answers.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "daemon/attend_lane.h"
+#include "daemon/context_table.h"
+#include "daemon/engine_counters.h"
+#include "daemon/executor.h"
+#include "daemon/scan_plan.h"
+#include "daemon/session_table.h"
+#include "proto/retrieval_types.h"
+
+namespace quarry {
+
+// Checks of a row that AttendRow and TopK share: layer, heads, dtype, range order, q present.
+absl::Status CheckRow(const AttendRow& row, const KvShape& shape);
+
+// The rows are admitted (checked, copied, their tokens stored) on the calling thread, planned as
+// lanes, and scanned by the executor's threads and the caller, or by the caller alone.
+class AttendBatch final : public Executor::Job, public std::enable_shared_from_this<AttendBatch> {
+ public:
+  struct Params {
+    std::shared_ptr<Session> session;
+    std::span<const AttendRow> rows;
+    std::span<AttendAnswer> answers;
+    std::function<void()> done;
+    uint32_t task_tokens = 0;
+    uint64_t inline_bytes = 0;
+    EngineCounters* counters = nullptr;
+  };
+  AttendBatch(Params params, const ContextTable& contexts);
+
+  // Runs the batch; `done` has run, or will on an executor's thread.
+  void Start(Executor& executor);
+  void RunTask(uint32_t task) override;
+
+ private:
+  class RefineJob;
+  struct AdmittedRow {
+    uint32_t index = 0;  // in the batch
+    std::shared_ptr<Context> context;
+    std::shared_ptr<const BlockTable> table;
+    size_t q_offset = 0;
+    ScanKind kind = ScanKind::kExact;
+  };
+  struct LaneSeat {  // one KV head of one admitted row
+    LaneKey key;
+    uint32_t row = 0;  // in admitted_
+  };
+  struct Task {
+    AttendLane* lane;
+    uint32_t unit;
+  };
+  struct Plan {
+    std::vector<uint32_t> rows;  // in admitted_
+    ScanKind kind;
+    std::vector<ScanUnit> units;
+  };
+
+  absl::Status Admit(const AttendRow& row, AttendAnswer& answer, AdmittedRow* admitted);
+  void PlanLanes();
+  std::vector<LaneSeat> Seats() const;
+  const Plan& PlanFor(std::span<const LaneSeat> seats);
+  void AddLane(std::span<const LaneSeat> seats);
+  bool cancelled();
+  void UnitDone(AttendLane& lane, bool refining);
+  void StartRefine(AttendLane& lane);
+  void LaneDone();
+  void Finish();
+  void FailAdmitted(const absl::Status& status);
+
+  const Params params_;
+  const ContextTable& contexts_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+
+  // Constant once Start has planned.
+  std::vector<float> q_;                  // of all admitted rows, [heads][head_dim] each
+  std::vector<AdmittedRow> admitted_;
+  std::deque<Plan> plans_;
+  std::deque<AttendLane> lanes_;
+  std::vector<std::vector<uint32_t>> lane_rows_;  // per lane, of admitted_
+  std::vector<Task> tasks_;
+  Executor* executor_ = nullptr;          // null: answered by the caller alone
+
+  std::atomic<uint32_t> lanes_left_{0};
+  std::atomic<bool> cancelled_{false};
+};
+
+}  // namespace quarry

@@ -1,0 +1,161 @@
+#include "daemon/attend_lane.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/container/inlined_vector.h"
+#include "daemon/kv_segments.h"
+#include "daemon/run_registry.h"
+
+namespace quarry {
+
+// What one unit scans, and by which index.
+struct AttendLane::View {
+  View(const LaneKey& key, const ScanUnit& unit)
+      : index(unit.run == nullptr ? ExactScan() : unit.run->index(key.layer, key.kv_head)),
+        // The exact scan reads no more than is asked; another index wants its whole run.
+        segments(*key.shape, key.layer, key.kv_head,
+                 &index == &ExactScan() ? unit.tokens : unit.run->tokens(), unit.blocks,
+                 unit.first_block) {}
+  const KeyIndex& index;
+  const KvSegments segments;
+};
+
+// The queries of one unit: contiguous, each with its range.
+class AttendLane::Queries {
+ public:
+  Queries(const AttendLane& lane, const ScanUnit& unit) {
+    const KvShape& s = *lane.key_.shape;
+    for (const TokenRange& range : unit.ranges) {
+      for (uint32_t g = 0; g < lane.group_; ++g) ranges_.push_back(range);
+    }
+    block_.q = Pack(lane, unit);
+    block_.q_dtype = lane.key_.q_dtype;
+    block_.queries = static_cast<uint32_t>(ranges_.size());
+    block_.head_dim = s.head_dim;
+    block_.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
+    block_.ranges = ranges_;
+  }
+  const QueryBlock& block() const { return block_; }
+
+ private:
+  // The lane's own buffer where the unit's members are neighbours in it, else a copy.
+  const float* Pack(const AttendLane& lane, const ScanUnit& unit) {
+    const size_t floats = size_t{lane.group_} * lane.key_.shape->head_dim;
+    bool neighbours = true;
+    for (size_t i = 1; i < unit.members.size(); ++i) {
+      neighbours &= unit.members[i] == unit.members[i - 1] + 1;
+    }
+    const auto q_of = [&](uint32_t member) { return lane.members_[member].q; };
+    if (neighbours) return q_of(unit.members.front());
+    packed_.resize(unit.members.size() * floats);
+    for (size_t i = 0; i < unit.members.size(); ++i) {
+      std::copy_n(q_of(unit.members[i]), floats, packed_.data() + i * floats);
+    }
+    return packed_.data();
+  }
+
+  absl::InlinedVector<TokenRange, 32> ranges_;
+  std::vector<float> packed_;
+  QueryBlock block_;
+};
+
+AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
+                       std::span<const ScanUnit> units)
+    : key_(key),
+      group_(key.shape->group()),
+      units_(units),
+      members_(members.begin(), members.end()),
+      results_(members.size()) {
+  const size_t head_dim = key.shape->head_dim;
+  const size_t floats = group_ * head_dim;
+  if (members_.size() > 1) {
+    packed_q_.resize(members_.size() * floats);
+    for (size_t m = 0; m < members_.size(); ++m) {
+      std::copy_n(members_[m].q, floats, packed_q_.data() + m * floats);
+      members_[m].q = packed_q_.data() + m * floats;
+    }
+  }
+  size_t slots = 0;
+  for (const ScanUnit& unit : units_) {
+    first_slot_.push_back(static_cast<uint32_t>(slots));
+    slots += unit.members.size() * group_;
+  }
+  first_slot_.push_back(static_cast<uint32_t>(slots));
+  partials_.resize(slots);
+  acc_ = std::make_unique_for_overwrite<float[]>(slots * head_dim);
+  if (key.kind == ScanKind::kIndexed) {
+    coarse_.resize(units_.size());
+    allotments_.resize(units_.size());
+  }
+}
+
+uint64_t AttendLane::scan_bytes() const {
+  uint64_t tokens = 0;
+  for (const ScanUnit& unit : units_) tokens += unit.tokens.size();
+  return tokens * 2 * key_.shape->vector_bytes();
+}
+
+std::span<Partial> AttendLane::UnitPartials(uint32_t unit) {
+  return std::span(partials_).subspan(first_slot_[unit], first_slot_[unit + 1] - first_slot_[unit]);
+}
+
+void AttendLane::ClearPartials(uint32_t unit) {
+  const size_t head_dim = key_.shape->head_dim;
+  const std::span<Partial> partials = UnitPartials(unit);
+  float* const acc = acc_.get() + size_t{first_slot_[unit]} * head_dim;
+  std::fill_n(acc, partials.size() * head_dim, 0.0f);
+  for (size_t i = 0; i < partials.size(); ++i) {
+    partials[i] = Partial{};
+    partials[i].acc = std::span(acc + i * head_dim, head_dim);
+  }
+}
+
+void AttendLane::Scan(uint32_t u) {
+  const ScanUnit& unit = units_[u];
+  const View view(key_, unit);
+  const Queries queries(*this, unit);
+  if (key_.kind == ScanKind::kIndexed) {
+    view.index.Score(view.segments.view(), queries.block(), &coarse_[u]);
+    return;
+  }
+  ClearPartials(u);
+  view.index.AttendAll(view.segments.view(), queries.block(), UnitPartials(u));
+}
+
+void AttendLane::Refine(uint32_t u) {
+  const ScanUnit& unit = units_[u];
+  const View view(key_, unit);
+  const Queries queries(*this, unit);
+  ClearPartials(u);
+  view.index.Refine(view.segments.view(), queries.block(), coarse_[u], allotments_[u],
+                    UnitPartials(u));
+  coarse_[u] = CoarseScores{};  // of no more use, and large
+}
+
+void AttendLane::Finish() {
+  const size_t head_dim = key_.shape->head_dim;
+  std::vector<float> acc(members_.size() * group_ * head_dim);
+  std::vector<Partial> totals(members_.size() * group_);
+  for (size_t i = 0; i < totals.size(); ++i) {
+    totals[i].acc = std::span(acc).subspan(i * head_dim, head_dim);
+  }
+  for (uint32_t u = 0; u < units(); ++u) {
+    const std::span<Partial> partials = UnitPartials(u);
+    for (size_t i = 0; i < partials.size(); ++i) {
+      const size_t slot = i / group_;
+      totals[units_[u].members[slot] * group_ + i % group_].Merge(partials[i]);
+    }
+  }
+  for (size_t m = 0; m < members_.size(); ++m) {
+    for (uint32_t g = 0; g < group_; ++g) {
+      const Partial& total = totals[m * group_ + g];
+      members_[m].lse[g] = total.Finish(std::span(members_[m].o + g * head_dim, head_dim));
+      results_[m].tokens += total.tokens;
+      results_[m].bytes += total.bytes;
+    }
+  }
+}
+
+}  // namespace quarry

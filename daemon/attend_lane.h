@@ -1,0 +1,84 @@
+// AttendLane: one KV head of one layer, for all rows of a batch that ask for it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cpu_index/key_index.h"
+#include "cpu_index/partial.h"
+#include "daemon/scan_plan.h"
+#include "proto/retrieval_types.h"
+#include "proto/types.h"
+
+namespace quarry {
+
+// What all queries of a lane have in common.
+struct LaneKey {
+  const KvShape* shape = nullptr;  // outlives the lane
+  uint32_t layer = 0;
+  uint32_t kv_head = 0;
+  DType q_dtype = DType::kFp32;
+  ScanKind kind = ScanKind::kExact;
+};
+
+// The part of a row that falls to a lane: the query heads of one KV head's group.
+struct LaneMember {
+  const float* q = nullptr;  // [group][head_dim], widened; read when the lane is made
+  Budget budget;
+  float* o = nullptr;        // [group][head_dim], written by Finish
+  float* lse = nullptr;      // [group]
+};
+
+struct LaneResult {
+  uint64_t tokens = 0, bytes = 0;
+  float error_estimate = 0;
+};
+
+// The units of a plan are scanned by any threads in any order; partials are merged in the order
+// of the units, so the answer does not depend on the threads. Exact lanes: Scan each unit, then
+// Finish. Indexed lanes: Scan each, Allocate, Refine each, then Finish.
+class AttendLane {
+ public:
+  // `units` is PlanScan's answer for these members, and outlives the lane.
+  AttendLane(const LaneKey& key, std::span<const LaneMember> members,
+             std::span<const ScanUnit> units);
+
+  const LaneKey& key() const { return key_; }
+  uint32_t units() const { return static_cast<uint32_t>(units_.size()); }
+  uint64_t scan_bytes() const;
+
+  void Scan(uint32_t unit);
+  void Allocate();
+  void Refine(uint32_t unit);
+  void Finish();
+  std::span<const LaneResult> results() const { return results_; }  // by member
+
+  // Counts a finished unit; true for the last one of the phase, which may start the next.
+  bool UnitDone() { return units_left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
+  void StartPhase() { units_left_.store(units(), std::memory_order_release); }
+
+ private:
+  struct View;
+  class Queries;
+
+  std::span<Partial> UnitPartials(uint32_t unit);
+  void ClearPartials(uint32_t unit);
+
+  const LaneKey key_;
+  const uint32_t group_;
+  const std::span<const ScanUnit> units_;
+  std::vector<LaneMember> members_;
+  std::vector<float> packed_q_;             // [member][group][head_dim], if there are several
+  std::vector<uint32_t> first_slot_;        // per unit, of partials_; one past the end at the end
+  std::vector<Partial> partials_;           // [unit][slot][group]
+  std::unique_ptr<float[]> acc_;            // [partial][head_dim], cleared by who scans
+  std::vector<CoarseScores> coarse_;        // indexed lanes: per unit
+  std::vector<RunAllotment> allotments_;    // indexed lanes: per unit
+  std::vector<LaneResult> results_;
+  std::atomic<uint32_t> units_left_{0};
+};
+
+}  // namespace quarry

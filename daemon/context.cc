@@ -1,0 +1,330 @@
+#include "daemon/context.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/finite.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+std::string RangeText(TokenRange range) {
+  return absl::StrCat("[", range.lo, ", ", range.hi, ")");
+}
+
+}  // namespace
+
+Context::Context(const ContextServices& services, ContextParams params, ContextStart start)
+    : services_(services),
+      params_(std::move(params)),
+      frontier_(size_t{shape().layers} * shape().kv_heads),
+      table_(std::make_shared<const BlockTable>(std::move(start.table))),
+      token_ids_(std::move(start.token_ids)),
+      claimed_(frontier_.size()),
+      full_strips_(table_->blocks.size()) {
+  for (auto& frontier : frontier_) frontier.store(start.tokens, std::memory_order_relaxed);
+}
+
+absl::Status Context::Append(const AppendRequest& r) {
+  const KvInput input{r.layer, r.first_kv_head, r.kv_heads, r.range, r.k, r.v, r.new_token_ids};
+  return Store(input, Caller::kAppend);
+}
+
+absl::Status Context::AppendToken(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads,
+                                  uint32_t position, const void* k, const void* v) {
+  // A position at the end of the number range must not wrap to an empty range.
+  if (position >= params_.max_tokens) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("context ", params_.id.value, ": token position ", position,
+                     " is not below max_tokens ", params_.max_tokens));
+  }
+  const KvInput input{layer, first_kv_head, kv_heads, {position, position + 1}, k, v, {}};
+  return Store(input, Caller::kAttend);
+}
+
+absl::Status Context::Store(const KvInput& input, Caller caller) {
+  QUARRY_RETURN_IF_ERROR(CheckInput(input));
+  QUARRY_RETURN_IF_ERROR(Claim(input, caller));
+  return Commit(input, CopyIn(input));
+}
+
+absl::Status Context::CheckInput(const KvInput& input) const {
+  const KvShape& s = shape();
+  if (input.layer >= s.layers) {
+    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": layer ",
+                                                   input.layer, " of ", s.layers, " layers"));
+  }
+  if (input.kv_heads == 0 || input.first_kv_head >= s.kv_heads ||
+      input.kv_heads > s.kv_heads - input.first_kv_head) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "context ", params_.id.value, ": KV heads [", input.first_kv_head, ", ",
+        uint64_t{input.first_kv_head} + input.kv_heads, ") of ", s.kv_heads, " KV heads"));
+  }
+  if (input.range.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": tokens ",
+                                                   RangeText(input.range), " are none"));
+  }
+  if (input.range.hi > params_.max_tokens) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("context ", params_.id.value, ": tokens ", RangeText(input.range),
+                     " pass max_tokens ", params_.max_tokens));
+  }
+  if (input.k == nullptr || input.v == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("context ", params_.id.value, ": K or V is missing"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Context::Claim(const KvInput& input, Caller caller) {
+  absl::MutexLock lock(&mutex_);
+  if (sealed_) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("context ", params_.id.value, " is sealed"));
+  }
+  const size_t first = size_t{input.layer} * shape().kv_heads + input.first_kv_head;
+  for (size_t i = 0; i < input.kv_heads; ++i) {
+    const uint32_t next = frontier_[first + i].load(std::memory_order_relaxed);
+    if (claimed_[first + i]) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "context ", params_.id.value, ": layer ", input.layer, ", KV head ",
+          input.first_kv_head + i, " is being appended to by another call"));
+    }
+    if (next == input.range.lo) continue;
+    const std::string message = absl::StrCat(
+        "context ", params_.id.value, ": tokens ", RangeText(input.range), " of layer ",
+        input.layer, ", KV head ", input.first_kv_head + i, ": the next token is ", next);
+    return caller == Caller::kAttend ? absl::FailedPreconditionError(message)
+                                     : absl::InvalidArgumentError(message);
+  }
+  std::span<const uint32_t> fresh;
+  QUARRY_RETURN_IF_ERROR(CheckIds(input, &fresh));  // before the copy, to refuse early
+  for (size_t i = 0; i < input.kv_heads; ++i) claimed_[first + i] = true;
+  return absl::OkStatus();
+}
+
+absl::Status Context::CheckIds(const KvInput& input, std::span<const uint32_t>* fresh) const {
+  *fresh = {};
+  if (input.ids.empty()) return absl::OkStatus();
+  const auto known = static_cast<uint32_t>(token_ids_.size());
+  uint32_t first;  // token of ids[0]
+  if (input.ids.size() == input.range.size()) {
+    first = input.range.lo;
+  } else if (known < input.range.hi && input.ids.size() == input.range.hi - known) {
+    first = known;
+  } else {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "context ", params_.id.value, ": ", input.ids.size(), " token ids for tokens ",
+        RangeText(input.range), " with ", known, " ids known"));
+  }
+  if (first > known) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("context ", params_.id.value, ": ids of tokens ", RangeText(input.range),
+                     " leave a gap after the ", known, " known"));
+  }
+  for (uint32_t i = 0; i < input.ids.size() && first + i < known; ++i) {
+    if (token_ids_[first + i] == input.ids[i]) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("context ", params_.id.value, ": token ", first + i, " has id ",
+                     token_ids_[first + i], ", not ", input.ids[i]));
+  }
+  if (first + input.ids.size() > known) *fresh = input.ids.subspan(known - first);
+  return absl::OkStatus();
+}
+
+absl::Status Context::CopyIn(const KvInput& input) {
+  const KvShape& s = shape();
+  const size_t vector_bytes = s.vector_bytes();
+  const size_t token_bytes = vector_bytes * input.kv_heads;
+  const std::shared_ptr<const BlockTable> table = Table();
+  for (uint32_t lo = input.range.lo; lo < input.range.hi;) {
+    const uint32_t block = lo / kBlockTokens;
+    const uint32_t hi = std::min(input.range.hi, (block + 1) * kBlockTokens);
+    std::byte* const data = table->blocks[block]->writable();
+    for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
+      const auto* const source =
+          static_cast<const std::byte*>(part == KvPart::kKey ? input.k : input.v) +
+          size_t{lo - input.range.lo} * token_bytes;
+      for (uint32_t h = 0; h < input.kv_heads; ++h) {
+        std::byte* const strip = data + s.strip_offset(input.layer, part, input.first_kv_head + h) +
+                                 size_t{lo % kBlockTokens} * vector_bytes;
+        for (uint32_t t = 0; t < hi - lo; ++t) {
+          std::memcpy(strip + t * vector_bytes, source + t * token_bytes + h * vector_bytes,
+                      vector_bytes);
+        }
+        // The copy is checked, not the source: a client may change that at any time.
+        if (AllFinite(s.dtype, strip, size_t{hi - lo} * s.head_dim)) continue;
+        uint32_t bad = 0;
+        while (AllFinite(s.dtype, strip + bad * vector_bytes, s.head_dim)) ++bad;
+        return absl::InvalidArgumentError(absl::StrCat(
+            "context ", params_.id.value, ": NaN or infinity in ",
+            part == KvPart::kKey ? "K" : "V", " of layer ", input.layer, ", token ", lo + bad,
+            ", KV head ", input.first_kv_head + h));
+      }
+    }
+    lo = hi;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Context::Commit(const KvInput& input, absl::Status outcome) {
+  bool maintain = false;
+  {
+    absl::MutexLock lock(&mutex_);
+    const size_t first = size_t{input.layer} * shape().kv_heads + input.first_kv_head;
+    for (size_t i = 0; i < input.kv_heads; ++i) claimed_[first + i] = false;
+    QUARRY_RETURN_IF_ERROR(outcome);
+    std::span<const uint32_t> fresh;
+    QUARRY_RETURN_IF_ERROR(CheckIds(input, &fresh));
+    token_ids_.insert(token_ids_.end(), fresh.begin(), fresh.end());
+    // Release: who sees the new frontier sees the bytes below it.
+    for (size_t i = 0; i < input.kv_heads; ++i) {
+      frontier_[first + i].store(input.range.hi, std::memory_order_release);
+    }
+    maintain = CountFullBlocks(input);
+  }
+  const uint64_t tokens = input.range.size();
+  services_.counters->append_tokens.fetch_add(tokens, std::memory_order_relaxed);
+  services_.counters->append_bytes.fetch_add(
+      tokens * input.kv_heads * 2 * shape().vector_bytes(), std::memory_order_relaxed);
+  if (maintain) services_.background->Enqueue(shared_from_this());
+  return absl::OkStatus();
+}
+
+bool Context::CountFullBlocks(const KvInput& input) {
+  bool any = false;
+  const uint32_t strips = shape().layers * shape().kv_heads;
+  for (uint32_t b = input.range.lo / kBlockTokens; (b + 1) * kBlockTokens <= input.range.hi; ++b) {
+    full_strips_[b] += input.kv_heads;
+    any |= full_strips_[b] == strips;
+  }
+  return any;
+}
+
+absl::Status Context::DeclareTokens(std::span<const uint32_t> ids) {
+  {
+    absl::MutexLock lock(&mutex_);
+    const uint64_t known = token_ids_.size();
+    if (known + ids.size() > params_.max_tokens) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("context ", params_.id.value, ": ", ids.size(), " token ids after ", known,
+                       " known pass max_tokens ", params_.max_tokens));
+    }
+    token_ids_.insert(token_ids_.end(), ids.begin(), ids.end());
+  }
+  // Blocks that were full before their ids were known become publishable.
+  services_.background->Enqueue(shared_from_this());
+  return absl::OkStatus();
+}
+
+void Context::Seal() {
+  {
+    absl::MutexLock lock(&mutex_);
+    sealed_ = true;
+  }
+  Maintain();
+}
+
+uint32_t Context::AvailableTokens(uint32_t layer, uint32_t first_kv_head,
+                                  uint32_t kv_heads) const {
+  uint32_t tokens = params_.max_tokens;
+  for (uint32_t h = first_kv_head; h < first_kv_head + kv_heads; ++h) {
+    tokens = std::min(tokens, Frontier(layer, h).load(std::memory_order_acquire));
+  }
+  return tokens;
+}
+
+uint32_t Context::CompleteTokens() const {
+  uint32_t tokens = params_.max_tokens;
+  for (const auto& frontier : frontier_) {
+    tokens = std::min(tokens, frontier.load(std::memory_order_acquire));
+  }
+  return tokens;
+}
+
+std::shared_ptr<const BlockTable> Context::Table() const {
+  absl::MutexLock lock(&mutex_);
+  return table_;
+}
+
+void Context::SwapTable(std::shared_ptr<const BlockTable> table) {
+  // The old snapshot may be the last owner of blocks: it ends outside the lock.
+  absl::MutexLock lock(&mutex_);
+  table_.swap(table);
+}
+
+std::vector<uint32_t> Context::TokenIds(uint32_t limit) const {
+  absl::MutexLock lock(&mutex_);
+  return {token_ids_.begin(), token_ids_.begin() + std::min<size_t>(limit, token_ids_.size())};
+}
+
+ContextInfo Context::Info() const {
+  ContextInfo info;
+  info.context = params_.id;
+  info.model = params_.spec.name;
+  info.shape = shape();
+  info.tokens = CompleteTokens();
+  info.max_tokens = params_.max_tokens;
+  std::shared_ptr<const BlockTable> table;
+  {
+    absl::MutexLock lock(&mutex_);
+    table = table_;
+    info.known_tokens = static_cast<uint32_t>(token_ids_.size());
+    info.sealed = sealed_;
+  }
+  for (const auto& block : table->blocks) {
+    const bool published = block->published();
+    info.shared_tokens += published ? kBlockTokens : 0;
+    (published ? info.shared_bytes : info.private_bytes) += shape().block_bytes();
+  }
+  return info;
+}
+
+absl::Status Context::Read(uint32_t layer, TokenRange range, std::span<std::byte> k,
+                           std::span<std::byte> v) const {
+  const KvShape& s = shape();
+  if (layer >= s.layers) {
+    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": layer ", layer,
+                                                   " of ", s.layers, " layers"));
+  }
+  const uint32_t available = AvailableTokens(layer, 0, s.kv_heads);
+  if (range.lo > range.hi || range.hi > available) {
+    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": tokens ",
+                                                   RangeText(range), " of layer ", layer,
+                                                   ", which has ", available));
+  }
+  const size_t vector_bytes = s.vector_bytes();
+  const size_t token_bytes = vector_bytes * s.kv_heads;
+  const size_t wanted = range.size() * token_bytes;
+  if (k.size() != wanted || v.size() != wanted) {
+    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": K and V of ",
+                                                   k.size(), " and ", v.size(), " bytes for ",
+                                                   wanted));
+  }
+  const std::shared_ptr<const BlockTable> table = Table();
+  for (uint32_t lo = range.lo; lo < range.hi;) {
+    const uint32_t block = lo / kBlockTokens;
+    const uint32_t hi = std::min(range.hi, (block + 1) * kBlockTokens);
+    QUARRY_RETURN_IF_ERROR(table->blocks[block]->Verify());
+    for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
+      std::byte* const out = (part == KvPart::kKey ? k : v).data() +
+                             size_t{lo - range.lo} * token_bytes;
+      for (uint32_t h = 0; h < s.kv_heads; ++h) {
+        const std::byte* const strip = table->blocks[block]->data() +
+                                       s.strip_offset(layer, part, h) +
+                                       size_t{lo % kBlockTokens} * vector_bytes;
+        for (uint32_t t = 0; t < hi - lo; ++t) {
+          std::memcpy(out + t * token_bytes + h * vector_bytes, strip + t * vector_bytes,
+                      vector_bytes);
+        }
+      }
+    }
+    lo = hi;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace quarry

@@ -1,0 +1,143 @@
+// Context: one sequence's KV, as blocks, and how far each layer and KV head has got.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+#include "daemon/background.h"
+#include "daemon/block_table.h"
+#include "daemon/engine_counters.h"
+#include "daemon/run_registry.h"
+#include "proto/kv_types.h"
+
+namespace quarry {
+
+// What a context uses of its engine; outlives it.
+struct ContextServices {
+  BlockStore* store = nullptr;
+  RunRegistry* runs = nullptr;
+  BackgroundWorker* background = nullptr;
+  EngineCounters* counters = nullptr;
+};
+
+// Constant from open to close.
+struct ContextParams {
+  ContextId id;
+  SessionId owner;
+  std::string tenant;
+  ModelSpec spec;
+  std::vector<InputDigest> inputs;
+  NumericRecipe recipe;  // of what this context appends
+  uint32_t max_tokens = 0;
+};
+
+// Where a context starts: nothing, a reused prefix, or a fork.
+struct ContextStart {
+  BlockTable table;                // blocks for max_tokens
+  uint32_t tokens = 0;             // present in all layers
+  std::vector<uint32_t> token_ids; // known, from token 0
+};
+
+// K and V of tokens to store, [token][kv_head][head_dim]; borrowed, may lie in memory that a
+// client can write.
+struct KvInput {
+  uint32_t layer = 0;
+  uint32_t first_kv_head = 0;
+  uint32_t kv_heads = 0;
+  TokenRange range;
+  const void* k = nullptr;
+  const void* v = nullptr;
+  std::span<const uint32_t> ids;
+};
+
+// Thread-safe. Held by shared_ptr: attends, appends and background work in flight keep a context
+// whose session has ended until they are done with it.
+//
+// A (layer, KV head) has one writer at a time, which claims it, writes beyond the frontier without
+// a lock, and then moves the frontier; readers see only what lies below it.
+class Context : public BackgroundWorker::Client,
+                public std::enable_shared_from_this<Context> {
+ public:
+  Context(const ContextServices& services, ContextParams params, ContextStart start);
+
+  const ContextParams& params() const { return params_; }
+  const KvShape& shape() const { return params_.spec.shape; }
+
+  absl::Status Append(const AppendRequest& request);
+  // The new token of a decode step; `k` and `v` are [kv_heads][head_dim].
+  absl::Status AppendToken(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads,
+                           uint32_t position, const void* k, const void* v);
+  absl::Status DeclareTokens(std::span<const uint32_t> ids);
+
+  // No more appends; publishes what is full. What cannot be published (counted) stays private.
+  void Seal();
+  ContextInfo Info() const;
+  absl::Status Read(uint32_t layer, TokenRange range, std::span<std::byte> k,
+                    std::span<std::byte> v) const;
+
+  // Tokens that may be attended in this layer by these KV heads.
+  uint32_t AvailableTokens(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads) const;
+  // Tokens present in all layers and heads.
+  uint32_t CompleteTokens() const;
+  std::shared_ptr<const BlockTable> Table() const;
+  std::vector<uint32_t> TokenIds(uint32_t limit) const;
+
+  // Background: publishes full blocks, attaches runs.
+  void Maintain() override;
+
+ private:
+  enum class Caller { kAppend, kAttend };
+
+  absl::Status Store(const KvInput& input, Caller caller);
+  absl::Status CheckInput(const KvInput& input) const;
+  absl::Status Claim(const KvInput& input, Caller caller);
+  absl::Status CopyIn(const KvInput& input);
+  // Moves the frontier (or, if `outcome` failed, only ends the claim).
+  absl::Status Commit(const KvInput& input, absl::Status outcome);
+  absl::Status CheckIds(const KvInput& input, std::span<const uint32_t>* fresh) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Counts blocks that became full; true if one is full in all layers and heads.
+  bool CountFullBlocks(const KvInput& input) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  void PublishFullBlocks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  absl::Status PublishBlock(uint32_t block, std::span<const uint32_t> ids)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  void SwapTable(std::shared_ptr<const BlockTable> table);
+
+  std::atomic<uint32_t>& Frontier(uint32_t layer, uint32_t kv_head) {
+    return frontier_[size_t{layer} * shape().kv_heads + kv_head];
+  }
+  const std::atomic<uint32_t>& Frontier(uint32_t layer, uint32_t kv_head) const {
+    return frontier_[size_t{layer} * shape().kv_heads + kv_head];
+  }
+
+  // Constant after construction.
+  const ContextServices services_;
+  const ContextParams params_;
+  // [layer][kv_head]: tokens stored. Written by the claim's holder under mutex_.
+  std::vector<std::atomic<uint32_t>> frontier_;
+
+  // One publisher at a time; taken before mutex_, never by an append or an attend.
+  absl::Mutex maintenance_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);
+  uint32_t published_blocks_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;  // from token 0
+  bool publishing_failed_ ABSL_GUARDED_BY(maintenance_mutex_) = false;
+  uint32_t next_run_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;
+
+  // Held for bookkeeping only, never during a copy or a scan.
+  mutable absl::Mutex mutex_;
+  std::shared_ptr<const BlockTable> table_ ABSL_GUARDED_BY(mutex_);
+  std::vector<uint32_t> token_ids_ ABSL_GUARDED_BY(mutex_);
+  std::vector<bool> claimed_ ABSL_GUARDED_BY(mutex_);         // [layer][kv_head]
+  std::vector<uint32_t> full_strips_ ABSL_GUARDED_BY(mutex_);  // per block, of layers * kv_heads
+  bool sealed_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+}  // namespace quarry

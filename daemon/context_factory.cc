@@ -1,0 +1,195 @@
+#include "daemon/context_factory.h"
+
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+// Each accepted recipe may cost a hash per block: a bound on what one Open can ask for.
+constexpr size_t kMaxAcceptedRecipes = 64;
+
+uint32_t BlocksFor(uint32_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
+
+// Reserves and begins the private blocks of a context: all of them now, so that decode never
+// meets a full arena. On failure nothing stays reserved.
+absl::Status BeginBlocks(BlockStore& store, const std::string& tenant, uint64_t block_bytes,
+                         uint32_t count, const BlockOrigin& origin,
+                         std::vector<std::shared_ptr<HeldBlock>>* blocks) {
+  if (count == 0) return absl::OkStatus();
+  QUARRY_RETURN_IF_ERROR(store.Reserve(tenant, block_bytes, count));
+  blocks->reserve(blocks->size() + count);
+  for (uint32_t i = 0; i < count; ++i) {
+    absl::StatusOr<BlockView> view = store.Begin(tenant, block_bytes);
+    if (!view.ok()) {
+      store.Unreserve(tenant, block_bytes, count - i);
+      return view.status();
+    }
+    blocks->push_back(std::make_shared<HeldBlock>(store, *view, origin));
+  }
+  return absl::OkStatus();
+}
+
+// Copies the first `tokens` tokens of a block, of every layer and KV head.
+void CopyTokens(const KvShape& shape, const HeldBlock& from, uint32_t tokens, HeldBlock* to) {
+  const size_t bytes = tokens * shape.vector_bytes();
+  for (uint32_t layer = 0; layer < shape.layers; ++layer) {
+    for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
+      for (uint32_t h = 0; h < shape.kv_heads; ++h) {
+        const uint64_t strip = shape.strip_offset(layer, part, h);
+        std::memcpy(to->writable() + strip, from.data() + strip, bytes);
+      }
+    }
+  }
+}
+
+// Whose block is it when a fork appends to a copy of its parent's partial block? The fork's, if
+// its recipe covers what the parent did; approximate KV must not pass for dense.
+BlockOrigin OriginOfCopy(const BlockOrigin& copied, const BlockOrigin& own) {
+  BlockOrigin origin = own;
+  origin.publishable =
+      copied.publishable && (copied.dense || copied.name_space == own.name_space);
+  return origin;
+}
+
+// The runs that a fork at `tokens` keeps; the one it cuts is searched up to there.
+std::vector<RunUse> RunsBelow(const std::vector<RunUse>& runs, uint32_t tokens) {
+  std::vector<RunUse> kept;
+  for (const RunUse& use : runs) {
+    const TokenRange below = Intersect(use.tokens, {0, tokens});
+    if (!below.empty()) kept.push_back({use.run, below});
+  }
+  return kept;
+}
+
+}  // namespace
+
+absl::Status ContextFactory::CheckMaxTokens(const RopeSpec& rope, uint32_t max_tokens) const {
+  if (max_tokens == 0) return absl::InvalidArgumentError("max_tokens is 0");
+  if (max_tokens > max_context_tokens_) {
+    return absl::InvalidArgumentError(absl::StrCat("max_tokens ", max_tokens,
+                                                   " is above the limit of ",
+                                                   max_context_tokens_));
+  }
+  if (rope.regime_max_tokens != 0 && max_tokens > rope.regime_max_tokens) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "max_tokens ", max_tokens, " is above the ", rope.regime_max_tokens, " tokens of the ",
+        rope.regime == RopeRegime::kShort ? "short rope regime" : "rope regime",
+        ": open the context in the regime of its maximum length"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ContextFactory::CheckOpen(const OpenRequest& request) const {
+  QUARRY_RETURN_IF_ERROR(ValidateModelSpec(request.spec));
+  if (request.accepts.size() > kMaxAcceptedRecipes) {
+    return absl::InvalidArgumentError(absl::StrCat(request.accepts.size(),
+                                                   " accepted recipes; at most ",
+                                                   kMaxAcceptedRecipes, " are allowed"));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<PrefixMatch> ContextFactory::LongestPrefix(const Session& session,
+                                                          const OpenRequest& request) const {
+  QUARRY_RETURN_IF_ERROR(CheckOpen(request));
+  return prefixes_.FindAndLease(session.tenant(), request);
+}
+
+absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequest& request) {
+  QUARRY_RETURN_IF_ERROR(CheckOpen(request));
+  QUARRY_RETURN_IF_ERROR(CheckMaxTokens(request.spec.rope, request.max_tokens));
+  if (request.tokens.size() > request.max_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat(request.tokens.size(),
+                                                   " tokens for a context of max_tokens ",
+                                                   request.max_tokens));
+  }
+  QUARRY_RETURN_IF_ERROR(contexts_.CheckRoom());
+
+  PrefixMatch prefix = prefixes_.FindAndLease(session.tenant(), request);
+  OpenResult result;
+  result.reused_tokens = static_cast<uint32_t>(prefix.blocks.size()) * kBlockTokens;
+  result.reused_dense = prefix.dense;
+  for (const auto& block : prefix.blocks) result.reused_blocks.push_back(block->id());
+
+  ContextStart start;
+  start.tokens = result.reused_tokens;
+  start.token_ids = request.tokens;
+  start.table.blocks = std::move(prefix.blocks);
+  const auto reused = static_cast<uint32_t>(start.table.blocks.size());
+  QUARRY_RETURN_IF_ERROR(BeginBlocks(*services_.store, session.tenant(),
+                                     request.spec.shape.block_bytes(),
+                                     BlocksFor(request.max_tokens) - reused,
+                                     OriginOf(session.tenant(), request.spec, request.recipe),
+                                     &start.table.blocks));
+  QUARRY_RETURN_IF_ERROR(Insert(session,
+                                {{}, session.id(), session.tenant(), request.spec, request.inputs,
+                                 request.recipe, request.max_tokens},
+                                std::move(start), &result.context));
+  services_.counters->opened.fetch_add(1, std::memory_order_relaxed);
+  services_.counters->reused_tokens.fetch_add(result.reused_tokens, std::memory_order_relaxed);
+  return result;
+}
+
+absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkRequest& request) {
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> parent,
+                          contexts_.Find(session.tenant(), request.context));
+  const ContextParams& from = parent->params();
+  QUARRY_RETURN_IF_ERROR(CheckMaxTokens(from.spec.rope, request.max_tokens));
+  const uint32_t complete = parent->CompleteTokens();
+  if (request.tokens > complete) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("fork of context ", from.id.value, " at token ", request.tokens, ": only ",
+                     complete, " are complete in all layers"));
+  }
+  if (request.tokens > request.max_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("fork of context ", from.id.value, " at token ",
+                                                   request.tokens, " with max_tokens ",
+                                                   request.max_tokens));
+  }
+  QUARRY_RETURN_IF_ERROR(contexts_.CheckRoom());
+
+  const std::shared_ptr<const BlockTable> table = parent->Table();
+  const KvShape& shape = parent->shape();
+  const uint32_t whole = request.tokens / kBlockTokens;
+  const uint32_t partial = request.tokens % kBlockTokens;
+  const BlockOrigin own = OriginOf(session.tenant(), from.spec, request.recipe);
+  ContextStart start;
+  start.tokens = request.tokens;
+  start.token_ids = parent->TokenIds(request.tokens);
+  start.table.runs = RunsBelow(table->runs, request.tokens);
+  start.table.blocks.assign(table->blocks.begin(), table->blocks.begin() + whole);
+  if (partial > 0) {
+    const HeldBlock& copied = *table->blocks[whole];
+    QUARRY_RETURN_IF_ERROR(BeginBlocks(*services_.store, session.tenant(), shape.block_bytes(), 1,
+                                       OriginOfCopy(copied.origin(), own), &start.table.blocks));
+    CopyTokens(shape, copied, partial, start.table.blocks.back().get());
+  }
+  const auto begun = static_cast<uint32_t>(start.table.blocks.size());
+  QUARRY_RETURN_IF_ERROR(BeginBlocks(*services_.store, session.tenant(), shape.block_bytes(),
+                                     BlocksFor(request.max_tokens) - begun, own,
+                                     &start.table.blocks));
+  ContextId id;
+  QUARRY_RETURN_IF_ERROR(Insert(session,
+                                {{}, session.id(), session.tenant(), from.spec, from.inputs,
+                                 request.recipe, request.max_tokens},
+                                std::move(start), &id));
+  return id;
+}
+
+absl::Status ContextFactory::Insert(Session& session, ContextParams params, ContextStart start,
+                                    ContextId* id) {
+  params.id = contexts_.NextId();
+  *id = params.id;
+  const bool maintain = start.tokens > 0;
+  auto context =
+      std::make_shared<Context>(services_, std::move(params), std::move(start));
+  QUARRY_RETURN_IF_ERROR(contexts_.Insert(context, session));
+  if (maintain) services_.background->Enqueue(std::move(context));  // runs of what it starts with
+  return absl::OkStatus();
+}
+
+}  // namespace quarry

@@ -1,0 +1,82 @@
+// What a context does in the background: publishing full blocks and attaching runs.
+#include <algorithm>
+#include <utility>
+
+#include <spdlog/spdlog.h>
+
+#include "daemon/context.h"
+#include "daemon/prefix_index.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+
+void Context::Maintain() {
+  absl::MutexLock lock(&maintenance_mutex_);
+  PublishFullBlocks();
+  AttachRuns();
+}
+
+void Context::PublishFullBlocks() {
+  const uint32_t full = CompleteTokens() / kBlockTokens;
+  if (publishing_failed_ || published_blocks_ >= full) return;
+  const std::vector<uint32_t> ids = TokenIds(full * kBlockTokens);
+  const auto publishable = static_cast<uint32_t>(ids.size()) / kBlockTokens;
+  for (; published_blocks_ < publishable; ++published_blocks_) {
+    const std::shared_ptr<HeldBlock> block = Table()->blocks[published_blocks_];
+    if (block->published()) continue;
+    if (!block->origin().publishable) return;
+    const absl::Status status = PublishBlock(published_blocks_, ids);
+    if (status.ok()) continue;
+    // The id names other bytes (another shape, or a fork's other token ids). The context is as
+    // good as before, but neither this block nor its successors can be shared.
+    publishing_failed_ = true;
+    services_.counters->publish_failures.fetch_add(1, std::memory_order_relaxed);
+    spdlog::warn("publish failed context={} block={} error=\"{}\"", params_.id.value,
+                 published_blocks_, std::string(status.message()));
+    return;
+  }
+}
+
+absl::Status Context::PublishBlock(uint32_t index, std::span<const uint32_t> ids) {
+  const std::shared_ptr<const BlockTable> table = Table();
+  const std::shared_ptr<HeldBlock>& block = table->blocks[index];
+  const BlockId parent = index == 0 ? BlockId{} : table->blocks[index - 1]->id();
+  QUARRY_ASSIGN_OR_RETURN(
+      std::shared_ptr<HeldBlock> winner,
+      block->Publish(ContextBlockKey(parent, block->origin().name_space, shape(),
+                                     ids.subspan(size_t{index} * kBlockTokens, kBlockTokens),
+                                     InputsOfBlock(params_.inputs, index))));
+  if (winner == nullptr) return absl::OkStatus();
+  // Only maintenance swaps tables, so none is lost between the copy and the swap.
+  auto next = std::make_shared<BlockTable>(*table);
+  next->blocks[index] = std::move(winner);
+  SwapTable(std::move(next));
+  return absl::OkStatus();
+}
+
+void Context::AttachRuns() {
+  const RunGridOptions& grid = services_.runs->grid();
+  std::shared_ptr<BlockTable> next;
+  for (;; ++next_run_) {
+    const TokenRange tokens = grid.RunTokens(next_run_);
+    if (tokens.hi > published_blocks_ * kBlockTokens) break;
+    if (next == nullptr) next = std::make_shared<BlockTable>(*Table());
+    const auto use = std::find_if(next->runs.begin(), next->runs.end(),
+                                  [&](const RunUse& u) { return u.tokens.lo >= tokens.lo; });
+    if (use != next->runs.end() && use->tokens == tokens) continue;  // came with a fork
+    const uint32_t first = tokens.lo / kBlockTokens;
+    const uint32_t last = (tokens.hi - 1) / kBlockTokens;
+    RunUse own{services_.runs->GetOrBuild(
+                   next_run_, shape(), std::span(next->blocks).subspan(first, last - first + 1)),
+               tokens};
+    // What a fork searched under a bound gives way to the fork's own run.
+    if (use != next->runs.end() && use->tokens.lo == tokens.lo) {
+      *use = std::move(own);
+    } else {
+      next->runs.insert(use, std::move(own));
+    }
+  }
+  if (next != nullptr) SwapTable(std::move(next));
+}
+
+}  // namespace quarry

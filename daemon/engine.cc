@@ -1,0 +1,413 @@
+#include "daemon/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <limits>
+#include <thread>
+#include <utility>
+
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "daemon/attend_batch.h"
+#include "daemon/background.h"
+#include "daemon/context_factory.h"
+#include "daemon/context_table.h"
+#include "daemon/engine_counters.h"
+#include "daemon/executor.h"
+#include "daemon/finite.h"
+#include "daemon/opaque_blocks.h"
+#include "daemon/run_registry.h"
+#include "daemon/session_table.h"
+#include "daemon/top_k.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+absl::Status CheckOptions(const EngineOptions& o) {
+  const auto wrong = [](std::string_view key, uint64_t value, std::string_view wanted) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(std::string(key), " = ", value, ": ", std::string(wanted)));
+  };
+  if (o.run_tokens == 0 || o.run_tokens % kBlockTokens != 0) {
+    return wrong("run_tokens", o.run_tokens, "a multiple of 256 is wanted");
+  }
+  if (o.task_tokens == 0 || o.task_tokens % kBlockTokens != 0) {
+    return wrong("task_tokens", o.task_tokens, "a multiple of 256 is wanted");
+  }
+  constexpr uint32_t kMost = 1u << 30;  // so that sums of token numbers stay in 32 bits
+  for (const auto& [key, value] : {std::pair("run_tokens", o.run_tokens),
+                                   std::pair("task_tokens", o.task_tokens),
+                                   std::pair("first_run_token", o.first_run_token),
+                                   std::pair("max_context_tokens", o.max_context_tokens)}) {
+    if (value > kMost) return wrong(key, value, "at most 2^30 is allowed");
+  }
+  if (o.max_context_tokens == 0) return wrong("max_context_tokens", 0, "at least 1 is wanted");
+  if (o.max_queued_batches == 0) return wrong("max_queued_batches", 0, "at least 1 is wanted");
+  return absl::OkStatus();
+}
+
+uint32_t ExecutorThreads(const EngineOptions& options) {
+  if (options.executor_threads > 0) return options.executor_threads;
+  // The poller has a core of its own.
+  return std::max(2u, std::thread::hardware_concurrency()) - 1;
+}
+
+LatencySummary Summary(const LatencyPercentiles& p) {
+  const auto us = [](uint64_t ns) { return static_cast<double>(ns) * 1e-3; };
+  return {p.Count(),
+          us(p.PercentileNs(0.5)),
+          us(p.PercentileNs(0.9)),
+          us(p.PercentileNs(0.99)),
+          us(p.PercentileNs(0.999)),
+          us(p.MaxNs())};
+}
+
+// Adds the time until its end to a histogram.
+class Timed {
+ public:
+  explicit Timed(LatencyPercentiles& histogram) : histogram_(histogram) {}
+  ~Timed() { histogram_.Add(std::chrono::steady_clock::now() - start_); }
+
+ private:
+  LatencyPercentiles& histogram_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+class EngineImpl final : public Engine {
+ public:
+  EngineImpl(const EngineOptions& options, std::unique_ptr<BlockStore> store)
+      : options_(options),
+        store_(std::move(store)),
+        runs_({options.first_run_token, options.run_tokens}),
+        sessions_(options.max_sessions, options.max_leases_per_session),
+        contexts_(options.max_contexts),
+        opaque_(*store_),
+        factory_({store_.get(), &runs_, &background_, &counters_}, contexts_,
+                 options.max_context_tokens),
+        executor_({ExecutorThreads(options), options.max_queued_batches}) {}
+
+  absl::StatusOr<SessionId> StartSession(std::string_view tenant, std::string_view name) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Start(tenant, name));
+    return session->id();
+  }
+  absl::StatusOr<std::string> SessionTenant(SessionId id) const override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return session->tenant();
+  }
+  void EndSession(SessionId id) override {
+    const std::shared_ptr<Session> session = sessions_.Remove(id);
+    if (session == nullptr) return;
+    for (ContextId context : session->End()) contexts_.Remove(context);
+  }
+
+  absl::StatusOr<OpenResult> Open(SessionId id, const OpenRequest& request) override {
+    const Timed timed(counters_.open);
+    QUARRY_RETURN_IF_ERROR(CheckNotDraining());
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return factory_.Open(*session, request);
+  }
+  absl::Status DeclareTokens(SessionId id, ContextId context,
+                             std::span<const uint32_t> ids) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> c, FindContext(id, context));
+    return c->DeclareTokens(ids);
+  }
+  absl::Status Append(SessionId id, const AppendRequest& request) override {
+    const Timed timed(counters_.append);
+    QUARRY_RETURN_IF_ERROR(CheckNotDraining());
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> c, FindContext(id, request.context));
+    return c->Append(request);
+  }
+  absl::StatusOr<ContextInfo> Seal(SessionId id, ContextId context) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> c, FindContext(id, context));
+    c->Seal();
+    return c->Info();
+  }
+  absl::StatusOr<ContextId> Fork(SessionId id, const ForkRequest& request) override {
+    QUARRY_RETURN_IF_ERROR(CheckNotDraining());
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return factory_.Fork(*session, request);
+  }
+  absl::Status Close(SessionId id, ContextId context) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> c, FindContext(id, context));
+    contexts_.Remove(context);
+    if (auto owner = sessions_.Find(c->params().owner); owner.ok()) {
+      (*owner)->RemoveContext(context);
+    }
+    return absl::OkStatus();
+  }
+  absl::StatusOr<ContextInfo> Info(SessionId id, ContextId context) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> c, FindContext(id, context));
+    return c->Info();
+  }
+  absl::StatusOr<std::vector<ContextInfo>> ListContexts(SessionId id) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    std::vector<ContextInfo> list;
+    for (const auto& context : contexts_.List(session->tenant())) list.push_back(context->Info());
+    return list;
+  }
+
+  absl::Status Read(SessionId id, ContextId context, uint32_t layer, TokenRange range,
+                    std::span<std::byte> k, std::span<std::byte> v) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> c, FindContext(id, context));
+    const absl::Status status = c->Read(layer, range, k, v);
+    if (absl::IsDataLoss(status)) {
+      counters_.read_digest_failures.fetch_add(1, std::memory_order_relaxed);
+    }
+    return status;
+  }
+  absl::StatusOr<BlockLease> LeaseContextBlock(SessionId id, ContextId context,
+                                               uint32_t block) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> c,
+                            contexts_.Find(session->tenant(), context));
+    const std::shared_ptr<const BlockTable> table = c->Table();
+    if (block >= table->blocks.size()) {
+      return absl::InvalidArgumentError(absl::StrCat("context ", context.value, ": block ", block,
+                                                     " of ", table->blocks.size()));
+    }
+    if (!table->blocks[block]->published()) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("context ", context.value, ": block ", block, " is not published"));
+    }
+    return session->AddLease(table->blocks[block]);
+  }
+  absl::StatusOr<BlockLease> LeaseEngineBlock(SessionId id, std::string_view name_space,
+                                              std::string_view key) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    QUARRY_ASSIGN_OR_RETURN(std::shared_ptr<HeldBlock> block,
+                            opaque_.Acquire(session->tenant(), name_space, key));
+    return session->AddLease(std::move(block));
+  }
+  absl::Status ReleaseLease(SessionId id, LeaseId lease) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return session->RemoveLease(lease);
+  }
+  absl::StatusOr<std::vector<bool>> Exists(SessionId id, std::string_view name_space,
+                                           std::span<const std::string> keys) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    std::vector<bool> exists;
+    for (const std::string& key : keys) {
+      QUARRY_ASSIGN_OR_RETURN(const bool one,
+                              opaque_.Contains(session->tenant(), name_space, key));
+      exists.push_back(one);
+    }
+    return exists;
+  }
+  absl::StatusOr<LongestPrefix> FindLongestPrefix(SessionId id,
+                                                  const OpenRequest& request) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    QUARRY_ASSIGN_OR_RETURN(const PrefixMatch match, factory_.LongestPrefix(*session, request));
+    LongestPrefix prefix;
+    prefix.tokens = static_cast<uint32_t>(match.blocks.size()) * kBlockTokens;
+    for (const auto& block : match.blocks) prefix.blocks.push_back(block->id());
+    return prefix;
+  }
+  absl::StatusOr<PutResult> Put(SessionId id, std::string_view name_space, std::string_view key,
+                                std::span<const std::byte> bytes,
+                                std::optional<ByteDigest> digest) override {
+    QUARRY_RETURN_IF_ERROR(CheckNotDraining());
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return opaque_.Put(session->tenant(), name_space, key, bytes, digest);
+  }
+  absl::StatusOr<std::string> Get(SessionId id, std::string_view name_space, std::string_view key,
+                                  ByteDigest* digest) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return opaque_.Get(session->tenant(), name_space, key, digest,
+                       &counters_.read_digest_failures);
+  }
+  absl::StatusOr<uint64_t> Pin(SessionId id, const PinRequest& request) override;
+  absl::Status Unpin(SessionId id, std::string_view name) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return store_->Unpin(session->tenant(), name);
+  }
+  absl::StatusOr<uint64_t> Purge(SessionId id, const PurgeRequest& request) override;
+  absl::StatusOr<std::vector<BlockInfo>> ListBlocks(SessionId id, uint32_t limit) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return store_->List(session->tenant(), limit);
+  }
+
+  void Attend(SessionId id, std::span<const AttendRow> rows, std::span<AttendAnswer> answers,
+              std::function<void()> done) override;
+  TopKAnswer TopK(SessionId id, const AttendRow& row, uint32_t k, bool gather) override;
+
+  void SetArmed(bool armed) override { executor_.SetArmed(armed); }
+  absl::StatusOr<ExtentInfo> Extent(SessionId id, uint32_t extent) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return store_->arena().ExtentDescriptor(session->tenant(), extent);
+  }
+  void Drain() override { draining_.store(true, std::memory_order_release); }
+  EngineStats Stats() const override;
+
+ private:
+  absl::Status CheckNotDraining() const {
+    if (!draining_.load(std::memory_order_acquire)) return absl::OkStatus();
+    return absl::UnavailableError("the daemon is draining");
+  }
+  absl::StatusOr<std::shared_ptr<Context>> FindContext(SessionId session_id,
+                                                       ContextId context) const {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(session_id));
+    return contexts_.Find(session->tenant(), context);
+  }
+  // Bytes of those blocks of the tenant that are published.
+  uint64_t BytesOf(std::string_view tenant, std::span<const BlockId> blocks) const;
+
+  // In order of use: what stands below may hold blocks, contexts or jobs of what stands above.
+  const EngineOptions options_;
+  EngineCounters counters_;
+  std::atomic<bool> draining_{false};
+  const std::unique_ptr<BlockStore> store_;
+  RunRegistry runs_;
+  SessionTable sessions_;
+  ContextTable contexts_;
+  OpaqueBlocks opaque_;
+  BackgroundWorker background_;
+  ContextFactory factory_;
+  Executor executor_;  // first to end: answers what is queued
+};
+
+absl::StatusOr<uint64_t> EngineImpl::Pin(SessionId id, const PinRequest& request) {
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+  std::vector<BlockId> blocks = request.blocks;
+  if (request.context.has_value()) {
+    if (!blocks.empty()) {
+      return absl::InvalidArgumentError(absl::StrCat("pin ", request.name,
+                                                     " names both blocks and context ",
+                                                     request.context->value));
+    }
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> context,
+                            contexts_.Find(session->tenant(), *request.context));
+    const std::shared_ptr<const BlockTable> table = context->Table();
+    for (const auto& block : table->blocks) {
+      if (block->published()) blocks.push_back(block->id());
+    }
+  }
+  if (blocks.empty()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("pin ", request.name, " names no published block"));
+  }
+  const absl::Time expires = request.ttl_ms == 0
+                                 ? absl::InfiniteFuture()
+                                 : absl::Now() + absl::Milliseconds(request.ttl_ms);
+  QUARRY_RETURN_IF_ERROR(store_->Pin(session->tenant(), request.name, blocks, expires));
+  return BytesOf(session->tenant(), blocks);
+}
+
+uint64_t EngineImpl::BytesOf(std::string_view tenant, std::span<const BlockId> blocks) const {
+  const absl::flat_hash_set<BlockId> wanted(blocks.begin(), blocks.end());
+  uint64_t bytes = 0;
+  for (const BlockInfo& info : store_->List(tenant, std::numeric_limits<uint32_t>::max())) {
+    if (wanted.contains(info.id)) bytes += info.bytes;
+  }
+  return bytes;
+}
+
+absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& request) {
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+  const int kinds = static_cast<int>(request.whole_tenant) +
+                    static_cast<int>(request.name_space.has_value()) +
+                    static_cast<int>(!request.blocks.empty());
+  if (kinds != 1) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a purge names ", kinds, " of: the whole tenant, a namespace, blocks; one is wanted"));
+  }
+  return store_->Purge(session->tenant(), request.name_space, request.blocks);
+}
+
+void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
+                        std::span<AttendAnswer> answers, std::function<void()> done) {
+  absl::StatusOr<std::shared_ptr<Session>> session = sessions_.Find(id);
+  absl::Status status = session.status();
+  if (rows.size() != answers.size()) {
+    status = absl::InvalidArgumentError(
+        absl::StrCat(rows.size(), " rows with room for ", answers.size(), " answers"));
+  }
+  if (!status.ok()) {
+    for (AttendAnswer& answer : answers) answer.status = status;
+    done();
+    return;
+  }
+  const auto batch = std::make_shared<AttendBatch>(
+      AttendBatch::Params{*std::move(session), rows, answers, std::move(done),
+                          options_.task_tokens, options_.inline_bytes, &counters_},
+      contexts_);
+  batch->Start(executor_);
+}
+
+TopKAnswer EngineImpl::TopK(SessionId id, const AttendRow& row, uint32_t k, bool gather) {
+  const auto failed = [](absl::Status status) {
+    TopKAnswer answer;
+    answer.status = std::move(status);
+    return answer;
+  };
+  const absl::StatusOr<std::shared_ptr<Context>> context = FindContext(id, row.context);
+  if (!context.ok()) return failed(context.status());
+  const KvShape& s = (*context)->shape();
+  if (absl::Status status = CheckRow(row, s); !status.ok()) return failed(std::move(status));
+  if (row.has_token) {
+    return failed(absl::InvalidArgumentError("a top-k row carries no token"));
+  }
+  const uint32_t available = (*context)->AvailableTokens(row.layer, row.first_head / s.group(),
+                                                         row.heads / s.group());
+  if (row.range.hi > available) {
+    return failed(absl::InvalidArgumentError(
+        absl::StrCat("context ", row.context.value, ": row of tokens [", row.range.lo, ", ",
+                     row.range.hi, ") of layer ", row.layer, ", which has ", available)));
+  }
+  std::vector<float> q(size_t{row.heads} * s.head_dim);
+  if (!WidenFinite(row.q_dtype, row.q, q.size(), q.data())) {
+    return failed(absl::InvalidArgumentError(
+        absl::StrCat("context ", row.context.value, ": NaN or infinity in a query of layer ",
+                     row.layer)));
+  }
+  const std::shared_ptr<const BlockTable> table = (*context)->Table();
+  const TopKQuery query{table.get(), &s,        row.layer,   row.range, row.first_head,
+                        row.heads,   q.data(),  row.q_dtype, k,         options_.task_tokens};
+  TopKAnswer answer = ExactTopK(query);
+  if (gather) GatherTopK(query, &answer);
+  return answer;
+}
+
+EngineStats EngineImpl::Stats() const {
+  const auto get = [](const std::atomic<uint64_t>& n) {
+    return n.load(std::memory_order_relaxed);
+  };
+  EngineStats s;
+  s.store = store_->Stats();
+  s.contexts = contexts_.size();
+  s.sessions = sessions_.size();
+  s.leases = sessions_.leases();
+  s.attend_rows = get(counters_.attend_rows);
+  s.attend_failures = get(counters_.attend_failures);
+  s.attend_bytes = get(counters_.attend_bytes);
+  s.attend_tokens = get(counters_.attend_tokens);
+  s.append_tokens = get(counters_.append_tokens);
+  s.append_bytes = get(counters_.append_bytes);
+  s.reused_tokens = get(counters_.reused_tokens);
+  s.opened = get(counters_.opened);
+  s.publish_failures = get(counters_.publish_failures);
+  s.read_digest_failures = get(counters_.read_digest_failures);
+  s.refused_batches = get(counters_.refused_batches);
+  s.queued_batches = executor_.queued_jobs();
+  s.runs_indexed = runs_.built();
+  s.runs_live = runs_.live();
+  s.attend = Summary(counters_.attend);
+  s.append = Summary(counters_.append);
+  s.open = Summary(counters_.open);
+  return s;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& options) {
+  QUARRY_RETURN_IF_ERROR(CheckOptions(options));
+  BlockStoreOptions store_options;
+  store_options.arena = options.arena;
+  store_options.max_pinned_bytes_per_tenant = options.max_pinned_bytes_per_tenant;
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<BlockStore> store, BlockStore::Create(store_options));
+  return std::make_unique<EngineImpl>(options, std::move(store));
+}
+
+}  // namespace quarry

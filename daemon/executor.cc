@@ -1,0 +1,110 @@
+#include "daemon/executor.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <utility>
+
+namespace quarry {
+namespace {
+
+inline void CpuRelax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Spins between two offers of the CPU to others: about 50 us, far below a task.
+constexpr uint32_t kSpinsPerYield = 1024;
+
+}  // namespace
+
+bool Executor::Job::Help() {
+  bool ran = false;
+  // Relaxed: the counter only hands out tasks; what they read was published by the queue's mutex
+  // or belongs to this thread.
+  for (;;) {
+    if (next_.load(std::memory_order_relaxed) >= tasks_) return ran;
+    const uint32_t task = next_.fetch_add(1, std::memory_order_relaxed);
+    if (task >= tasks_) return ran;
+    RunTask(task);
+    ran = true;
+  }
+}
+
+Executor::Executor(const ExecutorOptions& options) : options_(options) {
+  threads_.reserve(options.threads);
+  for (uint32_t i = 0; i < options.threads; ++i) {
+    threads_.emplace_back([this] { Loop(); });
+    pthread_setname_np(threads_.back().native_handle(), "quarry-scan");
+  }
+}
+
+Executor::~Executor() {
+  {
+    absl::MutexLock lock(&mutex_);
+    stopping_.store(true, std::memory_order_release);
+    wake_.SignalAll();
+  }
+  for (std::thread& thread : threads_) thread.join();
+}
+
+bool Executor::Submit(std::shared_ptr<Job> job) {
+  absl::MutexLock lock(&mutex_);
+  if (jobs_.size() >= options_.max_queued_jobs || threads_.empty()) return false;
+  jobs_.push_back(std::move(job));
+  queued_.store(jobs_.size(), std::memory_order_release);
+  if (parked_ > 0) wake_.SignalAll();
+  return true;
+}
+
+void Executor::SetArmed(bool armed) {
+  if (armed_.exchange(armed, std::memory_order_acq_rel) == armed || !armed) return;
+  // The wake is paid here, before the token's first attend.
+  absl::MutexLock lock(&mutex_);
+  wake_.SignalAll();
+}
+
+void Executor::SpinForWork() const {
+  for (uint32_t spins = 1; armed_.load(std::memory_order_relaxed); ++spins) {
+    if (queued_.load(std::memory_order_acquire) > 0) return;
+    if (stopping_.load(std::memory_order_relaxed)) return;
+    CpuRelax();
+    if (spins % kSpinsPerYield == 0) sched_yield();
+  }
+}
+
+std::shared_ptr<Executor::Job> Executor::Take() {
+  for (;;) {
+    SpinForWork();
+    absl::MutexLock lock(&mutex_);
+    if (!jobs_.empty()) return jobs_.front();
+    if (stopping_.load(std::memory_order_relaxed)) return nullptr;
+    if (armed_.load(std::memory_order_relaxed)) continue;
+    ++parked_;
+    wake_.Wait(&mutex_);
+    --parked_;
+  }
+}
+
+void Executor::Drop(const std::shared_ptr<Job>& job) {
+  absl::MutexLock lock(&mutex_);
+  // Several threads may find the same job exhausted; jobs leave in order, so it is the front or
+  // gone, or an earlier one is still to be dropped by whoever works on it.
+  for (auto it = jobs_.begin(); it != jobs_.end(); ++it) {
+    if (*it == job) {
+      jobs_.erase(it);
+      break;
+    }
+  }
+  queued_.store(jobs_.size(), std::memory_order_release);
+}
+
+void Executor::Loop() {
+  while (std::shared_ptr<Job> job = Take()) {
+    job->Help();
+    Drop(job);
+  }
+}
+
+}  // namespace quarry

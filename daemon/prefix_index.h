@@ -1,0 +1,47 @@
+// PrefixIndex: the longest prefix of a prompt whose KV is cached.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "daemon/held_block.h"
+#include "proto/kv_types.h"
+#include "storage/block_store.h"
+
+namespace quarry {
+
+// The store's key of the block of kBlockTokens `tokens` that follows `parent`. The full key also
+// holds the shape, so that KV of another shape or dtype under the same identity is a miss.
+BlockKey ContextBlockKey(const BlockId& parent, const NamespaceDigest& name_space,
+                         const KvShape& shape, std::span<const uint32_t> tokens,
+                         std::span<const InputDigest> inputs);
+
+// Identity of what a context of `spec` appends under `recipe`.
+BlockOrigin OriginOf(std::string_view tenant, const ModelSpec& spec, const NumericRecipe& recipe);
+
+// The rule for multimodal inputs: all of them belong to block 0, and through the parent's id to
+// every later block.
+std::span<const InputDigest> InputsOfBlock(std::span<const InputDigest> inputs, uint32_t block);
+
+struct PrefixMatch {
+  std::vector<std::shared_ptr<HeldBlock>> blocks;  // whole blocks from token 0, leased
+  bool dense = true;                               // all of them
+};
+
+// Walks the chain of block ids; the store is the index. Thread-safe.
+class PrefixIndex {
+ public:
+  explicit PrefixIndex(BlockStore& store) : store_(store) {}
+
+  // At each block the accepted recipes are tried in order. Leaves at least one token to compute.
+  // Cost: one SHA-256 of about 1 KiB per block and recipe tried.
+  PrefixMatch FindAndLease(std::string_view tenant, const OpenRequest& request) const;
+
+ private:
+  BlockStore& store_;
+};
+
+}  // namespace quarry

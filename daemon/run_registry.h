@@ -1,0 +1,86 @@
+// Runs: immutable stretches of tokens with an index, shared by every context that contains them.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/synchronization/mutex.h"
+#include "cpu_index/key_index.h"
+#include "daemon/held_block.h"
+#include "proto/types.h"
+
+namespace quarry {
+
+// The indexes of one run, of all layers and KV heads. Immutable; keeps its blocks leased.
+class Run {
+ public:
+  Run(TokenRange tokens, std::vector<std::shared_ptr<HeldBlock>> blocks)
+      : tokens_(tokens), blocks_(std::move(blocks)) {}
+
+  TokenRange tokens() const { return tokens_; }
+  // From the block of token tokens().lo.
+  std::span<const std::shared_ptr<HeldBlock>> blocks() const { return blocks_; }
+  const KeyIndex& index(uint32_t /*layer*/, uint32_t /*kv_head*/) const { return ExactScan(); }
+
+ private:
+  const TokenRange tokens_;
+  const std::vector<std::shared_ptr<HeldBlock>> blocks_;
+};
+
+// The grid of runs, the same for every context whatever the timing: run i is
+// [first_run_token + i * run_tokens, first_run_token + (i + 1) * run_tokens).
+struct RunGridOptions {
+  uint32_t first_run_token = 128;
+  uint32_t run_tokens = 8192;
+  TokenRange RunTokens(uint32_t i) const {
+    const uint32_t lo = first_run_token + i * run_tokens;
+    return {lo, lo + run_tokens};
+  }
+};
+
+// Finds a run by what it contains, or builds it. Weak references: a run lives as long as a
+// context or an attend uses it. Thread-safe.
+class RunRegistry {
+ public:
+  explicit RunRegistry(const RunGridOptions& grid) : grid_(grid) {}
+
+  const RunGridOptions& grid() const { return grid_; }
+
+  // `blocks`: the published blocks that hold run `i`, in order. The last one's id names all
+  // tokens up to the run's end, so equal ids mean equal runs.
+  std::shared_ptr<const Run> GetOrBuild(uint32_t i, const KvShape& shape,
+                                        std::span<const std::shared_ptr<HeldBlock>> blocks);
+
+  uint64_t built() const { return built_.load(std::memory_order_relaxed); }
+  uint64_t live() const;
+
+ private:
+  struct Key {
+    BlockId last_block;
+    uint32_t run = 0;
+    KvShape shape;
+    friend bool operator==(const Key&, const Key&) = default;
+    template <typename H>
+    friend H AbslHashValue(H h, const Key& key) {
+      return H::combine(std::move(h), key.last_block, key.run, key.shape.layers,
+                        key.shape.kv_heads, key.shape.head_dim,
+                        static_cast<int>(key.shape.dtype));
+    }
+  };
+
+  void SweepExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const RunGridOptions grid_;
+  std::atomic<uint64_t> built_{0};
+  mutable absl::Mutex mutex_;
+  absl::flat_hash_map<Key, std::weak_ptr<const Run>> runs_ ABSL_GUARDED_BY(mutex_);
+  size_t sweep_at_ ABSL_GUARDED_BY(mutex_) = 64;
+};
+
+}  // namespace quarry

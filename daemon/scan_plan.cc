@@ -1,0 +1,167 @@
+#include "daemon/scan_plan.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "daemon/run_registry.h"
+
+namespace quarry {
+namespace {
+
+// A stretch of one member's tokens that is scanned block by block.
+struct Stretch {
+  uint32_t member = 0;
+  const BlockTable* table = nullptr;
+  TokenRange tokens;
+};
+
+constexpr uint32_t kNoClass = ~0u;
+
+TokenRange Hull(TokenRange a, TokenRange b) {
+  if (a.empty()) return b;
+  return {std::min(a.lo, b.lo), std::max(a.hi, b.hi)};
+}
+
+void AddToUnit(uint32_t member, TokenRange range, ScanUnit* unit) {
+  unit->tokens = Hull(unit->tokens, range);
+  unit->members.push_back(member);
+  unit->ranges.push_back(range);
+}
+
+// Cuts the stretches into units of blocks in which all members read the same memory.
+class BlockPlanner {
+ public:
+  BlockPlanner(std::span<const Stretch> stretches, uint32_t task_tokens,
+               std::vector<ScanUnit>* units)
+      : stretches_(stretches), task_tokens_(task_tokens), units_(units) {}
+
+  void Plan() {
+    uint32_t lo = ~0u, hi = 0;
+    for (const Stretch& s : stretches_) {
+      lo = std::min(lo, s.tokens.lo);
+      hi = std::max(hi, s.tokens.hi);
+    }
+    for (uint32_t cell = lo / task_tokens_ * task_tokens_; cell < hi; cell += task_tokens_) {
+      PlanCell({cell, cell + task_tokens_});
+    }
+  }
+
+ private:
+  void PlanCell(TokenRange cell) {
+    active_.clear();
+    for (const Stretch& s : stretches_) {
+      if (!Intersect(s.tokens, cell).empty()) active_.push_back(&s);
+    }
+    if (active_.empty()) return;
+    if (OneTable()) {
+      std::vector<uint32_t> one_class(active_.size(), 0);
+      Emit(cell, one_class);
+      return;
+    }
+    // Neighbouring blocks with the same sharing make one unit.
+    std::vector<uint32_t> classes, next;
+    uint32_t start = cell.lo;
+    for (uint32_t lo = cell.lo; lo < cell.hi; lo += kBlockTokens) {
+      ClassesOfBlock({lo, lo + kBlockTokens}, &next);
+      if (lo == cell.lo) {
+        classes = next;
+      } else if (next != classes) {
+        Emit({start, lo}, classes);
+        start = lo;
+        classes = next;
+      }
+    }
+    Emit({start, cell.hi}, classes);
+  }
+
+  bool OneTable() const {
+    return std::all_of(active_.begin(), active_.end(), [&](const Stretch* s) {
+      return s->table == active_.front()->table;
+    });
+  }
+
+  // Numbers the members by the memory of their block; kNoClass: the block is not in its range.
+  void ClassesOfBlock(TokenRange block, std::vector<uint32_t>* classes) {
+    classes->assign(active_.size(), kNoClass);
+    class_of_.clear();
+    for (size_t i = 0; i < active_.size(); ++i) {
+      if (Intersect(active_[i]->tokens, block).empty()) continue;
+      const std::byte* data = active_[i]->table->blocks[block.lo / kBlockTokens]->data();
+      (*classes)[i] = class_of_.try_emplace(data, static_cast<uint32_t>(class_of_.size()))
+                          .first->second;
+    }
+  }
+
+  // One unit per class. (A member of kNoClass everywhere in `tokens` has no range in it.)
+  void Emit(TokenRange tokens, std::span<const uint32_t> classes) {
+    const size_t first_unit = units_->size();
+    for (size_t i = 0; i < active_.size(); ++i) {
+      const TokenRange range = Intersect(active_[i]->tokens, tokens);
+      if (range.empty()) continue;
+      while (units_->size() <= first_unit + classes[i]) units_->emplace_back();
+      AddToUnit(active_[i]->member, range, &(*units_)[first_unit + classes[i]]);
+    }
+    for (size_t u = first_unit; u < units_->size(); ++u) {
+      ScanUnit& unit = (*units_)[u];
+      const Stretch* reader = *std::find_if(active_.begin(), active_.end(), [&](const Stretch* s) {
+        return s->member == unit.members.front() && !Intersect(s->tokens, unit.tokens).empty();
+      });
+      unit.first_block = unit.tokens.lo / kBlockTokens;
+      unit.blocks = &reader->table->blocks[unit.first_block];
+    }
+  }
+
+  const std::span<const Stretch> stretches_;
+  const uint32_t task_tokens_;
+  std::vector<ScanUnit>* const units_;
+  std::vector<const Stretch*> active_;
+  absl::flat_hash_map<const std::byte*, uint32_t> class_of_;
+};
+
+// Units of whole runs; what no run covers is left in `tail`.
+void PlanRuns(std::span<const ScanMember> members, std::vector<ScanUnit>* units,
+              std::vector<Stretch>* tail) {
+  absl::flat_hash_map<const Run*, size_t> unit_of;
+  for (uint32_t m = 0; m < members.size(); ++m) {
+    const ScanMember& member = members[m];
+    uint32_t next = member.range.lo;
+    for (const RunUse& use : member.table->runs) {
+      const TokenRange range = Intersect(use.tokens, member.range);
+      if (range.empty()) continue;
+      if (next < range.lo) tail->push_back({m, member.table, {next, range.lo}});
+      next = range.hi;
+      auto [it, fresh] = unit_of.try_emplace(use.run.get(), units->size());
+      if (fresh) {
+        ScanUnit& unit = units->emplace_back();
+        unit.run = use.run.get();
+        unit.first_block = use.run->tokens().lo / kBlockTokens;
+        unit.blocks = use.run->blocks().data();
+      }
+      AddToUnit(m, range, &(*units)[it->second]);
+    }
+    if (next < member.range.hi) tail->push_back({m, member.table, {next, member.range.hi}});
+  }
+}
+
+}  // namespace
+
+std::vector<ScanUnit> PlanScan(std::span<const ScanMember> members, ScanKind kind,
+                               uint32_t task_tokens) {
+  std::vector<ScanUnit> units;
+  std::vector<Stretch> stretches;
+  if (kind == ScanKind::kIndexed) {
+    PlanRuns(members, &units, &stretches);
+  } else {
+    for (uint32_t m = 0; m < members.size(); ++m) {
+      if (!members[m].range.empty()) stretches.push_back({m, members[m].table, members[m].range});
+    }
+  }
+  if (!stretches.empty()) BlockPlanner(stretches, task_tokens, &units).Plan();
+  std::stable_sort(units.begin(), units.end(), [](const ScanUnit& a, const ScanUnit& b) {
+    return a.tokens.lo < b.tokens.lo;
+  });
+  return units;
+}
+
+}  // namespace quarry

@@ -1,0 +1,42 @@
+// ScanPlan: which blocks and runs are scanned for which rows, each token exactly once.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "daemon/block_table.h"
+#include "proto/types.h"
+
+namespace quarry {
+
+// One row of a batch, as far as planning sees it. All members of a plan have one shape.
+struct ScanMember {
+  const BlockTable* table = nullptr;
+  TokenRange range;
+};
+
+// A stretch of tokens scanned in one pass for the members that share its blocks.
+struct ScanUnit {
+  TokenRange tokens;  // all its members' ranges lie within; may be less than the run
+  // The blocks from number first_block on: of a member's table, or all of the run's.
+  const std::shared_ptr<HeldBlock>* blocks = nullptr;
+  uint32_t first_block = 0;
+  const Run* run = nullptr;         // whose index may answer; null: no index covers the tokens
+  // Rising; a member with two stretches of tail in one unit is there twice.
+  std::vector<uint32_t> members;
+  std::vector<TokenRange> ranges;   // of each member, within tokens
+};
+
+enum class ScanKind {
+  kExact,    // every token is read: no index helps, units are blocks that members share
+  kIndexed,  // units are runs, and the tail that no run covers
+};
+
+// Units in token order. For each member the ranges of its units are disjoint and together are
+// its range. `task_tokens` (a multiple of kBlockTokens) bounds a unit that is not a run. The
+// members' tables must outlive the plan.
+std::vector<ScanUnit> PlanScan(std::span<const ScanMember> members, ScanKind kind,
+                               uint32_t task_tokens);
+
+}  // namespace quarry
