@@ -1,0 +1,265 @@
+// The exact scan: every key of a run is read and scored.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu_index/key_index.h"
+#include "cpu_index/simd.h"
+#include "proto/check.h"
+#include "proto/half.h"
+
+namespace quarry {
+namespace {
+
+// Tokens scored at a time: with 128 dimensions of bf16, 16 KiB each of K and V stay in the L1
+// and L2 caches between the score and the accumulation.
+constexpr uint32_t kTileTokens = 64;
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
+
+// The queries as the kernels want them.
+class PreparedQueries {
+ public:
+  explicit PreparedQueries(const QueryBlock& block) : block_(block) {
+    QUARRY_CHECK(block.ranges.size() == block.queries);
+    if (block.q_dtype != DType::kBf16) return;
+    bf16_.resize(size_t{block.queries} * block.head_dim);
+    for (size_t i = 0; i < bf16_.size(); ++i) bf16_[i] = FloatToBf16(block.q[i]);
+  }
+
+  // Scores tokens [first, first + n) of a segment into out [queries][ld_out].
+  void Score(const KvView& run, const KvSegment& segment, uint32_t first, uint32_t n, float* out,
+             size_t ld_out) const {
+    const size_t row_bytes = size_t{run.head_dim} * DTypeBytes(run.dtype);
+    kernels::ScoreTile tile{};
+    tile.q = block_.q;
+    tile.q_bf16 = bf16_.empty() ? nullptr : bf16_.data();
+    tile.queries = block_.queries;
+    tile.head_dim = run.head_dim;
+    tile.k = static_cast<const char*>(segment.k) + (first - segment.tokens.lo) * row_bytes;
+    tile.tokens = n;
+    tile.dtype = static_cast<uint8_t>(run.dtype);
+    tile.scale = block_.scale;
+    tile.out = out;
+    tile.ld_out = ld_out;
+    Kernels().score(tile);
+  }
+
+ private:
+  const QueryBlock& block_;
+  std::vector<uint16_t> bf16_;
+};
+
+// Masks the scores of tokens [first, first + n) that lie outside the range; true if any is left.
+bool Mask(TokenRange range, uint32_t first, uint32_t n, float* scores) {
+  TokenRange in = Intersect(range, {first, first + n});
+  if (in.empty()) {
+    std::fill_n(scores, n, kMasked);
+    return false;
+  }
+  std::fill(scores, scores + (in.lo - first), kMasked);
+  std::fill(scores + (in.hi - first), scores + n, kMasked);
+  return true;
+}
+
+// Running state of several queries, with one buffer of accumulators; merged out at the end.
+class OnlineSoftmax {
+ public:
+  OnlineSoftmax(uint32_t queries, uint32_t head_dim)
+      : head_dim_(head_dim),
+        max_(queries, kMasked),
+        sum_(queries, 0.0f),
+        tokens_(queries, 0),
+        acc_(size_t{queries} * head_dim, 0.0f) {}
+
+  // Turns masked scores of `n` tokens into weights e^(score - max), rescaling what came before.
+  void Weigh(uint32_t query, float* scores, uint32_t n) {
+    const kernels::Table& kernels = Kernels();
+    float largest = kernels.max(scores, n);
+    if (largest > max_[query]) {
+      if (max_[query] != kMasked) {
+        float factor = std::exp(max_[query] - largest);
+        kernels.scale(acc(query), head_dim_, factor);
+        sum_[query] *= factor;
+      }
+      max_[query] = largest;
+    }
+    sum_[query] += kernels.exp_sum(scores, n, max_[query]);
+  }
+
+  float* acc(uint32_t query) { return acc_.data() + size_t{query} * head_dim_; }
+  void CountTokens(uint32_t query, uint64_t tokens) { tokens_[query] += tokens; }
+
+  void MergeInto(std::span<Partial> out) {
+    for (size_t i = 0; i < out.size(); ++i) {
+      Partial mine;
+      mine.max = max_[i];
+      mine.sum = sum_[i];
+      mine.tokens = tokens_[i];
+      mine.acc = std::span(acc_).subspan(i * head_dim_, head_dim_);
+      out[i].Merge(mine);
+    }
+  }
+
+ private:
+  const uint32_t head_dim_;
+  std::vector<float> max_, sum_;
+  std::vector<uint64_t> tokens_;
+  std::vector<float> acc_;
+};
+
+kernels::AccumulateTile ValuesOf(const KvView& run, const KvSegment& segment, uint32_t first) {
+  kernels::AccumulateTile tile{};
+  tile.head_dim = run.head_dim;
+  tile.v = static_cast<const char*>(segment.v) +
+           size_t{first - segment.tokens.lo} * run.head_dim * DTypeBytes(run.dtype);
+  tile.dtype = static_cast<uint8_t>(run.dtype);
+  return tile;
+}
+
+// Tokens that at least one query wants.
+TokenRange Hull(const QueryBlock& queries) {
+  TokenRange hull{std::numeric_limits<uint32_t>::max(), 0};
+  for (const TokenRange& r : queries.ranges) {
+    if (r.empty()) continue;
+    hull.lo = std::min(hull.lo, r.lo);
+    hull.hi = std::max(hull.hi, r.hi);
+  }
+  return hull;
+}
+
+class ExactScanIndex final : public KeyIndex {
+ public:
+  std::string_view kind() const override { return "exact"; }
+
+  void AttendAll(const KvView& run, const QueryBlock& queries,
+                 std::span<Partial> acc) const override {
+    QUARRY_CHECK(acc.size() == queries.queries);
+    if (queries.queries == 0) return;
+    const PreparedQueries prepared(queries);
+    OnlineSoftmax softmax(queries.queries, run.head_dim);
+    std::vector<float> scores(size_t{queries.queries} * kTileTokens);
+    uint64_t read = 0;
+    for (const KvSegment& segment : run.segments) {
+      const TokenRange wanted = Intersect(segment.tokens, Hull(queries));
+      for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
+        const uint32_t n = std::min(kTileTokens, wanted.hi - t);
+        prepared.Score(run, segment, t, n, scores.data(), kTileTokens);
+        AttendTile(run, segment, t, n, queries, scores.data(), &softmax);
+        read += n;
+      }
+    }
+    for (uint32_t i = 0; i < queries.queries; ++i) {
+      softmax.CountTokens(i, Intersect(queries.ranges[i], run.tokens()).size());
+    }
+    softmax.MergeInto(acc);
+    acc[0].bytes += read * 2 * run.head_dim * DTypeBytes(run.dtype);
+  }
+
+  void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const override {
+    out->tokens = run.tokens();
+    out->nodes = out->tokens.size();
+    out->weight.clear();
+    out->score.assign(size_t{queries.queries} * out->nodes, kMasked);
+    if (queries.queries == 0) return;
+    const PreparedQueries prepared(queries);
+    const TokenRange hull = Hull(queries);
+    for (const KvSegment& segment : run.segments) {
+      const TokenRange wanted = Intersect(segment.tokens, hull);
+      for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
+        const uint32_t n = std::min(kTileTokens, wanted.hi - t);
+        float* at = out->score.data() + (t - out->tokens.lo);
+        prepared.Score(run, segment, t, n, at, out->nodes);
+        for (uint32_t i = 0; i < queries.queries; ++i) {
+          Mask(queries.ranges[i], t, n, at + size_t{i} * out->nodes);
+        }
+      }
+    }
+  }
+
+  void Refine(const KvView& run, const QueryBlock& queries, const CoarseScores& coarse,
+              const RunAllotment& allotment, std::span<Partial> acc) const override {
+    QUARRY_CHECK(acc.size() == queries.queries && allotment.threshold.size() == queries.queries &&
+                 allotment.ties.size() == queries.queries);
+    if (queries.queries == 0) return;
+    OnlineSoftmax softmax(queries.queries, run.head_dim);
+    std::vector<uint32_t> ties = allotment.ties;
+    std::vector<uint32_t> rows(kTileTokens);
+    std::vector<float> weights(kTileTokens);
+    uint64_t scored = 0, value_rows = 0;
+    const TokenRange hull = Hull(queries);
+    for (const KvSegment& segment : run.segments) {
+      const TokenRange wanted = Intersect(segment.tokens, hull);
+      scored += wanted.size();
+      for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
+        const uint32_t n = std::min(kTileTokens, wanted.hi - t);
+        uint64_t touched = 0;  // a bit per token of the tile: rows shared by queries count once
+        for (uint32_t i = 0; i < queries.queries; ++i) {
+          const float* scores =
+              coarse.score.data() + size_t{i} * coarse.nodes + (t - coarse.tokens.lo);
+          uint32_t kept = 0;
+          for (uint32_t j = 0; j < n; ++j) {
+            bool take = scores[j] > allotment.threshold[i];
+            if (!take && ties[i] > 0 && scores[j] == allotment.threshold[i]) {
+              take = true;
+              --ties[i];
+            }
+            if (!take) continue;
+            rows[kept] = j;
+            weights[kept++] = scores[j];
+            touched |= uint64_t{1} << j;
+          }
+          if (kept == 0) continue;
+          softmax.Weigh(i, weights.data(), kept);
+          softmax.CountTokens(i, kept);
+          kernels::AccumulateTile tile = ValuesOf(run, segment, t);
+          tile.p = weights.data();
+          tile.ld_p = kTileTokens;
+          tile.queries = 1;
+          tile.rows = rows.data();
+          tile.tokens = kept;
+          tile.acc = softmax.acc(i);
+          Kernels().accumulate(tile);
+        }
+        value_rows += static_cast<uint64_t>(__builtin_popcountll(touched));
+      }
+    }
+    softmax.MergeInto(acc);
+    acc[0].bytes += (scored + value_rows) * run.head_dim * DTypeBytes(run.dtype);
+  }
+
+ private:
+  // Weighs a scored tile and adds its values, for all queries at once.
+  static void AttendTile(const KvView& run, const KvSegment& segment, uint32_t first, uint32_t n,
+                         const QueryBlock& queries, float* scores, OnlineSoftmax* softmax) {
+    bool any = false;
+    for (uint32_t i = 0; i < queries.queries; ++i) {
+      float* row = scores + size_t{i} * kTileTokens;
+      if (Mask(queries.ranges[i], first, n, row)) {
+        softmax->Weigh(i, row, n);
+        any = true;
+      } else {
+        std::fill_n(row, n, 0.0f);  // weights, from here on
+      }
+    }
+    if (!any) return;
+    kernels::AccumulateTile tile = ValuesOf(run, segment, first);
+    tile.p = scores;
+    tile.ld_p = kTileTokens;
+    tile.queries = queries.queries;
+    tile.tokens = n;
+    tile.acc = softmax->acc(0);
+    Kernels().accumulate(tile);
+  }
+};
+
+static_assert(kTileTokens <= 64, "Refine marks a tile's rows in one word");
+
+}  // namespace
+
+const KeyIndex& ExactScan() {
+  static const ExactScanIndex index;
+  return index;
+}
+
+}  // namespace quarry

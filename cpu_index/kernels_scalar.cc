@@ -1,0 +1,98 @@
+// The portable kernels, and what the others are tested against.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu_index/kernels.h"
+
+namespace quarry::kernels {
+namespace {
+
+float HalfToFloat(uint16_t h, uint8_t dtype) {
+  uint32_t bits;
+  if (dtype == kBf16) {
+    bits = uint32_t{h} << 16;
+  } else {
+    uint32_t sign = uint32_t{h & 0x8000u} << 16;
+    uint32_t exponent = (h >> 10) & 31, mantissa = h & 0x3ffu;
+    if (exponent == 0) {
+      float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+      return sign != 0 ? -magnitude : magnitude;
+    }
+    bits = sign | ((exponent == 31 ? 255 : exponent + 112) << 23) | (mantissa << 13);
+  }
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+
+// One row widened into out [n].
+void Widen(const void* data, size_t first, size_t n, uint8_t dtype, float* out) {
+  if (dtype == kFp32) {
+    std::memcpy(out, static_cast<const char*>(data) + first * 4, n * 4);
+    return;
+  }
+  const char* p = static_cast<const char*>(data) + first * 2;
+  for (size_t i = 0; i < n; ++i) {
+    uint16_t h;
+    std::memcpy(&h, p + i * 2, 2);
+    out[i] = HalfToFloat(h, dtype);
+  }
+}
+
+constexpr uint32_t kMaxHeadDim = 512;
+
+void Score(const ScoreTile& a) {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  float row[kMaxHeadDim];
+  for (uint32_t t = 0; t < a.tokens; ++t) {
+    Widen(a.k, size_t{t} * a.head_dim, a.head_dim, a.dtype, row);
+    for (uint32_t i = 0; i < a.queries; ++i) {
+      const float* q = a.q + size_t{i} * a.head_dim;
+      float sum[4] = {};  // independent chains, so that the sum rounds less and pipelines
+      for (uint32_t d = 0; d < a.head_dim; d += 4) {
+        for (int j = 0; j < 4; ++j) sum[j] += q[d + j] * row[d + j];
+      }
+      float z = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * a.scale;
+      a.out[i * a.ld_out + t] = z < kMax ? (z > -kMax ? z : -kMax) : kMax;
+    }
+  }
+}
+
+void Accumulate(const AccumulateTile& a) {
+  float row[kMaxHeadDim];
+  for (uint32_t t = 0; t < a.tokens; ++t) {
+    size_t r = a.rows != nullptr ? a.rows[t] : t;
+    Widen(a.v, r * a.head_dim, a.head_dim, a.dtype, row);
+    for (uint32_t i = 0; i < a.queries; ++i) {
+      float w = a.p[i * a.ld_p + t];
+      float* acc = a.acc + size_t{i} * a.head_dim;
+      for (uint32_t d = 0; d < a.head_dim; ++d) acc[d] += w * row[d];
+    }
+  }
+}
+
+float Max(const float* x, size_t n) {
+  float m = -std::numeric_limits<float>::infinity();
+  for (size_t i = 0; i < n; ++i) m = x[i] > m ? x[i] : m;
+  return m;
+}
+
+float ExpSum(float* x, size_t n, float shift) {
+  float sum = 0;
+  for (size_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - shift);
+  return sum;
+}
+
+void Scale(float* x, size_t n, float factor) {
+  for (size_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+}  // namespace
+
+const Table& ScalarTable() {
+  static constexpr Table kTable = {"scalar", Score, Accumulate, Max, ExpSum, Scale};
+  return kTable;
+}
+
+}  // namespace quarry::kernels
