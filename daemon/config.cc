@@ -173,7 +173,7 @@ absl::Status CheckGrpc(const Config& c) {
 
 absl::Status CheckEngineAndMetrics(const Config& c) {
   const std::pair<std::string_view, uint32_t> multiples[] = {
-      {"engine.run_tokens", c.engine.run_tokens}};
+      {"engine.run_tokens", c.engine.run_tokens}, {"engine.task_tokens", c.engine.task_tokens}};
   for (const auto& [key, value] : multiples) {
     if (value % kBlockTokens != 0) {
       return Bad(key, std::to_string(value),

@@ -23,7 +23,11 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Count("engine.executor_threads", c.engine.executor_threads, 0, 1024);
   v.Count("engine.run_tokens", c.engine.run_tokens, 256, 1u << 20);
   v.Count("engine.first_run_token", c.engine.first_run_token, 0, 1u << 20);
-  v.Count("engine.task_tokens", c.engine.task_tokens, 64, 1u << 20);
+  v.Count("engine.task_tokens", c.engine.task_tokens, 256, 1u << 20);
+  v.Bytes("engine.inline_bytes", c.engine.inline_bytes, 0, 1024 * kMiB);
+  v.Count("engine.max_queued_batches", c.engine.max_queued_batches, 1, 1u << 20);
+  v.Count("engine.max_leases_per_session", c.engine.max_leases_per_session, 1, 1u << 24);
+  v.Count("engine.max_context_tokens", c.engine.max_context_tokens, 256, 1u << 30);
 
   v.Text("shm.socket", c.shm.socket);
   v.Mode("shm.socket_mode", c.shm.socket_mode);

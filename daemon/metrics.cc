@@ -66,7 +66,30 @@ void WriteEngine(const EngineStats& stats, Writer& w) {
   w.Counter("quarry_attend_read_bytes_total", "bytes of K, V and index read", stats.attend_bytes);
   w.Counter("quarry_attend_tokens_total", "tokens attended, summed over heads",
             stats.attend_tokens);
-  w.Counter("quarry_index_runs_total", "runs indexed", stats.runs_indexed);
+  w.Gauge("quarry_attend_queued_batches_count", "attend batches waiting", stats.queued_batches);
+  w.Counter("quarry_attend_refused_batches_total", "attend batches refused: queue full",
+            stats.refused_batches);
+  w.Gauge("quarry_index_runs_count", "runs indexed now", stats.runs_live);
+  w.Counter("quarry_index_runs_built_total", "runs indexed since the start", stats.runs_indexed);
+  w.Gauge("quarry_engine_leases_count", "leases of all sessions", stats.leases);
+  w.Counter("quarry_engine_publish_failures_total", "full blocks that stayed private",
+            stats.publish_failures);
+  w.Counter("quarry_engine_read_digest_failures_total", "reads that met a wrong checksum",
+            stats.read_digest_failures);
+}
+
+// The engine's own percentiles since the start, one sample per quantile.
+void WriteLatency(std::string_view name, std::string_view help, const LatencySummary& latency,
+                  MetricsSnapshot* out) {
+  const std::pair<const char*, double> quantiles[] = {{"0.5", latency.p50_us},
+                                                      {"0.9", latency.p90_us},
+                                                      {"0.99", latency.p99_us},
+                                                      {"0.999", latency.p999_us},
+                                                      {"1", latency.max_us}};
+  for (const auto& [quantile, microseconds] : quantiles) {
+    out->samples.push_back({MetricSample::Type::kGauge, std::string(name), std::string(help),
+                            "quantile", quantile, microseconds * 1e-6});
+  }
 }
 
 void WriteTransports(const TransportCounters& c, Writer& w) {
@@ -105,6 +128,12 @@ MetricsSnapshot Metrics::Collect() const {
   w.Gauge("quarry_daemon_uptime_seconds", "since the start", uptime_seconds_());
   WriteStore(stats.store, w);
   WriteEngine(stats, w);
+  WriteLatency("quarry_engine_attend_seconds", "attend batches inside the engine, since the start",
+               stats.attend, &out);
+  WriteLatency("quarry_engine_append_seconds", "appends inside the engine, since the start",
+               stats.append, &out);
+  WriteLatency("quarry_engine_open_seconds", "opens inside the engine, since the start",
+               stats.open, &out);
   WriteTransports(counters_, w);
   for (size_t i = 0; i < counters_.shm_requests.size(); ++i) {
     out.samples.push_back({MetricSample::Type::kCounter, "quarry_shm_requests_total",

@@ -1,5 +1,6 @@
 #include "daemon/shm_clients.h"
 
+#include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -247,10 +248,19 @@ bool ShmClients::PassExtent(ShmClient* client, std::span<const std::byte> messag
   if (!extent.ok()) {
     return SendWithDescriptors(client->socket.get(), BytesOf(reply), {}).ok();
   }
+  // The arena may close an extent that empties, and its descriptor's number may then be another
+  // tenant's. Indices are never reused, so an extent found before and after the copy was there,
+  // with its descriptor open, while it was made.
+  const FileDescriptor copy(fcntl(extent->fd, F_DUPFD_CLOEXEC, 0));
+  if (!copy.valid() ||
+      !parts_.engine.Extent(client->channel->owner().session, request.extent).ok()) {
+    reply.status = static_cast<uint32_t>(absl::StatusCode::kNotFound);
+    return SendWithDescriptors(client->socket.get(), BytesOf(reply), {}).ok();
+  }
   reply.numa_node = extent->numa_node;
   reply.bytes = extent->bytes;
   reply.page_bytes = extent->page_bytes;
-  const int descriptors[] = {extent->fd};
+  const int descriptors[] = {copy.get()};
   return SendWithDescriptors(client->socket.get(), BytesOf(reply), descriptors).ok();
 }
 

@@ -1,0 +1,223 @@
+#include "daemon/config.h"
+
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace quarry {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+std::string ErrorOf(const std::string& toml) {
+  const auto config = ParseConfig(toml, "test.toml");
+  EXPECT_FALSE(config.ok()) << toml;
+  return config.ok() ? "" : std::string(config.status().message());
+}
+
+TEST(ConfigTest, EmptyTextGivesTheDefaultsAndTheyAreValid) {
+  const auto config = ParseConfig("", "test.toml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(PrintConfig(*config), PrintConfig(DefaultConfig()));
+  EXPECT_TRUE(ValidateConfig(DefaultConfig()).ok());
+}
+
+TEST(ConfigTest, PrintedConfigurationReadsBackToTheSame) {
+  Config config = DefaultConfig();
+  config.engine.arena.capacity_bytes = 3ull << 30;
+  config.engine.arena.huge_pages = ArenaOptions::HugePages::kNever;
+  config.shm.socket = "/tmp/with \"quotes\" and \\.sock";
+  config.shm.socket_mode = 0666;
+  config.tenants.tenants = {{1000, "alice"}, {1001, "bob"}};
+  config.tenants.admins = {7, 8};
+  config.tenants.refuse_unknown_users = true;
+  config.metrics.listen = "";
+  config.log.format = LogOptions::Format::kJson;
+  config.grpc.listen = "127.0.0.1:5000";
+  config.grpc.tcp_tenant = "local";
+  const std::string printed = PrintConfig(config);
+  const auto read = ParseConfig(printed, "printed");
+  ASSERT_TRUE(read.ok()) << read.status() << "\n" << printed;
+  EXPECT_EQ(PrintConfig(*read), printed);
+  EXPECT_EQ(read->tenants.tenants.at(1001), "bob");
+  EXPECT_EQ(read->shm.socket_mode, 0666u);
+  EXPECT_EQ(read->shm.socket, config.shm.socket);
+}
+
+TEST(ConfigTest, SizesAreStringsWithUnitsOrIntegers) {
+  const auto config = ParseConfig(
+      "[engine]\narena_bytes = \"2GiB\"\nextent_bytes = 33554432\n", "test.toml");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->engine.arena.capacity_bytes, 2ull << 30);
+  EXPECT_EQ(config->engine.arena.extent_bytes, 32ull << 20);
+  EXPECT_EQ(*ParseBytes("4 KiB"), 4096u);
+  EXPECT_EQ(*ParseBytes("17B"), 17u);
+  for (const char* bad : {"", "GiB", "-1", "1GB", "1.5GiB", "99999999999TiB", "4KiB4", "0x10"}) {
+    EXPECT_FALSE(ParseBytes(bad).ok()) << bad;
+  }
+  EXPECT_EQ(PrintBytes(1536), "1536B");
+  EXPECT_EQ(PrintBytes(3ull << 40), "3TiB");
+}
+
+// Every key with a value of the wrong type, and where it has a range, one outside it.
+TEST(ConfigTest, EveryWrongValueIsRefusedNamingKeyAndValue) {
+  struct Case {
+    const char *section, *key, *value;
+  };
+  const std::vector<Case> cases = {
+      {"engine", "arena_bytes", "\"4GB\""},
+      {"engine", "arena_bytes", "\"1KiB\""},
+      {"engine", "arena_bytes", "-1"},
+      {"engine", "extent_bytes", "\"1MiB\""},
+      {"engine", "huge_pages", "\"always\""},
+      {"engine", "prefault", "\"yes\""},
+      {"engine", "max_contexts", "0"},
+      {"engine", "max_sessions", "70000"},
+      {"engine", "max_pinned_bytes_per_tenant", "true"},
+      {"engine", "executor_threads", "-2"},
+      {"engine", "run_tokens", "8191"},
+      {"engine", "first_run_token", "\"x\""},
+      {"engine", "task_tokens", "1"},
+      {"engine", "task_tokens", "300"},
+      {"engine", "inline_bytes", "\"2GiB\""},
+      {"engine", "max_queued_batches", "0"},
+      {"engine", "max_leases_per_session", "0"},
+      {"engine", "max_context_tokens", "1"},
+      {"shm", "socket", "3"},
+      {"shm", "socket", "\"\""},
+      {"shm", "socket", "\"relative.sock\""},
+      {"shm", "socket_mode", "660"},
+      {"shm", "socket_mode", "\"0888\""},
+      {"shm", "socket_mode", "\"0066\""},
+      {"shm", "max_channels", "0"},
+      {"shm", "max_total_bytes", "\"16MiB\""},
+      {"shm", "default_slots", "65"},
+      {"shm", "max_slots", "257"},
+      {"shm", "default_slot_bytes", "\"65MiB\""},
+      {"shm", "max_slot_bytes", "\"1MiB\""},
+      {"shm", "armed_idle_ms", "0"},
+      {"shm", "linger_us", "20000"},
+      {"shm", "hello_timeout_ms", "1"},
+      {"shm", "bulk_threads", "0"},
+      {"shm", "bulk_queue", "0"},
+      {"shm", "bulk_queue_per_client", "300"},
+      {"grpc", "socket", "\"no/slash\""},
+      {"grpc", "socket_mode", "\"\""},
+      {"grpc", "listen", "\"localhost:5000\""},
+      {"grpc", "listen", "\"0.0.0.0:5000\""},
+      {"grpc", "listen", "\"127.0.0.1:99999\""},
+      {"grpc", "tcp_tenant", "1"},
+      {"grpc", "tls_certificate", "1.5"},
+      {"grpc", "tls_key", "1"},
+      {"grpc", "tls_client_ca", "1"},
+      {"grpc", "max_message_bytes", "\"1KiB\""},
+      {"grpc", "max_put_bytes", "1"},
+      {"grpc", "max_threads", "1"},
+      {"grpc", "max_streams_per_tenant", "32"},
+      {"grpc", "max_connections", "0"},
+      {"grpc", "max_sessions_per_tenant", "0"},
+      {"grpc", "stalled_stream_ms", "1"},
+      {"tenants", "users", "3"},
+      {"tenants", "users", "{ alice = \"alice\" }"},
+      {"tenants", "users", "{ \"1000\" = \"uid-7\" }"},
+      {"tenants", "users", "{ \"1000\" = \"a/b\" }"},
+      {"tenants", "refuse_unknown_users", "1"},
+      {"admin", "users", "\"root\""},
+      {"admin", "users", "[-1]"},
+      {"metrics", "listen", "\"here\""},
+      {"metrics", "listen", "\"0.0.0.0:9464\""},
+      {"metrics", "allow_remote", "\"no\""},
+      {"log", "level", "\"loud\""},
+      {"log", "format", "\"xml\""},
+      {"daemon", "drain_deadline_ms", "-1"},
+  };
+  for (const Case& c : cases) {
+    const std::string toml = std::string("[") + c.section + "]\n" + c.key + " = " + c.value + "\n";
+    const std::string error = ErrorOf(toml);
+    EXPECT_THAT(error, HasSubstr("test.toml")) << toml;
+    EXPECT_THAT(error, HasSubstr(std::string(c.section) + "." + c.key)) << toml;
+  }
+}
+
+// The table above names every key there is.
+TEST(ConfigTest, EveryKeyRefusesATableAsValueUnlessItIsOne) {
+  const std::string printed = PrintConfig(DefaultConfig());
+  std::string section;
+  size_t keys = 0;
+  for (size_t at = 0; at < printed.size();) {
+    const size_t end = printed.find('\n', at);
+    const std::string line = printed.substr(at, end - at);
+    at = end + 1;
+    if (line.empty()) continue;
+    if (line[0] == '[') {
+      section = line.substr(1, line.size() - 2);
+      continue;
+    }
+    const std::string key = line.substr(0, line.find(' '));
+    const std::string toml = "[" + section + "]\n" + key + " = { x = [1] }\n";
+    EXPECT_THAT(ErrorOf(toml), HasSubstr(section + "." + key)) << toml;
+    ++keys;
+  }
+  EXPECT_GE(keys, 45u);
+}
+
+TEST(ConfigTest, ValuesAreShownWithTheirLine) {
+  EXPECT_THAT(ErrorOf("[log]\nlevel = \"info\"\nformat = \"xml\"\n"),
+              AllOf(HasSubstr("line 3"), HasSubstr("xml"), HasSubstr("\"text\" or \"json\"")));
+  EXPECT_THAT(ErrorOf("[shm]\nmax_channels = 5000\n"),
+              AllOf(HasSubstr("5000"), HasSubstr("from 1 to 4096")));
+}
+
+TEST(ConfigTest, UnknownKeysAndSectionsAreErrors) {
+  EXPECT_THAT(ErrorOf("[shm]\nsokcet = \"/tmp/x\"\n"),
+              AllOf(HasSubstr("shm.sokcet"), HasSubstr("unknown key")));
+  EXPECT_THAT(ErrorOf("[sharedmemory]\nsocket = \"/tmp/x\"\n"),
+              AllOf(HasSubstr("sharedmemory"), HasSubstr("unknown key")));
+  EXPECT_THAT(ErrorOf("socket = \"/tmp/x\"\n"), HasSubstr("unknown key"));
+}
+
+TEST(ConfigTest, BrokenTomlNamesTheLine) {
+  EXPECT_THAT(ErrorOf("[shm]\nsocket = \n"), HasSubstr("line"));
+  EXPECT_THAT(ErrorOf("[shm]\nmax_channels = 1\nmax_channels = 2\n"), HasSubstr("line 3"));
+}
+
+TEST(ConfigTest, RemoteGrpcNeedsAllThreeTlsFiles) {
+  const std::string remote = "[grpc]\nlisten = \"0.0.0.0:5000\"\n";
+  EXPECT_THAT(ErrorOf(remote), HasSubstr("mutual TLS"));
+  EXPECT_THAT(ErrorOf(remote + "tls_certificate = \"/c\"\ntls_key = \"/k\"\n"),
+              HasSubstr("grpc.tls_client_ca"));
+  const auto config = ParseConfig(
+      remote + "tls_certificate = \"/c\"\ntls_key = \"/k\"\ntls_client_ca = \"/a\"\n", "t");
+  EXPECT_TRUE(config.ok()) << config.status();
+}
+
+TEST(ConfigTest, LoopbackGrpcWithoutTlsNeedsItsTenant) {
+  const std::string loopback = "[grpc]\nlisten = \"[::1]:5000\"\n";
+  EXPECT_THAT(ErrorOf(loopback), HasSubstr("grpc.tcp_tenant"));
+  EXPECT_THAT(ErrorOf(loopback + "tcp_tenant = \"uid-0\"\n"), HasSubstr("uid-"));
+  EXPECT_TRUE(ParseConfig(loopback + "tcp_tenant = \"local\"\n", "t").ok());
+}
+
+TEST(ConfigTest, BothSocketsCannotShareAPath) {
+  EXPECT_THAT(ErrorOf("[shm]\nsocket = \"/tmp/q\"\n[grpc]\nsocket = \"/tmp/q\"\n"),
+              HasSubstr("must differ"));
+  EXPECT_THAT(ErrorOf("[shm]\nsocket = \"/" + std::string(107, 'x') + "\"\n"),
+              HasSubstr("at most 107"));
+}
+
+TEST(ConfigTest, AMissingFileIsNotFound) {
+  EXPECT_EQ(ReadConfig("/nonexistent/quarryd.toml").status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST(ConfigTest, TheExampleIsValidAndNamesEveryKey) {
+  const auto config = ReadConfig(QUARRY_SOURCE_DIR "/deploy/quarryd.toml");
+  ASSERT_TRUE(config.ok()) << config.status();
+}
+
+}  // namespace
+}  // namespace quarry
