@@ -69,14 +69,12 @@ absl::Status CheckRow(const AttendRow& row, const KvShape& s) {
   return absl::OkStatus();
 }
 
-class AttendBatch::RefineJob final : public Executor::Job {
+// A later phase of one lane.
+class AttendBatch::PhaseJob final : public Executor::Job {
  public:
-  RefineJob(std::shared_ptr<AttendBatch> batch, AttendLane& lane)
-      : Job(lane.units()), batch_(std::move(batch)), lane_(lane) {}
-  void RunTask(uint32_t unit) override {
-    if (!batch_->cancelled()) lane_.Refine(unit);
-    batch_->UnitDone(lane_, /*refining=*/true);
-  }
+  PhaseJob(std::shared_ptr<AttendBatch> batch, AttendLane& lane)
+      : Job(lane.tasks()), batch_(std::move(batch)), lane_(lane) {}
+  void RunTask(uint32_t task) override { batch_->RunLaneTask(lane_, task); }
 
  private:
   const std::shared_ptr<AttendBatch> batch_;
@@ -108,10 +106,7 @@ void AttendBatch::Start(Executor& executor) {
 
   PlanLanes();
   uint64_t bytes = 0;
-  for (AttendLane& lane : lanes_) {
-    lane.StartPhase();
-    bytes += lane.scan_bytes();
-  }
+  for (const AttendLane& lane : lanes_) bytes += lane.scan_bytes();
   lanes_left_.store(static_cast<uint32_t>(lanes_.size()), std::memory_order_relaxed);
   set_tasks(static_cast<uint32_t>(tasks_.size()));
   if (bytes > params_.inline_bytes && executor.threads() > 0) {
@@ -140,6 +135,7 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer,
                                                    answer.lse.size(), " numbers of o and lse of ",
                                                    row.heads, " heads of ", s.head_dim));
   }
+  QUARRY_ASSIGN_OR_RETURN(admitted->table, context.Table());
   const uint32_t first_kv_head = row.first_head / s.group();
   const uint32_t kv_heads = row.heads / s.group();
   uint64_t available = context.AvailableTokens(row.layer, first_kv_head, kv_heads);
@@ -166,7 +162,6 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer,
     q_.resize(admitted->q_offset);
     return status;
   }
-  admitted->table = context.Table();
   admitted->kind = KindOf(row);
   return absl::OkStatus();
 }
@@ -244,7 +239,7 @@ void AttendBatch::AddLane(std::span<const LaneSeat> seats) {
   }
   AttendLane& lane = lanes_.emplace_back(key, members, plan.units);
   lane_rows_.push_back(plan.rows);
-  for (uint32_t u = 0; u < lane.units(); ++u) tasks_.push_back({&lane, u});
+  for (uint32_t i = 0; i < lane.tasks(); ++i) tasks_.push_back({&lane, i});
 }
 
 bool AttendBatch::cancelled() {
@@ -252,31 +247,22 @@ bool AttendBatch::cancelled() {
   return cancelled_.load(std::memory_order_relaxed);
 }
 
-void AttendBatch::RunTask(uint32_t task) {
-  const auto [lane, unit] = tasks_[task];
-  if (!cancelled()) lane->Scan(unit);
-  UnitDone(*lane, /*refining=*/false);
+void AttendBatch::RunTask(uint32_t task) { RunLaneTask(*tasks_[task].lane, tasks_[task].index); }
+
+void AttendBatch::RunLaneTask(AttendLane& lane, uint32_t task) {
+  if (!cancelled()) lane.RunTask(task);
+  if (lane.TaskDone()) PhaseDone(lane);
 }
 
-void AttendBatch::UnitDone(AttendLane& lane, bool refining) {
-  if (!lane.UnitDone()) return;
-  if (!refining && lane.key().kind == ScanKind::kIndexed && !cancelled()) {
-    return StartRefine(lane);
+void AttendBatch::PhaseDone(AttendLane& lane) {
+  if (!cancelled() && lane.NextPhase()) {
+    auto job = std::make_shared<PhaseJob>(shared_from_this(), lane);
+    // A full queue only means that nobody helps.
+    if (executor_ != nullptr) executor_->Submit(job);
+    job->Help();
+    return;
   }
   if (!cancelled()) lane.Finish();
-  LaneDone();
-}
-
-void AttendBatch::StartRefine(AttendLane& lane) {
-  lane.Allocate();
-  lane.StartPhase();
-  auto job = std::make_shared<RefineJob>(shared_from_this(), lane);
-  // A full queue only means that nobody helps.
-  if (executor_ != nullptr) executor_->Submit(job);
-  job->Help();
-}
-
-void AttendBatch::LaneDone() {
   if (lanes_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) Finish();
 }
 

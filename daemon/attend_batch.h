@@ -45,7 +45,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   void RunTask(uint32_t task) override;
 
  private:
-  class RefineJob;
+  class PhaseJob;
   struct AdmittedRow {
     uint32_t index = 0;  // in the batch
     std::shared_ptr<Context> context;
@@ -59,7 +59,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   };
   struct Task {
     AttendLane* lane;
-    uint32_t unit;
+    uint32_t index;  // of the lane's first phase
   };
   struct Plan {
     std::vector<uint32_t> rows;  // in admitted_
@@ -73,9 +73,8 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   const Plan& PlanFor(std::span<const LaneSeat> seats);
   void AddLane(std::span<const LaneSeat> seats);
   bool cancelled();
-  void UnitDone(AttendLane& lane, bool refining);
-  void StartRefine(AttendLane& lane);
-  void LaneDone();
+  void RunLaneTask(AttendLane& lane, uint32_t task);
+  void PhaseDone(AttendLane& lane);
   void Finish();
   void FailAdmitted(const absl::Status& status);
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/container/inlined_vector.h"
+#include "cpu_index/budget.h"
 #include "daemon/kv_segments.h"
 #include "daemon/run_registry.h"
 
@@ -88,7 +89,14 @@ AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
   if (key.kind == ScanKind::kIndexed) {
     coarse_.resize(units_.size());
     allotments_.resize(units_.size());
+    for (size_t u = 0; u < units_.size(); ++u) {
+      allotments_[u].threshold.resize(units_[u].members.size() * group_);
+      allotments_[u].ties.resize(units_[u].members.size() * group_);
+    }
+    lost_mass_.resize(members_.size() * group_);
   }
+  phase_ = key.kind == ScanKind::kIndexed ? Phase::kScore : Phase::kAttend;
+  tasks_left_.store(tasks(), std::memory_order_relaxed);
 }
 
 uint64_t AttendLane::scan_bytes() const {
@@ -112,22 +120,66 @@ void AttendLane::ClearPartials(uint32_t unit) {
   }
 }
 
-void AttendLane::Scan(uint32_t u) {
-  const ScanUnit& unit = units_[u];
-  const View view(key_, unit);
-  const Queries queries(*this, unit);
-  if (key_.kind == ScanKind::kIndexed) {
-    view.index.Score(view.segments.view(), queries.block(), &coarse_[u]);
-    return;
+uint32_t AttendLane::tasks() const {
+  return static_cast<uint32_t>(phase_ == Phase::kAllocate ? members_.size() * group_
+                                                          : units_.size());
+}
+
+void AttendLane::RunTask(uint32_t task) {
+  switch (phase_) {
+    case Phase::kAttend: return Attend(task);
+    case Phase::kScore: return Score(task);
+    case Phase::kAllocate: return Allocate(task);
+    case Phase::kRefine: return Refine(task);
   }
+}
+
+bool AttendLane::NextPhase() {
+  if (phase_ == Phase::kAttend || phase_ == Phase::kRefine) return false;
+  phase_ = phase_ == Phase::kScore ? Phase::kAllocate : Phase::kRefine;
+  tasks_left_.store(tasks(), std::memory_order_relaxed);
+  return true;
+}
+
+void AttendLane::Attend(uint32_t u) {
+  const View view(key_, units_[u]);
+  const Queries queries(*this, units_[u]);
   ClearPartials(u);
-  view.index.AttendAll(view.segments.view(), queries.block(), UnitPartials(u));
+  // Every token is wanted: an index has nothing to add.
+  ExactScan().AttendAll(view.segments.view(), queries.block(), UnitPartials(u));
+}
+
+void AttendLane::Score(uint32_t u) {
+  const View view(key_, units_[u]);
+  const Queries queries(*this, units_[u]);
+  view.index.Score(view.segments.view(), queries.block(), &coarse_[u]);
+}
+
+void AttendLane::Allocate(uint32_t query) {
+  const uint32_t member = query / group_;
+  std::vector<RunScores> scores;
+  std::vector<std::pair<RunAllotment*, uint32_t>> places;
+  for (size_t u = 0; u < units_.size(); ++u) {
+    for (uint32_t slot = 0; slot < units_[u].members.size(); ++slot) {
+      if (units_[u].members[slot] != member) continue;
+      const uint32_t row = slot * group_ + query % group_;
+      scores.push_back({&coarse_[u], row});
+      places.emplace_back(&allotments_[u], row);
+    }
+  }
+  std::vector<RunShare> shares(scores.size());
+  const double mass = AllocateBudget(members_[member].budget, scores, shares);
+  for (size_t i = 0; i < shares.size(); ++i) {
+    const auto [allotment, row] = places[i];
+    allotment->threshold[row] = shares[i].threshold;
+    allotment->ties[row] = shares[i].ties;
+  }
+  lost_mass_[query] = static_cast<float>(1.0 - mass);
 }
 
 void AttendLane::Refine(uint32_t u) {
-  const ScanUnit& unit = units_[u];
-  const View view(key_, unit);
-  const Queries queries(*this, unit);
+  const View view(key_, units_[u]);
+  const Queries queries(*this, units_[u]);
   ClearPartials(u);
   view.index.Refine(view.segments.view(), queries.block(), coarse_[u], allotments_[u],
                     UnitPartials(u));
@@ -141,7 +193,7 @@ void AttendLane::Finish() {
   for (size_t i = 0; i < totals.size(); ++i) {
     totals[i].acc = std::span(acc).subspan(i * head_dim, head_dim);
   }
-  for (uint32_t u = 0; u < units(); ++u) {
+  for (uint32_t u = 0; u < units_.size(); ++u) {
     const std::span<Partial> partials = UnitPartials(u);
     for (size_t i = 0; i < partials.size(); ++i) {
       const size_t slot = i / group_;
@@ -154,6 +206,10 @@ void AttendLane::Finish() {
       members_[m].lse[g] = total.Finish(std::span(members_[m].o + g * head_dim, head_dim));
       results_[m].tokens += total.tokens;
       results_[m].bytes += total.bytes;
+      if (!lost_mass_.empty()) {
+        results_[m].error_estimate =
+            std::max(results_[m].error_estimate, lost_mass_[m * group_ + g]);
+      }
     }
   }
 }

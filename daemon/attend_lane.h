@@ -37,9 +37,9 @@ struct LaneResult {
   float error_estimate = 0;
 };
 
-// The units of a plan are scanned by any threads in any order; partials are merged in the order
-// of the units, so the answer does not depend on the threads. Exact lanes: Scan each unit, then
-// Finish. Indexed lanes: Scan each, Allocate, Refine each, then Finish.
+// Works in phases of tasks that any threads run in any order; partials are merged in the order of
+// the units, so the answer does not depend on the threads. An exact lane scans its units. An
+// indexed one scores its units, shares each query's budget out over them, then refines them.
 class AttendLane {
  public:
   // `units` is PlanScan's answer for these members, and outlives the lane.
@@ -47,23 +47,29 @@ class AttendLane {
              std::span<const ScanUnit> units);
 
   const LaneKey& key() const { return key_; }
-  uint32_t units() const { return static_cast<uint32_t>(units_.size()); }
   uint64_t scan_bytes() const;
 
-  void Scan(uint32_t unit);
-  void Allocate();
-  void Refine(uint32_t unit);
+  // Of the current phase.
+  uint32_t tasks() const;
+  void RunTask(uint32_t task);
+  // Counts a finished task; true for the last one of the phase: its caller alone goes on.
+  bool TaskDone() { return tasks_left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
+  // False after the last phase.
+  bool NextPhase();
+
+  // Writes the answers of the members; after the last phase.
   void Finish();
   std::span<const LaneResult> results() const { return results_; }  // by member
 
-  // Counts a finished unit; true for the last one of the phase, which may start the next.
-  bool UnitDone() { return units_left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
-  void StartPhase() { units_left_.store(units(), std::memory_order_release); }
-
  private:
+  enum class Phase { kAttend, kScore, kAllocate, kRefine };
   struct View;
   class Queries;
 
+  void Attend(uint32_t unit);
+  void Score(uint32_t unit);
+  void Allocate(uint32_t query);
+  void Refine(uint32_t unit);
   std::span<Partial> UnitPartials(uint32_t unit);
   void ClearPartials(uint32_t unit);
 
@@ -78,7 +84,9 @@ class AttendLane {
   std::vector<CoarseScores> coarse_;        // indexed lanes: per unit
   std::vector<RunAllotment> allotments_;    // indexed lanes: per unit
   std::vector<LaneResult> results_;
-  std::atomic<uint32_t> units_left_{0};
+  std::vector<float> lost_mass_;            // indexed lanes: per query, of all members' groups
+  Phase phase_;
+  std::atomic<uint32_t> tasks_left_;
 };
 
 }  // namespace quarry

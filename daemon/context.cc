@@ -15,6 +15,10 @@ std::string RangeText(TokenRange range) {
   return absl::StrCat("[", range.lo, ", ", range.hi, ")");
 }
 
+absl::Status ClosedError(ContextId id) {
+  return absl::NotFoundError(absl::StrCat("context ", id.value, " is closed"));
+}
+
 }  // namespace
 
 Context::Context(const ContextServices& services, ContextParams params, ContextStart start)
@@ -47,8 +51,8 @@ absl::Status Context::AppendToken(uint32_t layer, uint32_t first_kv_head, uint32
 
 absl::Status Context::Store(const KvInput& input, Caller caller) {
   QUARRY_RETURN_IF_ERROR(CheckInput(input));
-  QUARRY_RETURN_IF_ERROR(Claim(input, caller));
-  return Commit(input, CopyIn(input));
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, Claim(input, caller));
+  return Commit(input, CopyIn(input, *table));
 }
 
 absl::Status Context::CheckInput(const KvInput& input) const {
@@ -79,8 +83,10 @@ absl::Status Context::CheckInput(const KvInput& input) const {
   return absl::OkStatus();
 }
 
-absl::Status Context::Claim(const KvInput& input, Caller caller) {
+absl::StatusOr<std::shared_ptr<const BlockTable>> Context::Claim(const KvInput& input,
+                                                                 Caller caller) {
   absl::MutexLock lock(&mutex_);
+  if (retired_) return ClosedError(params_.id);
   if (sealed_) {
     return absl::FailedPreconditionError(
         absl::StrCat("context ", params_.id.value, " is sealed"));
@@ -103,7 +109,7 @@ absl::Status Context::Claim(const KvInput& input, Caller caller) {
   std::span<const uint32_t> fresh;
   QUARRY_RETURN_IF_ERROR(CheckIds(input, &fresh));  // before the copy, to refuse early
   for (size_t i = 0; i < input.kv_heads; ++i) claimed_[first + i] = true;
-  return absl::OkStatus();
+  return table_;
 }
 
 absl::Status Context::CheckIds(const KvInput& input, std::span<const uint32_t>* fresh) const {
@@ -135,15 +141,14 @@ absl::Status Context::CheckIds(const KvInput& input, std::span<const uint32_t>* 
   return absl::OkStatus();
 }
 
-absl::Status Context::CopyIn(const KvInput& input) {
+absl::Status Context::CopyIn(const KvInput& input, const BlockTable& table) const {
   const KvShape& s = shape();
   const size_t vector_bytes = s.vector_bytes();
   const size_t token_bytes = vector_bytes * input.kv_heads;
-  const std::shared_ptr<const BlockTable> table = Table();
   for (uint32_t lo = input.range.lo; lo < input.range.hi;) {
     const uint32_t block = lo / kBlockTokens;
     const uint32_t hi = std::min(input.range.hi, (block + 1) * kBlockTokens);
-    std::byte* const data = table->blocks[block]->writable();
+    std::byte* const data = table.blocks[block]->writable();
     for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
       const auto* const source =
           static_cast<const std::byte*>(part == KvPart::kKey ? input.k : input.v) +
@@ -245,15 +250,25 @@ uint32_t Context::CompleteTokens() const {
   return tokens;
 }
 
-std::shared_ptr<const BlockTable> Context::Table() const {
+absl::StatusOr<std::shared_ptr<const BlockTable>> Context::Table() const {
+  absl::MutexLock lock(&mutex_);
+  if (retired_) return ClosedError(params_.id);
+  return table_;
+}
+
+std::shared_ptr<const BlockTable> Context::TableOrRemains() const {
   absl::MutexLock lock(&mutex_);
   return table_;
 }
 
-void Context::SwapTable(std::shared_ptr<const BlockTable> table) {
-  // The old snapshot may be the last owner of blocks: it ends outside the lock.
+void Context::Retire() {
+  auto remains = std::make_shared<BlockTable>();
+  std::shared_ptr<const BlockTable> whole;  // ends outside the lock: it may be the last owner
   absl::MutexLock lock(&mutex_);
-  table_.swap(table);
+  if (std::exchange(retired_, true)) return;
+  const uint32_t full = CompleteTokens() / kBlockTokens;
+  remains->blocks.assign(table_->blocks.begin(), table_->blocks.begin() + full);
+  whole = std::exchange(table_, std::move(remains));
 }
 
 std::vector<uint32_t> Context::TokenIds(uint32_t limit) const {
@@ -304,7 +319,7 @@ absl::Status Context::Read(uint32_t layer, TokenRange range, std::span<std::byte
                                                    k.size(), " and ", v.size(), " bytes for ",
                                                    wanted));
   }
-  const std::shared_ptr<const BlockTable> table = Table();
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, Table());
   for (uint32_t lo = range.lo; lo < range.hi;) {
     const uint32_t block = lo / kBlockTokens;
     const uint32_t hi = std::min(range.hi, (block + 1) * kBlockTokens);

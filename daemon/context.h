@@ -10,6 +10,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "daemon/background.h"
 #include "daemon/block_table.h"
@@ -86,7 +87,11 @@ class Context : public BackgroundWorker::Client,
   uint32_t AvailableTokens(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads) const;
   // Tokens present in all layers and heads.
   uint32_t CompleteTokens() const;
-  std::shared_ptr<const BlockTable> Table() const;
+  // NotFound once closed.
+  absl::StatusOr<std::shared_ptr<const BlockTable>> Table() const;
+  // Closes: no new appends, attends or reads; memory that background work does not need is given
+  // back when the calls in flight end.
+  void Retire();
   std::vector<uint32_t> TokenIds(uint32_t limit) const;
 
   // Background: publishes full blocks, attaches runs.
@@ -97,8 +102,9 @@ class Context : public BackgroundWorker::Client,
 
   absl::Status Store(const KvInput& input, Caller caller);
   absl::Status CheckInput(const KvInput& input) const;
-  absl::Status Claim(const KvInput& input, Caller caller);
-  absl::Status CopyIn(const KvInput& input);
+  // The table it returns is the one to write to.
+  absl::StatusOr<std::shared_ptr<const BlockTable>> Claim(const KvInput& input, Caller caller);
+  absl::Status CopyIn(const KvInput& input, const BlockTable& table) const;
   // Moves the frontier (or, if `outcome` failed, only ends the claim).
   absl::Status Commit(const KvInput& input, absl::Status outcome);
   absl::Status CheckIds(const KvInput& input, std::span<const uint32_t>* fresh) const
@@ -110,7 +116,7 @@ class Context : public BackgroundWorker::Client,
   absl::Status PublishBlock(uint32_t block, std::span<const uint32_t> ids)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
-  void SwapTable(std::shared_ptr<const BlockTable> table);
+  std::shared_ptr<const BlockTable> TableOrRemains() const;
 
   std::atomic<uint32_t>& Frontier(uint32_t layer, uint32_t kv_head) {
     return frontier_[size_t{layer} * shape().kv_heads + kv_head];
@@ -138,6 +144,7 @@ class Context : public BackgroundWorker::Client,
   std::vector<bool> claimed_ ABSL_GUARDED_BY(mutex_);         // [layer][kv_head]
   std::vector<uint32_t> full_strips_ ABSL_GUARDED_BY(mutex_);  // per block, of layers * kv_heads
   bool sealed_ ABSL_GUARDED_BY(mutex_) = false;
+  bool retired_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace quarry

@@ -152,7 +152,7 @@ absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkReque
   }
   QUARRY_RETURN_IF_ERROR(contexts_.CheckRoom());
 
-  const std::shared_ptr<const BlockTable> table = parent->Table();
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, parent->Table());
   const KvShape& shape = parent->shape();
   const uint32_t whole = request.tokens / kBlockTokens;
   const uint32_t partial = request.tokens % kBlockTokens;

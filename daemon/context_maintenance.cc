@@ -22,7 +22,7 @@ void Context::PublishFullBlocks() {
   const std::vector<uint32_t> ids = TokenIds(full * kBlockTokens);
   const auto publishable = static_cast<uint32_t>(ids.size()) / kBlockTokens;
   for (; published_blocks_ < publishable; ++published_blocks_) {
-    const std::shared_ptr<HeldBlock> block = Table()->blocks[published_blocks_];
+    const std::shared_ptr<HeldBlock> block = TableOrRemains()->blocks[published_blocks_];
     if (block->published()) continue;
     if (!block->origin().publishable) return;
     const absl::Status status = PublishBlock(published_blocks_, ids);
@@ -38,7 +38,7 @@ void Context::PublishFullBlocks() {
 }
 
 absl::Status Context::PublishBlock(uint32_t index, std::span<const uint32_t> ids) {
-  const std::shared_ptr<const BlockTable> table = Table();
+  const std::shared_ptr<const BlockTable> table = TableOrRemains();
   const std::shared_ptr<HeldBlock>& block = table->blocks[index];
   const BlockId parent = index == 0 ? BlockId{} : table->blocks[index - 1]->id();
   QUARRY_ASSIGN_OR_RETURN(
@@ -47,36 +47,44 @@ absl::Status Context::PublishBlock(uint32_t index, std::span<const uint32_t> ids
                                      ids.subspan(size_t{index} * kBlockTokens, kBlockTokens),
                                      InputsOfBlock(params_.inputs, index))));
   if (winner == nullptr) return absl::OkStatus();
-  // Only maintenance swaps tables, so none is lost between the copy and the swap.
-  auto next = std::make_shared<BlockTable>(*table);
+  std::shared_ptr<const BlockTable> old;  // ends outside the lock: it may be the last owner
+  absl::MutexLock lock(&mutex_);
+  auto next = std::make_shared<BlockTable>(*table_);
   next->blocks[index] = std::move(winner);
-  SwapTable(std::move(next));
+  old = std::exchange(table_, std::move(next));
   return absl::OkStatus();
 }
 
 void Context::AttachRuns() {
   const RunGridOptions& grid = services_.runs->grid();
-  std::shared_ptr<BlockTable> next;
+  if (grid.RunTokens(next_run_).hi > published_blocks_ * kBlockTokens) return;
+  const std::shared_ptr<const BlockTable> table = TableOrRemains();
+  std::vector<RunUse> runs = table->runs;
   for (;; ++next_run_) {
     const TokenRange tokens = grid.RunTokens(next_run_);
     if (tokens.hi > published_blocks_ * kBlockTokens) break;
-    if (next == nullptr) next = std::make_shared<BlockTable>(*Table());
-    const auto use = std::find_if(next->runs.begin(), next->runs.end(),
+    const auto use = std::find_if(runs.begin(), runs.end(),
                                   [&](const RunUse& u) { return u.tokens.lo >= tokens.lo; });
-    if (use != next->runs.end() && use->tokens == tokens) continue;  // came with a fork
+    if (use != runs.end() && use->tokens == tokens) continue;  // came with a fork
     const uint32_t first = tokens.lo / kBlockTokens;
     const uint32_t last = (tokens.hi - 1) / kBlockTokens;
     RunUse own{services_.runs->GetOrBuild(
-                   next_run_, shape(), std::span(next->blocks).subspan(first, last - first + 1)),
+                   next_run_, shape(), std::span(table->blocks).subspan(first, last - first + 1)),
                tokens};
     // What a fork searched under a bound gives way to the fork's own run.
-    if (use != next->runs.end() && use->tokens.lo == tokens.lo) {
+    if (use != runs.end() && use->tokens.lo == tokens.lo) {
       *use = std::move(own);
     } else {
-      next->runs.insert(use, std::move(own));
+      runs.insert(use, std::move(own));
     }
   }
-  if (next != nullptr) SwapTable(std::move(next));
+  std::shared_ptr<const BlockTable> old;  // as above
+  absl::MutexLock lock(&mutex_);
+  if (retired_) return;
+  auto next = std::make_shared<BlockTable>();
+  next->blocks = table_->blocks;
+  next->runs = std::move(runs);
+  old = std::exchange(table_, std::move(next));
 }
 
 }  // namespace quarry

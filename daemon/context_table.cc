@@ -30,7 +30,7 @@ absl::Status ContextTable::Insert(std::shared_ptr<Context> context, Session& own
   // In this order: a session that ends in between no longer lists the context, so it is taken
   // back here.
   absl::Status status = owner.AddContext(id);
-  if (!status.ok()) Remove(id);
+  if (!status.ok()) Close(id);
   return status;
 }
 
@@ -44,13 +44,16 @@ absl::StatusOr<std::shared_ptr<Context>> ContextTable::Find(std::string_view ten
   return it->second;
 }
 
-std::shared_ptr<Context> ContextTable::Remove(ContextId id) {
-  absl::MutexLock lock(&mutex_);
-  auto it = contexts_.find(id);
-  if (it == contexts_.end()) return nullptr;
-  std::shared_ptr<Context> context = std::move(it->second);
-  contexts_.erase(it);
-  return context;
+void ContextTable::Close(ContextId id) {
+  std::shared_ptr<Context> context;
+  {
+    absl::MutexLock lock(&mutex_);
+    auto it = contexts_.find(id);
+    if (it == contexts_.end()) return;
+    context = std::move(it->second);
+    contexts_.erase(it);
+  }
+  context->Retire();
 }
 
 std::vector<std::shared_ptr<Context>> ContextTable::List(std::string_view tenant) const {

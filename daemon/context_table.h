@@ -30,7 +30,8 @@ class ContextTable {
   absl::Status Insert(std::shared_ptr<Context> context, Session& owner);
   // NotFound also for a context of another tenant.
   absl::StatusOr<std::shared_ptr<Context>> Find(std::string_view tenant, ContextId id) const;
-  std::shared_ptr<Context> Remove(ContextId id);
+  // Removes and retires it; nothing if it is not there.
+  void Close(ContextId id);
   std::vector<std::shared_ptr<Context>> List(std::string_view tenant) const;  // by id
   uint64_t size() const;
 

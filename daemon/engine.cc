@@ -100,7 +100,7 @@ class EngineImpl final : public Engine {
   void EndSession(SessionId id) override {
     const std::shared_ptr<Session> session = sessions_.Remove(id);
     if (session == nullptr) return;
-    for (ContextId context : session->End()) contexts_.Remove(context);
+    for (ContextId context : session->End()) contexts_.Close(context);
   }
 
   absl::StatusOr<OpenResult> Open(SessionId id, const OpenRequest& request) override {
@@ -132,7 +132,7 @@ class EngineImpl final : public Engine {
   }
   absl::Status Close(SessionId id, ContextId context) override {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> c, FindContext(id, context));
-    contexts_.Remove(context);
+    contexts_.Close(context);
     if (auto owner = sessions_.Find(c->params().owner); owner.ok()) {
       (*owner)->RemoveContext(context);
     }
@@ -163,7 +163,7 @@ class EngineImpl final : public Engine {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> c,
                             contexts_.Find(session->tenant(), context));
-    const std::shared_ptr<const BlockTable> table = c->Table();
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, c->Table());
     if (block >= table->blocks.size()) {
       return absl::InvalidArgumentError(absl::StrCat("context ", context.value, ": block ", block,
                                                      " of ", table->blocks.size()));
@@ -279,7 +279,7 @@ absl::StatusOr<uint64_t> EngineImpl::Pin(SessionId id, const PinRequest& request
     }
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> context,
                             contexts_.Find(session->tenant(), *request.context));
-    const std::shared_ptr<const BlockTable> table = context->Table();
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, context->Table());
     for (const auto& block : table->blocks) {
       if (block->published()) blocks.push_back(block->id());
     }
@@ -362,9 +362,10 @@ TopKAnswer EngineImpl::TopK(SessionId id, const AttendRow& row, uint32_t k, bool
         absl::StrCat("context ", row.context.value, ": NaN or infinity in a query of layer ",
                      row.layer)));
   }
-  const std::shared_ptr<const BlockTable> table = (*context)->Table();
-  const TopKQuery query{table.get(), &s,        row.layer,   row.range, row.first_head,
-                        row.heads,   q.data(),  row.q_dtype, k,         options_.task_tokens};
+  const absl::StatusOr<std::shared_ptr<const BlockTable>> table = (*context)->Table();
+  if (!table.ok()) return failed(table.status());
+  const TopKQuery query{table->get(), &s,       row.layer,   row.range, row.first_head,
+                        row.heads,    q.data(), row.q_dtype, k,         options_.task_tokens};
   TopKAnswer answer = ExactTopK(query);
   if (gather) GatherTopK(query, &answer);
   return answer;

@@ -1,6 +1,7 @@
 // What the engine's tests share: small models, random K and V, and attention in double.
 #pragma once
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <functional>
 #include <memory>
 #include <random>
 #include <span>
@@ -18,6 +20,7 @@
 #include <vector>
 
 #include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
 #include "daemon/engine.h"
 #include "proto/half.h"
 
@@ -300,6 +303,14 @@ class EngineTest : public ::testing::Test {
     if (!opened.ok()) return ~0u;
     EXPECT_OK(engine_->Close(session, opened->context));
     return opened->reused_tokens;
+  }
+
+  // Background work may hold a closed context's blocks for a moment.
+  void WaitUntilUnleased() {
+    for (int ms = 0; engine_->Stats().store.leased > 0 && ms < 10000; ++ms) {
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+    EXPECT_EQ(engine_->Stats().store.leased, 0u);
   }
 
   std::unique_ptr<Engine> engine_;
