@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -26,7 +26,24 @@ struct ClientOptions {
   enum class Verify { kNever, kAlways } verify = Verify::kAlways;  // digest of copying gets
 };
 
-// Completion of an asynchronous request. Move-only; dropping it abandons the answer, not the
+struct BlockSummary {
+  BlockId id, parent;
+  uint64_t bytes = 0;
+  std::string state;
+  uint32_t leases = 0, children = 0;
+  std::vector<std::string> pins;
+};
+
+struct DaemonStatus {
+  std::string version;
+  uint64_t pid = 0;
+  double uptime_seconds = 0;
+  bool draining = false;
+  std::string tenant;      // the caller's
+  std::string simd_level;  // of the kernels in use
+};
+
+// Completion of an asynchronous request. Dropping it abandons the answer, not the
 // request: its slot is reused only after the daemon has answered.
 class PendingAttend {
  public:
@@ -82,6 +99,14 @@ class Client {
   virtual absl::StatusOr<uint64_t> Pin(const PinRequest&) = 0;
   virtual absl::Status Unpin(std::string_view name) = 0;
   virtual absl::StatusOr<uint64_t> Purge(const PurgeRequest&) = 0;
+
+  // Published blocks of the tenant.
+  virtual absl::StatusOr<std::vector<BlockSummary>> ListBlocks(uint32_t limit) = 0;
+  virtual absl::StatusOr<DaemonStatus> Status() = 0;
+  // Counters and gauges by their metric names, as on /metrics.
+  virtual absl::StatusOr<std::map<std::string, double>> Statistics() = 0;
+  // PermissionDenied unless the caller is the daemon's own user or an administrator.
+  virtual absl::Status Drain() = 0;
 
   // Arms the daemon's poller for one token: it spins until Disarm.
   virtual void Arm() = 0;

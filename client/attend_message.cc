@@ -1,0 +1,131 @@
+#include "client/attend_message.h"
+
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+
+namespace quarry {
+namespace {
+
+constexpr uint64_t kAlign = 64;
+
+uint64_t Align(uint64_t x) { return (x + kAlign - 1) / kAlign * kAlign; }
+
+shm::AttendRowPod PodOf(const AttendRow& row) {
+  shm::AttendRowPod pod{};
+  pod.context = row.context.value;
+  pod.layer = row.layer;
+  pod.range_lo = row.range.lo;
+  pod.range_hi = row.range.hi;
+  pod.first_head = row.first_head;
+  pod.heads = row.heads;
+  pod.budget_kind = static_cast<uint8_t>(row.budget.kind);
+  pod.budget_k = row.budget.k;
+  pod.budget_mass = row.budget.mass;
+  pod.q_dtype = static_cast<uint8_t>(row.q_dtype);
+  pod.has_token = row.has_token ? 1 : 0;
+  pod.token_position = row.token_position;
+  return pod;
+}
+
+}  // namespace
+
+absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> rows,
+                                                  std::span<const KvShape> shapes,
+                                                  uint64_t payload_bytes) {
+  if (rows.empty() || rows.size() > shm::kMaxRows) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("attend of ", rows.size(), " rows, 1 to ", shm::kMaxRows, " are taken"));
+  }
+  AttendMessage message;
+  message.end_ = Align(shm::kSlotPayload + sizeof(shm::AttendHeader) +
+                       rows.size() * sizeof(shm::AttendRowPod));
+  const auto place = [&](uint64_t bytes) {
+    const uint64_t at = message.end_;
+    message.end_ = Align(at + bytes);
+    return at;
+  };
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const AttendRow& row = rows[i];
+    const KvShape& s = shapes[i];
+    if (row.q == nullptr || !IsValid(row.q_dtype) ||
+        (row.has_token && (row.k == nullptr || row.v == nullptr))) {
+      return absl::InvalidArgumentError(absl::StrCat("attend row ", i, " lacks a buffer"));
+    }
+    if (row.heads == 0 || row.heads > s.heads || row.heads % s.group() != 0) {
+      return absl::InvalidArgumentError(absl::StrCat("attend row ", i, " has ", row.heads,
+                                                     " heads, whole groups of ", s.group(),
+                                                     " up to ", s.heads, " are wanted"));
+    }
+    Buffers b{};
+    b.q_bytes = uint64_t{row.heads} * s.head_dim * DTypeBytes(row.q_dtype);
+    b.kv_bytes = row.has_token ? row.heads / s.group() * s.vector_bytes() : 0;
+    b.o_bytes = uint64_t{row.heads} * s.head_dim * sizeof(float);
+    b.lse_bytes = uint64_t{row.heads} * sizeof(float);
+    b.q = place(b.q_bytes);
+    b.k = place(b.kv_bytes);
+    b.v = place(b.kv_bytes);
+    b.o = place(b.o_bytes);
+    b.lse = place(b.lse_bytes);
+    message.rows_.push_back(b);
+  }
+  if (message.request_bytes() > payload_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat("attend of ", rows.size(), " rows needs ",
+                                                   message.request_bytes(),
+                                                   " bytes, a slot carries ", payload_bytes));
+  }
+  return message;
+}
+
+void AttendMessage::Write(std::span<const AttendRow> rows, std::byte* slot_start) const {
+  std::byte* at = slot_start + shm::kSlotPayload;
+  const shm::AttendHeader header{static_cast<uint32_t>(rows.size()), 0};
+  std::memcpy(at, &header, sizeof(header));
+  at += sizeof(header);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Buffers& b = rows_[i];
+    shm::AttendRowPod pod = PodOf(rows[i]);
+    pod.q_offset = b.q;
+    pod.k_offset = b.k;
+    pod.v_offset = b.v;
+    pod.o_offset = b.o;
+    pod.lse_offset = b.lse;
+    std::memcpy(at + i * sizeof(pod), &pod, sizeof(pod));
+    std::memcpy(slot_start + b.q, rows[i].q, b.q_bytes);
+    if (b.kv_bytes == 0) continue;
+    std::memcpy(slot_start + b.k, rows[i].k, b.kv_bytes);
+    std::memcpy(slot_start + b.v, rows[i].v, b.kv_bytes);
+  }
+}
+
+void AttendMessage::ReadAnswers(const std::byte* slot_start, uint32_t generation,
+                                std::span<AttendAnswer> answers) const {
+  for (size_t i = 0; i < answers.size(); ++i) {
+    shm::AttendAnswerPod pod;
+    std::memcpy(&pod, slot_start + shm::kSlotPayload + i * sizeof(pod), sizeof(pod));
+    AttendAnswer& answer = answers[i];
+    const Buffers& b = rows_[i];
+    if (pod.generation != generation) {
+      answer.status = absl::UnavailableError(absl::StrCat(
+          "row ", i, " was answered for request ", pod.generation, ", not ", generation));
+    } else if (pod.status != 0) {
+      answer.status = absl::Status(static_cast<absl::StatusCode>(pod.status),
+                                   absl::StrCat("attend row ", i, " was refused by the daemon"));
+    } else if (answer.o.size_bytes() != b.o_bytes || answer.lse.size_bytes() != b.lse_bytes) {
+      answer.status = absl::InvalidArgumentError(
+          absl::StrCat("attend row ", i, " has ", answer.o.size_bytes(), " and ",
+                       answer.lse.size_bytes(), " bytes of room for o and lse, needs ",
+                       b.o_bytes, " and ", b.lse_bytes));
+    } else {
+      answer.status = absl::OkStatus();
+      answer.covered = {pod.covered_lo, pod.covered_hi};
+      answer.tokens_attended = pod.tokens_attended;
+      answer.bytes_touched = pod.bytes_touched;
+      answer.error_estimate = pod.error_estimate;
+      std::memcpy(answer.o.data(), slot_start + b.o, b.o_bytes);
+      std::memcpy(answer.lse.data(), slot_start + b.lse, b.lse_bytes);
+    }
+  }
+}
+
+}  // namespace quarry

@@ -1,0 +1,257 @@
+#include "client/channel.h"
+
+#include <linux/futex.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/socket.h"
+#include "proto/check.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+// A wake-up across CPUs costs up to 65 us in virtual machines: shorter answers are spun for.
+constexpr absl::Duration kSpin = absl::Microseconds(60);
+// While asleep, how often the socket is looked at: a killed daemon is noticed within this time.
+constexpr absl::Duration kWatchEvery = absl::Milliseconds(20);
+
+void FutexWait(std::atomic<uint32_t>* word, uint32_t expected, absl::Duration timeout) {
+  timespec ts = absl::ToTimespec(timeout);
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT, expected, &ts, nullptr, 0);
+}
+
+template <typename T>
+std::span<const std::byte> BytesOf(const T& x) {
+  return std::as_bytes(std::span(&x, 1));
+}
+template <typename T>
+std::span<std::byte> WritableBytesOf(T& x) {
+  return std::as_writable_bytes(std::span(&x, 1));
+}
+
+std::string TextOf(const char* text, size_t size) { return std::string(text, strnlen(text, size)); }
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ClientChannel>> ClientChannel::Connect(
+    std::string_view socket_path, const shm::HelloRequest& hello, absl::Duration deadline) {
+  auto channel = std::unique_ptr<ClientChannel>(new ClientChannel);
+  channel->path_ = std::string(socket_path);
+  channel->deadline_ = deadline;
+  QUARRY_ASSIGN_OR_RETURN(channel->socket_, ConnectSeqPacket(socket_path));
+  shm::HelloReply reply{};
+  std::vector<OwnedFd> descriptors;
+  QUARRY_RETURN_IF_ERROR(Exchange(channel->socket_.get(), BytesOf(hello), WritableBytesOf(reply),
+                                  deadline, &descriptors));
+  if (reply.magic != shm::kMagic) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("what answers at ", channel->path_, " is not quarryd"));
+  }
+  if (reply.status != 0) {
+    return absl::Status(static_cast<absl::StatusCode>(reply.status),
+                        absl::StrCat("quarryd refused: ",
+                                     TextOf(reply.message, sizeof(reply.message)),
+                                     " (it speaks versions ", reply.min_version, " to ",
+                                     reply.max_version, ", this client ", hello.min_version,
+                                     " to ", hello.max_version, ")"));
+  }
+  if (reply.version < hello.min_version || reply.version > hello.max_version) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "quarryd chose version ", reply.version, ", outside ", hello.min_version, " to ",
+        hello.max_version));
+  }
+  if (descriptors.size() != 2) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("quarryd sent ", descriptors.size(), " descriptors, expected 2"));
+  }
+  QUARRY_RETURN_IF_ERROR(
+      channel->Map(reply, std::move(descriptors[0]), std::move(descriptors[1])));
+  return channel;
+}
+
+absl::Status ClientChannel::Map(const shm::HelloReply& reply, OwnedFd memory, OwnedFd doorbell) {
+  doorbell_ = std::move(doorbell);
+  tenant_ = TextOf(reply.tenant, sizeof(reply.tenant));
+  session_ = {reply.session};
+  memory_bytes_ = reply.channel_bytes;
+  slot_bytes_ = reply.slot_bytes;
+  slot_count_ = reply.slots;
+  void* at = mmap(nullptr, memory_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, memory.get(), 0);
+  if (at == MAP_FAILED) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("mapping a channel of ", memory_bytes_, " bytes: ", std::strerror(errno)));
+  }
+  memory_ = static_cast<std::byte*>(at);
+  channel_ = reinterpret_cast<shm::ChannelHeader*>(memory_);
+  const uint64_t ring_end =
+      uint64_t{channel_->ring_offset} + uint64_t{slot_count_} * sizeof(shm::SubmitEntry);
+  if (channel_->magic != shm::kMagic || channel_->slots != slot_count_ ||
+      channel_->slot_bytes != slot_bytes_ || ring_end > channel_->slots_offset ||
+      channel_->slots_offset + slot_count_ * slot_bytes_ > memory_bytes_) {
+    return absl::FailedPreconditionError("the channel's header does not fit its handshake");
+  }
+  ring_ = reinterpret_cast<shm::SubmitEntry*>(memory_ + channel_->ring_offset);
+  slots_ = memory_ + channel_->slots_offset;
+  absl::MutexLock lock(&mutex_);
+  generations_.assign(slot_count_, 0);
+  for (uint32_t i = slot_count_; i > 0; --i) free_.push_back(i - 1);
+  return absl::OkStatus();
+}
+
+ClientChannel::~ClientChannel() {
+  if (memory_ != nullptr) munmap(memory_, memory_bytes_);
+}
+
+bool ClientChannel::TakeFree(Slot* slot) {
+  if (free_.empty()) {
+    std::erase_if(abandoned_, [&](const Slot& s) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+      if (!Done(s)) return false;
+      free_.push_back(s.index);
+      return true;
+    });
+  }
+  if (free_.empty()) return false;
+  slot->index = free_.back();
+  free_.pop_back();
+  uint32_t generation = generations_[slot->index] + 1;
+  if (generation == ~0u) generation = 1;
+  generations_[slot->index] = slot->generation = generation;
+  return true;
+}
+
+absl::StatusOr<ClientChannel::Slot> ClientChannel::Take() {
+  const absl::Time end = absl::Now() + deadline_;
+  Slot slot;
+  absl::MutexLock lock(&mutex_);
+  while (!TakeFree(&slot)) {
+    if (lost()) break;
+    const auto some_free = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+      return !free_.empty();
+    };
+    mutex_.AwaitWithDeadline(absl::Condition(&some_free),
+                             std::min(end, absl::Now() + kWatchEvery));
+    if (absl::Now() >= end) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "all ", slot_count_, " slots have been in use for ", absl::FormatDuration(deadline_)));
+    }
+  }
+  if (lost()) return absl::UnavailableError(absl::StrCat("quarryd at ", path_, " is lost"));
+  return slot;
+}
+
+void ClientChannel::Submit(const Slot& slot, shm::Opcode opcode, uint64_t request_bytes) {
+  QUARRY_CHECK(request_bytes <= payload_bytes());
+  header_of(slot)->waiting.store(0, std::memory_order_relaxed);
+  {
+    absl::MutexLock lock(&submit_mutex_);
+    shm::SubmitEntry& entry = ring_[cursor_ % slot_count_];
+    entry.slot = slot.index;
+    entry.opcode = static_cast<uint16_t>(opcode);
+    entry.flags = 0;
+    entry.request_bytes = request_bytes;
+    entry.generation = slot.generation;
+    entry.reserved = 0;
+    // Last: the entry and the slot's payload are whole when the daemon sees it.
+    entry.sequence.store(++cursor_, std::memory_order_release);
+  }
+  RingIfParked();
+}
+
+// The daemon writes `parked`, fences and looks at the rings; we write the ring, fence and look at
+// `parked`: one of the two sees the other, so no request is left lying.
+void ClientChannel::RingIfParked() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (channel_->parked.load(std::memory_order_relaxed) == 0) return;
+  const uint64_t one = 1;
+  // Not blocking: a full counter means that it is ringing already.
+  [[maybe_unused]] ssize_t written = write(doorbell_.get(), &one, sizeof(one));
+}
+
+void ClientChannel::Arm(bool armed) {
+  channel_->armed.store(armed ? 1 : 0, std::memory_order_relaxed);
+  if (armed) RingIfParked();
+}
+
+bool ClientChannel::Done(const Slot& slot) const {
+  return header_of(slot)->done.load(std::memory_order_acquire) == slot.generation;
+}
+
+bool ClientChannel::DaemonHungUp() const {
+  pollfd watch{socket_.get(), POLLRDHUP, 0};
+  return poll(&watch, 1, 0) > 0 && (watch.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+}
+
+absl::Status ClientChannel::Lost(std::string_view why) {
+  lost_.store(true, std::memory_order_release);
+  return absl::UnavailableError(absl::StrCat("quarryd at ", path_, " ", std::string(why)));
+}
+
+absl::Status ClientChannel::Wait(const Slot& slot, uint64_t* bytes) {
+  shm::SlotHeader* header = header_of(slot);
+  const absl::Time start = absl::Now();
+  const absl::Time end = start + deadline_;
+  while (!Done(slot) && absl::Now() - start < kSpin) {
+    for (int i = 0; i < 64 && !Done(slot); ++i) __builtin_ia32_pause();
+  }
+  while (!Done(slot)) {
+    if (DaemonHungUp()) {
+      if (Done(slot)) break;  // answered before it went
+      return Lost("has gone: its socket is closed");
+    }
+    const absl::Duration left = end - absl::Now();
+    if (left <= absl::ZeroDuration()) {
+      return Lost(absl::StrCat("did not answer within ", absl::FormatDuration(deadline_)));
+    }
+    const uint32_t seen = header->done.load(std::memory_order_acquire);
+    if (seen == slot.generation) break;
+    header->waiting.store(1, std::memory_order_seq_cst);
+    FutexWait(&header->done, seen, std::min(left, kWatchEvery));
+  }
+  const uint64_t length = header->response_bytes;
+  *bytes = std::min(length, payload_bytes());
+  if (header->status == 0) return absl::OkStatus();
+  return absl::Status(static_cast<absl::StatusCode>(header->status),
+                      absl::string_view(reinterpret_cast<const char*>(payload(slot)), *bytes));
+}
+
+void ClientChannel::Abandon(const Slot& slot) {
+  absl::MutexLock lock(&mutex_);
+  if (Done(slot)) {
+    free_.push_back(slot.index);
+  } else {
+    abandoned_.push_back(slot);
+  }
+}
+
+absl::StatusOr<OwnedFd> ClientChannel::FetchExtent(uint32_t extent, uint64_t* bytes) {
+  absl::MutexLock lock(&socket_mutex_);
+  if (lost()) return absl::UnavailableError(absl::StrCat("quarryd at ", path_, " is lost"));
+  const shm::SocketRequest request{static_cast<uint32_t>(shm::SocketRequestKind::kExtent), extent};
+  shm::SocketReply reply{};
+  std::vector<OwnedFd> descriptors;
+  absl::Status status = Exchange(socket_.get(), BytesOf(request), WritableBytesOf(reply),
+                                 deadline_, &descriptors);
+  if (!status.ok()) {
+    lost_.store(true, std::memory_order_release);
+    return status;
+  }
+  if (reply.status != 0 || descriptors.size() != 1) {
+    return absl::Status(reply.status != 0 ? static_cast<absl::StatusCode>(reply.status)
+                                          : absl::StatusCode::kInternal,
+                        absl::StrCat("quarryd gave no descriptor of extent ", extent));
+  }
+  *bytes = reply.bytes;
+  return std::move(descriptors[0]);
+}
+
+}  // namespace quarry

@@ -1,0 +1,103 @@
+#include "client/leased_block.h"
+
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/byte_digest.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+absl::Status WrongDigest(const ByteDigest& want, const ByteDigest& got, uint64_t bytes) {
+  return absl::DataLossError(absl::StrCat(
+      "block of ", bytes, " bytes has digest ", absl::Hex(got.high, absl::kZeroPad16),
+      absl::Hex(got.low, absl::kZeroPad16), ", expected ", absl::Hex(want.high, absl::kZeroPad16),
+      absl::Hex(want.low, absl::kZeroPad16)));
+}
+
+class ShmLeasedBlock final : public LeasedBlock {
+ public:
+  ShmLeasedBlock(std::shared_ptr<LeaseHome> home, LeaseId lease, std::span<const std::byte> bytes,
+                 const ByteDigest& digest, ClientOptions::Verify verify)
+      : home_(std::move(home)), lease_(lease), bytes_(bytes), digest_(digest), verify_(verify) {}
+
+  ~ShmLeasedBlock() override {
+    ClientChannel& channel = *home_->channel;
+    absl::StatusOr<ClientChannel::Slot> slot = channel.Take();
+    if (!slot.ok()) return;  // lost: the daemon ends the lease with the session
+    const shm::ReleaseHeader header{lease_.value};
+    std::memcpy(channel.payload(*slot), &header, sizeof(header));
+    channel.Submit(*slot, shm::Opcode::kRelease, sizeof(header));
+    channel.Abandon(*slot);  // nobody waits for the answer
+  }
+
+  std::span<const std::byte> bytes() const override { return bytes_; }
+  const ByteDigest& digest() const override { return digest_; }
+
+  absl::Status Verify() const override {
+    const ByteDigest got = DigestOf(bytes_);
+    return got == digest_ ? absl::OkStatus() : WrongDigest(digest_, got, bytes_.size());
+  }
+
+  absl::Status CopyTo(uint64_t offset, std::span<std::byte> out) const override {
+    if (offset > bytes_.size() || out.size() > bytes_.size() - offset) {
+      return absl::InvalidArgumentError(absl::StrCat("bytes [", offset, ", ", offset + out.size(),
+                                                     ") of a block of ", bytes_.size()));
+    }
+    const bool whole = out.size() == bytes_.size();
+    if (!whole || verify_ == ClientOptions::Verify::kNever) {
+      std::memcpy(out.data(), bytes_.data() + offset, out.size());
+      return absl::OkStatus();
+    }
+    const ByteDigest got = CopyAndDigest(out.data(), bytes_.data(), out.size());
+    return got == digest_ ? absl::OkStatus() : WrongDigest(digest_, got, bytes_.size());
+  }
+
+ private:
+  // Shared: a block may outlive the client object that leased it.
+  const std::shared_ptr<LeaseHome> home_;
+  const LeaseId lease_;
+  const std::span<const std::byte> bytes_;
+  const ByteDigest digest_;
+  const ClientOptions::Verify verify_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<LeasedBlock>> TakeLease(const std::shared_ptr<LeaseHome>& home,
+                                                       shm::LeaseHeader header,
+                                                       std::string_view name_space,
+                                                       std::string_view key,
+                                                       ClientOptions::Verify verify) {
+  ClientChannel& channel = *home->channel;
+  header.namespace_bytes = static_cast<uint32_t>(name_space.size());
+  header.key_bytes = static_cast<uint32_t>(key.size());
+  const uint64_t bytes = sizeof(header) + name_space.size() + key.size();
+  if (bytes > channel.payload_bytes()) {
+    return absl::InvalidArgumentError(absl::StrCat("key of ", key.size(), " bytes"));
+  }
+  QUARRY_ASSIGN_OR_RETURN(ClientChannel::Slot slot, channel.Take());
+  std::byte* at = channel.payload(slot);
+  std::memcpy(at, &header, sizeof(header));
+  std::memcpy(at + sizeof(header), name_space.data(), name_space.size());
+  std::memcpy(at + sizeof(header) + name_space.size(), key.data(), key.size());
+  channel.Submit(slot, shm::Opcode::kLease, bytes);
+  uint64_t reply_bytes = 0;
+  absl::Status status = channel.Wait(slot, &reply_bytes);
+  shm::LeaseReply reply{};
+  if (status.ok() && reply_bytes != sizeof(reply)) {
+    status = absl::DataLossError(absl::StrCat("lease reply of ", reply_bytes, " bytes"));
+  }
+  if (status.ok()) std::memcpy(&reply, at, sizeof(reply));
+  channel.Abandon(slot);
+  QUARRY_RETURN_IF_ERROR(status);
+  QUARRY_ASSIGN_OR_RETURN(const std::byte* data,
+                          home->extents.Find(reply.extent, reply.offset, reply.bytes));
+  return std::make_unique<ShmLeasedBlock>(home, LeaseId{reply.lease},
+                                          std::span(data, reply.bytes),
+                                          ByteDigest{reply.digest_low, reply.digest_high}, verify);
+}
+
+}  // namespace quarry

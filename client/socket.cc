@@ -1,0 +1,97 @@
+#include "client/socket.h"
+
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace quarry {
+namespace {
+
+constexpr size_t kMaxDescriptors = 4;
+
+absl::Status SocketError(const char* what) {
+  return absl::UnavailableError(absl::StrCat("quarryd socket: ", what, ": ", std::strerror(errno)));
+}
+
+void TakeDescriptors(const msghdr& message, std::vector<OwnedFd>* out) {
+  for (cmsghdr* c = CMSG_FIRSTHDR(&message); c != nullptr;
+       c = CMSG_NXTHDR(const_cast<msghdr*>(&message), c)) {
+    if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
+    const size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < count; ++i) {
+      int fd;
+      std::memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+      out->emplace_back(fd);
+    }
+  }
+}
+
+}  // namespace
+
+OwnedFd::~OwnedFd() {
+  if (fd_ >= 0) close(fd_);
+}
+
+OwnedFd& OwnedFd::operator=(OwnedFd&& other) noexcept {
+  std::swap(fd_, other.fd_);
+  return *this;
+}
+
+absl::StatusOr<OwnedFd> ConnectSeqPacket(std::string_view path) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.empty() || path.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(absl::StrCat("socket path of ", path.size(),
+                                                   " bytes: 1 to ", sizeof(address.sun_path) - 1,
+                                                   " are possible"));
+  }
+  std::memcpy(address.sun_path, path.data(), path.size());
+  OwnedFd fd(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  if (fd.get() < 0) return SocketError("socket");
+  if (connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+    return absl::UnavailableError(absl::StrCat("no quarryd answers at ", std::string(path), ": ",
+                                               std::strerror(errno)));
+  }
+  return fd;
+}
+
+absl::Status Exchange(int socket, std::span<const std::byte> request, std::span<std::byte> reply,
+                      absl::Duration deadline, std::vector<OwnedFd>* descriptors) {
+  if (send(socket, request.data(), request.size(), MSG_NOSIGNAL) !=
+      static_cast<ssize_t>(request.size())) {
+    return SocketError("send");
+  }
+  pollfd readable{socket, POLLIN, 0};
+  int ready = poll(&readable, 1, static_cast<int>(absl::ToInt64Milliseconds(deadline)));
+  if (ready == 0) {
+    return absl::UnavailableError(
+        absl::StrCat("quarryd did not answer within ", absl::FormatDuration(deadline)));
+  }
+  if (ready < 0) return SocketError("poll");
+  alignas(cmsghdr) char control[CMSG_SPACE(kMaxDescriptors * sizeof(int))];
+  iovec buffer{reply.data(), reply.size()};
+  msghdr message{};
+  message.msg_iov = &buffer;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof(control);
+  ssize_t received = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+  if (received < 0) return SocketError("recvmsg");
+  TakeDescriptors(message, descriptors);
+  if (received == 0) return absl::UnavailableError("quarryd closed the socket");
+  if (received != static_cast<ssize_t>(reply.size()) || (message.msg_flags & MSG_TRUNC) != 0) {
+    return absl::UnavailableError(
+        absl::StrCat("quarryd answered ", received, " bytes, expected ", reply.size()));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace quarry
