@@ -1,0 +1,22 @@
+#!/bin/bash
+# Builds everything (preset dev) and runs the bounded tier of the tests: all but those labelled
+# slow, which tests/long.sh runs. Ends with ctest's summary; the exit status is its.
+#   QUARRY_SKIP_INSTALL=1   use the packages that are there
+#   QUARRY_JOBS=N           compile and test N at a time (default: the cores)
+# Arguments go to ctest, for example: tests/run.sh -R engine
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf '== %s\n' "$*"; }
+jobs=${QUARRY_JOBS:-$(nproc)}
+
+if [ "${QUARRY_SKIP_INSTALL:-0}" != 1 ]; then
+  say "packages"
+  deploy/install_dependencies.sh
+fi
+say "configure (build/dev)"
+cmake --preset dev
+say "build, $jobs at a time"
+cmake --build --preset dev -j "$jobs"
+say "tests, two at a time"
+ctest --preset dev --output-on-failure -j 2 --label-exclude slow --no-tests=error "$@"
