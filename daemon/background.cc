@@ -31,15 +31,14 @@ void BackgroundWorker::Enqueue(std::shared_ptr<Client> client) {
   absl::MutexLock lock(&mutex_);
   if (!queued_.insert(client.get()).second) return;
   queue_.push_back(std::move(client));
+  ++enqueued_;
 }
 
-void BackgroundWorker::WaitIdle() {
+void BackgroundWorker::Flush() {
   absl::MutexLock lock(&mutex_);
-  mutex_.Await(absl::Condition(
-      +[](BackgroundWorker* self) ABSL_NO_THREAD_SAFETY_ANALYSIS {
-        return self->queue_.empty() && !self->busy_;
-      },
-      this));
+  const uint64_t last = enqueued_;
+  const auto done = [this, last]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return finished_ >= last; };
+  mutex_.Await(absl::Condition(&done));
 }
 
 void BackgroundWorker::Loop() {
@@ -48,7 +47,6 @@ void BackgroundWorker::Loop() {
     std::shared_ptr<Client> client;
     {
       absl::MutexLock lock(&mutex_);
-      busy_ = false;
       mutex_.Await(absl::Condition(
           +[](BackgroundWorker* self) ABSL_NO_THREAD_SAFETY_ANALYSIS {
             return !self->queue_.empty() || self->stopping_;
@@ -59,10 +57,11 @@ void BackgroundWorker::Loop() {
       queue_.pop_front();
       // Before it runs: what becomes due while it does waits for another turn.
       queued_.erase(client.get());
-      busy_ = true;
     }
     client->Maintain();
     client.reset();  // may be the last owner; not under the mutex
+    absl::MutexLock lock(&mutex_);
+    ++finished_;
   }
 }
 

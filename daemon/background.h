@@ -1,6 +1,7 @@
 // BackgroundWorker: publishing and index building, off the decode path.
 #pragma once
 
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <thread>
@@ -29,8 +30,8 @@ class BackgroundWorker {
   BackgroundWorker& operator=(const BackgroundWorker&) = delete;
 
   void Enqueue(std::shared_ptr<Client> client);
-  // Blocks until the queue is empty and nothing is being maintained.
-  void WaitIdle();
+  // Blocks until what is queued now has been maintained and let go.
+  void Flush();
 
  private:
   void Loop();
@@ -38,7 +39,8 @@ class BackgroundWorker {
   absl::Mutex mutex_;
   std::deque<std::shared_ptr<Client>> queue_ ABSL_GUARDED_BY(mutex_);
   absl::flat_hash_set<Client*> queued_ ABSL_GUARDED_BY(mutex_);
-  bool busy_ ABSL_GUARDED_BY(mutex_) = false;
+  uint64_t enqueued_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t finished_ ABSL_GUARDED_BY(mutex_) = 0;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_;  // last
 };

@@ -266,8 +266,11 @@ void Context::Retire() {
   std::shared_ptr<const BlockTable> whole;  // ends outside the lock: it may be the last owner
   absl::MutexLock lock(&mutex_);
   if (std::exchange(retired_, true)) return;
-  const uint32_t full = CompleteTokens() / kBlockTokens;
-  remains->blocks.assign(table_->blocks.begin(), table_->blocks.begin() + full);
+  // Full blocks that wait to be published keep their predecessors, whose ids they need.
+  const auto end = table_->blocks.begin() + CompleteTokens() / kBlockTokens;
+  if (!std::all_of(table_->blocks.begin(), end, [](const auto& b) { return b->published(); })) {
+    remains->blocks.assign(table_->blocks.begin(), end);
+  }
   whole = std::exchange(table_, std::move(remains));
 }
 

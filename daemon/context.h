@@ -113,7 +113,8 @@ class Context : public BackgroundWorker::Client,
   bool CountFullBlocks(const KvInput& input) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   void PublishFullBlocks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
-  absl::Status PublishBlock(uint32_t block, std::span<const uint32_t> ids)
+  absl::Status PublishBlock(const BlockTable& table, uint32_t block,
+                            std::span<const uint32_t> ids)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   std::shared_ptr<const BlockTable> TableOrRemains() const;

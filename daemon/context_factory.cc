@@ -16,11 +16,18 @@ uint32_t BlocksFor(uint32_t tokens) { return (tokens + kBlockTokens - 1) / kBloc
 
 // Reserves and begins the private blocks of a context: all of them now, so that decode never
 // meets a full arena. On failure nothing stays reserved.
-absl::Status BeginBlocks(BlockStore& store, const std::string& tenant, uint64_t block_bytes,
-                         uint32_t count, const BlockOrigin& origin,
+absl::Status BeginBlocks(const ContextServices& services, const std::string& tenant,
+                         uint64_t block_bytes, uint32_t count, const BlockOrigin& origin,
                          std::vector<std::shared_ptr<HeldBlock>>* blocks) {
   if (count == 0) return absl::OkStatus();
-  QUARRY_RETURN_IF_ERROR(store.Reserve(tenant, block_bytes, count));
+  BlockStore& store = *services.store;
+  absl::Status reserved = store.Reserve(tenant, block_bytes, count);
+  if (absl::IsResourceExhausted(reserved)) {
+    // Closed contexts may wait in the background to be published: that is not a full arena.
+    services.background->Flush();
+    reserved = store.Reserve(tenant, block_bytes, count);
+  }
+  QUARRY_RETURN_IF_ERROR(reserved);
   blocks->reserve(blocks->size() + count);
   for (uint32_t i = 0; i < count; ++i) {
     absl::StatusOr<BlockView> view = store.Begin(tenant, block_bytes);
@@ -120,7 +127,7 @@ absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequ
   start.token_ids = request.tokens;
   start.table.blocks = std::move(prefix.blocks);
   const auto reused = static_cast<uint32_t>(start.table.blocks.size());
-  QUARRY_RETURN_IF_ERROR(BeginBlocks(*services_.store, session.tenant(),
+  QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, session.tenant(),
                                      request.spec.shape.block_bytes(),
                                      BlocksFor(request.max_tokens) - reused,
                                      OriginOf(session.tenant(), request.spec, request.recipe),
@@ -164,12 +171,12 @@ absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkReque
   start.table.blocks.assign(table->blocks.begin(), table->blocks.begin() + whole);
   if (partial > 0) {
     const HeldBlock& copied = *table->blocks[whole];
-    QUARRY_RETURN_IF_ERROR(BeginBlocks(*services_.store, session.tenant(), shape.block_bytes(), 1,
+    QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, session.tenant(), shape.block_bytes(), 1,
                                        OriginOfCopy(copied.origin(), own), &start.table.blocks));
     CopyTokens(shape, copied, partial, start.table.blocks.back().get());
   }
   const auto begun = static_cast<uint32_t>(start.table.blocks.size());
-  QUARRY_RETURN_IF_ERROR(BeginBlocks(*services_.store, session.tenant(), shape.block_bytes(),
+  QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, session.tenant(), shape.block_bytes(),
                                      BlocksFor(request.max_tokens) - begun, own,
                                      &start.table.blocks));
   ContextId id;

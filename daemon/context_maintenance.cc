@@ -22,10 +22,12 @@ void Context::PublishFullBlocks() {
   const std::vector<uint32_t> ids = TokenIds(full * kBlockTokens);
   const auto publishable = static_cast<uint32_t>(ids.size()) / kBlockTokens;
   for (; published_blocks_ < publishable; ++published_blocks_) {
-    const std::shared_ptr<HeldBlock> block = TableOrRemains()->blocks[published_blocks_];
+    const std::shared_ptr<const BlockTable> table = TableOrRemains();
+    if (published_blocks_ >= table->blocks.size()) return;  // closed
+    const std::shared_ptr<HeldBlock>& block = table->blocks[published_blocks_];
     if (block->published()) continue;
     if (!block->origin().publishable) return;
-    const absl::Status status = PublishBlock(published_blocks_, ids);
+    const absl::Status status = PublishBlock(*table, published_blocks_, ids);
     if (status.ok()) continue;
     // The id names other bytes (another shape, or a fork's other token ids). The context is as
     // good as before, but neither this block nor its successors can be shared.
@@ -37,10 +39,10 @@ void Context::PublishFullBlocks() {
   }
 }
 
-absl::Status Context::PublishBlock(uint32_t index, std::span<const uint32_t> ids) {
-  const std::shared_ptr<const BlockTable> table = TableOrRemains();
-  const std::shared_ptr<HeldBlock>& block = table->blocks[index];
-  const BlockId parent = index == 0 ? BlockId{} : table->blocks[index - 1]->id();
+absl::Status Context::PublishBlock(const BlockTable& table, uint32_t index,
+                                   std::span<const uint32_t> ids) {
+  const std::shared_ptr<HeldBlock>& block = table.blocks[index];
+  const BlockId parent = index == 0 ? BlockId{} : table.blocks[index - 1]->id();
   QUARRY_ASSIGN_OR_RETURN(
       std::shared_ptr<HeldBlock> winner,
       block->Publish(ContextBlockKey(parent, block->origin().name_space, shape(),
@@ -49,6 +51,7 @@ absl::Status Context::PublishBlock(uint32_t index, std::span<const uint32_t> ids
   if (winner == nullptr) return absl::OkStatus();
   std::shared_ptr<const BlockTable> old;  // ends outside the lock: it may be the last owner
   absl::MutexLock lock(&mutex_);
+  if (index >= table_->blocks.size()) return absl::OkStatus();  // closed meanwhile
   auto next = std::make_shared<BlockTable>(*table_);
   next->blocks[index] = std::move(winner);
   old = std::exchange(table_, std::move(next));
@@ -58,7 +61,9 @@ absl::Status Context::PublishBlock(uint32_t index, std::span<const uint32_t> ids
 void Context::AttachRuns() {
   const RunGridOptions& grid = services_.runs->grid();
   if (grid.RunTokens(next_run_).hi > published_blocks_ * kBlockTokens) return;
-  const std::shared_ptr<const BlockTable> table = TableOrRemains();
+  const absl::StatusOr<std::shared_ptr<const BlockTable>> held = Table();
+  if (!held.ok()) return;  // closed
+  const std::shared_ptr<const BlockTable>& table = *held;
   std::vector<RunUse> runs = table->runs;
   for (;; ++next_run_) {
     const TokenRange tokens = grid.RunTokens(next_run_);
