@@ -164,10 +164,6 @@ absl::Status CheckGrpc(const Config& c) {
   if (!c.grpc.socket.empty() && c.grpc.socket == c.shm.socket) {
     return Bad("grpc.socket", Quoted(c.grpc.socket), "must differ from shm.socket");
   }
-  if (c.grpc.max_streams_per_tenant >= c.grpc.max_threads) {
-    return Bad("grpc.max_streams_per_tenant", std::to_string(c.grpc.max_streams_per_tenant),
-               absl::StrCat("must be below grpc.max_threads = ", c.grpc.max_threads));
-  }
   return CheckGrpcAddress(c.grpc);
 }
 

@@ -53,11 +53,11 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Text("grpc.tls_client_ca", c.grpc.tls_client_ca);
   v.Bytes("grpc.max_message_bytes", c.grpc.max_message_bytes, 64 * kKiB, 1024 * kMiB);
   v.Bytes("grpc.max_put_bytes", c.grpc.max_put_bytes, 64 * kKiB, 16384 * kMiB);
-  v.Count("grpc.max_threads", c.grpc.max_threads, 4, 4096);
-  v.Count("grpc.max_streams_per_tenant", c.grpc.max_streams_per_tenant, 1, 4096);
-  v.Count("grpc.max_connections", c.grpc.max_connections, 1, 65536);
+  v.Count("grpc.threads", c.grpc.threads, 1, 1024);
+  v.Count("grpc.queue", c.grpc.queue, 1, 65536);
+  v.Count("grpc.max_calls_per_tenant", c.grpc.max_calls_per_tenant, 1, 65536);
   v.Count("grpc.max_sessions_per_tenant", c.grpc.max_sessions_per_tenant, 1, 65536);
-  v.Count("grpc.stalled_stream_ms", c.grpc.stalled_stream_ms, 100, 3600000);
+  v.Count("grpc.max_connections", c.grpc.max_connections, 1, 4096);
 
   v.Users("tenants.users", c.tenants.tenants);
   v.Flag("tenants.refuse_unknown_users", c.tenants.refuse_unknown_users);

@@ -18,11 +18,12 @@ struct GrpcOptions {
   std::string tls_certificate, tls_key, tls_client_ca;
   uint64_t max_message_bytes = 64ull << 20;
   uint64_t max_put_bytes = 256ull << 20;   // one opaque block
-  uint32_t max_threads = 32;               // of all calls together
-  uint32_t max_streams_per_tenant = 8;     // below max_threads: one tenant never takes them all
-  uint32_t max_connections = 256;          // of the Unix socket
+  uint32_t threads = 4;                    // that run calls; no call holds one while it waits
+  uint32_t queue = 256;                    // calls waiting for a thread
+  uint32_t max_calls_per_tenant = 64;      // open at once, streams included, sessions not
   uint32_t max_sessions_per_tenant = 64;
-  uint32_t stalled_stream_ms = 10000;      // a stream that moves nothing for so long is cancelled
+  uint32_t max_connections = 256;          // of the Unix socket
+  bool tls() const { return !tls_certificate.empty(); }
 };
 
 }  // namespace quarry

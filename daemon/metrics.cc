@@ -112,8 +112,8 @@ void WriteTransports(const TransportCounters& c, Writer& w) {
           c.grpc_connections);
   w.Counter("quarry_grpc_connections_refused_total", "gRPC connections refused",
             c.grpc_connections_refused);
-  w.Counter("quarry_grpc_streams_stalled_total", "streams cancelled because they stood still",
-            c.grpc_streams_stalled);
+  w.Counter("quarry_grpc_calls_refused_total", "gRPC calls refused by limits and full queues",
+            c.grpc_calls_refused);
 }
 
 }  // namespace

@@ -19,8 +19,8 @@
 namespace quarry {
 
 struct MetricsOptions {
-  std::string listen = "127.0.0.1:9464";  // empty: off
-  bool allow_remote = false;              // the figures name no tenant; still, off by default
+  std::string listen;         // address:port; empty: off
+  bool allow_remote = false;  // the figures name no tenant; still, off by default
 };
 
 // Counted by the transports; relaxed atomics, any thread.
@@ -38,7 +38,7 @@ struct TransportCounters {
   std::atomic<uint64_t> grpc_sessions{0};         // open now
   std::atomic<uint64_t> grpc_connections{0};      // open now, of the Unix socket
   std::atomic<uint64_t> grpc_connections_refused{0};
-  std::atomic<uint64_t> grpc_streams_stalled{0};  // cancelled because the client stopped reading
+  std::atomic<uint64_t> grpc_calls_refused{0};  // limits and full queues
   LatencyHistogram shm_attend;                    // request seen to answer written
   LatencyHistogram grpc_attend;
 };
