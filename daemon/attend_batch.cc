@@ -13,7 +13,8 @@ namespace {
 
 absl::Status CheckBudget(const Budget& budget) {
   switch (budget.kind) {
-    case Budget::Kind::kUnlimited: return absl::OkStatus();
+    case Budget::Kind::kUnlimited:
+      return absl::OkStatus();
     case Budget::Kind::kFixedK:
       if (budget.k > 0) return absl::OkStatus();
       return absl::InvalidArgumentError("a fixed budget of 0 tokens");
@@ -30,11 +31,13 @@ absl::Status CheckBudget(const Budget& budget) {
 ScanKind KindOf(const AttendRow& row) {
   const bool holds_all = row.budget.k >= row.range.size();
   switch (row.budget.kind) {
-    case Budget::Kind::kUnlimited: return ScanKind::kExact;
-    case Budget::Kind::kFixedK: return holds_all ? ScanKind::kExact : ScanKind::kIndexed;
+    case Budget::Kind::kUnlimited:
+      return ScanKind::kExact;
+    case Budget::Kind::kFixedK:
+      return holds_all ? ScanKind::kExact : ScanKind::kIndexed;
     case Budget::Kind::kTopP:
       return row.budget.mass >= 1 && (row.budget.k == 0 || holds_all) ? ScanKind::kExact
-                                                                     : ScanKind::kIndexed;
+                                                                      : ScanKind::kIndexed;
   }
   return ScanKind::kExact;
 }
@@ -59,8 +62,8 @@ absl::Status CheckRow(const AttendRow& row, const KvShape& s) {
         "): whole groups of ", s.group(), " within ", s.heads, " heads are wanted"));
   }
   if (!IsValid(row.q_dtype) || row.q == nullptr) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "row without queries or of unknown dtype ", static_cast<int>(row.q_dtype)));
+    return absl::InvalidArgumentError(
+        absl::StrCat("row without queries or of unknown dtype ", static_cast<int>(row.q_dtype)));
   }
   if (row.range.lo > row.range.hi) {
     return absl::InvalidArgumentError(
@@ -85,6 +88,14 @@ AttendBatch::AttendBatch(Params params, const ContextTable& contexts)
     : params_(std::move(params)), contexts_(contexts) {}
 
 void AttendBatch::Start(Executor& executor) {
+  if (executor.full()) {
+    params_.counters->refused_batches.fetch_add(1, std::memory_order_relaxed);
+    for (AttendAnswer& answer : params_.answers) {
+      answer.status = absl::ResourceExhaustedError(
+          absl::StrCat("attend queue is full with ", executor.queued_jobs(), " batches"));
+    }
+    return Finish();
+  }
   size_t q_floats = 0;
   for (const AttendAnswer& answer : params_.answers) q_floats += answer.o.size();
   q_.reserve(q_floats);
@@ -111,18 +122,13 @@ void AttendBatch::Start(Executor& executor) {
   set_tasks(static_cast<uint32_t>(tasks_.size()));
   if (bytes > params_.inline_bytes && executor.threads() > 0) {
     executor_ = &executor;
-    if (!executor.Submit(shared_from_this())) {
-      params_.counters->refused_batches.fetch_add(1, std::memory_order_relaxed);
-      FailAdmitted(absl::ResourceExhaustedError(
-          absl::StrCat("attend queue is full with ", executor.queued_jobs(), " batches")));
-      return Finish();
-    }
+    // Filled since it was asked above: nobody helps, but no stored token becomes void.
+    executor.Submit(shared_from_this());
   }
   Help();
 }
 
-absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer,
-                                AdmittedRow* admitted) {
+absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, AdmittedRow* admitted) {
   QUARRY_ASSIGN_OR_RETURN(admitted->context,
                           contexts_.Find(params_.session->tenant(), row.context));
   Context& context = *admitted->context;
@@ -141,22 +147,21 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer,
   uint64_t available = context.AvailableTokens(row.layer, first_kv_head, kv_heads);
   if (row.has_token) available = std::max(available, uint64_t{row.token_position} + 1);
   if (row.range.hi > available) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "context ", row.context.value, ": row of tokens [", row.range.lo, ", ", row.range.hi,
-        ") of layer ", row.layer, ", which has ", available));
+    return absl::InvalidArgumentError(
+        absl::StrCat("context ", row.context.value, ": row of tokens [", row.range.lo, ", ",
+                     row.range.hi, ") of layer ", row.layer, ", which has ", available));
   }
   admitted->q_offset = q_.size();
   q_.resize(q_.size() + q_floats);
   float* const q = q_.data() + admitted->q_offset;
   absl::Status status;
   if (!WidenFinite(row.q_dtype, row.q, q_floats, q)) {
-    status = absl::InvalidArgumentError(absl::StrCat("context ", row.context.value,
-                                                     ": NaN or infinity in a query of layer ",
-                                                     row.layer));
+    status = absl::InvalidArgumentError(absl::StrCat(
+        "context ", row.context.value, ": NaN or infinity in a query of layer ", row.layer));
   } else if (row.has_token) {
     // Last, so that a row that fails stores no token.
-    status = context.AppendToken(row.layer, first_kv_head, kv_heads, row.token_position, row.k,
-                                 row.v);
+    status =
+        context.AppendToken(row.layer, first_kv_head, kv_heads, row.token_position, row.k, row.v);
   }
   if (!status.ok()) {
     q_.resize(admitted->q_offset);
@@ -172,8 +177,8 @@ std::vector<AttendBatch::LaneSeat> AttendBatch::Seats() const {
   for (uint32_t r = 0; r < admitted_.size(); ++r) {
     const AttendRow& row = params_.rows[admitted_[r].index];
     const KvShape& s = admitted_[r].context->shape();
-    auto shape = std::find_if(shapes.begin(), shapes.end(),
-                              [&](const KvShape* seen) { return *seen == s; });
+    auto shape =
+        std::find_if(shapes.begin(), shapes.end(), [&](const KvShape* seen) { return *seen == s; });
     if (shape == shapes.end()) shape = shapes.insert(shapes.end(), &s);
     const uint32_t first = row.first_head / s.group();
     for (uint32_t h = first; h < first + row.heads / s.group(); ++h) {
@@ -273,8 +278,8 @@ void AttendBatch::FailAdmitted(const absl::Status& status) {
 
 void AttendBatch::Finish() {
   if (cancelled_.load(std::memory_order_relaxed)) {
-    FailAdmitted(absl::CancelledError(
-        absl::StrCat("session ", params_.session->id().value, " ended")));
+    FailAdmitted(
+        absl::CancelledError(absl::StrCat("session ", params_.session->id().value, " ended")));
   }
   for (size_t l = 0; l < lanes_.size() && !admitted_.empty(); ++l) {
     const std::span<const LaneResult> results = lanes_[l].results();

@@ -83,13 +83,13 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 
   // Constant once Start has planned.
-  std::vector<float> q_;                  // of all admitted rows, [heads][head_dim] each
+  std::vector<float> q_;  // of all admitted rows, [heads][head_dim] each
   std::vector<AdmittedRow> admitted_;
   std::deque<Plan> plans_;
   std::deque<AttendLane> lanes_;
   std::vector<std::vector<uint32_t>> lane_rows_;  // per lane, of admitted_
   std::vector<Task> tasks_;
-  Executor* executor_ = nullptr;          // null: answered by the caller alone
+  Executor* executor_ = nullptr;  // null: answered by the caller alone
 
   std::atomic<uint32_t> lanes_left_{0};
   std::atomic<bool> cancelled_{false};

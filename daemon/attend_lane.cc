@@ -127,10 +127,14 @@ uint32_t AttendLane::tasks() const {
 
 void AttendLane::RunTask(uint32_t task) {
   switch (phase_) {
-    case Phase::kAttend: return Attend(task);
-    case Phase::kScore: return Score(task);
-    case Phase::kAllocate: return Allocate(task);
-    case Phase::kRefine: return Refine(task);
+    case Phase::kAttend:
+      return Attend(task);
+    case Phase::kScore:
+      return Score(task);
+    case Phase::kAllocate:
+      return Allocate(task);
+    case Phase::kRefine:
+      return Refine(task);
   }
 }
 

@@ -28,8 +28,8 @@ struct LaneKey {
 struct LaneMember {
   const float* q = nullptr;  // [group][head_dim], widened; read when the lane is made
   Budget budget;
-  float* o = nullptr;        // [group][head_dim], written by Finish
-  float* lse = nullptr;      // [group]
+  float* o = nullptr;    // [group][head_dim], written by Finish
+  float* lse = nullptr;  // [group]
 };
 
 struct LaneResult {
@@ -77,14 +77,14 @@ class AttendLane {
   const uint32_t group_;
   const std::span<const ScanUnit> units_;
   std::vector<LaneMember> members_;
-  std::vector<float> packed_q_;             // [member][group][head_dim], if there are several
-  std::vector<uint32_t> first_slot_;        // per unit, of partials_; one past the end at the end
-  std::vector<Partial> partials_;           // [unit][slot][group]
-  std::unique_ptr<float[]> acc_;            // [partial][head_dim], cleared by who scans
-  std::vector<CoarseScores> coarse_;        // indexed lanes: per unit
-  std::vector<RunAllotment> allotments_;    // indexed lanes: per unit
+  std::vector<float> packed_q_;           // [member][group][head_dim], if there are several
+  std::vector<uint32_t> first_slot_;      // per unit, of partials_; one past the end at the end
+  std::vector<Partial> partials_;         // [unit][slot][group]
+  std::unique_ptr<float[]> acc_;          // [partial][head_dim], cleared by who scans
+  std::vector<CoarseScores> coarse_;      // indexed lanes: per unit
+  std::vector<RunAllotment> allotments_;  // indexed lanes: per unit
   std::vector<LaneResult> results_;
-  std::vector<float> lost_mass_;            // indexed lanes: per query, of all members' groups
+  std::vector<float> lost_mass_;  // indexed lanes: per query, of all members' groups
   Phase phase_;
   std::atomic<uint32_t> tasks_left_;
 };

@@ -48,11 +48,10 @@ void BackgroundWorker::Loop() {
     {
       absl::MutexLock lock(&mutex_);
       mutex_.Await(absl::Condition(
-          +[](BackgroundWorker* self) ABSL_NO_THREAD_SAFETY_ANALYSIS {
-            return !self->queue_.empty() || self->stopping_;
-          },
+          +[](BackgroundWorker* self)
+               ABSL_NO_THREAD_SAFETY_ANALYSIS { return !self->queue_.empty() || self->stopping_; },
           this));
-      if (queue_.empty()) return;
+      if (stopping_) return;
       client = std::move(queue_.front());
       queue_.pop_front();
       // Before it runs: what becomes due while it does waits for another turn.

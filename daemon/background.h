@@ -24,7 +24,7 @@ class BackgroundWorker {
   };
 
   BackgroundWorker();
-  // Finishes what is queued.
+  // Finishes what it is doing and lets go of what is queued.
   ~BackgroundWorker();
   BackgroundWorker(const BackgroundWorker&) = delete;
   BackgroundWorker& operator=(const BackgroundWorker&) = delete;

@@ -11,9 +11,7 @@
 namespace quarry {
 namespace {
 
-std::string RangeText(TokenRange range) {
-  return absl::StrCat("[", range.lo, ", ", range.hi, ")");
-}
+std::string RangeText(TokenRange range) { return absl::StrCat("[", range.lo, ", ", range.hi, ")"); }
 
 absl::Status ClosedError(ContextId id) {
   return absl::NotFoundError(absl::StrCat("context ", id.value, " is closed"));
@@ -72,9 +70,9 @@ absl::Status Context::CheckInput(const KvInput& input) const {
                                                    RangeText(input.range), " are none"));
   }
   if (input.range.hi > params_.max_tokens) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("context ", params_.id.value, ": tokens ", RangeText(input.range),
-                     " pass max_tokens ", params_.max_tokens));
+    return absl::FailedPreconditionError(absl::StrCat("context ", params_.id.value, ": tokens ",
+                                                      RangeText(input.range), " pass max_tokens ",
+                                                      params_.max_tokens));
   }
   if (input.k == nullptr || input.v == nullptr) {
     return absl::InvalidArgumentError(
@@ -88,16 +86,15 @@ absl::StatusOr<std::shared_ptr<const BlockTable>> Context::Claim(const KvInput& 
   absl::MutexLock lock(&mutex_);
   if (retired_) return ClosedError(params_.id);
   if (sealed_) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("context ", params_.id.value, " is sealed"));
+    return absl::FailedPreconditionError(absl::StrCat("context ", params_.id.value, " is sealed"));
   }
   const size_t first = size_t{input.layer} * shape().kv_heads + input.first_kv_head;
   for (size_t i = 0; i < input.kv_heads; ++i) {
     const uint32_t next = frontier_[first + i].load(std::memory_order_relaxed);
     if (claimed_[first + i]) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "context ", params_.id.value, ": layer ", input.layer, ", KV head ",
-          input.first_kv_head + i, " is being appended to by another call"));
+      return absl::FailedPreconditionError(
+          absl::StrCat("context ", params_.id.value, ": layer ", input.layer, ", KV head ",
+                       input.first_kv_head + i, " is being appended to by another call"));
     }
     if (next == input.range.lo) continue;
     const std::string message = absl::StrCat(
@@ -122,20 +119,20 @@ absl::Status Context::CheckIds(const KvInput& input, std::span<const uint32_t>* 
   } else if (known < input.range.hi && input.ids.size() == input.range.hi - known) {
     first = known;
   } else {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "context ", params_.id.value, ": ", input.ids.size(), " token ids for tokens ",
-        RangeText(input.range), " with ", known, " ids known"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("context ", params_.id.value, ": ", input.ids.size(), " token ids for tokens ",
+                     RangeText(input.range), " with ", known, " ids known"));
   }
   if (first > known) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("context ", params_.id.value, ": ids of tokens ", RangeText(input.range),
-                     " leave a gap after the ", known, " known"));
+    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": ids of tokens ",
+                                                   RangeText(input.range),
+                                                   " leave a gap after the ", known, " known"));
   }
   for (uint32_t i = 0; i < input.ids.size() && first + i < known; ++i) {
     if (token_ids_[first + i] == input.ids[i]) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat("context ", params_.id.value, ": token ", first + i, " has id ",
-                     token_ids_[first + i], ", not ", input.ids[i]));
+    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": token ",
+                                                   first + i, " has id ", token_ids_[first + i],
+                                                   ", not ", input.ids[i]));
   }
   if (first + input.ids.size() > known) *fresh = input.ids.subspan(known - first);
   return absl::OkStatus();
@@ -164,10 +161,10 @@ absl::Status Context::CopyIn(const KvInput& input, const BlockTable& table) cons
         if (AllFinite(s.dtype, strip, size_t{hi - lo} * s.head_dim)) continue;
         uint32_t bad = 0;
         while (AllFinite(s.dtype, strip + bad * vector_bytes, s.head_dim)) ++bad;
-        return absl::InvalidArgumentError(absl::StrCat(
-            "context ", params_.id.value, ": NaN or infinity in ",
-            part == KvPart::kKey ? "K" : "V", " of layer ", input.layer, ", token ", lo + bad,
-            ", KV head ", input.first_kv_head + h));
+        return absl::InvalidArgumentError(
+            absl::StrCat("context ", params_.id.value, ": NaN or infinity in ",
+                         part == KvPart::kKey ? "K" : "V", " of layer ", input.layer, ", token ",
+                         lo + bad, ", KV head ", input.first_kv_head + h));
       }
     }
     lo = hi;
@@ -193,8 +190,8 @@ absl::Status Context::Commit(const KvInput& input, absl::Status outcome) {
   }
   const uint64_t tokens = input.range.size();
   services_.counters->append_tokens.fetch_add(tokens, std::memory_order_relaxed);
-  services_.counters->append_bytes.fetch_add(
-      tokens * input.kv_heads * 2 * shape().vector_bytes(), std::memory_order_relaxed);
+  services_.counters->append_bytes.fetch_add(tokens * input.kv_heads * 2 * shape().vector_bytes(),
+                                             std::memory_order_relaxed);
   if (maintain) services_.background->Enqueue(shared_from_this());
   return absl::OkStatus();
 }
@@ -233,8 +230,7 @@ void Context::Seal() {
   Maintain();
 }
 
-uint32_t Context::AvailableTokens(uint32_t layer, uint32_t first_kv_head,
-                                  uint32_t kv_heads) const {
+uint32_t Context::AvailableTokens(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads) const {
   uint32_t tokens = params_.max_tokens;
   for (uint32_t h = first_kv_head; h < first_kv_head + kv_heads; ++h) {
     tokens = std::min(tokens, Frontier(layer, h).load(std::memory_order_acquire));
@@ -305,8 +301,8 @@ absl::Status Context::Read(uint32_t layer, TokenRange range, std::span<std::byte
                            std::span<std::byte> v) const {
   const KvShape& s = shape();
   if (layer >= s.layers) {
-    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": layer ", layer,
-                                                   " of ", s.layers, " layers"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("context ", params_.id.value, ": layer ", layer, " of ", s.layers, " layers"));
   }
   const uint32_t available = AvailableTokens(layer, 0, s.kv_heads);
   if (range.lo > range.hi || range.hi > available) {
@@ -328,8 +324,8 @@ absl::Status Context::Read(uint32_t layer, TokenRange range, std::span<std::byte
     const uint32_t hi = std::min(range.hi, (block + 1) * kBlockTokens);
     QUARRY_RETURN_IF_ERROR(table->blocks[block]->Verify());
     for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
-      std::byte* const out = (part == KvPart::kKey ? k : v).data() +
-                             size_t{lo - range.lo} * token_bytes;
+      std::byte* const out =
+          (part == KvPart::kKey ? k : v).data() + size_t{lo - range.lo} * token_bytes;
       for (uint32_t h = 0; h < s.kv_heads; ++h) {
         const std::byte* const strip = table->blocks[block]->data() +
                                        s.strip_offset(layer, part, h) +

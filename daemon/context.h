@@ -41,9 +41,9 @@ struct ContextParams {
 
 // Where a context starts: nothing, a reused prefix, or a fork.
 struct ContextStart {
-  BlockTable table;                // blocks for max_tokens
-  uint32_t tokens = 0;             // present in all layers
-  std::vector<uint32_t> token_ids; // known, from token 0
+  BlockTable table;                 // blocks for max_tokens
+  uint32_t tokens = 0;              // present in all layers
+  std::vector<uint32_t> token_ids;  // known, from token 0
 };
 
 // K and V of tokens to store, [token][kv_head][head_dim]; borrowed, may lie in memory that a
@@ -63,8 +63,7 @@ struct KvInput {
 //
 // A (layer, KV head) has one writer at a time, which claims it, writes beyond the frontier without
 // a lock, and then moves the frontier; readers see only what lies below it.
-class Context : public BackgroundWorker::Client,
-                public std::enable_shared_from_this<Context> {
+class Context : public BackgroundWorker::Client, public std::enable_shared_from_this<Context> {
  public:
   Context(const ContextServices& services, ContextParams params, ContextStart start);
 
@@ -113,8 +112,7 @@ class Context : public BackgroundWorker::Client,
   bool CountFullBlocks(const KvInput& input) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   void PublishFullBlocks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
-  absl::Status PublishBlock(const BlockTable& table, uint32_t block,
-                            std::span<const uint32_t> ids)
+  absl::Status PublishBlock(const BlockTable& table, uint32_t block, std::span<const uint32_t> ids)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   std::shared_ptr<const BlockTable> TableOrRemains() const;
@@ -142,7 +140,7 @@ class Context : public BackgroundWorker::Client,
   mutable absl::Mutex mutex_;
   std::shared_ptr<const BlockTable> table_ ABSL_GUARDED_BY(mutex_);
   std::vector<uint32_t> token_ids_ ABSL_GUARDED_BY(mutex_);
-  std::vector<bool> claimed_ ABSL_GUARDED_BY(mutex_);         // [layer][kv_head]
+  std::vector<bool> claimed_ ABSL_GUARDED_BY(mutex_);          // [layer][kv_head]
   std::vector<uint32_t> full_strips_ ABSL_GUARDED_BY(mutex_);  // per block, of layers * kv_heads
   bool sealed_ ABSL_GUARDED_BY(mutex_) = false;
   bool retired_ ABSL_GUARDED_BY(mutex_) = false;

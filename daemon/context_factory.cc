@@ -57,8 +57,7 @@ void CopyTokens(const KvShape& shape, const HeldBlock& from, uint32_t tokens, He
 // its recipe covers what the parent did; approximate KV must not pass for dense.
 BlockOrigin OriginOfCopy(const BlockOrigin& copied, const BlockOrigin& own) {
   BlockOrigin origin = own;
-  origin.publishable =
-      copied.publishable && (copied.dense || copied.name_space == own.name_space);
+  origin.publishable = copied.publishable && (copied.dense || copied.name_space == own.name_space);
   return origin;
 }
 
@@ -77,9 +76,8 @@ std::vector<RunUse> RunsBelow(const std::vector<RunUse>& runs, uint32_t tokens) 
 absl::Status ContextFactory::CheckMaxTokens(const RopeSpec& rope, uint32_t max_tokens) const {
   if (max_tokens == 0) return absl::InvalidArgumentError("max_tokens is 0");
   if (max_tokens > max_context_tokens_) {
-    return absl::InvalidArgumentError(absl::StrCat("max_tokens ", max_tokens,
-                                                   " is above the limit of ",
-                                                   max_context_tokens_));
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_tokens ", max_tokens, " is above the limit of ", max_context_tokens_));
   }
   if (rope.regime_max_tokens != 0 && max_tokens > rope.regime_max_tokens) {
     return absl::FailedPreconditionError(absl::StrCat(
@@ -110,9 +108,8 @@ absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequ
   QUARRY_RETURN_IF_ERROR(CheckOpen(request));
   QUARRY_RETURN_IF_ERROR(CheckMaxTokens(request.spec.rope, request.max_tokens));
   if (request.tokens.size() > request.max_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat(request.tokens.size(),
-                                                   " tokens for a context of max_tokens ",
-                                                   request.max_tokens));
+    return absl::InvalidArgumentError(absl::StrCat(
+        request.tokens.size(), " tokens for a context of max_tokens ", request.max_tokens));
   }
   QUARRY_RETURN_IF_ERROR(contexts_.CheckRoom());
 
@@ -127,14 +124,18 @@ absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequ
   start.token_ids = request.tokens;
   start.table.blocks = std::move(prefix.blocks);
   const auto reused = static_cast<uint32_t>(start.table.blocks.size());
-  QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, session.tenant(),
-                                     request.spec.shape.block_bytes(),
+  QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, session.tenant(), request.spec.shape.block_bytes(),
                                      BlocksFor(request.max_tokens) - reused,
                                      OriginOf(session.tenant(), request.spec, request.recipe),
                                      &start.table.blocks));
   QUARRY_RETURN_IF_ERROR(Insert(session,
-                                {{}, session.id(), session.tenant(), request.spec, request.inputs,
-                                 request.recipe, request.max_tokens},
+                                {{},
+                                 session.id(),
+                                 session.tenant(),
+                                 request.spec,
+                                 request.inputs,
+                                 request.recipe,
+                                 request.max_tokens},
                                 std::move(start), &result.context));
   services_.counters->opened.fetch_add(1, std::memory_order_relaxed);
   services_.counters->reused_tokens.fetch_add(result.reused_tokens, std::memory_order_relaxed);
@@ -148,9 +149,9 @@ absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkReque
   QUARRY_RETURN_IF_ERROR(CheckMaxTokens(from.spec.rope, request.max_tokens));
   const uint32_t complete = parent->CompleteTokens();
   if (request.tokens > complete) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("fork of context ", from.id.value, " at token ", request.tokens, ": only ",
-                     complete, " are complete in all layers"));
+    return absl::FailedPreconditionError(absl::StrCat("fork of context ", from.id.value,
+                                                      " at token ", request.tokens, ": only ",
+                                                      complete, " are complete in all layers"));
   }
   if (request.tokens > request.max_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("fork of context ", from.id.value, " at token ",
@@ -181,8 +182,13 @@ absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkReque
                                      &start.table.blocks));
   ContextId id;
   QUARRY_RETURN_IF_ERROR(Insert(session,
-                                {{}, session.id(), session.tenant(), from.spec, from.inputs,
-                                 request.recipe, request.max_tokens},
+                                {{},
+                                 session.id(),
+                                 session.tenant(),
+                                 from.spec,
+                                 from.inputs,
+                                 request.recipe,
+                                 request.max_tokens},
                                 std::move(start), &id));
   return id;
 }
@@ -192,8 +198,7 @@ absl::Status ContextFactory::Insert(Session& session, ContextParams params, Cont
   params.id = contexts_.NextId();
   *id = params.id;
   const bool maintain = start.tokens > 0;
-  auto context =
-      std::make_shared<Context>(services_, std::move(params), std::move(start));
+  auto context = std::make_shared<Context>(services_, std::move(params), std::move(start));
   QUARRY_RETURN_IF_ERROR(contexts_.Insert(context, session));
   if (maintain) services_.background->Enqueue(std::move(context));  // runs of what it starts with
   return absl::OkStatus();

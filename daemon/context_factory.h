@@ -32,8 +32,7 @@ class ContextFactory {
  private:
   absl::Status CheckMaxTokens(const RopeSpec& rope, uint32_t max_tokens) const;
   absl::Status CheckOpen(const OpenRequest& request) const;
-  absl::Status Insert(Session& session, ContextParams params, ContextStart start,
-                      ContextId* id);
+  absl::Status Insert(Session& session, ContextParams params, ContextStart start, ContextId* id);
 
   const ContextServices services_;
   ContextTable& contexts_;

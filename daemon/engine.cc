@@ -38,10 +38,10 @@ absl::Status CheckOptions(const EngineOptions& o) {
     return wrong("task_tokens", o.task_tokens, "a multiple of 256 is wanted");
   }
   constexpr uint32_t kMost = 1u << 30;  // so that sums of token numbers stay in 32 bits
-  for (const auto& [key, value] : {std::pair("run_tokens", o.run_tokens),
-                                   std::pair("task_tokens", o.task_tokens),
-                                   std::pair("first_run_token", o.first_run_token),
-                                   std::pair("max_context_tokens", o.max_context_tokens)}) {
+  for (const auto& [key, value] :
+       {std::pair("run_tokens", o.run_tokens), std::pair("task_tokens", o.task_tokens),
+        std::pair("first_run_token", o.first_run_token),
+        std::pair("max_context_tokens", o.max_context_tokens)}) {
     if (value > kMost) return wrong(key, value, "at most 2^30 is allowed");
   }
   if (o.max_context_tokens == 0) return wrong("max_context_tokens", 0, "at least 1 is wanted");
@@ -165,8 +165,8 @@ class EngineImpl final : public Engine {
                             contexts_.Find(session->tenant(), context));
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, c->Table());
     if (block >= table->blocks.size()) {
-      return absl::InvalidArgumentError(absl::StrCat("context ", context.value, ": block ", block,
-                                                     " of ", table->blocks.size()));
+      return absl::InvalidArgumentError(
+          absl::StrCat("context ", context.value, ": block ", block, " of ", table->blocks.size()));
     }
     if (!table->blocks[block]->published()) {
       return absl::FailedPreconditionError(
@@ -190,8 +190,7 @@ class EngineImpl final : public Engine {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
     std::vector<bool> exists;
     for (const std::string& key : keys) {
-      QUARRY_ASSIGN_OR_RETURN(const bool one,
-                              opaque_.Contains(session->tenant(), name_space, key));
+      QUARRY_ASSIGN_OR_RETURN(const bool one, opaque_.Contains(session->tenant(), name_space, key));
       exists.push_back(one);
     }
     return exists;
@@ -215,8 +214,7 @@ class EngineImpl final : public Engine {
   absl::StatusOr<std::string> Get(SessionId id, std::string_view name_space, std::string_view key,
                                   ByteDigest* digest) override {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
-    return opaque_.Get(session->tenant(), name_space, key, digest,
-                       &counters_.read_digest_failures);
+    return opaque_.Get(session->tenant(), name_space, key, digest, &counters_.read_digest_failures);
   }
   absl::StatusOr<uint64_t> Pin(SessionId id, const PinRequest& request) override;
   absl::Status Unpin(SessionId id, std::string_view name) override {
@@ -273,9 +271,8 @@ absl::StatusOr<uint64_t> EngineImpl::Pin(SessionId id, const PinRequest& request
   std::vector<BlockId> blocks = request.blocks;
   if (request.context.has_value()) {
     if (!blocks.empty()) {
-      return absl::InvalidArgumentError(absl::StrCat("pin ", request.name,
-                                                     " names both blocks and context ",
-                                                     request.context->value));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "pin ", request.name, " names both blocks and context ", request.context->value));
     }
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> context,
                             contexts_.Find(session->tenant(), *request.context));
@@ -288,9 +285,8 @@ absl::StatusOr<uint64_t> EngineImpl::Pin(SessionId id, const PinRequest& request
     return absl::FailedPreconditionError(
         absl::StrCat("pin ", request.name, " names no published block"));
   }
-  const absl::Time expires = request.ttl_ms == 0
-                                 ? absl::InfiniteFuture()
-                                 : absl::Now() + absl::Milliseconds(request.ttl_ms);
+  const absl::Time expires = request.ttl_ms == 0 ? absl::InfiniteFuture()
+                                                 : absl::Now() + absl::Milliseconds(request.ttl_ms);
   QUARRY_RETURN_IF_ERROR(store_->Pin(session->tenant(), request.name, blocks, expires));
   return BytesOf(session->tenant(), blocks);
 }
@@ -330,8 +326,8 @@ void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
     return;
   }
   const auto batch = std::make_shared<AttendBatch>(
-      AttendBatch::Params{*std::move(session), rows, answers, std::move(done),
-                          options_.task_tokens, options_.inline_bytes, &counters_},
+      AttendBatch::Params{*std::move(session), rows, answers, std::move(done), options_.task_tokens,
+                          options_.inline_bytes, &counters_},
       contexts_);
   batch->Start(executor_);
 }
@@ -349,8 +345,8 @@ TopKAnswer EngineImpl::TopK(SessionId id, const AttendRow& row, uint32_t k, bool
   if (row.has_token) {
     return failed(absl::InvalidArgumentError("a top-k row carries no token"));
   }
-  const uint32_t available = (*context)->AvailableTokens(row.layer, row.first_head / s.group(),
-                                                         row.heads / s.group());
+  const uint32_t available =
+      (*context)->AvailableTokens(row.layer, row.first_head / s.group(), row.heads / s.group());
   if (row.range.hi > available) {
     return failed(absl::InvalidArgumentError(
         absl::StrCat("context ", row.context.value, ": row of tokens [", row.range.lo, ", ",
@@ -358,9 +354,8 @@ TopKAnswer EngineImpl::TopK(SessionId id, const AttendRow& row, uint32_t k, bool
   }
   std::vector<float> q(size_t{row.heads} * s.head_dim);
   if (!WidenFinite(row.q_dtype, row.q, q.size(), q.data())) {
-    return failed(absl::InvalidArgumentError(
-        absl::StrCat("context ", row.context.value, ": NaN or infinity in a query of layer ",
-                     row.layer)));
+    return failed(absl::InvalidArgumentError(absl::StrCat(
+        "context ", row.context.value, ": NaN or infinity in a query of layer ", row.layer)));
   }
   const absl::StatusOr<std::shared_ptr<const BlockTable>> table = (*context)->Table();
   if (!table.ok()) return failed(table.status());
@@ -372,9 +367,7 @@ TopKAnswer EngineImpl::TopK(SessionId id, const AttendRow& row, uint32_t k, bool
 }
 
 EngineStats EngineImpl::Stats() const {
-  const auto get = [](const std::atomic<uint64_t>& n) {
-    return n.load(std::memory_order_relaxed);
-  };
+  const auto get = [](const std::atomic<uint64_t>& n) { return n.load(std::memory_order_relaxed); };
   EngineStats s;
   s.store = store_->Stats();
   s.contexts = contexts_.size();

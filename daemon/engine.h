@@ -23,10 +23,10 @@ struct EngineOptions {
   uint32_t max_contexts = 1024;
   uint32_t max_sessions = 256;
   uint64_t max_pinned_bytes_per_tenant = 1ull << 30;
-  uint32_t executor_threads = 0;     // 0: one less than the cores, at least 1
-  uint32_t run_tokens = 8192;        // of one index; a multiple of kBlockTokens
-  uint32_t first_run_token = 128;    // the grid's origin: the static window's first part
-  uint32_t task_tokens = 4096;       // tokens one executor task scans; a multiple of kBlockTokens
+  uint32_t executor_threads = 0;   // 0: one less than the cores, at least 1
+  uint32_t run_tokens = 8192;      // of one index; a multiple of kBlockTokens
+  uint32_t first_run_token = 128;  // the grid's origin: the static window's first part
+  uint32_t task_tokens = 4096;     // tokens one executor task scans; a multiple of kBlockTokens
   uint64_t inline_bytes = 512ull << 10;  // a batch that reads no more is answered by its caller
   uint32_t max_queued_batches = 1024;    // attend batches waiting; more are ResourceExhausted
   uint32_t max_leases_per_session = 65536;
@@ -56,13 +56,13 @@ struct EngineStats {
   uint64_t attend_rows = 0, attend_failures = 0, attend_bytes = 0, attend_tokens = 0;
   uint64_t append_tokens = 0, append_bytes = 0;
   uint64_t reused_tokens = 0, opened = 0;
-  uint64_t runs_indexed = 0;     // built since the start
+  uint64_t runs_indexed = 0;  // built since the start
   uint64_t runs_live = 0;
-  uint64_t leases = 0;           // of all sessions
+  uint64_t leases = 0;  // of all sessions
   uint64_t publish_failures = 0;
   uint64_t read_digest_failures = 0;  // Read, Get: answered as DataLoss or a miss
   uint64_t queued_batches = 0, refused_batches = 0;
-  LatencySummary attend;         // whole batches, from the call to the last answer
+  LatencySummary attend;  // whole batches, from the call to the last answer
   LatencySummary append;
   LatencySummary open;
 };
@@ -84,7 +84,8 @@ class Engine {
   // The tenant comes from the transport (peer credentials, TLS identity), never from a request.
   // 1 to 255 bytes. Ids are random, so that one cannot be guessed; a transport still checks that
   // the peer's tenant is SessionTenant(). ResourceExhausted at max_sessions.
-  virtual absl::StatusOr<SessionId> StartSession(std::string_view tenant, std::string_view name) = 0;
+  virtual absl::StatusOr<SessionId> StartSession(std::string_view tenant,
+                                                 std::string_view name) = 0;
   virtual absl::StatusOr<std::string> SessionTenant(SessionId session) const = 0;
   // Closes the session's contexts and ends its leases; returns without waiting for anybody. Its
   // attends in flight are answered Cancelled within the task they run, and keep what they read:
@@ -158,7 +159,7 @@ class Engine {
   // Row statuses: InvalidArgument (heads not whole groups, range beyond the stored tokens of the
   // layer and heads, NaN or infinity in q, k or v), FailedPrecondition (token_position is not the
   // next one), NotFound (context), ResourceExhausted (queue full), Cancelled (session ended).
-  // A row that fails stores no token, unless its status is ResourceExhausted or Cancelled.
+  // A row that fails stores no token, unless its status is Cancelled.
   virtual void Attend(SessionId, std::span<const AttendRow> rows, std::span<AttendAnswer> answers,
                       std::function<void()> done) = 0;
   // The k best tokens of row.range by exact score, per query head; runs on the calling thread.

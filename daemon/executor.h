@@ -53,6 +53,7 @@ class Executor {
   bool Submit(std::shared_ptr<Job> job);
   void SetArmed(bool armed);
 
+  bool full() const { return queued_jobs() >= options_.max_queued_jobs; }
   uint64_t queued_jobs() const { return queued_.load(std::memory_order_relaxed); }
   uint32_t threads() const { return static_cast<uint32_t>(threads_.size()); }
 

@@ -34,9 +34,12 @@ inline float WidenFp16(uint16_t bits) {
 
 bool AllFinite(DType dtype, const void* data, size_t count) {
   switch (dtype) {
-    case DType::kBf16: return AllFiniteBits<uint16_t, 0x7F80>(data, count);
-    case DType::kFp16: return AllFiniteBits<uint16_t, 0x7C00>(data, count);
-    case DType::kFp32: return AllFiniteBits<uint32_t, 0x7F800000>(data, count);
+    case DType::kBf16:
+      return AllFiniteBits<uint16_t, 0x7F80>(data, count);
+    case DType::kFp16:
+      return AllFiniteBits<uint16_t, 0x7C00>(data, count);
+    case DType::kFp32:
+      return AllFiniteBits<uint32_t, 0x7F800000>(data, count);
   }
   return false;
 }

@@ -49,7 +49,8 @@ class LatencyPercentiles {
   static uint32_t BucketOf(uint64_t ns) {
     if (ns < (1u << kSubBits)) return static_cast<uint32_t>(ns);
     const uint32_t shift = std::bit_width(ns) - 1 - kSubBits;
-    return ((shift + 1) << kSubBits) + static_cast<uint32_t>((ns >> shift) & ((1u << kSubBits) - 1));
+    return ((shift + 1) << kSubBits) +
+           static_cast<uint32_t>((ns >> shift) & ((1u << kSubBits) - 1));
   }
   static uint64_t UpperEdge(uint32_t bucket) {
     if (bucket < (1u << kSubBits)) return bucket;

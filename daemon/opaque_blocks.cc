@@ -54,10 +54,9 @@ absl::StatusOr<PutResult> OpaqueBlocks::Put(std::string_view tenant, std::string
   // Of the copy: the caller may change its bytes while we read them.
   const ByteDigest copied = CopyAndDigest(block.writable(), bytes.data(), bytes.size());
   if (digest.has_value() && !(*digest == copied)) {
-    return absl::DataLossError(absl::StrCat("put of ", bytes.size(), " bytes: digest ",
-                                            absl::Hex(copied.high), absl::Hex(copied.low),
-                                            ", not the given ", absl::Hex(digest->high),
-                                            absl::Hex(digest->low)));
+    return absl::DataLossError(absl::StrCat(
+        "put of ", bytes.size(), " bytes: digest ", absl::Hex(copied.high), absl::Hex(copied.low),
+        ", not the given ", absl::Hex(digest->high), absl::Hex(digest->low)));
   }
   QUARRY_ASSIGN_OR_RETURN(std::shared_ptr<HeldBlock> winner, block.Publish(block_key, copied));
   const HeldBlock& stored = winner == nullptr ? block : *winner;
@@ -75,8 +74,7 @@ absl::StatusOr<std::shared_ptr<HeldBlock>> OpaqueBlocks::Acquire(std::string_vie
 absl::StatusOr<std::string> OpaqueBlocks::Get(std::string_view tenant, std::string_view name_space,
                                               std::string_view key, ByteDigest* digest,
                                               std::atomic<uint64_t>* digest_failures) {
-  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<HeldBlock> block,
-                          Acquire(tenant, name_space, key));
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<HeldBlock> block, Acquire(tenant, name_space, key));
   std::string bytes(block->bytes(), '\0');
   const absl::Status copied =
       store_.CopyOut(block->handle(), 0, std::as_writable_bytes(std::span(bytes)));

@@ -28,8 +28,10 @@ BlockKey ContextBlockKey(const BlockId& parent, const NamespaceDigest& name_spac
   key.id = BlockIdOf(parent, name_space, tokens, inputs);
   key.parent = parent;
   key.name_space = name_space;
-  const uint32_t numbers[] = {shape.layers,   shape.heads,
-                              shape.kv_heads, shape.head_dim,
+  const uint32_t numbers[] = {shape.layers,
+                              shape.heads,
+                              shape.kv_heads,
+                              shape.head_dim,
                               static_cast<uint32_t>(shape.dtype),
                               static_cast<uint32_t>(tokens.size()),
                               static_cast<uint32_t>(inputs.size())};

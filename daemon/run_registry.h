@@ -68,9 +68,8 @@ class RunRegistry {
     friend bool operator==(const Key&, const Key&) = default;
     template <typename H>
     friend H AbslHashValue(H h, const Key& key) {
-      return H::combine(std::move(h), key.last_block, key.run, key.shape.layers,
-                        key.shape.kv_heads, key.shape.head_dim,
-                        static_cast<int>(key.shape.dtype));
+      return H::combine(std::move(h), key.last_block, key.run, key.shape.layers, key.shape.kv_heads,
+                        key.shape.head_dim, static_cast<int>(key.shape.dtype));
     }
   };
 

@@ -76,9 +76,8 @@ class BlockPlanner {
   }
 
   bool OneTable() const {
-    return std::all_of(active_.begin(), active_.end(), [&](const Stretch* s) {
-      return s->table == active_.front()->table;
-    });
+    return std::all_of(active_.begin(), active_.end(),
+                       [&](const Stretch* s) { return s->table == active_.front()->table; });
   }
 
   // Numbers the members by the memory of their block; kNoClass: the block is not in its range.
@@ -88,8 +87,8 @@ class BlockPlanner {
     for (size_t i = 0; i < active_.size(); ++i) {
       if (Intersect(active_[i]->tokens, block).empty()) continue;
       const std::byte* data = active_[i]->table->blocks[block.lo / kBlockTokens]->data();
-      (*classes)[i] = class_of_.try_emplace(data, static_cast<uint32_t>(class_of_.size()))
-                          .first->second;
+      (*classes)[i] =
+          class_of_.try_emplace(data, static_cast<uint32_t>(class_of_.size())).first->second;
     }
   }
 
@@ -158,9 +157,8 @@ std::vector<ScanUnit> PlanScan(std::span<const ScanMember> members, ScanKind kin
     }
   }
   if (!stretches.empty()) BlockPlanner(stretches, task_tokens, &units).Plan();
-  std::stable_sort(units.begin(), units.end(), [](const ScanUnit& a, const ScanUnit& b) {
-    return a.tokens.lo < b.tokens.lo;
-  });
+  std::stable_sort(units.begin(), units.end(),
+                   [](const ScanUnit& a, const ScanUnit& b) { return a.tokens.lo < b.tokens.lo; });
   return units;
 }
 

@@ -22,10 +22,10 @@ struct ScanUnit {
   // The blocks from number first_block on: of a member's table, or all of the run's.
   const std::shared_ptr<HeldBlock>* blocks = nullptr;
   uint32_t first_block = 0;
-  const Run* run = nullptr;         // whose index may answer; null: no index covers the tokens
+  const Run* run = nullptr;  // whose index may answer; null: no index covers the tokens
   // Rising; a member with two stretches of tail in one unit is there twice.
   std::vector<uint32_t> members;
-  std::vector<TokenRange> ranges;   // of each member, within tokens
+  std::vector<TokenRange> ranges;  // of each member, within tokens
 };
 
 enum class ScanKind {

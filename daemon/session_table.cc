@@ -42,8 +42,8 @@ absl::StatusOr<BlockLease> Session::AddLease(std::shared_ptr<HeldBlock> block) {
   absl::MutexLock lock(&mutex_);
   if (ended()) return EndedError(id_);
   if (leases_.size() >= max_leases_) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("session ", id_.value, " holds ", leases_.size(), " leases, the most allowed"));
+    return absl::ResourceExhaustedError(absl::StrCat("session ", id_.value, " holds ",
+                                                     leases_.size(), " leases, the most allowed"));
   }
   lease.lease = LeaseId{next_lease_++};
   leases_.emplace(lease.lease, std::move(block));

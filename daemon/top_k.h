@@ -14,13 +14,13 @@ struct TopKQuery {
   const BlockTable* table = nullptr;  // outlives the call
   const KvShape* shape = nullptr;
   uint32_t layer = 0;
-  TokenRange range;                   // stored tokens of the layer and heads
+  TokenRange range;  // stored tokens of the layer and heads
   uint32_t first_head = 0;
   uint32_t heads = 0;
-  const float* q = nullptr;           // [heads][head_dim]
+  const float* q = nullptr;  // [heads][head_dim]
   DType q_dtype = DType::kFp32;
   uint32_t k = 0;
-  uint32_t task_tokens = 0;           // scanned at a time
+  uint32_t task_tokens = 0;  // scanned at a time
 };
 
 // Ranks per head by falling score, ties by token; at most k entries. One pass over K per KV head.

@@ -107,8 +107,8 @@ TEST_P(EngineAttentionTest, RowsOfABatchShareBlocksAndEachHasItsOwnAnswer) {
   std::vector<std::unique_ptr<OwnedRow>> rows;
   std::vector<const KvData*> expected;
   const auto add = [&](ContextId context, uint32_t layer, TokenRange range, const KvData& kv) {
-    rows.push_back(std::make_unique<OwnedRow>(shape_, context, layer, range,
-                                              TestSeed() + rows.size()));
+    rows.push_back(
+        std::make_unique<OwnedRow>(shape_, context, layer, range, TestSeed() + rows.size()));
     expected.push_back(&kv);
   };
   add(first.context, 0, {0, kTokens}, data);

@@ -40,8 +40,8 @@ TEST_F(EngineBudgetTest, TheSameTokensInFewOrManyRunsGiveTheSameAnswer) {
     const uint32_t published = kTokens / kBlockTokens * kBlockTokens;
     WaitForRuns((published - kWindowFirst) / run_tokens);
     std::vector<std::unique_ptr<OwnedRow>> rows;
-    for (const Budget& budget : {FixedK(100), FixedK(5000), TopP(0.5f), TopP(0.95f),
-                                 TopP(0.95f, 64)}) {
+    for (const Budget& budget :
+         {FixedK(100), FixedK(5000), TopP(0.5f), TopP(0.95f), TopP(0.95f, 64)}) {
       rows.push_back(std::make_unique<OwnedRow>(
           shape, opened.context, 0, TokenRange{kWindowFirst, kTokens - kWindowLast}, TestSeed()));
       rows.back()->row.budget = budget;
@@ -73,8 +73,8 @@ TEST_F(EngineBudgetTest, AFixedBudgetAttendsTheBestTokensAndEstimatesWhatItLeft)
       OpenAndFill(session_, OpenFor(SmallModel(shape), Tokens(kTokens), kTokens), data);
   ASSERT_TRUE(engine_->Seal(session_, opened.context).ok());
   const TokenRange range{kWindowFirst, kTokens - kWindowLast};
-  const auto row = AttendOne(*engine_, session_, shape, opened.context, 1, range, TestSeed(),
-                             FixedK(kBudget));
+  const auto row =
+      AttendOne(*engine_, session_, shape, opened.context, 1, range, TestSeed(), FixedK(kBudget));
   ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
   EXPECT_EQ(row->answer.tokens_attended, uint64_t{kBudget} * shape.heads);
   const TopKAnswer top = engine_->TopK(session_, row->row, kBudget, false);
@@ -84,8 +84,8 @@ TEST_F(EngineBudgetTest, AFixedBudgetAttendsTheBestTokensAndEstimatesWhatItLeft)
     std::vector<bool> best(kTokens);
     for (const TopKEntry& entry : top.heads[h]) best[entry.token] = true;
     const float* const q = row->q.data() + h * shape.head_dim;
-    const ReferenceHead wanted = ReferenceAttention(data, 1, range, q, h,
-                                                    [&](uint32_t t) { return best[t]; });
+    const ReferenceHead wanted =
+        ReferenceAttention(data, 1, range, q, h, [&](uint32_t t) { return best[t]; });
     const ReferenceHead all =
         ReferenceAttention(data, 1, range, q, h, [](uint32_t) { return true; });
     EXPECT_NEAR(row->lse[h], wanted.lse, 1e-4);
@@ -101,8 +101,7 @@ TEST_F(EngineBudgetTest, ABudgetThatHoldsEverythingIsExact) {
   Start();
   const UniformSequence sequence(2000, TestSeed());
   const OpenResult opened = OpenAndFill(
-      session_, OpenFor(SmallModel(UniformSequence::Shape()), Tokens(2000), 2000),
-      sequence.data());
+      session_, OpenFor(SmallModel(UniformSequence::Shape()), Tokens(2000), 2000), sequence.data());
   for (const Budget& budget : {FixedK(2000), FixedK(~0u), TopP(1.0f), TopP(1.0f, 2000)}) {
     const auto row = AttendOne(*engine_, session_, UniformSequence::Shape(), opened.context, 0,
                                {0, 2000}, 1, budget);
@@ -120,6 +119,7 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
   Start(options);
   constexpr uint32_t kTokens = 8000;
   const UniformSequence sequence(kTokens, TestSeed());
+  const UniformSequence other(kTokens, TestSeed() + 1);  // what forks go on with
   const ModelSpec model = SmallModel(UniformSequence::Shape());
   auto opened = engine_->Open(session_, OpenFor(model, Tokens(kTokens), kTokens));
   ASSERT_TRUE(opened.ok()) << opened.status();
@@ -137,7 +137,7 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
   const auto attend = [&](uint64_t seed) {
     std::mt19937_64 random(seed);
     ContextId fork{};
-    uint32_t fork_tokens = 0;
+    uint32_t fork_at = 0, fork_tokens = 0;
     while (stored.load(std::memory_order_acquire) < kTokens || answers.load() < 400) {
       const uint32_t tokens = stored.load(std::memory_order_acquire);
       if (tokens > 0 && random() % 8 == 0) {
@@ -147,9 +147,10 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
         ASSERT_TRUE(forked.ok()) << forked.status();
         fork = *forked;
         fork_tokens = std::min<uint32_t>(kTokens, at + random() % 3000);
-        const std::vector<uint32_t> ids = Tokens(fork_tokens - at, 1000 + at);
+        fork_at = at;
+        const std::vector<uint32_t> ids = Tokens(fork_tokens - at, 1000000 + at);
         ASSERT_OK(engine_->DeclareTokens(session_, fork, ids));
-        ASSERT_OK(AppendAll(*engine_, session_, fork, sequence.data(), {at, fork_tokens}));
+        ASSERT_OK(AppendAll(*engine_, session_, fork, other.data(), {at, fork_tokens}));
       }
       std::vector<std::unique_ptr<OwnedRow>> rows;
       for (int i = 0; i < 4; ++i) {
@@ -161,9 +162,8 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
           range.lo = static_cast<uint32_t>(random() % (range.hi + 1));
         }
         if (range.lo > range.hi) range.lo = range.hi;
-        rows.push_back(std::make_unique<OwnedRow>(UniformSequence::Shape(),
-                                                  forked ? fork : opened->context, 0, range,
-                                                  random()));
+        rows.push_back(std::make_unique<OwnedRow>(
+            UniformSequence::Shape(), forked ? fork : opened->context, 0, range, random()));
         if (random() % 4 != 0) rows.back()->row.budget = FixedK(1 + random() % 4000);
       }
       AttendRows(*engine_, session_, rows);
@@ -173,7 +173,8 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
         if (row->row.budget.kind == Budget::Kind::kFixedK) {
           count = std::min(count, row->row.budget.k);
         }
-        ASSERT_TRUE(sequence.IsMeanOfFirst(*row, count))
+        const bool forked = row->row.context == fork;
+        ASSERT_TRUE(sequence.IsMeanOfFirst(*row, count, forked ? fork_at : ~0u, &other))
             << "tokens [" << row->row.range.lo << ", " << row->row.range.hi << ")";
       }
       answers.fetch_add(rows.size());

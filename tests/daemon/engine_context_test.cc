@@ -8,8 +8,7 @@ namespace {
 
 MATCHER_P2(IsStatus, code, text, "") {
   *result_listener << arg;
-  return arg.code() == code &&
-         std::string(arg.message()).find(text) != std::string::npos;
+  return arg.code() == code && std::string(arg.message()).find(text) != std::string::npos;
 }
 constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
 constexpr auto kPrecondition = absl::StatusCode::kFailedPrecondition;
@@ -19,8 +18,7 @@ class EngineContextTest : public EngineTest {
   void SetUp() override { Start(); }
 
   ContextId Open(uint32_t tokens, uint32_t max_tokens, uint32_t first = 1000) {
-    auto opened =
-        engine_->Open(session_, OpenFor(SmallModel(), Tokens(tokens, first), max_tokens));
+    auto opened = engine_->Open(session_, OpenFor(SmallModel(), Tokens(tokens, first), max_tokens));
     EXPECT_TRUE(opened.ok()) << opened.status();
     return opened.ok() ? opened->context : ContextId{};
   }
@@ -45,8 +43,10 @@ class EngineContextTest : public EngineTest {
 TEST_F(EngineContextTest, AppendsOutOfOrderOrOfTheWrongShapeNameTheNumbers) {
   const ContextId c = Open(0, 600);
   ASSERT_OK(engine_->Append(session_, Request(c, {0, 10})));
-  EXPECT_THAT(engine_->Append(session_, Request(c, {11, 12})), IsStatus(kInvalid, "next token is 10"));
-  EXPECT_THAT(engine_->Append(session_, Request(c, {9, 12})), IsStatus(kInvalid, "next token is 10"));
+  EXPECT_THAT(engine_->Append(session_, Request(c, {11, 12})),
+              IsStatus(kInvalid, "next token is 10"));
+  EXPECT_THAT(engine_->Append(session_, Request(c, {9, 12})),
+              IsStatus(kInvalid, "next token is 10"));
   EXPECT_THAT(engine_->Append(session_, Request(c, {10, 10})), IsStatus(kInvalid, "[10, 10)"));
   EXPECT_THAT(engine_->Append(session_, Request(c, {12, 10})), IsStatus(kInvalid, "[12, 10)"));
   EXPECT_THAT(engine_->Append(session_, Request(c, {10, 601})),
@@ -177,7 +177,10 @@ TEST_F(EngineContextTest, WrongRowsAreRefusedEachWithItsOwnStatus) {
     expected.push_back(std::move(text));
   };
   add("layer 7", [](OwnedRow& r) { r.row.layer = 7; });
-  add("heads [1, 3)", [](OwnedRow& r) { r.row.first_head = 1; r.row.heads = 2; });
+  add("heads [1, 3)", [](OwnedRow& r) {
+    r.row.first_head = 1;
+    r.row.heads = 2;
+  });
   add("heads [0, 3)", [](OwnedRow& r) { r.row.heads = 3; });
   add("heads [2, 6)", [](OwnedRow& r) { r.row.first_head = 2; });
   add("heads [0, 0)", [](OwnedRow& r) { r.row.heads = 0; });
@@ -189,9 +192,8 @@ TEST_F(EngineContextTest, WrongRowsAreRefusedEachWithItsOwnStatus) {
   add("fixed budget of 0", [](OwnedRow& r) { r.row.budget.kind = Budget::Kind::kFixedK; });
   add("mass of 1.5", [](OwnedRow& r) { r.row.budget = {Budget::Kind::kTopP, 0, 1.5f}; });
   add("mass of nan", [](OwnedRow& r) { r.row.budget = {Budget::Kind::kTopP, 0, std::nanf("")}; });
-  add("unknown budget kind 9", [](OwnedRow& r) {
-    r.row.budget.kind = static_cast<Budget::Kind>(9);
-  });
+  add("unknown budget kind 9",
+      [](OwnedRow& r) { r.row.budget.kind = static_cast<Budget::Kind>(9); });
   add("room for 3", [](OwnedRow& r) { r.answer.o = r.answer.o.first(3); });
   add("", [](OwnedRow&) {});
   AttendRows(*engine_, session_, rows);
@@ -337,10 +339,12 @@ TEST_F(EngineContextTest, ForksShareWhatIsFullAndCopyTheRest) {
   KvData forked = data_;
   forked.Overwrite(600, KvData(SmallShape(), 1000, TestSeed() + 9));
   ASSERT_OK(AppendAll(*engine_, session_, *fork, forked, {600, 1000}));
-  EXPECT_LE(WorstError(data_, *AttendOne(*engine_, session_, SmallShape(), parent, 0, {0, 1000}, 3)),
-            1e-3);
-  EXPECT_LE(WorstError(forked, *AttendOne(*engine_, session_, SmallShape(), *fork, 0, {0, 1000}, 3)),
-            1e-3);
+  EXPECT_LE(
+      WorstError(data_, *AttendOne(*engine_, session_, SmallShape(), parent, 0, {0, 1000}, 3)),
+      1e-3);
+  EXPECT_LE(
+      WorstError(forked, *AttendOne(*engine_, session_, SmallShape(), *fork, 0, {0, 1000}, 3)),
+      1e-3);
 }
 
 TEST_F(EngineContextTest, AForkOutlivesItsParentAndPublishesWhatTheyShare) {
@@ -420,14 +424,13 @@ TEST_F(EngineContextTest, LimitsOnContextsSessionsAndLeasesAreKept) {
   options.max_sessions = 2;
   options.max_leases_per_session = 2;
   Start(options);
-  const OpenResult first =
-      OpenAndFill(session_, OpenFor(SmallModel(), Tokens(600), 600), data_);
+  const OpenResult first = OpenAndFill(session_, OpenFor(SmallModel(), Tokens(600), 600), data_);
   ASSERT_TRUE(engine_->Seal(session_, first.context).ok());
   Open(0, 10);
-  EXPECT_TRUE(absl::IsResourceExhausted(
-      engine_->Open(session_, OpenFor(SmallModel(), {}, 10)).status()));
-  EXPECT_TRUE(absl::IsResourceExhausted(
-      engine_->Fork(session_, {first.context, 1, 10, {}}).status()));
+  EXPECT_TRUE(
+      absl::IsResourceExhausted(engine_->Open(session_, OpenFor(SmallModel(), {}, 10)).status()));
+  EXPECT_TRUE(
+      absl::IsResourceExhausted(engine_->Fork(session_, {first.context, 1, 10, {}}).status()));
   const SessionId second = NewSession("bob");
   EXPECT_TRUE(absl::IsResourceExhausted(engine_->StartSession("carol", "x").status()));
   engine_->EndSession(second);
@@ -441,8 +444,8 @@ TEST_F(EngineContextTest, LimitsOnContextsSessionsAndLeasesAreKept) {
               IsStatus(kPrecondition, "block 2 is not published"));
   EXPECT_THAT(engine_->LeaseContextBlock(session_, first.context, 3).status(),
               IsStatus(kInvalid, "block 3 of 3"));
-  EXPECT_TRUE(absl::IsResourceExhausted(
-      engine_->LeaseContextBlock(session_, first.context, 0).status()));
+  EXPECT_TRUE(
+      absl::IsResourceExhausted(engine_->LeaseContextBlock(session_, first.context, 0).status()));
   EXPECT_EQ(engine_->Stats().leases, 2u);
   EXPECT_OK(engine_->ReleaseLease(session_, a->lease));
   EXPECT_TRUE(absl::IsNotFound(engine_->ReleaseLease(session_, a->lease)));
@@ -453,8 +456,7 @@ TEST_F(EngineContextTest, DrainRefusesNewWorkAndFinishesTheOld) {
   const ContextId c = Open(0, 600);
   ASSERT_OK(AppendAll(*engine_, session_, c, data_, {0, 300}));
   engine_->Drain();
-  EXPECT_TRUE(absl::IsUnavailable(
-      engine_->Open(session_, OpenFor(SmallModel(), {}, 10)).status()));
+  EXPECT_TRUE(absl::IsUnavailable(engine_->Open(session_, OpenFor(SmallModel(), {}, 10)).status()));
   EXPECT_TRUE(absl::IsUnavailable(engine_->Append(session_, Request(c, {300, 301}))));
   EXPECT_TRUE(absl::IsUnavailable(engine_->Fork(session_, {c, 1, 10, {}}).status()));
   const std::string bytes = "abc";

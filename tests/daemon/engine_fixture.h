@@ -10,8 +10,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <random>
 #include <span>
@@ -26,23 +26,23 @@
 
 namespace quarry {
 
-#define ASSERT_OK(expression)                    \
-  do {                                           \
-    const absl::Status status_ = (expression);   \
-    ASSERT_TRUE(status_.ok()) << status_;        \
+#define ASSERT_OK(expression)                  \
+  do {                                         \
+    const absl::Status status_ = (expression); \
+    ASSERT_TRUE(status_.ok()) << status_;      \
   } while (false)
-#define EXPECT_OK(expression)                    \
-  do {                                           \
-    const absl::Status status_ = (expression);   \
-    EXPECT_TRUE(status_.ok()) << status_;        \
+#define EXPECT_OK(expression)                  \
+  do {                                         \
+    const absl::Status status_ = (expression); \
+    EXPECT_TRUE(status_.ok()) << status_;      \
   } while (false)
 
 // From QUARRY_TEST_SEED if set; printed, so that a failure can be repeated.
 inline uint64_t TestSeed() {
   static const uint64_t seed = [] {
     const char* text = std::getenv("QUARRY_TEST_SEED");
-    const uint64_t value = text != nullptr ? std::strtoull(text, nullptr, 10)
-                                           : std::random_device{}();
+    const uint64_t value =
+        text != nullptr ? std::strtoull(text, nullptr, 10) : std::random_device{}();
     std::printf("QUARRY_TEST_SEED=%llu\n", static_cast<unsigned long long>(value));
     return value;
   }();
@@ -84,8 +84,7 @@ inline OpenRequest OpenFor(const ModelSpec& spec, std::vector<uint32_t> tokens,
 // Random K and V of a sequence, rounded to the model's dtype: [layer][token][kv_head][head_dim].
 class KvData {
  public:
-  KvData(const KvShape& shape, uint32_t tokens, uint64_t seed)
-      : shape_(shape), tokens_(tokens) {
+  KvData(const KvShape& shape, uint32_t tokens, uint64_t seed) : shape_(shape), tokens_(tokens) {
     std::mt19937_64 random(seed);
     std::normal_distribution<float> normal;
     const size_t elements = size_t{tokens} * shape.kv_heads * shape.head_dim;
@@ -152,8 +151,7 @@ inline absl::Status AppendAll(Engine& engine, SessionId session, ContextId conte
 
 // A row with its buffers: all heads of one layer.
 struct OwnedRow {
-  OwnedRow(const KvShape& shape, ContextId context, uint32_t layer, TokenRange range,
-           uint64_t seed)
+  OwnedRow(const KvShape& shape, ContextId context, uint32_t layer, TokenRange range, uint64_t seed)
       : shape(shape), q(size_t{shape.heads} * shape.head_dim), o(q.size()), lse(shape.heads) {
     std::mt19937_64 random(seed);
     std::normal_distribution<float> normal;
@@ -240,10 +238,9 @@ inline double WorstError(const KvData& data, const OwnedRow& row) {
   double worst = 0;
   for (uint32_t h = 0; h < row.row.heads; ++h) {
     const uint32_t head = row.row.first_head + h;
-    const ReferenceHead reference =
-        ReferenceAttention(data, row.row.layer, row.row.range,
-                           row.q.data() + size_t{h} * row.shape.head_dim, head,
-                           [](uint32_t) { return true; });
+    const ReferenceHead reference = ReferenceAttention(
+        data, row.row.layer, row.row.range, row.q.data() + size_t{h} * row.shape.head_dim, head,
+        [](uint32_t) { return true; });
     double difference = 0, norm = 0;
     for (uint32_t d = 0; d < row.shape.head_dim; ++d) {
       const double o = row.o[size_t{h} * row.shape.head_dim + d];
@@ -287,8 +284,7 @@ class EngineTest : public ::testing::Test {
     EXPECT_TRUE(opened.ok()) << opened.status();
     if (!opened.ok()) return {};
     const auto tokens = static_cast<uint32_t>(request.tokens.size());
-    EXPECT_OK(AppendAll(*engine_, session, opened->context, data,
-                        {opened->reused_tokens, tokens}));
+    EXPECT_OK(AppendAll(*engine_, session, opened->context, data, {opened->reused_tokens, tokens}));
     return *opened;
   }
   // Fills, seals and closes a context, so that its blocks are cached.

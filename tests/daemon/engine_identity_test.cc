@@ -151,9 +151,9 @@ TEST_F(EngineIdentityTest, AcceptedRecipesAreTriedInOrderAtEachBlock) {
 }
 
 TEST_F(EngineIdentityTest, TheLastTokenIsNeverReused) {
-  for (const auto& [tokens, reused] : {std::pair(1u, 0u), std::pair(256u, 0u),
-                                       std::pair(257u, 256u), std::pair(512u, 256u),
-                                       std::pair(513u, 512u)}) {
+  for (const auto& [tokens, reused] :
+       {std::pair(1u, 0u), std::pair(256u, 0u), std::pair(257u, 256u), std::pair(512u, 256u),
+        std::pair(513u, 512u)}) {
     OpenRequest request = base_;
     request.tokens.resize(tokens);
     EXPECT_EQ(Reused(session_, request), reused) << tokens;
@@ -172,10 +172,13 @@ TEST_F(EngineIdentityTest, TwoContextsWithACommonPrefixHoldOneCopy) {
   const OpenResult b = OpenAndFill(session_, base_, data_);
   EXPECT_EQ(a.reused_blocks, b.reused_blocks);
   EXPECT_EQ(a.reused_blocks.size(), 2u);
-  EXPECT_EQ(a.reused_blocks[0], BlockIdOf({}, NamespaceDigestOf({"alice", base_.spec.weights,
-                                                                 base_.spec.tokenizer, {},
-                                                                 RopeSignatureOf(base_.spec.rope),
-                                                                 {}}),
+  EXPECT_EQ(a.reused_blocks[0], BlockIdOf({},
+                                          NamespaceDigestOf({"alice",
+                                                             base_.spec.weights,
+                                                             base_.spec.tokenizer,
+                                                             {},
+                                                             RopeSignatureOf(base_.spec.rope),
+                                                             {}}),
                                           std::span(base_.tokens).first(kBlockTokens), {}));
   // Each has its own two blocks for tokens 512 to 999, and no more.
   EXPECT_EQ(one - cached, 2 * SmallShape().block_bytes());
@@ -203,8 +206,8 @@ TEST_F(EngineIdentityTest, TheEarlierOfTwoWritersWinsAndBothUseItsBlocks) {
   // The loser reads the winner's whole blocks and its own unpublished rest.
   KvData merged = data_;
   merged.Overwrite(kWhole, other);
-  const auto row = AttendOne(*engine_, session_, SmallShape(), second->context, 1, {0, kTokens},
-                             TestSeed());
+  const auto row =
+      AttendOne(*engine_, session_, SmallShape(), second->context, 1, {0, kTokens}, TestSeed());
   ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
   EXPECT_LE(WorstError(merged, *row), 1e-3);
 }
@@ -244,8 +247,7 @@ TEST_F(EngineIdentityTest, AForkOfApproximateTokensIsNeverPublishedAsDense) {
   OpenRequest dense = base_;
   dense.tokens = Tokens(kTokens, 7000);
   const OpenResult dense_parent = OpenAndFill(session_, dense, data_);
-  auto sparse_fork =
-      engine_->Fork(session_, {dense_parent.context, 300, 1000, SparseRecipe(1)});
+  auto sparse_fork = engine_->Fork(session_, {dense_parent.context, 300, 1000, SparseRecipe(1)});
   ASSERT_TRUE(sparse_fork.ok());
   ASSERT_OK(engine_->DeclareTokens(session_, *sparse_fork, more));
   ASSERT_OK(AppendAll(*engine_, session_, *sparse_fork, data_, {300, kTokens}));

@@ -89,8 +89,7 @@ class EngineRaceTest : public EngineTest {
     contexts->emplace_back(opened->context, opened->reused_tokens);
   }
 
-  void AttendSome(std::mt19937_64& random, SessionId session, ContextId context,
-                  uint32_t tokens) {
+  void AttendSome(std::mt19937_64& random, SessionId session, ContextId context, uint32_t tokens) {
     std::vector<std::unique_ptr<OwnedRow>> rows;
     for (int i = 0; i < 3; ++i) {
       const auto hi = static_cast<uint32_t>(random() % (tokens + 1));
@@ -107,8 +106,8 @@ class EngineRaceTest : public EngineTest {
       EXPECT_TRUE(MayHappen(row->answer.status)) << row->answer.status;
       if (!row->answer.status.ok()) continue;
       const bool fixed = row->row.budget.kind == Budget::Kind::kFixedK;
-      const uint32_t count = fixed ? std::min(row->row.range.size(), row->row.budget.k)
-                                   : row->row.range.size();
+      const uint32_t count =
+          fixed ? std::min(row->row.range.size(), row->row.budget.k) : row->row.range.size();
       EXPECT_TRUE(sequence_.IsMeanOfFirst(*row, count));
     }
     std::vector<std::byte> k(tokens * sequence_.data().token_bytes()), v(k.size());
@@ -154,8 +153,8 @@ TEST_F(EngineRaceTest, ASessionEndsInTheMiddleOfItsAttends) {
         std::mt19937_64 random(TestSeed() + round * 10 + i);
         while (!ended.load()) AttendSome(random, session, opened.context, kTokens);
         // Late comers learn that it has ended.
-        const auto row = AttendOne(*engine_, session, UniformSequence::Shape(), opened.context, 0,
-                                   {0, 10}, 1);
+        const auto row =
+            AttendOne(*engine_, session, UniformSequence::Shape(), opened.context, 0, {0, 10}, 1);
         EXPECT_TRUE(absl::IsNotFound(row->answer.status)) << row->answer.status;
       });
     }
@@ -186,8 +185,8 @@ TEST_F(EngineRaceTest, TwoAppendsToOneHeadNeverMix) {
     });
   }
   for (std::thread& writer : writers) writer.join();
-  const auto row = AttendOne(*engine_, session_, UniformSequence::Shape(), opened->context, 0,
-                             {0, kTokens}, 1);
+  const auto row =
+      AttendOne(*engine_, session_, UniformSequence::Shape(), opened->context, 0, {0, kTokens}, 1);
   ASSERT_TRUE(row->answer.status.ok());
   EXPECT_TRUE(sequence_.IsMeanOfFirst(*row, kTokens));
 }

@@ -102,8 +102,8 @@ TEST_F(EngineStoreTest, AContextGoesOnAfterItsBlocksArePurged) {
 
 TEST_F(EngineStoreTest, APurgeNamesExactlyOneThing) {
   EXPECT_TRUE(absl::IsInvalidArgument(engine_->Purge(session_, {}).status()));
-  EXPECT_TRUE(absl::IsInvalidArgument(
-      engine_->Purge(session_, {true, NamespaceDigest{}, {}}).status()));
+  EXPECT_TRUE(
+      absl::IsInvalidArgument(engine_->Purge(session_, {true, NamespaceDigest{}, {}}).status()));
   EXPECT_TRUE(engine_->Purge(session_, {false, NamespaceDigest{}, {}}).ok());
 }
 

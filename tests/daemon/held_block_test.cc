@@ -19,8 +19,7 @@ class HeldBlockTest : public ::testing::Test {
   }
   std::shared_ptr<HeldBlock> Begin(char fill) {
     EXPECT_OK(store_->Reserve("t", kBytes, 1));
-    auto block =
-        std::make_shared<HeldBlock>(*store_, *store_->Begin("t", kBytes), BlockOrigin{});
+    auto block = std::make_shared<HeldBlock>(*store_, *store_->Begin("t", kBytes), BlockOrigin{});
     std::memset(block->writable(), fill, kBytes);
     return block;
   }
@@ -66,7 +65,7 @@ TEST_F(HeldBlockTest, AReusedBlockThatChangedFailsItsFirstCheckAndIsRetired) {
     const auto block = Begin('a');
     ASSERT_TRUE(block->Publish(Key(1)).ok());
     block->writable()[77] ^= std::byte{1};  // as memory errors do
-    EXPECT_OK(block->Verify());  // its own writer does not check again
+    EXPECT_OK(block->Verify());             // its own writer does not check again
   }
   auto view = store_->Acquire("t", Key(1));
   ASSERT_TRUE(view.ok());
