@@ -1,0 +1,120 @@
+// One sequence of tokens running through a model: prefill, decode, and where its K/V lie.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "gpu/kv_service.h"
+#include "gpu/local_kv.h"
+#include "gpu/model.h"
+#include "proto/retrieval_types.h"
+
+namespace quarry {
+
+// How much of the daemon's range a token attends.
+struct AttendBudget {
+  Budget budget;      // unlimited, fixed k or mass
+  double share = 0;   // > 0: fixed k of this share of the range, settled when first used
+};
+
+struct SequenceOptions {
+  LocalKv::Window window;            // `everything`: full attention, no daemon
+  DType kv_dtype = DType::kBf16;     // K/V are rounded to it before anybody attends them
+  AttendBudget budget;               // of tokens that are not prefilled
+  // New tokens up to this many attend through the daemon, row by row; more are prefilled with the
+  // prefix's K/V streamed through a layer buffer.
+  uint32_t max_attend_rows = 256;
+  uint32_t rows_per_message = 64;
+  uint32_t query_samples = 64;       // per layer of a prefill, for index building; 0: none
+};
+
+// What attention cost, summed over rows, layers and heads.
+struct AttendCost {
+  uint64_t head_steps = 0;       // rows x layers x query heads
+  uint64_t tokens_local = 0;
+  uint64_t tokens_daemon = 0;
+  uint64_t tokens_in_reach = 0;  // what full attention would have attended
+  uint64_t bytes_touched = 0;    // of K and V read by the daemon
+  uint64_t bytes_moved = 0;      // between worker and daemon
+  uint32_t recoveries = 0;       // voided chunks that were computed again
+  AttendCost& operator+=(const AttendCost& other);
+};
+
+// Not thread-safe. Model, device and service outlive it.
+class Sequence {
+ public:
+  // Opens a context for at most max_tokens tokens beginning with `prompt`; what the service has of
+  // it is leased. Nothing is computed. FailedPrecondition beyond the model's maximum,
+  // InvalidArgument for a token id outside the vocabulary (names id, place and vocabulary).
+  static absl::StatusOr<std::unique_ptr<Sequence>> Open(const Model& model, Device& device,
+                                                        KvService* service,
+                                                        const SequenceOptions& options,
+                                                        std::span<const uint32_t> prompt,
+                                                        uint32_t max_tokens);
+  ~Sequence();
+  Sequence(const Sequence&) = delete;
+  Sequence& operator=(const Sequence&) = delete;
+
+  // Runs the next tokens and returns the logits after the last one. A token that the daemon
+  // voided is computed once more on a fork of what was complete; if that fails too, or the
+  // daemon has gone (Unavailable), the error is returned and the sequence is of no more use.
+  absl::StatusOr<std::vector<float>> Extend(std::span<const uint32_t> tokens);
+
+  // A sequence that goes on from here by itself.
+  absl::StatusOr<std::unique_ptr<Sequence>> Fork();
+
+  uint32_t tokens() const { return tokens_; }
+  uint32_t reused_tokens() const { return reused_; }
+  uint32_t max_tokens() const { return max_tokens_; }
+  ContextId context() const { return context_; }
+  uint64_t local_kv_bytes() const;
+  const AttendCost& cost() const { return cost_; }
+
+ private:
+  struct Chunk;   // activations of the tokens in work
+  class Appender;  // sends K/V to the service while the next layer runs
+
+  Sequence(const Model& model, Device& device, KvService* service, const SequenceOptions& options);
+
+  absl::Status CheckTokens(std::span<const uint32_t> tokens) const;
+  absl::StatusOr<Chunk> Embed(std::span<const uint32_t> tokens);
+  absl::Status ProjectQkv(uint32_t layer, Chunk* chunk);
+  absl::Status FinishLayer(uint32_t layer, Chunk* chunk);
+  absl::StatusOr<std::vector<float>> Logits(const Chunk& chunk);
+
+  absl::StatusOr<std::vector<float>> Prefill(std::span<const uint32_t> tokens);
+  absl::Status PrefillLayer(uint32_t layer, Chunk* chunk, Appender* appender);
+  absl::StatusOr<TokenSpan> LayerSoFar(uint32_t layer);
+  absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens);
+  absl::Status AttendLayer(uint32_t layer, Chunk* chunk, const Budget& budget);
+  void AttendLocally(uint32_t layer, Chunk* chunk);
+  absl::Status LoadWindow();
+  absl::Status UseBudgetsRecipe();
+  absl::Status ForkContext(const NumericRecipe& recipe);
+  absl::Status Recover();
+  TokenRange Visible(uint32_t position) const;
+
+  const Model& model_;
+  Device& device_;
+  KvService* const service_;  // null: full attention
+  const SequenceOptions options_;
+  KvShape shape_;
+  RopeSpec rope_;
+  uint32_t max_tokens_ = 0;
+  ContextId context_;
+  NumericRecipe recipe_;
+  std::optional<Budget> settled_budget_;
+  std::vector<uint32_t> ids_;  // known to the service
+  uint32_t tokens_ = 0;        // complete in all layers
+  uint32_t reused_ = 0;
+  bool window_loaded_ = true;  // false: a reused prefix whose window is still to be read
+  bool broken_ = false;
+  std::vector<LocalKv> local_;  // by layer
+  AttendCost cost_;
+};
+
+}  // namespace quarry
