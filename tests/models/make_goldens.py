@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "training"))
-from tasks import Gen, S  # noqa: E402
+from tasks import Gen, KEY0, S, VAL1  # noqa: E402
 
 NEW_TOKENS = 64
 TINY_NEW_TOKENS = 16
@@ -95,11 +95,15 @@ def make_tiny(name):
 
 
 def trained_prompt(n):
-    """Records, background text and questions; it ends where the model has to answer the last question."""
+    """Records, questions and background text with a run of symbols in it, and the beginning of that run again at the
+    end: the model goes on copying, so every greedy token is retrieved from the prompt."""
     if n == 1:
         return [S["BOS"]]
-    tokens, _, _ = Gen(600 + n).kv_prompt(n + 2, 64, 8, True, True)
-    return tokens[:n].tolist()
+    rng, length = np.random.default_rng(n), min(64, n - 7)
+    run = [S["COPY"], *rng.integers(KEY0, VAL1, length).tolist()]
+    rest = n - len(run) - 3
+    text = Gen(600 + n).kv_prompt(rest, 64, 8, True, True)[0].tolist() if rest > 64 else [S["BOS"]] * rest
+    return text[:1 + rest // 3] + run + text[1 + rest // 3:] + run[:3]
 
 
 def tiny_prompt(n):
