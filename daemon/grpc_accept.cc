@@ -67,13 +67,20 @@ void GrpcAccept::Run() {
       if (data == kListener) {
         AcceptAll();
       } else if (data != kStop) {
-        const int number = static_cast<int>(data);
-        parts_.peers.Retire(number, absl::Now());
-        watches_.erase(number);
-        parts_.counters.grpc_connections.fetch_sub(1, std::memory_order_relaxed);
+        NoteEnd(static_cast<int>(data));
       }
     }
   }
+}
+
+void GrpcAccept::NoteEnd(int number) {
+  const auto watch = watches_.find(number);
+  if (watch == watches_.end()) return;
+  // Closing is not enough: gRPC's descriptor keeps the registration alive.
+  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, watch->second.get(), nullptr);
+  watches_.erase(watch);
+  parts_.peers.Retire(number, absl::Now());
+  parts_.counters.grpc_connections.fetch_sub(1, std::memory_order_relaxed);
 }
 
 void GrpcAccept::AcceptAll() {

@@ -33,6 +33,7 @@ class GrpcAccept {
   GrpcAccept(const GrpcOptions& options, Parts parts, std::unique_ptr<UnixListener> listener);
   void Run();
   void AcceptAll();
+  void NoteEnd(int number);
   absl::Status HandOver(FileDescriptor socket);
 
   const GrpcOptions options_;
