@@ -71,6 +71,7 @@ class TenantIsolationTest : public ::testing::Test {
   void SetUp() override {
     if (getuid() != 0) GTEST_SKIP() << "needs root to become another user";
     testing::DaemonOptions options;
+    options.config = "[shm]\nsocket_mode = \"0666\"\n";
     options.arguments = {"--arena-bytes", "256MiB"};
     absl::StatusOr<std::unique_ptr<DaemonProcess>> daemon = DaemonProcess::Start(options);
     ASSERT_TRUE(daemon.ok()) << daemon.status();
