@@ -1,0 +1,215 @@
+#include "gpu/serve.h"
+
+#include <chrono>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+using nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+double MsSince(Clock::time_point start) {
+  return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+}
+
+json Failure(const absl::Status& status) {
+  return {{"status", absl::StatusCodeToString(status.code())},
+          {"error", std::string(status.message())}};
+}
+
+absl::StatusOr<std::vector<uint32_t>> TokensOf(const json& request, const char* key) {
+  std::vector<uint32_t> out;
+  if (!request.contains(key)) return out;
+  if (!request[key].is_array()) {
+    return absl::InvalidArgumentError(absl::StrCat(key, " is not a list of token ids"));
+  }
+  for (const json& id : request[key]) {
+    if (!id.is_number_unsigned() || id.get<uint64_t>() > ~0u) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(key, "[", out.size(), "] is ", id.dump(), ", not a token id"));
+    }
+    out.push_back(id.get<uint32_t>());
+  }
+  return out;
+}
+
+absl::StatusOr<uint32_t> CountOf(const json& request, const char* key, uint32_t otherwise) {
+  if (!request.contains(key)) return otherwise;
+  if (!request[key].is_number_unsigned() || request[key].get<uint64_t>() > ~0u) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(key, " is ", request[key].dump(), ", not a count"));
+  }
+  return request[key].get<uint32_t>();
+}
+
+absl::StatusOr<double> NumberOf(const json& request, const char* key, double otherwise) {
+  if (!request.contains(key)) return otherwise;
+  if (!request[key].is_number()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(key, " is ", request[key].dump(), ", not a number"));
+  }
+  return request[key].get<double>();
+}
+
+AttendCost Difference(const AttendCost& now, const AttendCost& before) {
+  AttendCost d = now;
+  d.head_steps -= before.head_steps;
+  d.tokens_local -= before.tokens_local;
+  d.tokens_daemon -= before.tokens_daemon;
+  d.tokens_in_reach -= before.tokens_in_reach;
+  d.bytes_touched -= before.bytes_touched;
+  d.bytes_moved -= before.bytes_moved;
+  d.recoveries -= before.recoveries;
+  return d;
+}
+
+}  // namespace
+
+json WorkerSession::Answer(const json& request) {
+  absl::StatusOr<json> answer = Dispatch(request);
+  if (!answer.ok()) return Failure(answer.status());
+  (*answer)["status"] = "OK";
+  return *std::move(answer);
+}
+
+void WorkerSession::Serve(std::istream& in, std::ostream& out) {
+  std::string line;
+  while (std::getline(in, line)) {
+    if (line.empty()) continue;
+    const json request = json::parse(line, nullptr, false);
+    out << Answer(request).dump() << std::endl;
+  }
+}
+
+absl::StatusOr<json> WorkerSession::Dispatch(const json& request) {
+  if (!request.is_object() || !request.contains("op") || !request["op"].is_string()) {
+    return absl::InvalidArgumentError("a request is a JSON object with an op");
+  }
+  const std::string op = request["op"].get<std::string>();
+  if (op == "open") return Open(request);
+  if (op == "ask") return Ask(request);
+  if (op == "fork") return Fork(request);
+  if (op == "close") return Close(request);
+  if (op == "stats") return Stats();
+  return absl::InvalidArgumentError(absl::StrCat("op ", op, " is unknown"));
+}
+
+absl::StatusOr<Sequence*> WorkerSession::Find(const json& request) {
+  QUARRY_ASSIGN_OR_RETURN(uint32_t id, CountOf(request, "sequence", 0));
+  auto it = sequences_.find(id);
+  if (it == sequences_.end()) {
+    return absl::NotFoundError(absl::StrCat("sequence ", id, " is not open"));
+  }
+  return it->second.get();
+}
+
+void WorkerSession::AddCost(const Sequence& sequence, const AttendCost& before, json* out) {
+  const AttendCost cost = Difference(sequence.cost(), before);
+  const double steps = cost.head_steps == 0 ? 1.0 : static_cast<double>(cost.head_steps);
+  (*out)["head_steps"] = cost.head_steps;
+  (*out)["tokens_attended_mean"] =
+      static_cast<double>(cost.tokens_local + cost.tokens_daemon) / steps;
+  (*out)["daemon_tokens_attended_mean"] = static_cast<double>(cost.tokens_daemon) / steps;
+  (*out)["tokens_in_reach_mean"] = static_cast<double>(cost.tokens_in_reach) / steps;
+  (*out)["bytes_touched"] = cost.bytes_touched;
+  (*out)["bytes_moved"] = cost.bytes_moved;
+  (*out)["recoveries"] = cost.recoveries;
+  (*out)["worker_kv_bytes"] = sequence.local_kv_bytes();
+  (*out)["tokens"] = sequence.tokens();
+  uint64_t held = 0;
+  if (service_ != nullptr) held = service_->HeldBytes(sequence.context()).value_or(0);
+  (*out)["daemon_kv_bytes"] = held;
+}
+
+absl::StatusOr<json> WorkerSession::Open(const json& request) {
+  const Clock::time_point start = Clock::now();
+  QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> tokens, TokensOf(request, "tokens"));
+  QUARRY_ASSIGN_OR_RETURN(uint32_t max_tokens,
+                          CountOf(request, "max_tokens", model_.config().max_tokens));
+  QUARRY_ASSIGN_OR_RETURN(
+      std::unique_ptr<Sequence> sequence,
+      Sequence::Open(model_, device_, service_, options_, tokens, max_tokens));
+  QUARRY_ASSIGN_OR_RETURN(
+      std::vector<float> logits,
+      sequence->Extend(std::span(tokens).subspan(sequence->reused_tokens())));
+  json out = {{"sequence", next_},
+              {"reused_tokens", sequence->reused_tokens()},
+              {"predicted", Sampler({}).Next(logits)},
+              {"ttft_ms", MsSince(start)}};
+  AddCost(*sequence, {}, &out);
+  sequences_[next_++] = std::move(sequence);
+  return out;
+}
+
+absl::StatusOr<json> WorkerSession::Ask(const json& request) {
+  const Clock::time_point start = Clock::now();
+  QUARRY_ASSIGN_OR_RETURN(Sequence* sequence, Find(request));
+  QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> tokens, TokensOf(request, "tokens"));
+  QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> gold, TokensOf(request, "gold"));
+  QUARRY_ASSIGN_OR_RETURN(uint32_t wanted, CountOf(request, "new", 1));
+  SamplerOptions sampling;
+  QUARRY_ASSIGN_OR_RETURN(sampling.temperature, NumberOf(request, "temperature", 0));
+  QUARRY_ASSIGN_OR_RETURN(sampling.top_p, NumberOf(request, "top_p", 1));
+  QUARRY_ASSIGN_OR_RETURN(sampling.seed, CountOf(request, "seed", 0));
+  if (!gold.empty() && gold.size() != wanted) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("gold has ", gold.size(), " tokens, new is ", wanted));
+  }
+  std::unique_ptr<Sequence> fork;
+  if (request.value("fork", json(false)) == json(true)) {
+    QUARRY_ASSIGN_OR_RETURN(fork, sequence->Fork());
+    sequence = fork.get();
+  }
+  const AttendCost before = sequence->cost();
+  Sampler sampler(sampling);
+  QUARRY_ASSIGN_OR_RETURN(std::vector<float> logits, sequence->Extend(tokens));
+  std::vector<uint32_t> predicted;
+  double ttft_ms = 0;
+  for (uint32_t i = 0; i < wanted; ++i) {
+    predicted.push_back(sampler.Next(logits));
+    if (i == 0) ttft_ms = MsSince(start);
+    if (gold.empty() && i + 1 == wanted) break;
+    const uint32_t next = gold.empty() ? predicted.back() : gold[i];
+    QUARRY_ASSIGN_OR_RETURN(logits, sequence->Extend(std::span(&next, 1)));
+  }
+  json out = {{"predicted", predicted}, {"ttft_ms", ttft_ms}, {"total_ms", MsSince(start)}};
+  AddCost(*sequence, before, &out);
+  return out;
+}
+
+absl::StatusOr<json> WorkerSession::Fork(const json& request) {
+  QUARRY_ASSIGN_OR_RETURN(Sequence* sequence, Find(request));
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Sequence> fork, sequence->Fork());
+  json out = {{"sequence", next_}, {"tokens", fork->tokens()}};
+  sequences_[next_++] = std::move(fork);
+  return out;
+}
+
+absl::StatusOr<json> WorkerSession::Close(const json& request) {
+  QUARRY_RETURN_IF_ERROR(Find(request).status());
+  sequences_.erase(request["sequence"].get<uint64_t>());
+  return json::object();
+}
+
+absl::StatusOr<json> WorkerSession::Stats() {
+  uint64_t local = 0, held = 0;
+  for (const auto& [id, sequence] : sequences_) {
+    local += sequence->local_kv_bytes();
+    if (service_ == nullptr) continue;
+    QUARRY_ASSIGN_OR_RETURN(uint64_t bytes, service_->HeldBytes(sequence->context()));
+    held += bytes;
+  }
+  return json{{"worker_kv_bytes", local},
+              {"daemon_kv_bytes", held},
+              {"device_peak_bytes", device_.Stats().peak_bytes}};
+}
+
+}  // namespace quarry

@@ -1,0 +1,48 @@
+// The worker's JSON-lines interface (WORKER.md).
+#pragma once
+
+#include <istream>
+#include <map>
+#include <memory>
+#include <ostream>
+
+#include <nlohmann/json_fwd.hpp>
+
+#include "absl/status/statusor.h"
+#include "gpu/sampler.h"
+#include "gpu/sequence.h"
+
+namespace quarry {
+
+// Several sequences of one model. Not thread-safe.
+class WorkerSession {
+ public:
+  // service may be null: full attention. All outlive the session.
+  WorkerSession(const Model& model, Device& device, KvService* service,
+                const SequenceOptions& options)
+      : model_(model), device_(device), service_(service), options_(options) {}
+
+  // One request and its answer; never throws, every failure is an answer.
+  nlohmann::json Answer(const nlohmann::json& request);
+  // Until the end of the input; each answer is flushed.
+  void Serve(std::istream& in, std::ostream& out);
+
+ private:
+  absl::StatusOr<nlohmann::json> Dispatch(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Open(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Ask(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Fork(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Close(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Stats();
+  absl::StatusOr<Sequence*> Find(const nlohmann::json& request);
+  void AddCost(const Sequence& sequence, const AttendCost& before, nlohmann::json* out);
+
+  const Model& model_;
+  Device& device_;
+  KvService* const service_;
+  const SequenceOptions options_;
+  uint64_t next_ = 1;
+  std::map<uint64_t, std::unique_ptr<Sequence>> sequences_;
+};
+
+}  // namespace quarry

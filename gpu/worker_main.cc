@@ -1,0 +1,198 @@
+// quarry-worker: the reference worker's command line. See WORKER.md.
+#include <charconv>
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <string>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "cpu_index/simd.h"
+#include "gpu/sampler.h"
+#include "gpu/sequence.h"
+#include "gpu/serve.h"
+#include "gpu/tokenizer.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+struct Arguments {
+  std::string model, socket = "/run/quarry/quarryd.sock", attention = "daemon", kv_dtype;
+  std::string prompt, prompt_ids;
+  bool serve = false, json = false;
+  uint32_t max_tokens = 0, max_new_tokens = 16, threads = 0, deadline_ms = 10000;
+  uint32_t window_first = 128, window_last = 512;
+  uint32_t budget_k = 0;
+  double budget_share = 0, budget_mass = 0;
+  uint64_t device_bytes = 16ull << 30;
+  SamplerOptions sampling;
+};
+
+void Describe(CLI::App* app, Arguments* a) {
+  app->add_option("--model", a->model, "Hugging Face folder of the model")->required();
+  app->add_option("--socket", a->socket, "the daemon's shared-memory socket");
+  app->add_option("--attention", a->attention, "daemon, or full: everything in the worker")
+      ->check(CLI::IsMember({"daemon", "full"}));
+  app->add_option("--prompt", a->prompt, "text, if the model has a tokenizer.model");
+  app->add_option("--prompt-ids", a->prompt_ids, "token ids, or @FILE with them");
+  app->add_option("--max-new-tokens", a->max_new_tokens, "tokens to generate");
+  app->add_option("--max-tokens", a->max_tokens, "room of the context; pins the rope regime");
+  app->add_option("--kv-dtype", a->kv_dtype, "bf16, fp16 or fp32; the model's by default")
+      ->check(CLI::IsMember({"bf16", "fp16", "fp32"}));
+  app->add_option("--window-first", a->window_first, "first tokens that stay in the worker");
+  app->add_option("--window-last", a->window_last, "last tokens that stay in the worker");
+  app->add_option("--budget-k", a->budget_k, "tokens the daemon attends; with --budget-mass a cap");
+  app->add_option("--budget-share", a->budget_share, "share of its tokens the daemon attends")
+      ->check(CLI::Range(0.0, 1.0));
+  app->add_option("--budget-mass", a->budget_mass, "softmax mass the daemon attends")
+      ->check(CLI::Range(0.0, 1.0));
+  app->add_option("--deadline-ms", a->deadline_ms, "of every request to the daemon");
+  app->add_option("--temperature", a->sampling.temperature, "0: greedy");
+  app->add_option("--top-p", a->sampling.top_p, "nucleus of the sampling");
+  app->add_option("--seed", a->sampling.seed, "of the sampling");
+  app->add_option("--threads", a->threads, "0: all cores");
+  app->add_option("--device-bytes", a->device_bytes, "budget of the worker's memory");
+  app->add_flag("--serve", a->serve, "JSON lines on standard input and output");
+  app->add_flag("--json", a->json, "print one JSON object");
+}
+
+absl::StatusOr<std::vector<uint32_t>> ParseIds(const std::string& argument) {
+  std::string text = argument;
+  if (text.starts_with('@')) {
+    std::ifstream in(text.substr(1));
+    if (!in) return absl::NotFoundError(absl::StrCat("cannot read ", text.substr(1)));
+    text.assign(std::istreambuf_iterator<char>(in), {});
+  }
+  std::vector<uint32_t> ids;
+  const char* at = text.data();
+  const char* const end = at + text.size();
+  while (at != end) {
+    if (*at == ',' || *at == ' ' || *at == '\n' || *at == '[' || *at == ']') {
+      ++at;
+      continue;
+    }
+    uint32_t id = 0;
+    const auto [next, error] = std::from_chars(at, end, id);
+    if (error != std::errc()) {
+      return absl::InvalidArgumentError(absl::StrCat("token id ", ids.size(), " is not a number"));
+    }
+    ids.push_back(id);
+    at = next;
+  }
+  return ids;
+}
+
+SequenceOptions OptionsOf(const Arguments& a, const ModelConfig& config) {
+  SequenceOptions options;
+  options.window = {a.window_first, a.window_last, a.attention == "full"};
+  options.kv_dtype = a.kv_dtype.empty()    ? config.dtype
+                     : a.kv_dtype == "bf16" ? DType::kBf16
+                     : a.kv_dtype == "fp16" ? DType::kFp16
+                                            : DType::kFp32;
+  if (a.budget_mass > 0) {
+    options.budget.budget = {Budget::Kind::kTopP, a.budget_k, static_cast<float>(a.budget_mass)};
+  } else if (a.budget_k > 0) {
+    options.budget.budget = {Budget::Kind::kFixedK, a.budget_k, 1.0f};
+  }
+  options.budget.share = a.budget_share;
+  return options;
+}
+
+absl::Status Generate(const Arguments& a, const Model& model, WorkerSession* session) {
+  std::vector<uint32_t> ids;
+  std::unique_ptr<Tokenizer> tokenizer;
+  if (!a.prompt.empty()) {
+    QUARRY_ASSIGN_OR_RETURN(tokenizer, Tokenizer::Load(a.model));
+    QUARRY_ASSIGN_OR_RETURN(ids, tokenizer->Encode(a.prompt));
+  } else {
+    QUARRY_ASSIGN_OR_RETURN(ids, ParseIds(a.prompt_ids));
+  }
+  if (ids.empty()) return absl::InvalidArgumentError("a prompt of no tokens");
+  const uint32_t max_tokens =
+      a.max_tokens != 0 ? a.max_tokens
+                        : std::min<uint32_t>(model.config().max_tokens,
+                                             static_cast<uint32_t>(ids.size()) + a.max_new_tokens);
+  const uint32_t last = ids.back();
+  ids.pop_back();
+  nlohmann::json opened = {{"status", "OK"}, {"sequence", 0}};
+  // The prompt but for its last token, which begins the generation.
+  if (ids.empty()) {
+    ids.push_back(last);
+    return absl::InvalidArgumentError("a prompt of one token: give at least two");
+  }
+  opened = session->Answer({{"op", "open"}, {"tokens", ids}, {"max_tokens", max_tokens}});
+  nlohmann::json answer = opened;
+  if (opened["status"] == "OK") {
+    answer = session->Answer({{"op", "ask"},
+                              {"sequence", opened["sequence"]},
+                              {"tokens", {last}},
+                              {"new", a.max_new_tokens},
+                              {"temperature", a.sampling.temperature},
+                              {"top_p", a.sampling.top_p},
+                              {"seed", a.sampling.seed}});
+    answer["prefill_ms"] = opened["ttft_ms"];
+    answer["reused_tokens"] = opened["reused_tokens"];
+  }
+  if (answer["status"] != "OK") {
+    return absl::InternalError(absl::StrCat(answer["status"].get<std::string>(), ": ",
+                                            answer["error"].get<std::string>()));
+  }
+  if (a.json) {
+    std::cout << answer.dump() << "\n";
+  } else if (tokenizer != nullptr) {
+    std::cout << tokenizer->Decode(answer["predicted"].get<std::vector<uint32_t>>()) << "\n";
+  } else {
+    for (const auto& id : answer["predicted"]) std::cout << id << " ";
+    std::cout << "\n";
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Run(const Arguments& a) {
+  const auto start = std::chrono::steady_clock::now();
+  QUARRY_RETURN_IF_ERROR(ChooseSimdLevel().status());
+  std::unique_ptr<Device> device = MakeHostDevice({a.device_bytes, a.threads});
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Model> model, Model::Load(a.model, device.get()));
+  std::unique_ptr<KvService> service;
+  if (a.attention == "daemon") {
+    ClientOptions options;
+    options.socket_path = a.socket;
+    options.name = "quarry-worker";
+    options.deadline = absl::Milliseconds(a.deadline_ms);
+    QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Client::Connect(options));
+    service = MakeKvService(std::move(client));
+  }
+  WorkerSession session(*model, *device, service.get(), OptionsOf(a, model->config()));
+  if (!a.serve) return Generate(a, *model, &session);
+  const double load_ms =
+      std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+  std::cout << nlohmann::json({{"status", "OK"},
+                               {"ready", true},
+                               {"model", a.model},
+                               {"vocab", model->config().vocab},
+                               {"max_tokens", model->config().max_tokens},
+                               {"load_ms", load_ms}})
+                   .dump()
+            << std::endl;
+  session.Serve(std::cin, std::cout);
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace quarry
+
+int main(int argc, char** argv) {
+  quarry::Arguments arguments;
+  CLI::App app("quarry-worker: runs a model with its K/V in the daemon");
+  quarry::Describe(&app, &arguments);
+  CLI11_PARSE(app, argc, argv);
+  const absl::Status status = quarry::Run(arguments);
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "quarry-worker: %s\n", status.ToString().c_str());
+  return 1;
+}
