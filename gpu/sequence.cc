@@ -131,7 +131,7 @@ uint64_t Sequence::local_kv_bytes() const {
   return bytes;
 }
 
-absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> tokens) {
+absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> tokens, Role role) {
   if (broken_) return absl::FailedPreconditionError("the sequence has failed before");
   if (tokens.empty()) return absl::InvalidArgumentError("no tokens to run");
   QUARRY_RETURN_IF_ERROR(CheckTokens(tokens));
@@ -142,7 +142,7 @@ absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> to
   }
   const bool by_rows = service_ != nullptr && tokens_ > 0 &&
                        tokens.size() <= options_.max_attend_rows;
-  absl::StatusOr<std::vector<float>> logits = by_rows ? AttendRows(tokens) : Prefill(tokens);
+  absl::StatusOr<std::vector<float>> logits = by_rows ? AttendRows(tokens, role) : Prefill(tokens);
   if (!logits.ok()) broken_ = true;
   return logits;
 }
@@ -364,8 +364,9 @@ absl::Status Sequence::LoadWindow() {
   return absl::OkStatus();
 }
 
-// K/V computed under a budget go to a context whose recipe says so.
-absl::Status Sequence::UseBudgetsRecipe() {
+// The budget of the next rows. K/V computed under one go to a context whose recipe says so.
+absl::StatusOr<Budget> Sequence::SettleBudget(Role role) {
+  if (role == Role::kPrompt) return Budget{};
   if (!settled_budget_) {
     settled_budget_ = options_.budget.budget;
     if (options_.budget.share > 0) {
@@ -377,8 +378,8 @@ absl::Status Sequence::UseBudgetsRecipe() {
   }
   const NumericRecipe wanted =
       RecipeOf(*settled_budget_, options_.window.first, options_.window.last);
-  if (wanted == recipe_) return absl::OkStatus();
-  return ForkContext(wanted);
+  if (wanted != recipe_) QUARRY_RETURN_IF_ERROR(ForkContext(wanted));
+  return *settled_budget_;
 }
 
 // Goes on in a fork of what is complete; the old context is closed.
@@ -393,9 +394,10 @@ absl::Status Sequence::ForkContext(const NumericRecipe& recipe) {
   return closed;
 }
 
-absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t> tokens) {
+absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t> tokens,
+                                                        Role role) {
   QUARRY_RETURN_IF_ERROR(LoadWindow());
-  QUARRY_RETURN_IF_ERROR(UseBudgetsRecipe());
+  QUARRY_ASSIGN_OR_RETURN(const Budget budget, SettleBudget(role));
   std::vector<float> logits;
   for (size_t at = 0; at < tokens.size(); at += options_.rows_per_message) {
     const std::span<const uint32_t> rows =
@@ -406,7 +408,7 @@ absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t
       absl::Status status;
       for (uint32_t l = 0; l < shape_.layers && status.ok(); ++l) {
         status.Update(ProjectQkv(l, &chunk));
-        if (status.ok()) status.Update(AttendLayer(l, &chunk, *settled_budget_));
+        if (status.ok()) status.Update(AttendLayer(l, &chunk, budget));
         if (status.ok()) status.Update(FinishLayer(l, &chunk));
       }
       service_->Arm(false);

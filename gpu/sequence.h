@@ -24,7 +24,7 @@ struct AttendBudget {
 struct SequenceOptions {
   LocalKv::Window window;            // `everything`: full attention, no daemon
   DType kv_dtype = DType::kBf16;     // K/V are rounded to it before anybody attends them
-  AttendBudget budget;               // of tokens that are not prefilled
+  AttendBudget budget;               // of tokens that are not the prompt's
   // New tokens up to this many attend through the daemon, row by row; more are prefilled with the
   // prefix's K/V streamed through a layer buffer.
   uint32_t max_attend_rows = 256;
@@ -59,10 +59,12 @@ class Sequence {
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
 
-  // Runs the next tokens and returns the logits after the last one. A token that the daemon
+  // Runs the next tokens and returns the logits after the last one. Prompt tokens attend all that
+  // is before them; others attend within the budget. A token that the daemon
   // voided is computed once more on a fork of what was complete; if that fails too, or the
   // daemon has gone (Unavailable), the error is returned and the sequence is of no more use.
-  absl::StatusOr<std::vector<float>> Extend(std::span<const uint32_t> tokens);
+  enum class Role { kPrompt, kBudgeted };
+  absl::StatusOr<std::vector<float>> Extend(std::span<const uint32_t> tokens, Role role);
 
   // A sequence that goes on from here by itself.
   absl::StatusOr<std::unique_ptr<Sequence>> Fork();
@@ -89,11 +91,11 @@ class Sequence {
   absl::StatusOr<std::vector<float>> Prefill(std::span<const uint32_t> tokens);
   absl::Status PrefillLayer(uint32_t layer, Chunk* chunk, Appender* appender);
   absl::StatusOr<TokenSpan> LayerSoFar(uint32_t layer);
-  absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens);
+  absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens, Role role);
   absl::Status AttendLayer(uint32_t layer, Chunk* chunk, const Budget& budget);
   void AttendLocally(uint32_t layer, Chunk* chunk);
   absl::Status LoadWindow();
-  absl::Status UseBudgetsRecipe();
+  absl::StatusOr<Budget> SettleBudget(Role role);
   absl::Status ForkContext(const NumericRecipe& recipe);
   absl::Status Recover();
   TokenRange Visible(uint32_t position) const;

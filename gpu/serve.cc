@@ -139,7 +139,8 @@ absl::StatusOr<json> WorkerSession::Open(const json& request) {
       Sequence::Open(model_, device_, service_, options_, tokens, max_tokens));
   QUARRY_ASSIGN_OR_RETURN(
       std::vector<float> logits,
-      sequence->Extend(std::span(tokens).subspan(sequence->reused_tokens())));
+      sequence->Extend(std::span(tokens).subspan(sequence->reused_tokens()),
+                       Sequence::Role::kPrompt));
   json out = {{"sequence", next_},
               {"reused_tokens", sequence->reused_tokens()},
               {"predicted", Sampler({}).Next(logits)},
@@ -170,7 +171,7 @@ absl::StatusOr<json> WorkerSession::Ask(const json& request) {
   }
   const AttendCost before = sequence->cost();
   Sampler sampler(sampling);
-  QUARRY_ASSIGN_OR_RETURN(std::vector<float> logits, sequence->Extend(tokens));
+  QUARRY_ASSIGN_OR_RETURN(std::vector<float> logits, sequence->Extend(tokens, Sequence::Role::kBudgeted));
   std::vector<uint32_t> predicted;
   double ttft_ms = 0;
   for (uint32_t i = 0; i < wanted; ++i) {
@@ -178,7 +179,8 @@ absl::StatusOr<json> WorkerSession::Ask(const json& request) {
     if (i == 0) ttft_ms = MsSince(start);
     if (gold.empty() && i + 1 == wanted) break;
     const uint32_t next = gold.empty() ? predicted.back() : gold[i];
-    QUARRY_ASSIGN_OR_RETURN(logits, sequence->Extend(std::span(&next, 1)));
+    QUARRY_ASSIGN_OR_RETURN(
+        logits, sequence->Extend(std::span(&next, 1), Sequence::Role::kBudgeted));
   }
   json out = {{"predicted", predicted}, {"ttft_ms", ttft_ms}, {"total_ms", MsSince(start)}};
   AddCost(*sequence, before, &out);

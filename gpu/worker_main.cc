@@ -112,20 +112,16 @@ absl::Status Generate(const Arguments& a, const Model& model, WorkerSession* ses
   } else {
     QUARRY_ASSIGN_OR_RETURN(ids, ParseIds(a.prompt_ids));
   }
-  if (ids.empty()) return absl::InvalidArgumentError("a prompt of no tokens");
   const uint32_t max_tokens =
       a.max_tokens != 0 ? a.max_tokens
                         : std::min<uint32_t>(model.config().max_tokens,
                                              static_cast<uint32_t>(ids.size()) + a.max_new_tokens);
+  // The prompt but for its last token, which begins the generation.
+  if (ids.size() < 2) return absl::InvalidArgumentError("a prompt needs at least two tokens");
   const uint32_t last = ids.back();
   ids.pop_back();
-  nlohmann::json opened = {{"status", "OK"}, {"sequence", 0}};
-  // The prompt but for its last token, which begins the generation.
-  if (ids.empty()) {
-    ids.push_back(last);
-    return absl::InvalidArgumentError("a prompt of one token: give at least two");
-  }
-  opened = session->Answer({{"op", "open"}, {"tokens", ids}, {"max_tokens", max_tokens}});
+  const nlohmann::json opened =
+      session->Answer({{"op", "open"}, {"tokens", ids}, {"max_tokens", max_tokens}});
   nlohmann::json answer = opened;
   if (opened["status"] == "OK") {
     answer = session->Answer({{"op", "ask"},

@@ -63,7 +63,7 @@ TEST_P(GoldenTest, LogitsAndGreedyTokensAgreeWithTransformers) {
   options.kv_dtype = DType::kFp32;
   auto sequence = Sequence::Open(**model, *device, nullptr, options, prompt, max_tokens);
   ASSERT_TRUE(sequence.ok()) << sequence.status();
-  auto logits = (*sequence)->Extend(prompt);
+  auto logits = (*sequence)->Extend(prompt, Sequence::Role::kPrompt);
   ASSERT_TRUE(logits.ok()) << logits.status();
   ASSERT_EQ(logits->size(), want.elements());
   float low = want.at(0), high = want.at(0), worst = 0;
@@ -80,7 +80,7 @@ TEST_P(GoldenTest, LogitsAndGreedyTokensAgreeWithTransformers) {
     const uint32_t token = sampler.Next(*logits);
     ASSERT_EQ(token, greedy[i]) << "step " << i << ", the oracle's gap is " << gap.at(i);
     if (i + 1 == greedy.size()) break;
-    logits = (*sequence)->Extend(std::span(&token, 1));
+    logits = (*sequence)->Extend(std::span(&token, 1), Sequence::Role::kBudgeted);
     ASSERT_TRUE(logits.ok()) << logits.status();
   }
 }
