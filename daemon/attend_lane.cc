@@ -160,23 +160,28 @@ void AttendLane::Score(uint32_t u) {
 }
 
 void AttendLane::Allocate(uint32_t query) {
+  // In token order, which breaks ties: the units' order is not each member's.
+  struct Place {
+    uint32_t first_token, unit, row;
+  };
   const uint32_t member = query / group_;
-  std::vector<RunScores> scores;
-  std::vector<std::pair<RunAllotment*, uint32_t>> places;
-  for (size_t u = 0; u < units_.size(); ++u) {
+  std::vector<Place> places;
+  for (uint32_t u = 0; u < units_.size(); ++u) {
     for (uint32_t slot = 0; slot < units_[u].members.size(); ++slot) {
       if (units_[u].members[slot] != member) continue;
-      const uint32_t row = slot * group_ + query % group_;
-      scores.push_back({&coarse_[u], row});
-      places.emplace_back(&allotments_[u], row);
+      places.push_back({units_[u].ranges[slot].lo, u, slot * group_ + query % group_});
     }
   }
+  std::sort(places.begin(), places.end(),
+            [](const Place& a, const Place& b) { return a.first_token < b.first_token; });
+  std::vector<RunScores> scores;
+  for (const Place& place : places) scores.push_back({&coarse_[place.unit], place.row});
   std::vector<RunShare> shares(scores.size());
   const double mass = AllocateBudget(members_[member].budget, scores, shares);
   for (size_t i = 0; i < shares.size(); ++i) {
-    const auto [allotment, row] = places[i];
-    allotment->threshold[row] = shares[i].threshold;
-    allotment->ties[row] = shares[i].ties;
+    RunAllotment& allotment = allotments_[places[i].unit];
+    allotment.threshold[places[i].row] = shares[i].threshold;
+    allotment.ties[places[i].row] = shares[i].ties;
   }
   lost_mass_[query] = static_cast<float>(1.0 - mass);
 }

@@ -111,6 +111,27 @@ TEST_F(EngineBudgetTest, ABudgetThatHoldsEverythingIsExact) {
   }
 }
 
+TEST_F(EngineBudgetTest, TiesGoToTheLowestTokensAlsoAroundARunThatAForkCut) {
+  EngineOptions options = SmallOptions();
+  options.run_tokens = 512;  // [128, 640), which the fork keeps up to token 400
+  Start(options);
+  const UniformSequence sequence(1000, TestSeed());
+  const UniformSequence other(1000, TestSeed() + 1);
+  const OpenResult opened = OpenAndFill(
+      session_, OpenFor(SmallModel(UniformSequence::Shape()), Tokens(1000), 1000), sequence.data());
+  ASSERT_TRUE(engine_->Seal(session_, opened.context).ok());
+  WaitForRuns(1);
+  auto fork = engine_->Fork(session_, {opened.context, 400, 1000, {}});
+  ASSERT_TRUE(fork.ok()) << fork.status();
+  ASSERT_OK(AppendAll(*engine_, session_, *fork, other.data(), {400, 1000}));
+  for (const uint32_t k : {1u, 127u, 128u, 129u, 399u, 400u, 401u, 450u, 511u, 513u, 999u}) {
+    const auto row =
+        AttendOne(*engine_, session_, UniformSequence::Shape(), *fork, 0, {0, 1000}, 1, FixedK(k));
+    ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
+    EXPECT_TRUE(sequence.IsMeanOfFirst(*row, k, 400, &other)) << k;
+  }
+}
+
 // Contexts grow, fork and are sealed while others attend: the window slides, the background
 // publishes and swaps runs in, and each answer counts each token once.
 TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
