@@ -82,6 +82,8 @@ class Client {
   virtual absl::StatusOr<ContextId> Fork(const ForkRequest&) = 0;
   virtual absl::Status Close(ContextId) = 0;
   virtual absl::StatusOr<std::vector<ContextInfo>> ListContexts() = 0;
+  // Remembered from Open and Fork, else asked of the daemon once.
+  virtual absl::StatusOr<KvShape> Shape(ContextId) = 0;
 
   virtual absl::Status Read(ContextId, uint32_t layer, TokenRange range, std::span<std::byte> k,
                             std::span<std::byte> v) = 0;

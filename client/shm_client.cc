@@ -86,7 +86,7 @@ class ShmClient final : public Client {
   }
 
   absl::Status Append(const AppendRequest& request) override {
-    QUARRY_ASSIGN_OR_RETURN(KvShape shape, ShapeOf(request.context));
+    QUARRY_ASSIGN_OR_RETURN(KvShape shape, Shape(request.context));
     if (request.new_token_ids.empty() || request.new_token_ids.size() == request.range.size()) {
       return SendAppend(channel_, shape, request);
     }
@@ -105,7 +105,7 @@ class ShmClient final : public Client {
   }
 
   absl::StatusOr<ContextId> Fork(const ForkRequest& request) override {
-    QUARRY_ASSIGN_OR_RETURN(KvShape shape, ShapeOf(request.context));
+    QUARRY_ASSIGN_OR_RETURN(KvShape shape, Shape(request.context));
     QUARRY_ASSIGN_OR_RETURN(
         wire::ForkReply reply,
         Call<wire::ForkReply>(channel_, shm::Method::kFork, ToProto(request)));
@@ -136,9 +136,25 @@ class ShmClient final : public Client {
     return out;
   }
 
+  // Of a context of this session, or of another session of the tenant.
+  absl::StatusOr<KvShape> Shape(ContextId context) override {
+    {
+      absl::MutexLock lock(&mutex_);
+      auto it = shapes_.find(context.value);
+      if (it != shapes_.end()) return it->second;
+    }
+    QUARRY_ASSIGN_OR_RETURN(std::vector<ContextInfo> contexts, ListContexts());
+    for (const ContextInfo& info : contexts) {
+      if (info.context != context) continue;
+      Remember(context, info.shape);
+      return info.shape;
+    }
+    return absl::NotFoundError(absl::StrCat("context ", context.value, " is not there"));
+  }
+
   absl::Status Read(ContextId context, uint32_t layer, TokenRange range, std::span<std::byte> k,
                     std::span<std::byte> v) override {
-    QUARRY_ASSIGN_OR_RETURN(KvShape shape, ShapeOf(context));
+    QUARRY_ASSIGN_OR_RETURN(KvShape shape, Shape(context));
     const uint64_t token_bytes = shape.kv_heads * shape.vector_bytes();
     if (k.size() != range.size() * token_bytes || v.size() != k.size()) {
       return absl::InvalidArgumentError(
@@ -312,7 +328,7 @@ class ShmClient final : public Client {
     }
     std::vector<KvShape> shapes;
     for (const AttendRow& row : rows) {
-      QUARRY_ASSIGN_OR_RETURN(KvShape shape, ShapeOf(row.context));
+      QUARRY_ASSIGN_OR_RETURN(KvShape shape, Shape(row.context));
       shapes.push_back(shape);
     }
     QUARRY_ASSIGN_OR_RETURN(AttendMessage message,
@@ -324,7 +340,7 @@ class ShmClient final : public Client {
   }
 
   absl::StatusOr<TopKAnswer> TopK(const AttendRow& row, uint32_t k, bool gather) override {
-    QUARRY_ASSIGN_OR_RETURN(KvShape shape, ShapeOf(row.context));
+    QUARRY_ASSIGN_OR_RETURN(KvShape shape, Shape(row.context));
     wire::TopKRequest request;
     *request.mutable_row() = ToProto(row, shape.head_dim, shape.group(), shape.dtype);
     request.set_k(k);
@@ -351,22 +367,6 @@ class ShmClient final : public Client {
   void Remember(ContextId context, const KvShape& shape) {
     absl::MutexLock lock(&mutex_);
     shapes_[context.value] = shape;
-  }
-
-  // Of a context of this session, or of another session of the tenant.
-  absl::StatusOr<KvShape> ShapeOf(ContextId context) {
-    {
-      absl::MutexLock lock(&mutex_);
-      auto it = shapes_.find(context.value);
-      if (it != shapes_.end()) return it->second;
-    }
-    QUARRY_ASSIGN_OR_RETURN(std::vector<ContextInfo> contexts, ListContexts());
-    for (const ContextInfo& info : contexts) {
-      if (info.context != context) continue;
-      Remember(context, info.shape);
-      return info.shape;
-    }
-    return absl::NotFoundError(absl::StrCat("context ", context.value, " is not there"));
   }
 
   const ClientOptions options_;

@@ -1,0 +1,192 @@
+#include "client/cli/commands.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "client/cli/connection.h"
+#include "proto/status_macros.h"
+
+namespace quarry::cli {
+namespace {
+
+using nlohmann::json;
+
+template <typename D>
+absl::StatusOr<D> ParseHex(const std::string& hex) {
+  D d;
+  const std::string bytes = absl::HexStringToBytes(hex);
+  if (hex.size() != 64 || bytes.size() != d.bytes.size() ||
+      hex.find_first_not_of("0123456789abcdefABCDEF") != std::string::npos) {
+    return absl::InvalidArgumentError(absl::StrCat("'", hex, "' is not 64 hex digits"));
+  }
+  std::copy(bytes.begin(), bytes.end(), d.bytes.begin());
+  return d;
+}
+
+absl::StatusOr<std::vector<BlockId>> ParseBlocks(const std::vector<std::string>& list) {
+  std::vector<BlockId> out;
+  for (const std::string& hex : list) {
+    QUARRY_ASSIGN_OR_RETURN(BlockId id, ParseHex<BlockId>(hex));
+    out.push_back(id);
+  }
+  return out;
+}
+
+double MiB(uint64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
+
+}  // namespace
+
+absl::Status ShowStatus(const Arguments& a) {
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
+  QUARRY_ASSIGN_OR_RETURN(DaemonStatus s, client->Status());
+  QUARRY_ASSIGN_OR_RETURN(auto values, client->Statistics());
+  if (a.json) {
+    std::printf("%s\n", json({{"version", s.version}, {"pid", s.pid}, {"tenant", s.tenant},
+                              {"uptime_seconds", s.uptime_seconds}, {"draining", s.draining},
+                              {"simd_level", s.simd_level}, {"statistics", values}})
+                            .dump()
+                            .c_str());
+    return absl::OkStatus();
+  }
+  std::printf("quarryd %s, pid %llu, up %.0f s%s\nkernels %s, you are tenant %s\n",
+              s.version.c_str(), static_cast<unsigned long long>(s.pid), s.uptime_seconds,
+              s.draining ? ", draining" : "", s.simd_level.c_str(), s.tenant.c_str());
+  for (const auto& [name, value] : values) {
+    if (name.find("_bucket{") != std::string::npos) continue;  // for machines: --json has them
+    std::printf("%-52s %.10g\n", name.c_str(), value);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ShowContexts(const Arguments& a) {
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
+  QUARRY_ASSIGN_OR_RETURN(std::vector<ContextInfo> contexts, client->ListContexts());
+  json list = json::array();
+  if (!a.json) std::printf("%-20s %-16s %9s %9s %9s %12s %12s\n", "context", "model", "tokens",
+                           "shared", "maximum", "shared MiB", "private MiB");
+  for (const ContextInfo& c : contexts) {
+    if (a.json) {
+      list.push_back({{"context", c.context.value}, {"model", c.model}, {"tokens", c.tokens},
+                      {"shared_tokens", c.shared_tokens}, {"max_tokens", c.max_tokens},
+                      {"sealed", c.sealed}, {"shared_bytes", c.shared_bytes},
+                      {"private_bytes", c.private_bytes}});
+      continue;
+    }
+    std::printf("%-20llu %-16s %9u %9u %9u %12.1f %12.1f%s\n",
+                static_cast<unsigned long long>(c.context.value), c.model.c_str(), c.tokens,
+                c.shared_tokens, c.max_tokens, MiB(c.shared_bytes), MiB(c.private_bytes),
+                c.sealed ? "  sealed" : "");
+  }
+  if (a.json) std::printf("%s\n", list.dump().c_str());
+  return absl::OkStatus();
+}
+
+absl::Status ShowBlocks(const Arguments& a) {
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
+  QUARRY_ASSIGN_OR_RETURN(std::vector<BlockSummary> blocks, client->ListBlocks(a.limit));
+  json list = json::array();
+  for (const BlockSummary& b : blocks) {
+    if (a.json) {
+      list.push_back({{"id", b.id.Hex()}, {"parent", b.parent.Hex()}, {"bytes", b.bytes},
+                      {"state", b.state}, {"leases", b.leases}, {"children", b.children},
+                      {"pins", b.pins}});
+      continue;
+    }
+    std::printf("%s %10llu bytes  %-9s %3u leases %3u children", b.id.Hex().c_str(),
+                static_cast<unsigned long long>(b.bytes), b.state.c_str(), b.leases, b.children);
+    for (const std::string& pin : b.pins) std::printf("  pin:%s", pin.c_str());
+    std::printf("\n");
+  }
+  if (a.json) std::printf("%s\n", list.dump().c_str());
+  return absl::OkStatus();
+}
+
+absl::Status Pin(const Arguments& a) {
+  PinRequest request;
+  request.name = a.name;
+  request.ttl_ms = a.ttl_ms;
+  QUARRY_ASSIGN_OR_RETURN(request.blocks, ParseBlocks(a.blocks));
+  if (a.context != 0) request.context = ContextId{a.context};
+  if (request.blocks.empty() && !request.context) {
+    return absl::InvalidArgumentError("pin needs --context or --block");
+  }
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
+  QUARRY_ASSIGN_OR_RETURN(uint64_t bytes, client->Pin(request));
+  if (a.json) {
+    std::printf("%s\n", json({{"pin", a.name}, {"bytes", bytes}}).dump().c_str());
+  } else {
+    std::printf("pinned %.1f MiB as %s\n", MiB(bytes), a.name.c_str());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Unpin(const Arguments& a) {
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
+  QUARRY_RETURN_IF_ERROR(client->Unpin(a.name));
+  if (a.json) std::printf("%s\n", json({{"unpinned", a.name}}).dump().c_str());
+  return absl::OkStatus();
+}
+
+absl::Status Purge(const Arguments& a) {
+  PurgeRequest request;
+  request.whole_tenant = a.all;
+  QUARRY_ASSIGN_OR_RETURN(request.blocks, ParseBlocks(a.blocks));
+  if (!a.name_space.empty()) {
+    QUARRY_ASSIGN_OR_RETURN(request.name_space, ParseHex<NamespaceDigest>(a.name_space));
+  }
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
+  QUARRY_ASSIGN_OR_RETURN(uint64_t blocks, client->Purge(request));
+  if (a.json) {
+    std::printf("%s\n", json({{"blocks", blocks}}).dump().c_str());
+  } else {
+    std::printf("purged %llu blocks\n", static_cast<unsigned long long>(blocks));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Drain(const Arguments& a) {
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
+  return client->Drain();
+}
+
+absl::Status Audit(const Arguments& a) {
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
+  QUARRY_ASSIGN_OR_RETURN(std::vector<ContextInfo> contexts, client->ListContexts());
+  uint64_t checked = 0, bytes = 0, failed = 0;
+  std::string first_failure;
+  for (const ContextInfo& context : contexts) {
+    for (uint32_t b = 0; b < context.shared_tokens / kBlockTokens; ++b) {
+      auto lease = client->LeaseContextBlock(context.context, b);
+      if (absl::IsNotFound(lease.status()) || absl::IsFailedPrecondition(lease.status())) {
+        continue;  // closed or not published in the meantime
+      }
+      QUARRY_RETURN_IF_ERROR(lease.status());
+      const absl::Status verified = (*lease)->Verify();
+      ++checked;
+      bytes += (*lease)->bytes().size();
+      if (verified.ok()) continue;
+      if (failed++ == 0) {
+        first_failure = absl::StrCat("context ", context.context.value, " block ", b, ": ",
+                                     verified.message());
+      }
+    }
+  }
+  if (a.json) {
+    std::printf("%s\n", json({{"contexts", contexts.size()}, {"blocks", checked},
+                              {"bytes", bytes}, {"failed", failed}})
+                            .dump()
+                            .c_str());
+  } else {
+    std::printf("%zu contexts, %llu blocks, %.1f MiB checked, %llu wrong\n", contexts.size(),
+                static_cast<unsigned long long>(checked), MiB(bytes),
+                static_cast<unsigned long long>(failed));
+  }
+  return failed == 0 ? absl::OkStatus() : absl::DataLossError(first_failure);
+}
+
+}  // namespace quarry::cli

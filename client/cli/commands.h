@@ -1,0 +1,35 @@
+// The commands of `quarry`. Each connects, prints to standard output and returns what went wrong.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+
+namespace quarry::cli {
+
+struct Arguments {
+  std::string socket = "/run/quarry/quarryd.sock";
+  bool json = false;
+  uint32_t limit = 1000;
+  std::string name, name_space;
+  uint64_t context = 0, ttl_ms = 0;
+  std::vector<std::string> blocks;
+  bool all = false, once = false;
+  uint32_t interval_ms = 1000;
+};
+
+absl::Status ShowStatus(const Arguments&);
+absl::Status ShowContexts(const Arguments&);
+absl::Status ShowBlocks(const Arguments&);
+absl::Status Pin(const Arguments&);
+absl::Status Unpin(const Arguments&);
+absl::Status Purge(const Arguments&);
+absl::Status Drain(const Arguments&);
+// Leases every published block of every open context of the tenant and compares digests.
+// DataLoss if any differs.
+absl::Status Audit(const Arguments&);
+absl::Status Top(const Arguments&);
+
+}  // namespace quarry::cli

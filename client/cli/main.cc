@@ -1,0 +1,53 @@
+// quarry: the operator's command line.
+#include <cstdio>
+#include <string>
+
+#include <CLI/CLI.hpp>
+
+#include "client/cli/commands.h"
+
+int main(int argc, char** argv) {
+  quarry::cli::Arguments a;
+  CLI::App app("quarry: looks at and manages a running quarryd");
+  app.require_subcommand(1);
+  app.add_option("--socket", a.socket, "the daemon's shared-memory socket")
+      ->envname("QUARRY_SOCKET");
+  app.add_flag("--json", a.json, "print JSON");
+
+  CLI::App* status = app.add_subcommand("status", "version, uptime, tiers");
+  CLI::App* contexts = app.add_subcommand("contexts", "open contexts of the caller's tenant");
+  CLI::App* blocks = app.add_subcommand("blocks", "published blocks of the caller's tenant");
+  blocks->add_option("--limit", a.limit, "blocks at most");
+  CLI::App* pin = app.add_subcommand("pin", "keep blocks until they are unpinned");
+  pin->add_option("name", a.name, "of the pin")->required();
+  CLI::Option* pin_context = pin->add_option("--context", a.context, "the blocks of a context");
+  pin->add_option("--block", a.blocks, "block ids in hex")->excludes(pin_context);
+  pin->add_option("--ttl-ms", a.ttl_ms, "0: for good");
+  CLI::App* unpin = app.add_subcommand("unpin", "end a pin");
+  unpin->add_option("name", a.name, "of the pin")->required();
+  CLI::App* purge = app.add_subcommand("purge", "drop cached blocks for good");
+  purge->add_flag("--all", a.all, "everything of the caller's tenant");
+  purge->add_option("--namespace", a.name_space, "one namespace digest in hex");
+  purge->add_option("--block", a.blocks, "block ids in hex");
+  CLI::App* audit = app.add_subcommand("audit", "check the digests of open contexts' blocks");
+  CLI::App* top = app.add_subcommand("top", "tiers, hit rates and latencies, refreshed");
+  top->add_flag("--once", a.once, "print one frame and leave");
+  top->add_option("--interval-ms", a.interval_ms, "between frames");
+  CLI::App* drain = app.add_subcommand("drain", "finish what is in flight and stop the daemon");
+  CLI11_PARSE(app, argc, argv);
+
+  using namespace quarry::cli;
+  absl::Status result;
+  if (*status) result = ShowStatus(a);
+  if (*contexts) result = ShowContexts(a);
+  if (*blocks) result = ShowBlocks(a);
+  if (*pin) result = Pin(a);
+  if (*unpin) result = Unpin(a);
+  if (*purge) result = Purge(a);
+  if (*audit) result = Audit(a);
+  if (*top) result = Top(a);
+  if (*drain) result = Drain(a);
+  if (result.ok()) return 0;
+  std::fprintf(stderr, "quarry: %s\n", result.ToString().c_str());
+  return 1;
+}
