@@ -10,7 +10,6 @@
 #include <grpcpp/grpcpp.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <random>
 #include <string>
@@ -22,6 +21,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/client.h"
+#include "perf/statistics.h"
 #include "proto/check.h"
 #include "proto/convert.h"
 #include "proto/half.h"
@@ -32,7 +32,9 @@
 namespace quarry {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+using perf::Microseconds;
+using perf::Quantiles;
+using perf::QuantilesOf;
 
 constexpr KvShape kShape{.layers = 1, .heads = 32, .kv_heads = 8, .head_dim = 128,
                          .dtype = DType::kBf16};
@@ -44,23 +46,6 @@ struct Settings {
   uint32_t seed = 1;
   bool json = false;
 };
-
-struct Quantiles {
-  double p10 = 0, p50 = 0, p90 = 0;
-};
-
-Quantiles QuantilesOf(std::vector<double> x) {
-  std::sort(x.begin(), x.end());
-  auto at = [&](double q) { return x[static_cast<size_t>(q * static_cast<double>(x.size() - 1))]; };
-  return {at(0.1), at(0.5), at(0.9)};
-}
-
-template <typename F>
-double Microseconds(F&& f) {
-  Clock::time_point start = Clock::now();
-  f();
-  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
-}
 
 std::vector<uint16_t> RandomBf16(size_t n, std::mt19937* random) {
   std::normal_distribution<float> normal;
