@@ -195,20 +195,32 @@ void AttendLane::Refine(uint32_t u) {
   coarse_[u] = CoarseScores{};  // of no more use, and large
 }
 
-void AttendLane::Finish() {
+std::span<const Partial> AttendLane::MergeUnits(std::vector<Partial>* totals,
+                                                std::vector<float>* acc) {
+  // Mostly, a short range is one unit with every member in its place.
+  const size_t queries = members_.size() * group_;
+  if (units_.size() == 1 && partials_.size() == queries) return partials_;
   const size_t head_dim = key_.shape->head_dim;
-  std::vector<float> acc(members_.size() * group_ * head_dim);
-  std::vector<Partial> totals(members_.size() * group_);
-  for (size_t i = 0; i < totals.size(); ++i) {
-    totals[i].acc = std::span(acc).subspan(i * head_dim, head_dim);
+  acc->assign(queries * head_dim, 0.0f);
+  totals->resize(queries);
+  for (size_t i = 0; i < queries; ++i) {
+    (*totals)[i].acc = std::span(*acc).subspan(i * head_dim, head_dim);
   }
   for (uint32_t u = 0; u < units_.size(); ++u) {
     const std::span<Partial> partials = UnitPartials(u);
     for (size_t i = 0; i < partials.size(); ++i) {
       const size_t slot = i / group_;
-      totals[units_[u].members[slot] * group_ + i % group_].Merge(partials[i]);
+      (*totals)[units_[u].members[slot] * group_ + i % group_].Merge(partials[i]);
     }
   }
+  return *totals;
+}
+
+void AttendLane::Finish() {
+  const size_t head_dim = key_.shape->head_dim;
+  std::vector<Partial> merged;
+  std::vector<float> acc;
+  const std::span<const Partial> totals = MergeUnits(&merged, &acc);
   for (size_t m = 0; m < members_.size(); ++m) {
     for (uint32_t g = 0; g < group_; ++g) {
       const Partial& total = totals[m * group_ + g];

@@ -71,6 +71,8 @@ class AttendLane {
   void Allocate(uint32_t query);
   void Refine(uint32_t unit);
   std::span<Partial> UnitPartials(uint32_t unit);
+  // One partial per query; in partials_, or merged into the two buffers.
+  std::span<const Partial> MergeUnits(std::vector<Partial>* totals, std::vector<float>* acc);
   void ClearPartials(uint32_t unit);
 
   const LaneKey key_;
