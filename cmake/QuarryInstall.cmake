@@ -3,11 +3,8 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
-foreach(program quarryd quarry quarry-worker)
-  if(TARGET ${program})
-    install(TARGETS ${program} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT daemon)
-  endif()
-endforeach()
+install(TARGETS quarryd quarry-cli quarry-worker
+  RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT daemon)
 install(FILES deploy/quarryd.toml DESTINATION ${CMAKE_INSTALL_DATADIR}/quarry COMPONENT daemon)
 
 # A static client carries its own static parts along.
@@ -19,10 +16,7 @@ foreach(name ${exported})
 endforeach()
 
 # client/client.h and client/quarry.h, and the plain types that they show; no wire header.
-set(public_headers client/client.h)
-if(EXISTS ${CMAKE_SOURCE_DIR}/client/quarry.h)
-  list(APPEND public_headers client/quarry.h)
-endif()
+set(public_headers client/client.h client/quarry.h)
 foreach(name kv_types model_spec retrieval_types types identity shm_layout)
   list(APPEND public_headers proto/${name}.h)
 endforeach()

@@ -4,18 +4,21 @@
 # It runs on any Linux of this architecture whose glibc is at least this machine's. What comes from
 # the machine it runs on: glibc, and CUDA's libraries where they are used.
 #   --build DIR   take the programs of this build (default: build/release, built if need be)
+#   --out DIR     put the archive there
 #   --smoke       afterwards unpack it elsewhere and start every program of it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 build=build/release
 own_build=1
+out=build/bundle
 smoke=0
 while [ $# -gt 0 ]; do
   case "$1" in
     --build) build=$2; own_build=0; shift ;;
+    --out) out=$2; shift ;;
     --smoke) smoke=1 ;;
-    *) echo "bundle: unknown argument '$1' (known: --build DIR, --smoke)" >&2; exit 2 ;;
+    *) echo "bundle: unknown argument '$1' (known: --build DIR, --out DIR, --smoke)" >&2; exit 2 ;;
   esac
   shift
 done
@@ -30,7 +33,7 @@ readonly from_machine="^($glibc|$cuda)"
 
 if [ "$own_build" = 1 ]; then
   cmake --preset release >&2
-  cmake --build --preset release --target quarryd quarry quarry-worker >&2
+  cmake --build --preset release --target quarryd quarry-cli quarry-worker >&2
 fi
 version=$(sed -n 's/^project(quarry VERSION \([0-9.]*\).*/\1/p' CMakeLists.txt)
 name=quarry-$version-$(uname -m)
@@ -63,8 +66,8 @@ fi
 for file in "$root"/bin/*; do patchelf --set-rpath '$ORIGIN/../lib' "$file"; done
 for file in "$root"/lib/*; do patchelf --set-rpath '$ORIGIN' "$file"; done
 
-mkdir -p build/bundle
-archive=build/bundle/$name.tar.zst
+mkdir -p "$out"
+archive=$out/$name.tar.zst
 tar -C "$stage" --sort=name --owner=0 --group=0 --numeric-owner -cf - "$name" | zstd -q -f -T0 -15 -o "$archive"
 bytes=$(stat -c %s "$archive")
 say "$archive: $((bytes >> 10)) KiB, $(ls "$root/lib" | wc -l) libraries"
@@ -78,7 +81,7 @@ if [ "$smoke" = 1 ]; then
   trap 'rm -rf "$stage" "$elsewhere"' EXIT
   tar -C "$elsewhere" --zstd -xf "$archive"
   for program in "${programs[@]##*/}"; do
-    (cd / && env -i LD_LIBRARY_PATH= "$elsewhere/$name/bin/$program" --version >&2)
+    (cd / && env -i LD_LIBRARY_PATH= "$elsewhere/$name/bin/$program" --help >/dev/null)
     # Every library that is not glibc's must come from the bundle.
     foreign=$(env -i LD_LIBRARY_PATH= /usr/bin/ldd "$elsewhere/$name/bin/$program" |
       awk '$2 == "=>" { print $1, $3 }' | while read -r soname path; do

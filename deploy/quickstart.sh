@@ -40,7 +40,7 @@ fi
 
 say "build (build/release)"
 cmake --preset release >&2
-cmake --build --preset release --target quarryd quarry quarry-worker >&2
+cmake --build --preset release --target quarryd quarry-cli quarry-worker >&2
 
 directory=$(mktemp -d)
 daemon_pid=
@@ -61,7 +61,7 @@ say "daemon (socket $directory/quarryd.sock)"
 build/release/daemon/quarryd --config deploy/quarryd.toml --socket "$directory/quarryd.sock" \
   --grpc-socket "$directory/grpc.sock" --metrics off --arena-bytes 1GiB \
   --print-config >"$directory/quarryd.toml"
-build/release/daemon/quarryd --config "$directory/quarryd.toml" 2>"$directory/quarryd.log" &
+build/release/daemon/quarryd --config "$directory/quarryd.toml" >"$directory/quarryd.log" 2>&1 &
 daemon_pid=$!
 for _ in $(seq 200); do
   [ -S "$directory/quarryd.sock" ] && break

@@ -89,7 +89,7 @@ run_simd() {
 
 run_demo() {
   local model
-  build release quarryd quarry quarry-worker || return
+  build release quarryd quarry-cli quarry-worker || return
   for model in llama-a phi3-b; do
     step "demo-$model" 60 deploy/quickstart.sh --skip-install --model "$model" --seed "$seed" --json
   done
