@@ -29,7 +29,7 @@ install(DIRECTORY proto/quarry DESTINATION ${CMAKE_INSTALL_DATADIR}/quarry/proto
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/quarry)
 configure_package_config_file(cmake/quarryConfig.cmake.in ${CMAKE_BINARY_DIR}/quarryConfig.cmake
-  INSTALL_DESTINATION ${package_dir})
+  INSTALL_DESTINATION ${package_dir} PATH_VARS CMAKE_INSTALL_DATADIR)
 write_basic_package_version_file(${CMAKE_BINARY_DIR}/quarryConfigVersion.cmake
   COMPATIBILITY SameMinorVersion)
 install(FILES ${CMAKE_BINARY_DIR}/quarryConfig.cmake ${CMAKE_BINARY_DIR}/quarryConfigVersion.cmake

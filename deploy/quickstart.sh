@@ -74,4 +74,4 @@ for _ in $(seq 200); do
 done
 
 /usr/bin/python3 deploy/demo.py --build build/release --socket "$directory/quarryd.sock" \
-  --daemon-pid "$daemon_pid" ${demo_arguments[@]+"${demo_arguments[@]}"}
+  ${demo_arguments[@]+"${demo_arguments[@]}"}

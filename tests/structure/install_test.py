@@ -9,12 +9,23 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PROGRAMS = ("cpp_engine", "c_engine")
+# In this order: grpc_engine finds the block that cpp_engine left, once it is published.
+PROGRAMS = {"cpp_engine": "quarryd.sock", "c_engine": "quarryd.sock", "grpc_engine": "grpc.sock"}
 
 
 def run(*command, **options):
     print("$", *command, flush=True)
     subprocess.run(command, check=True, **options)
+
+
+def run_until_right(*command, attempts=50):
+    for attempt in range(attempts):
+        try:
+            return run(*command)
+        except subprocess.CalledProcessError:
+            if attempt + 1 == attempts or "grpc_engine" not in command[0]:
+                raise
+            time.sleep(0.1)
 
 
 def wait_for_socket(path, daemon, seconds):
@@ -28,7 +39,6 @@ def wait_for_socket(path, daemon, seconds):
 def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--build", required=True)
-    arguments.add_argument("--sanitize", default="")
     arguments = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="quarry-install-") as directory:
         prefix, project = os.path.join(directory, "prefix"), os.path.join(directory, "build")
@@ -51,8 +61,8 @@ def main():
                                    "--metrics", "off", "--arena-bytes", "256MiB"])
         try:
             wait_for_socket(socket, daemon, 60)
-            for program in PROGRAMS:
-                run(os.path.join(project, program), socket)
+            for program, name in PROGRAMS.items():
+                run_until_right(os.path.join(project, program), os.path.join(directory, name))
             run(os.path.join(prefix, "bin", "quarry"), "--socket", socket, "status")
         finally:
             daemon.terminate()
