@@ -12,9 +12,11 @@
 namespace quarry {
 namespace {
 
-// Tokens scored at a time: with 128 dimensions of bf16, 16 KiB each of K and V stay in the L1
-// and L2 caches between the score and the accumulation.
-constexpr uint32_t kTileTokens = 64;
+// Tokens scored at a time: a block's strip, so that packing the queries is shared by many keys
+// while the scores of sixteen queries (16 KiB) stay in the L1 cache.
+constexpr uint32_t kTileTokens = 256;
+// Tokens gathered at a time by a budget's second pass: one bit each in a word.
+constexpr uint32_t kGatherTokens = 64;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 // The queries as the kernels want them.
@@ -27,9 +29,9 @@ class PreparedQueries {
     for (size_t i = 0; i < bf16_.size(); ++i) bf16_[i] = FloatToBf16(block.q[i]);
   }
 
-  // Scores tokens [first, first + n) of a segment into out [queries][ld_out].
-  void Score(const KvView& run, const KvSegment& segment, uint32_t first, uint32_t n, float* out,
-             size_t ld_out) const {
+  // Scores tokens [first, first + n) of a segment into out [queries][ld_out]; `next` is fetched.
+  void Score(const KvView& run, const KvSegment& segment, uint32_t first, uint32_t n,
+             const void* next, float* out, size_t ld_out) const {
     const size_t row_bytes = size_t{run.head_dim} * DTypeBytes(run.dtype);
     kernels::ScoreTile tile{};
     tile.q = block_.q;
@@ -42,6 +44,7 @@ class PreparedQueries {
     tile.scale = block_.scale;
     tile.out = out;
     tile.ld_out = ld_out;
+    tile.prefetch = next;
     Kernels().score(tile);
   }
 
@@ -117,6 +120,16 @@ kernels::AccumulateTile ValuesOf(const KvView& run, const KvSegment& segment, ui
   return tile;
 }
 
+// Where the next tile's keys lie: behind this one, or at the start of the next segment.
+const void* NextKeys(const KvView& run, size_t segment, uint32_t next_token) {
+  const KvSegment& s = run.segments[segment];
+  if (next_token < s.tokens.hi) {
+    return static_cast<const char*>(s.k) +
+           size_t{next_token - s.tokens.lo} * run.head_dim * DTypeBytes(run.dtype);
+  }
+  return segment + 1 < run.segments.size() ? run.segments[segment + 1].k : nullptr;
+}
+
 // Tokens that at least one query wants.
 TokenRange Hull(const QueryBlock& queries) {
   TokenRange hull{std::numeric_limits<uint32_t>::max(), 0};
@@ -140,12 +153,17 @@ class ExactScanIndex final : public KeyIndex {
     OnlineSoftmax softmax(queries.queries, run.head_dim);
     std::vector<float> scores(size_t{queries.queries} * kTileTokens);
     uint64_t read = 0;
-    for (const KvSegment& segment : run.segments) {
-      const TokenRange wanted = Intersect(segment.tokens, Hull(queries));
+    const TokenRange hull = Hull(queries);
+    for (size_t s = 0; s < run.segments.size(); ++s) {
+      const KvSegment& segment = run.segments[s];
+      const TokenRange wanted = Intersect(segment.tokens, hull);
       for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
         const uint32_t n = std::min(kTileTokens, wanted.hi - t);
-        prepared.Score(run, segment, t, n, scores.data(), kTileTokens);
-        AttendTile(run, segment, t, n, queries, scores.data(), &softmax);
+        // While keys are scored the tile's values arrive, and meanwhile the next keys.
+        kernels::AccumulateTile values = ValuesOf(run, segment, t);
+        values.prefetch = NextKeys(run, s, t + n);
+        prepared.Score(run, segment, t, n, values.v, scores.data(), kTileTokens);
+        AttendTile(values, t, n, queries, scores.data(), &softmax);
         read += n;
       }
     }
@@ -164,12 +182,13 @@ class ExactScanIndex final : public KeyIndex {
     if (queries.queries == 0) return;
     const PreparedQueries prepared(queries);
     const TokenRange hull = Hull(queries);
-    for (const KvSegment& segment : run.segments) {
+    for (size_t s = 0; s < run.segments.size(); ++s) {
+      const KvSegment& segment = run.segments[s];
       const TokenRange wanted = Intersect(segment.tokens, hull);
       for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
         const uint32_t n = std::min(kTileTokens, wanted.hi - t);
         float* at = out->score.data() + (t - out->tokens.lo);
-        prepared.Score(run, segment, t, n, at, out->nodes);
+        prepared.Score(run, segment, t, n, NextKeys(run, s, t + n), at, out->nodes);
         for (uint32_t i = 0; i < queries.queries; ++i) {
           Mask(queries.ranges[i], t, n, at + size_t{i} * out->nodes);
         }
@@ -184,15 +203,15 @@ class ExactScanIndex final : public KeyIndex {
     if (queries.queries == 0) return;
     OnlineSoftmax softmax(queries.queries, run.head_dim);
     std::vector<uint32_t> ties = allotment.ties;
-    std::vector<uint32_t> rows(kTileTokens);
-    std::vector<float> weights(kTileTokens);
+    std::vector<uint32_t> rows(kGatherTokens);
+    std::vector<float> weights(kGatherTokens);
     uint64_t scored = 0, value_rows = 0;
     const TokenRange hull = Hull(queries);
     for (const KvSegment& segment : run.segments) {
       const TokenRange wanted = Intersect(segment.tokens, hull);
       scored += wanted.size();
-      for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
-        const uint32_t n = std::min(kTileTokens, wanted.hi - t);
+      for (uint32_t t = wanted.lo; t < wanted.hi; t += kGatherTokens) {
+        const uint32_t n = std::min(kGatherTokens, wanted.hi - t);
         uint64_t touched = 0;  // a bit per token of the tile: rows shared by queries count once
         for (uint32_t i = 0; i < queries.queries; ++i) {
           const float* scores =
@@ -214,7 +233,7 @@ class ExactScanIndex final : public KeyIndex {
           softmax.CountTokens(i, kept);
           kernels::AccumulateTile tile = ValuesOf(run, segment, t);
           tile.p = weights.data();
-          tile.ld_p = kTileTokens;
+          tile.ld_p = kGatherTokens;
           tile.queries = 1;
           tile.rows = rows.data();
           tile.tokens = kept;
@@ -230,7 +249,7 @@ class ExactScanIndex final : public KeyIndex {
 
  private:
   // Weighs a scored tile and adds its values, for all queries at once.
-  static void AttendTile(const KvView& run, const KvSegment& segment, uint32_t first, uint32_t n,
+  static void AttendTile(kernels::AccumulateTile values, uint32_t first, uint32_t n,
                          const QueryBlock& queries, float* scores, OnlineSoftmax* softmax) {
     bool any = false;
     for (uint32_t i = 0; i < queries.queries; ++i) {
@@ -243,17 +262,16 @@ class ExactScanIndex final : public KeyIndex {
       }
     }
     if (!any) return;
-    kernels::AccumulateTile tile = ValuesOf(run, segment, first);
-    tile.p = scores;
-    tile.ld_p = kTileTokens;
-    tile.queries = queries.queries;
-    tile.tokens = n;
-    tile.acc = softmax->acc(0);
-    Kernels().accumulate(tile);
+    values.p = scores;
+    values.ld_p = kTileTokens;
+    values.queries = queries.queries;
+    values.tokens = n;
+    values.acc = softmax->acc(0);
+    Kernels().accumulate(values);
   }
 };
 
-static_assert(kTileTokens <= 64, "Refine marks a tile's rows in one word");
+static_assert(kGatherTokens <= 64, "Refine marks a tile's rows in one word");
 
 }  // namespace
 

@@ -12,9 +12,12 @@
 namespace quarry::kernels {
 namespace {
 
-// How far ahead of the row in use the next rows are fetched. 1 KiB is four rows of 128 bf16: the
-// distance at which a scan from DRAM stopped gaining.
-constexpr size_t kPrefetchBytes = 1024;
+// Fetches [offset, offset + bytes) of what is wanted next into the second-level cache.
+inline void PrefetchNext(const void* next, size_t offset, size_t bytes) {
+  if (next == nullptr) return;
+  const char* p = static_cast<const char*>(next) + offset;
+  for (size_t b = 0; b < bytes; b += 64) __builtin_prefetch(p + b, 0, 2);
+}
 
 template <uint8_t kDtype>
 constexpr size_t ElementBytes() {
@@ -43,9 +46,6 @@ void ScoreBlock(const ScoreTile& a, uint32_t first_query, uint32_t first_token) 
   for (int t = 0; t < kT; ++t) {
     uint32_t token = first_token + t < a.tokens ? first_token + t : a.tokens - 1;
     k[t] = static_cast<const char*>(a.k) + token * row_bytes;
-    for (size_t b = 0; b < row_bytes; b += 64) {
-      __builtin_prefetch(k[t] + kPrefetchBytes + b);
-    }
   }
   typename V::Reg sum[V::kWidth];
   for (auto& s : sum) s = V::Zero();
@@ -70,10 +70,11 @@ template <typename V, uint8_t kDtype>
 void ScoreAs(const ScoreTile& a) {
   // Tokens outside, so that a tile of K is read from memory once.
   constexpr uint32_t kTile = V::kWidth;
+  const size_t row_bytes = size_t{a.head_dim} * ElementBytes<kDtype>();
   for (uint32_t t0 = 0; t0 < a.tokens; t0 += kTile) {
     uint32_t end = t0 + kTile < a.tokens ? t0 + kTile : a.tokens;
-    uint32_t i = 0;
-    for (; i < a.queries; i += 4) {
+    PrefetchNext(a.prefetch, t0 * row_bytes, (end - t0) * row_bytes);
+    for (uint32_t i = 0; i < a.queries; i += 4) {
       uint32_t left = a.queries - i;
       if (left == 1) {
         for (uint32_t t = t0; t < end; t += V::kWidth) ScoreBlock<V, kDtype, 1>(a, i, t);
@@ -101,11 +102,10 @@ void AccumulateBlock(const AccumulateTile& a, uint32_t first_query, uint32_t fir
   }
   for (uint32_t t = 0; t < a.tokens; ++t) {
     const char* row = base + (a.rows != nullptr ? a.rows[t] : t) * row_bytes;
-    if (a.rows == nullptr) {
-      __builtin_prefetch(row + kPrefetchBytes);
-      if constexpr (kD * V::kWidth * ElementBytes<kDtype>() > 64) {
-        __builtin_prefetch(row + kPrefetchBytes + 64);
-      }
+    // The first queries' passes over the head's dimensions fetch a share of the row each.
+    if (first_query == 0 && a.prefetch != nullptr) {
+      PrefetchNext(a.prefetch, t * row_bytes + first_dim * ElementBytes<kDtype>(),
+                   kD * V::kWidth * ElementBytes<kDtype>());
     }
     typename V::Reg v[kD];
     for (int d = 0; d < kD; ++d) {
@@ -121,15 +121,23 @@ void AccumulateBlock(const AccumulateTile& a, uint32_t first_query, uint32_t fir
   }
 }
 
-template <typename V, uint8_t kDtype, int kQ>
-void AccumulateQueries(const AccumulateTile& a, uint32_t first_query) {
-  // kQ * kD accumulators and kD values fit the registers of both instruction sets.
-  constexpr int kD = V::kAccumulators / kQ;
-  uint32_t d = 0;
+// kQ * kD accumulators and kD values fit the registers of both instruction sets; a head that is
+// not a multiple of kD registers ends in fewer of them.
+template <typename V, uint8_t kDtype, int kQ, int kD>
+void AccumulateDims(const AccumulateTile& a, uint32_t first_query, uint32_t first_dim) {
+  uint32_t d = first_dim;
   for (; d + kD * V::kWidth <= a.head_dim; d += kD * V::kWidth) {
     AccumulateBlock<V, kDtype, kQ, kD>(a, first_query, d);
   }
-  for (; d < a.head_dim; d += V::kWidth) AccumulateBlock<V, kDtype, kQ, 1>(a, first_query, d);
+  if constexpr (kD > 1) {
+    if (d < a.head_dim) AccumulateDims<V, kDtype, kQ, kD / 2>(a, first_query, d);
+  }
+}
+
+template <typename V, uint8_t kDtype, int kQ>
+void AccumulateQueries(const AccumulateTile& a, uint32_t first_query) {
+  constexpr int kWanted = V::kAccumulators / kQ;
+  AccumulateDims<V, kDtype, kQ, (kWanted < 8 ? kWanted : 8)>(a, first_query, 0);
 }
 
 template <typename V, uint8_t kDtype>

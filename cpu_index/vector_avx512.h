@@ -72,9 +72,6 @@ void ScoreBlockBf16(const ScoreTile& a, uint32_t first_query, uint32_t first_tok
   for (int t = 0; t < kT; ++t) {
     uint32_t token = first_token + t < a.tokens ? first_token + t : a.tokens - 1;
     k[t] = static_cast<const uint16_t*>(a.k) + size_t{token} * a.head_dim;
-    for (uint32_t d = 0; d < a.head_dim; d += 32) {
-      __builtin_prefetch(reinterpret_cast<const char*>(k[t] + d) + kPrefetchBytes);
-    }
   }
   __m512 sum[16];
   for (__m512& s : sum) s = _mm512_setzero_ps();
@@ -90,19 +87,28 @@ void ScoreBlockBf16(const ScoreTile& a, uint32_t first_query, uint32_t first_tok
       }
     }
   }
-  alignas(64) float z[16];
-  Vector::Store(z, Vector::Clamp(Vector::Mul(Vector::SumEach(sum), Vector::Set(a.scale))));
+  const __m512 z = Vector::Clamp(Vector::Mul(Vector::SumEach(sum), Vector::Set(a.scale)));
+  float* out = a.out + first_query * a.ld_out + first_token;
+  if (kQ == 4 && first_query + 4 <= a.queries && first_token + 4 <= a.tokens) {
+    _mm_storeu_ps(out, _mm512_extractf32x4_ps(z, 0));
+    _mm_storeu_ps(out + a.ld_out, _mm512_extractf32x4_ps(z, 1));
+    _mm_storeu_ps(out + 2 * a.ld_out, _mm512_extractf32x4_ps(z, 2));
+    _mm_storeu_ps(out + 3 * a.ld_out, _mm512_extractf32x4_ps(z, 3));
+    return;
+  }
+  alignas(64) float lanes[16];
+  Vector::Store(lanes, z);
   for (int i = 0; i < kQ && first_query + i < a.queries; ++i) {
-    for (int t = 0; t < kT && first_token + t < a.tokens; ++t) {
-      a.out[(first_query + i) * a.ld_out + first_token + t] = z[i * kT + t];
-    }
+    for (int t = 0; t < kT && first_token + t < a.tokens; ++t) out[i * a.ld_out + t] = lanes[i * kT + t];
   }
 }
 
 void ScoreAvx512(const ScoreTile& a) {
   if (a.dtype != kBf16 || a.q_bf16 == nullptr) return Score<Vector>(a);
+  const size_t row_bytes = size_t{a.head_dim} * 2;
   for (uint32_t t0 = 0; t0 < a.tokens; t0 += 16) {
     uint32_t end = t0 + 16 < a.tokens ? t0 + 16 : a.tokens;
+    PrefetchNext(a.prefetch, t0 * row_bytes, (end - t0) * row_bytes);
     for (uint32_t i = 0; i < a.queries; i += 4) {
       uint32_t left = a.queries - i;
       if (left == 1) {
