@@ -1,269 +1,338 @@
 #include "storage/arena.h"
 
-#include <fcntl.h>
-#include <linux/memfd.h>
-#include <numa.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
-#include <map>
-#include <optional>
-#include <utility>
-#include <vector>
+#include <numeric>
 
-#include "absl/base/thread_annotations.h"
+#include <spdlog/spdlog.h>
+
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "proto/check.h"
 #include "proto/status_macros.h"
-
-#ifndef F_SEAL_FUTURE_WRITE
-#define F_SEAL_FUTURE_WRITE 0x0010
-#endif
-#ifndef MADV_POPULATE_WRITE
-#define MADV_POPULATE_WRITE 23
-#endif
+#include "storage/slot_size.h"
 
 namespace quarry {
 namespace {
 
-constexpr uint64_t kPageBytes = 4096;
-constexpr uint64_t kHugePageBytes = 2ull << 20;
-
-uint64_t RoundUp(uint64_t x, uint64_t unit) { return (x + unit - 1) / unit * unit; }
-
-// Errors of system calls, in one place.
-absl::Status SystemError(const char* call, uint64_t bytes) {
-  int error = errno;
-  std::string message =
-      absl::StrCat("arena: ", call, " of ", bytes, " bytes: ", std::strerror(error));
-  return error == ENOMEM ? absl::ResourceExhaustedError(message) : absl::InternalError(message);
-}
-
-// One memfd, mapped writable here and sealed so that nobody else can map it so.
-class Extent {
- public:
-  static absl::StatusOr<std::unique_ptr<Extent>> Create(uint64_t bytes, uint64_t page_bytes,
-                                                        uint32_t node, bool prefault) {
-    auto extent = std::unique_ptr<Extent>(new Extent);
-    unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
-    if (page_bytes == kHugePageBytes) flags |= MFD_HUGETLB | MFD_HUGE_2MB;
-    extent->bytes_ = bytes;
-    extent->fd_ = memfd_create("quarry-extent", flags);
-    if (extent->fd_ < 0) return SystemError("memfd_create", bytes);
-    if (ftruncate(extent->fd_, static_cast<off_t>(bytes)) != 0) {
-      return SystemError("ftruncate", bytes);
-    }
-    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, extent->fd_, 0);
-    if (data == MAP_FAILED) return SystemError("mmap", bytes);
-    extent->data_ = static_cast<std::byte*>(data);
-    QUARRY_RETURN_IF_ERROR(extent->Prepare(node, prefault));
-    return extent;
-  }
-  ~Extent() {
-    if (data_ != nullptr) munmap(data_, bytes_);
-    if (fd_ >= 0) close(fd_);
-  }
-  Extent(const Extent&) = delete;
-  Extent& operator=(const Extent&) = delete;
-
-  std::byte* data() const { return data_; }
-  int fd() const { return fd_; }
-  uint64_t bytes() const { return bytes_; }
-
- private:
-  Extent() = default;
-
-  absl::Status Prepare(uint32_t node, bool prefault) {
-    if (numa_available() >= 0 && numa_num_configured_nodes() > 1) {
-      numa_tonode_memory(data_, bytes_, static_cast<int>(node));  // before the first touch
-    }
-    madvise(data_, bytes_, MADV_HUGEPAGE);  // only where shmem_enabled allows it
-    if (prefault && madvise(data_, bytes_, MADV_POPULATE_WRITE) != 0) {
-      if (errno != EINVAL) return SystemError("pre-faulting", bytes_);
-      for (uint64_t i = 0; i < bytes_; i += kPageBytes) {  // kernels before 5.14
-        reinterpret_cast<volatile char*>(data_)[i] = 0;
-      }
-    }
-    // The mapping above stays writable; every later one can only read.
-    if (fcntl(fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) !=
-        0) {
-      return SystemError("sealing", bytes_);
-    }
-    return absl::OkStatus();
-  }
-
-  int fd_ = -1;
-  std::byte* data_ = nullptr;
-  uint64_t bytes_ = 0;
-};
-
-// An extent's slots are all of one size and one tenant.
-struct SlottedExtent {
-  std::unique_ptr<Extent> memory;
-  std::string tenant;
-  uint64_t slot_bytes = 0;
-  uint64_t page_bytes = 0;
-  uint32_t node = 0;
-  uint32_t slots = 0;
-  std::vector<uint32_t> free;  // slot numbers
-};
-
-class MemfdArena final : public Arena {
- public:
-  explicit MemfdArena(const ArenaOptions& options) : options_(options) {}
-
-  absl::StatusOr<ArenaSlot> Allocate(std::string_view tenant, uint64_t bytes) override {
-    if (bytes == 0) return absl::InvalidArgumentError("arena: a slot of 0 bytes was asked for");
-    uint64_t slot_bytes = SlotBytes(bytes);
-    absl::MutexLock create(&create_mutex_);  // one extent is made at a time, outside mutex_
-    {
-      absl::MutexLock lock(&mutex_);
-      if (std::optional<ArenaSlot> slot = TakeFree(tenant, slot_bytes, bytes)) return *slot;
-    }
-    QUARRY_RETURN_IF_ERROR(AddExtent(tenant, slot_bytes));
-    absl::MutexLock lock(&mutex_);
-    std::optional<ArenaSlot> slot = TakeFree(tenant, slot_bytes, bytes);
-    QUARRY_CHECK(slot.has_value());
-    return *slot;
-  }
-
-  void Free(const ArenaSlot& slot) override {
-    std::unique_ptr<Extent> emptied;  // unmapped after the lock
-    absl::MutexLock lock(&mutex_);
-    auto it = extents_.find(slot.extent);
-    QUARRY_CHECK(it != extents_.end());
-    SlottedExtent& extent = it->second;
-    extent.free.push_back(static_cast<uint32_t>(slot.offset / extent.slot_bytes));
-    used_bytes_ -= extent.slot_bytes;
-    auto& with_room = with_room_[{extent.tenant, extent.slot_bytes}];
-    if (extent.free.size() == 1) with_room.push_back(slot.extent);
-    if (extent.free.size() < extent.slots) return;
-    std::erase(with_room, slot.extent);
-    if (with_room.empty()) with_room_.erase({extent.tenant, extent.slot_bytes});
-    extent_bytes_ -= extent.memory->bytes();
-    if (extent.page_bytes == kHugePageBytes) huge_bytes_ -= extent.memory->bytes();
-    emptied = std::move(extent.memory);
-    extents_.erase(it);
-  }
-
-  absl::StatusOr<ExtentInfo> ExtentDescriptor(std::string_view tenant,
-                                              uint32_t extent) const override {
-    absl::MutexLock lock(&mutex_);
-    auto it = extents_.find(extent);
-    if (it == extents_.end() || it->second.tenant != tenant) {
-      return absl::NotFoundError(absl::StrCat("arena: extent ", extent, " is not there"));
-    }
-    const SlottedExtent& e = it->second;
-    return ExtentInfo{extent, e.memory->fd(), e.memory->bytes(), e.page_bytes, e.node, e.tenant};
-  }
-
-  ArenaStats Stats() const override {
-    absl::MutexLock lock(&mutex_);
-    return {options_.capacity_bytes, extent_bytes_, used_bytes_,
-            static_cast<uint32_t>(extents_.size()), huge_bytes_};
-  }
-
- private:
-  // Whole pages, so that a lease never exposes part of a neighbour; sizes that vary freely are
-  // rounded to one of eight classes per doubling, which wastes at most an eighth.
-  static uint64_t SlotBytes(uint64_t bytes) {
-    uint64_t pages = RoundUp(bytes, kPageBytes);
-    uint64_t step = kPageBytes;
-    while (step * 16 <= pages) step *= 2;
-    return RoundUp(pages, step);
-  }
-
-  std::optional<ArenaSlot> TakeFree(std::string_view tenant, uint64_t slot_bytes, uint64_t bytes)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    auto it = with_room_.find({std::string(tenant), slot_bytes});
-    if (it == with_room_.end()) return std::nullopt;
-    uint32_t index = it->second.back();
-    SlottedExtent& extent = extents_.at(index);
-    uint32_t number = extent.free.back();
-    extent.free.pop_back();
-    if (extent.free.empty()) {
-      it->second.pop_back();
-      if (it->second.empty()) with_room_.erase(it);
-    }
-    used_bytes_ += slot_bytes;
-    uint64_t offset = number * slot_bytes;
-    return ArenaSlot{extent.memory->data() + offset, bytes, index, offset};
-  }
-
-  absl::Status AddExtent(std::string_view tenant, uint64_t slot_bytes)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(create_mutex_) {
-    uint64_t left;
-    {
-      absl::MutexLock lock(&mutex_);
-      left = options_.capacity_bytes - extent_bytes_;
-    }
-    if (slot_bytes > left) {
-      return absl::ResourceExhaustedError(absl::StrCat("arena: ", slot_bytes, " bytes wanted, ",
-                                                       left, " left of ",
-                                                       options_.capacity_bytes));
-    }
-    uint64_t wanted = std::min(left, std::max(options_.extent_bytes, slot_bytes));
-    uint32_t slots = static_cast<uint32_t>(wanted / slot_bytes);
-    SlottedExtent extent;
-    extent.tenant = std::string(tenant);
-    extent.slot_bytes = slot_bytes;
-    extent.slots = slots;
-    QUARRY_RETURN_IF_ERROR(Back(&extent, RoundUp(slots * slot_bytes, kPageBytes)));
-    for (uint32_t i = slots; i > 0; --i) extent.free.push_back(i - 1);
-    absl::MutexLock lock(&mutex_);
-    extent_bytes_ += extent.memory->bytes();
-    if (extent.page_bytes == kHugePageBytes) huge_bytes_ += extent.memory->bytes();
-    uint32_t index = next_extent_++;
-    with_room_[{extent.tenant, slot_bytes}].push_back(index);
-    extents_.emplace(index, std::move(extent));
-    return absl::OkStatus();
-  }
-
-  // Huge pages where the machine gives them, without complaint where it does not.
-  absl::Status Back(SlottedExtent* extent, uint64_t bytes) {
-    if (options_.huge_pages == ArenaOptions::HugePages::kTry && bytes % kHugePageBytes == 0) {
-      auto memory = Extent::Create(bytes, kHugePageBytes, extent->node, options_.prefault);
-      if (memory.ok()) {
-        extent->memory = *std::move(memory);
-        extent->page_bytes = kHugePageBytes;
-        return absl::OkStatus();
-      }
-    }
-    QUARRY_ASSIGN_OR_RETURN(
-        extent->memory, Extent::Create(bytes, kPageBytes, extent->node, options_.prefault));
-    extent->page_bytes = kPageBytes;
-    return absl::OkStatus();
-  }
-
-  const ArenaOptions options_;
-  absl::Mutex create_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);
-  mutable absl::Mutex mutex_;
-  std::map<uint32_t, SlottedExtent> extents_ ABSL_GUARDED_BY(mutex_);
-  std::map<std::pair<std::string, uint64_t>, std::vector<uint32_t>> with_room_
-      ABSL_GUARDED_BY(mutex_);
-  uint32_t next_extent_ ABSL_GUARDED_BY(mutex_) = 0;  // never reused: clients cache mappings
-  uint64_t extent_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
-  uint64_t used_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
-  uint64_t huge_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
-};
+// The first extent of a size; each further one doubles what is there, up to extent_bytes, so that
+// a rare size holds little and a common one has few extents.
+constexpr uint64_t kFirstExtentBytes = kHugePageBytes;
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Arena>> Arena::Create(const ArenaOptions& options) {
-  if (options.capacity_bytes < kPageBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("arena.capacity_bytes is ", options.capacity_bytes, ", at least ", kPageBytes,
-                     " are needed"));
+  for (const auto& [name, value] :
+       {std::pair("capacity_bytes", options.capacity_bytes),
+        std::pair("extent_bytes", options.extent_bytes)}) {
+    if (value < kSmallPageBytes || value > (1ull << 60)) {
+      return absl::InvalidArgumentError(absl::StrCat("arena: ", name, " is ", value, "; ",
+                                                     kSmallPageBytes, " to 2^60 are allowed"));
+    }
   }
-  if (options.extent_bytes < kPageBytes) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "arena.extent_bytes is ", options.extent_bytes, ", at least ", kPageBytes, " are needed"));
+  return std::unique_ptr<Arena>(new Arena(options));
+}
+
+Arena::Arena(const ArenaOptions& options) : options_([&] {
+  ArenaOptions whole_pages = options;
+  whole_pages.capacity_bytes &= ~(kSmallPageBytes - 1);
+  whole_pages.extent_bytes &= ~(kSmallPageBytes - 1);
+  return whole_pages;
+}()) {}
+
+Arena::~Arena() = default;
+
+// ---- Slots.
+
+absl::StatusOr<ArenaSlot> Arena::Allocate(std::string_view tenant, uint64_t bytes) {
+  if (bytes == 0) return absl::InvalidArgumentError("arena: a slot of 0 bytes was asked for");
+  if (std::vector<ArenaSlot> free = TakeFree(tenant, bytes, 1); !free.empty()) return free[0];
+  EmptyExtents emptied;
+  absl::StatusOr<ArenaClaim> claim = ClaimRoom(tenant, bytes, 1, &emptied);
+  while (!claim.ok() && DropOtherSpare(tenant, bytes, &emptied)) {
+    claim = ClaimRoom(tenant, bytes, 1, &emptied);
   }
-  return std::make_unique<MemfdArena>(options);
+  if (!claim.ok()) {
+    GiveBack(std::move(emptied));
+    return claim.status();
+  }
+  QUARRY_RETURN_IF_ERROR(Build(&*claim));
+  return Add(*std::move(claim))[0];
+}
+
+void Arena::Free(const ArenaSlot& slot) {
+  EmptyExtents emptied;
+  Free(std::span(&slot, 1), &emptied);
+  GiveBack(std::move(emptied));
+}
+
+std::vector<ArenaSlot> Arena::TakeFree(std::string_view tenant, uint64_t bytes, uint32_t count) {
+  std::vector<ArenaSlot> slots;
+  absl::MutexLock lock(&mutex_);
+  auto it = classes_.find({std::string(tenant), SlotBytesFor(bytes)});
+  if (it == classes_.end()) return slots;
+  while (slots.size() < count && !it->second.with_room.empty()) {
+    slots.push_back(TakeSlot(*it->second.with_room.begin(), bytes));
+  }
+  return slots;
+}
+
+void Arena::Free(std::span<const ArenaSlot> slots, EmptyExtents* emptied) {
+  absl::MutexLock lock(&mutex_);
+  for (const ArenaSlot& slot : slots) FreeSlot(slot, emptied);
+}
+
+ArenaSlot Arena::TakeSlot(uint32_t index, uint64_t bytes) {
+  SlottedExtent& extent = extents_.at(index);
+  ClassExtents& siblings = classes_.at(extent.slot_class);
+  if (extent.free.size() == extent.used.size()) {
+    spares_.erase(index);
+    spare_bytes_ -= extent.memory->bytes();
+    siblings.spare_bytes -= extent.memory->bytes();
+  }
+  const uint32_t number = extent.free.back();
+  extent.free.pop_back();
+  extent.used[number] = true;
+  if (extent.free.empty()) siblings.with_room.erase(index);
+  --siblings.free_slots;
+  const uint64_t slot_bytes = extent.slot_class.second;
+  used_bytes_ += slot_bytes;
+  const uint64_t offset = number * slot_bytes;
+  return {extent.memory->data() + offset, bytes, index, offset, slot_bytes};
+}
+
+void Arena::FreeSlot(const ArenaSlot& slot, EmptyExtents* emptied) {
+  auto it = extents_.find(slot.extent);
+  QUARRY_CHECK(it != extents_.end());
+  SlottedExtent& extent = it->second;
+  ClassExtents& siblings = classes_.at(extent.slot_class);
+  const auto number = static_cast<uint32_t>(slot.offset / extent.slot_class.second);
+  QUARRY_CHECK(number < extent.used.size() && extent.used[number]);
+  extent.used[number] = false;
+  extent.free.push_back(number);
+  siblings.with_room.insert(slot.extent);
+  ++siblings.free_slots;
+  used_bytes_ -= extent.slot_class.second;
+  if (extent.free.size() < extent.used.size()) return;
+  const uint64_t bytes = extent.memory->bytes();
+  spares_.insert(slot.extent);
+  spare_bytes_ += bytes;
+  siblings.spare_bytes += bytes;
+  if (spare_bytes_ > options_.spare_bytes) Detach(slot.extent, emptied);
+}
+
+// A spare extent leaves the table; its bytes count as held until they are unmapped.
+void Arena::Detach(uint32_t index, EmptyExtents* emptied) {
+  auto it = extents_.find(index);
+  SlottedExtent& extent = it->second;
+  auto siblings = classes_.find(extent.slot_class);
+  const uint64_t bytes = extent.memory->bytes();
+  siblings->second.with_room.erase(index);
+  siblings->second.free_slots -= extent.free.size();
+  siblings->second.bytes -= bytes;
+  siblings->second.spare_bytes -= bytes;
+  if (siblings->second.bytes == 0) classes_.erase(siblings);
+  spares_.erase(index);
+  spare_bytes_ -= bytes;
+  extent_bytes_ -= bytes;
+  if (extent.memory->page_bytes() == kHugePageBytes) huge_page_bytes_ -= bytes;
+  returning_bytes_ += bytes;
+  emptied->bytes += bytes;
+  emptied->extents.push_back(std::move(extent.memory));
+  extents_.erase(it);
+}
+
+bool Arena::DropOtherSpare(std::string_view tenant, uint64_t bytes, EmptyExtents* emptied) {
+  const SlotClass own(std::string(tenant), SlotBytesFor(bytes));
+  absl::MutexLock lock(&mutex_);
+  for (uint32_t index : spares_) {
+    if (extents_.at(index).slot_class == own) continue;
+    Detach(index, emptied);
+    return true;
+  }
+  return false;
+}
+
+// ---- Extents.
+
+absl::StatusOr<ArenaClaim> Arena::ClaimRoom(std::string_view tenant, uint64_t bytes,
+                                            uint32_t count, EmptyExtents* emptied) {
+  ArenaClaim claim;
+  claim.tenant = std::string(tenant);
+  claim.bytes = bytes;
+  claim.slot_bytes = SlotBytesFor(bytes);
+  claim.count = count;
+  absl::MutexLock lock(&mutex_);
+  const uint64_t room = options_.capacity_bytes - held_bytes_ + emptied->bytes;
+  if (SlotsInRoom(room, claim.slot_bytes, options_.extent_bytes) < count) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("arena: ", count, " slots of ", claim.slot_bytes, " bytes wanted, ", room,
+                     " bytes left of ", options_.capacity_bytes));
+  }
+  SizeExtents(room, &claim);
+  // What `emptied` gives back is counted as held until it is unmapped.
+  claim.held_bytes = std::max(claim.extent_bytes, emptied->bytes);
+  held_bytes_ += claim.held_bytes - emptied->bytes;
+  returning_bytes_ += claim.held_bytes - claim.extent_bytes;
+  returning_bytes_ -= emptied->bytes;
+  claim.emptied = std::move(*emptied);
+  *emptied = EmptyExtents();
+  return claim;
+}
+
+// Cuts the claim into extents; the last one has as many slots more as the size has already.
+void Arena::SizeExtents(uint64_t room_bytes, ArenaClaim* claim) const {
+  const uint64_t slot_bytes = claim->slot_bytes;
+  auto it = classes_.find({claim->tenant, slot_bytes});
+  const uint64_t have = it == classes_.end() ? 0 : it->second.bytes;
+  const uint64_t grow = std::clamp(have, std::min(kFirstExtentBytes, options_.extent_bytes),
+                                   options_.extent_bytes);
+  uint64_t per_extent = SlotsPerExtent(slot_bytes, options_.extent_bytes);
+  uint64_t wanted = std::max<uint64_t>(claim->count, grow / slot_bytes);
+  // Slots that fill huge pages exactly, where that does not ask for much more.
+  const uint64_t even = kHugePageBytes / std::gcd(kHugePageBytes, slot_bytes);
+  if (even <= per_extent && even <= wanted) {
+    per_extent = per_extent / even * even;
+    wanted = RoundUp(wanted, even);
+  }
+  wanted = std::min(wanted, SlotsInRoom(room_bytes, slot_bytes, options_.extent_bytes));
+  for (uint64_t made = 0; made < claim->count;) {
+    const uint64_t slots = std::min(per_extent, wanted - made);
+    claim->extent_slots.push_back(static_cast<uint32_t>(slots));
+    claim->extent_bytes += RoundUp(slots * slot_bytes, kSmallPageBytes);
+    made += slots;
+  }
+}
+
+absl::Status Arena::Build(ArenaClaim* claim) {
+  claim->emptied = EmptyExtents();
+  absl::Status status;
+  for (uint32_t slots : claim->extent_slots) {
+    auto extent = MakeExtent(RoundUp(slots * claim->slot_bytes, kSmallPageBytes));
+    status = extent.status();
+    if (!extent.ok()) break;
+    claim->built.push_back(*std::move(extent));
+  }
+  if (!status.ok()) claim->built.clear();
+  absl::MutexLock lock(&mutex_);
+  returning_bytes_ -= claim->held_bytes - claim->extent_bytes;
+  held_bytes_ -= claim->held_bytes - (status.ok() ? claim->extent_bytes : 0);
+  return status;
+}
+
+std::vector<ArenaSlot> Arena::Add(ArenaClaim claim) {
+  std::vector<ArenaSlot> taken;
+  absl::MutexLock lock(&mutex_);
+  for (size_t i = 0; i < claim.built.size(); ++i) {
+    const uint32_t index = next_extent_++, slots = claim.extent_slots[i];
+    const uint64_t bytes = claim.built[i]->bytes();
+    SlottedExtent& extent = extents_[index];
+    extent.memory = std::move(claim.built[i]);
+    extent.slot_class = {claim.tenant, claim.slot_bytes};
+    extent.used.assign(slots, false);
+    for (uint32_t n = slots; n > 0; --n) extent.free.push_back(n - 1);
+    extent_bytes_ += bytes;
+    if (extent.memory->page_bytes() == kHugePageBytes) huge_page_bytes_ += bytes;
+    ClassExtents& siblings = classes_[extent.slot_class];
+    siblings.with_room.insert(index);
+    siblings.free_slots += slots;
+    siblings.bytes += bytes;
+    siblings.spare_bytes += bytes;  // until its first slot is taken
+    spares_.insert(index);
+    spare_bytes_ += bytes;
+    while (taken.size() < claim.count && !extent.free.empty()) {
+      taken.push_back(TakeSlot(index, claim.bytes));
+    }
+  }
+  QUARRY_CHECK(taken.size() == claim.count);
+  return taken;
+}
+
+// Huge pages where the machine gives them, without complaint where it does not.
+absl::StatusOr<std::unique_ptr<Extent>> Arena::MakeExtent(uint64_t bytes) {
+  ExtentOptions options;
+  options.bytes = bytes;
+  options.numa_node = RoomiestNumaNode();
+  options.prefault = options_.prefault;
+  if (options_.huge_pages == ArenaOptions::HugePages::kTry) {
+    if (bytes % kHugePageBytes == 0) {
+      options.page_bytes = kHugePageBytes;
+      if (auto extent = Extent::Create(options); extent.ok()) return extent;
+      options.page_bytes = kSmallPageBytes;
+    }
+    bool first;
+    {
+      absl::MutexLock lock(&mutex_);
+      first = huge_page_fallbacks_++ == 0;
+    }
+    if (first) spdlog::info("arena: an extent of {} bytes has small pages only", bytes);
+  }
+  return Extent::Create(options);
+}
+
+void Arena::GiveBack(EmptyExtents emptied) {
+  if (emptied.bytes == 0) return;
+  emptied.extents.clear();  // unmapped before others may use the room
+  absl::MutexLock lock(&mutex_);
+  held_bytes_ -= emptied.bytes;
+  returning_bytes_ -= emptied.bytes;
+}
+
+// ---- What there is.
+
+uint64_t ArenaSupply::SlotsIn(uint64_t room) const {
+  return SlotsInRoom(room, slot_bytes, extent_bytes);
+}
+
+ArenaSupply Arena::SupplyOf(std::string_view tenant, uint64_t bytes) const {
+  ArenaSupply supply;
+  supply.slot_bytes = SlotBytesFor(bytes);
+  supply.extent_bytes = options_.extent_bytes;
+  absl::MutexLock lock(&mutex_);
+  supply.room_bytes = options_.capacity_bytes - held_bytes_;
+  supply.returning_bytes = returning_bytes_;
+  supply.other_spare_bytes = spare_bytes_;
+  auto it = classes_.find({std::string(tenant), supply.slot_bytes});
+  if (it != classes_.end()) {
+    supply.free_slots = it->second.free_slots;
+    supply.other_spare_bytes -= it->second.spare_bytes;
+  }
+  return supply;
+}
+
+uint64_t Arena::ExtentBytes(uint32_t extent) const {
+  absl::MutexLock lock(&mutex_);
+  return extents_.at(extent).memory->bytes();
+}
+
+absl::StatusOr<ExtentInfo> Arena::ExtentDescriptor(std::string_view tenant,
+                                                   uint32_t extent) const {
+  absl::MutexLock lock(&mutex_);
+  auto it = extents_.find(extent);
+  if (it == extents_.end() || it->second.slot_class.first != tenant) {
+    return absl::NotFoundError(absl::StrCat("arena: extent ", extent, " is not there"));
+  }
+  const Extent& memory = *it->second.memory;
+  ExtentInfo info;
+  info.index = extent;
+  info.fd = memory.descriptor()->fd();
+  info.bytes = memory.bytes();
+  info.page_bytes = memory.page_bytes();
+  info.numa_node = memory.numa_node();
+  info.tenant = std::string(tenant);
+  info.keep_open = memory.descriptor();
+  return info;
+}
+
+ArenaStats Arena::Stats() const {
+  absl::MutexLock lock(&mutex_);
+  ArenaStats stats;
+  stats.capacity_bytes = options_.capacity_bytes;
+  stats.extent_bytes = extent_bytes_;
+  stats.used_bytes = used_bytes_;
+  stats.extents = static_cast<uint32_t>(extents_.size());
+  stats.huge_page_bytes = huge_page_bytes_;
+  stats.spare_bytes = spare_bytes_;
+  stats.huge_page_fallbacks = huge_page_fallbacks_;
+  return stats;
 }
 
 }  // namespace quarry

@@ -64,51 +64,70 @@ struct BlockInfo {
 struct BlockStoreOptions {
   ArenaOptions arena;
   uint64_t max_pinned_bytes_per_tenant = 1ull << 30;
+  uint32_t max_pins_per_tenant = 4096;
   std::function<absl::Time()> now = absl::Now;  // ends pins; tests inject a clock
 };
 
-// Thread-safe. A lease guards memory and counts references; the store does not know sessions.
+// Thread-safe. A lease guards memory and counts references; the store does not know sessions. Calls
+// with a handle need a lease of the caller's; a stale handle is FailedPrecondition where there is a
+// status, else a bug of ours. No call holds a lock while bytes are copied, digested or mapped.
 class BlockStore {
  public:
+  // InvalidArgument names the option and its value.
   static absl::StatusOr<std::unique_ptr<BlockStore>> Create(const BlockStoreOptions& options);
   virtual ~BlockStore() = default;
 
   // Sets aside memory for `count` blocks of `bytes` each, evicting unleased, unpinned blocks leaf
-  // first. ResourceExhausted (with wanted, capacity, leased and pinned counts) sets nothing aside;
-  // nothing is evicted either where no eviction could have made enough room.
-  // Unused reservations go back with Unreserve.
+  // first, the least recently used first: blocks of the tenant's own in slots of this size, or
+  // whole extents of others that have not been used for longer. What it sets aside is memory, so
+  // Begin cannot fail. ResourceExhausted (with wanted, capacity, leased and pinned counts) where no
+  // eviction could make enough room: nothing is set aside then and nothing evicted.
+  // Unused reservations go back with Unreserve. Cost: O(log blocks) per block evicted; new extents
+  // are pre-faulted here (up to seconds per GiB).
   virtual absl::Status Reserve(std::string_view tenant, uint64_t bytes, uint32_t count) = 0;
   virtual void Unreserve(std::string_view tenant, uint64_t bytes, uint32_t count) = 0;
 
-  // EMPTY -> WRITING, from a reservation; one lease is the caller's. Memory is not zeroed.
+  // EMPTY -> WRITING, from a reservation; one lease is the caller's. Memory is not zeroed: it may
+  // hold older bytes of the same tenant, never another's.
   virtual absl::StatusOr<BlockView> Begin(std::string_view tenant, uint64_t bytes) = 0;
   // WRITING -> SEALED (digest: given, or computed over the bytes) -> PUBLISHED under key. If the
   // id is published already, the earlier block wins: its view is returned with a lease for the
   // caller, the given block is RETIRING until the caller releases it too, and `existed` is set.
+  // AlreadyExists: the id is published under another full_key, parent or namespace; the given
+  // block is RETIRING too.
   virtual absl::StatusOr<BlockView> Publish(BlockHandle block, BlockKey key,
                                             std::optional<ByteDigest> digest, bool* existed) = 0;
 
-  // PUBLISHED blocks only; the lease is the caller's. NotFound = miss (also when full_key or
-  // tenant differ).
+  // PUBLISHED blocks only; the lease is the caller's. NotFound = miss (also when full_key, parent,
+  // namespace or tenant differ).
   virtual absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) = 0;
   virtual void AddLease(BlockHandle block) = 0;
-  // The last lease of a WRITING block frees it.
+  // The last lease of a block that is not PUBLISHED frees it.
   virtual void Release(BlockHandle block) = 0;
   virtual bool Contains(std::string_view tenant, const BlockKey& key) const = 0;
 
-  // Copies out and checks the digest in the same pass. DataLoss: the block is retired, counted
-  // and logged (id, offset, both digests); the caller treats it as a miss.
+  // Copies bytes [offset, offset + out.size()) and checks the digest of the whole block in the same
+  // pass. DataLoss: the block is retired, counted and logged (id, place, both digests); the caller
+  // treats it as a miss and does not use `out`.
   virtual absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) = 0;
 
-  // A pin is retention: named, owned by a tenant, counted against max_pinned_bytes.
+  // A pin is retention: named, owned by a tenant, of published blocks of that tenant, until
+  // `expires`. A name set again replaces its earlier pin. Blocks count once per tenant against
+  // max_pinned_bytes_per_tenant; ResourceExhausted, and NotFound for a block that is not there,
+  // change nothing.
   virtual absl::Status Pin(std::string_view tenant, std::string_view name,
                            std::span<const BlockId> blocks, absl::Time expires) = 0;
   virtual absl::Status Unpin(std::string_view tenant, std::string_view name) = 0;
   // Retires matching published blocks, pinned or not; leased ones vanish from lookup at once and
-  // free with their last lease. Returns the number retired.
+  // free with their last lease. No blocks named: all of the tenant, or of its namespace. Returns
+  // the number retired; blocks published meanwhile may stay.
   virtual uint64_t Purge(std::string_view tenant, std::optional<NamespaceDigest> name_space,
                          std::span<const BlockId> blocks) = 0;
 
+  // Bytes of those of the distinct `blocks` that are published.
+  virtual uint64_t PublishedBytes(std::string_view tenant,
+                                  std::span<const BlockId> blocks) const = 0;
+  // Published blocks, at most `limit`; not one moment's when others publish meanwhile.
   virtual std::vector<BlockInfo> List(std::string_view tenant, uint32_t limit) const = 0;
   virtual BlockStoreStats Stats() const = 0;
   virtual const Arena& arena() const = 0;

@@ -1,92 +1,134 @@
 #include "storage/pin_table.h"
 
-#include <algorithm>
-
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 
-absl::StatusOr<std::vector<BlockId>> PinTable::Set(
-    std::string_view tenant, std::string_view name,
-    std::span<const std::pair<BlockId, uint64_t>> blocks, absl::Time expires) {
-  Key key{std::string(tenant), std::string(name)};
-  auto it = pins_.find(key);
-  uint64_t replaced = it == pins_.end() ? 0 : it->second.bytes;
-  uint64_t wanted = 0;
-  for (const auto& [id, bytes] : blocks) wanted += bytes;
-  uint64_t held = bytes_[key.first] - replaced;
-  if (wanted > max_bytes_ || held > max_bytes_ - wanted) {
-    return absl::ResourceExhaustedError(absl::StrCat("pin ", key.second, " of ", wanted,
-                                                     " bytes: tenant ", key.first, " has pinned ",
-                                                     held, " of ", max_bytes_));
+absl::Status PinTable::CheckQuota(const Key& key, std::span<const SizedBlock> blocks) const {
+  auto usage = usage_.find(key.first);
+  const Usage held = usage == usage_.end() ? Usage() : usage->second;
+  auto replaced = pins_.find(key);
+  if (replaced == pins_.end() && held.pins >= limits_.max_pins_per_tenant) {
+    return absl::ResourceExhaustedError(absl::StrCat("pin ", key.second, ": tenant ", *key.first,
+                                                     " has ", held.pins, " pins of ",
+                                                     limits_.max_pins_per_tenant, " allowed"));
   }
-  std::vector<BlockId> dropped;
-  if (it != pins_.end()) dropped = Drop(it);
-  Pin& pin = pins_[key];
-  pin.blocks.assign(blocks.begin(), blocks.end());
-  pin.expires = expires;
-  pin.bytes = wanted;
-  bytes_[key.first] += wanted;
-  for (const auto& [id, bytes] : blocks) by_block_[id].push_back(key);
-  return dropped;
+  absl::flat_hash_set<BlockId> kept;
+  uint64_t more = 0;
+  for (const SizedBlock& block : blocks) {
+    kept.insert(block.id);
+    if (!by_block_.contains(TenantId(key.first, block.id))) more += block.bytes;
+  }
+  uint64_t less = 0;
+  if (replaced != pins_.end()) {
+    for (const BlockId& id : replaced->second.blocks) {
+      const PinnedBlock& pinned = by_block_.at(TenantId(key.first, id));
+      if (!kept.contains(id) && pinned.names.size() == 1) less += pinned.bytes;
+    }
+  }
+  if (held.bytes - less + more > limits_.max_bytes_per_tenant) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("pin ", key.second, " of ", blocks.size(), " blocks: ", more,
+                     " bytes more wanted, tenant ", *key.first, " has pinned ", held.bytes - less,
+                     " of ", limits_.max_bytes_per_tenant));
+  }
+  return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<BlockId>> PinTable::Remove(std::string_view tenant,
-                                                      std::string_view name) {
-  auto it = pins_.find({std::string(tenant), std::string(name)});
+absl::StatusOr<PinTable::Change> PinTable::Set(TenantName tenant, std::string_view name,
+                                               std::span<const SizedBlock> blocks,
+                                               absl::Time expires) {
+  const Key key(tenant, name);
+  QUARRY_RETURN_IF_ERROR(CheckQuota(key, blocks));
+  Change change;
+  absl::flat_hash_set<BlockId> lost;
+  if (auto replaced = pins_.find(key); replaced != pins_.end()) {
+    Drop(replaced, &change);
+    lost.insert(change.lost.begin(), change.lost.end());
+  }
+  Pin& pin = pins_[key];
+  pin.expires = expires;
+  by_expiry_.emplace(expires, key);
+  Usage& usage = usage_[tenant];
+  ++usage.pins;
+  for (const SizedBlock& block : blocks) {
+    pin.blocks.push_back(block.id);
+    PinnedBlock& pinned = by_block_[TenantId(tenant, block.id)];
+    if (pinned.names.empty()) {
+      pinned.bytes = block.bytes;
+      usage.bytes += block.bytes;
+      // Lost with the replaced pin and gained again is no change.
+      if (lost.erase(block.id) == 0) change.gained.push_back(block.id);
+    }
+    pinned.names.insert(key.second);
+  }
+  change.lost.assign(lost.begin(), lost.end());
+  return change;
+}
+
+absl::StatusOr<PinTable::Change> PinTable::Remove(TenantName tenant, std::string_view name) {
+  auto it = pins_.find(Key(tenant, name));
   if (it == pins_.end()) {
     return absl::NotFoundError(absl::StrCat("no pin is named ", std::string(name)));
   }
-  return Drop(it);
+  Change change;
+  Drop(it, &change);
+  return change;
 }
 
-std::vector<BlockId> PinTable::Expire(absl::Time now) {
-  std::vector<BlockId> dropped;
-  for (auto it = pins_.begin(); it != pins_.end();) {
-    auto next = std::next(it);
-    if (it->second.expires <= now) {
-      std::vector<BlockId> ids = Drop(it);
-      dropped.insert(dropped.end(), ids.begin(), ids.end());
-    }
-    it = next;
-  }
-  return dropped;
+bool PinTable::RemoveOneExpired(absl::Time now, TenantName* tenant, Change* change) {
+  if (by_expiry_.empty() || by_expiry_.begin()->first > now) return false;
+  const Key key = by_expiry_.begin()->second;
+  *tenant = key.first;
+  *change = Change();
+  Drop(pins_.find(key), change);
+  return true;
 }
 
-void PinTable::Forget(const BlockId& id) {
-  auto it = by_block_.find(id);
+void PinTable::Forget(TenantName tenant, const BlockId& id) {
+  auto it = by_block_.find(TenantId(tenant, id));
   if (it == by_block_.end()) return;
-  for (const Key& key : it->second) {
-    Pin& pin = pins_.at(key);
-    std::erase_if(pin.blocks, [&](const auto& block) {
-      if (block.first != id) return false;
-      pin.bytes -= block.second;
-      bytes_[key.first] -= block.second;
-      return true;
-    });
+  for (const std::string& name : it->second.names) {
+    std::erase(pins_.at(Key(tenant, name)).blocks, id);
   }
+  DropUsage(tenant, it->second.bytes, 0);
   by_block_.erase(it);
 }
 
-std::vector<std::string> PinTable::NamesOf(const BlockId& id) const {
-  std::vector<std::string> names;
-  auto it = by_block_.find(id);
-  if (it == by_block_.end()) return names;
-  for (const Key& key : it->second) names.push_back(key.second);
-  return names;
+std::vector<std::string> PinTable::NamesOf(TenantName tenant, const BlockId& id) const {
+  auto it = by_block_.find(TenantId(tenant, id));
+  if (it == by_block_.end()) return {};
+  return {it->second.names.begin(), it->second.names.end()};
 }
 
-std::vector<BlockId> PinTable::Drop(std::map<Key, Pin>::iterator it) {
-  std::vector<BlockId> ids;
-  for (const auto& [id, bytes] : it->second.blocks) {
-    ids.push_back(id);
-    auto held = by_block_.find(id);
-    std::erase(held->second, it->first);
-    if (held->second.empty()) by_block_.erase(held);
+uint64_t PinTable::PinnedBytes(TenantName tenant) const {
+  auto it = usage_.find(tenant);
+  return it == usage_.end() ? 0 : it->second.bytes;
+}
+
+void PinTable::Drop(std::map<Key, Pin>::iterator pin, Change* change) {
+  const auto& [tenant, name] = pin->first;
+  uint64_t bytes = 0;
+  for (const BlockId& id : pin->second.blocks) {
+    auto pinned = by_block_.find(TenantId(tenant, id));
+    pinned->second.names.erase(name);
+    if (!pinned->second.names.empty()) continue;
+    bytes += pinned->second.bytes;
+    by_block_.erase(pinned);
+    change->lost.push_back(id);
   }
-  bytes_[it->first.first] -= it->second.bytes;
-  pins_.erase(it);
-  return ids;
+  DropUsage(tenant, bytes, 1);
+  by_expiry_.erase({pin->second.expires, pin->first});
+  pins_.erase(pin);
+}
+
+void PinTable::DropUsage(TenantName tenant, uint64_t bytes, uint32_t pins) {
+  auto usage = usage_.find(tenant);
+  usage->second.bytes -= bytes;
+  usage->second.pins -= pins;
+  if (usage->second.pins == 0) usage_.erase(usage);
 }
 
 }  // namespace quarry
