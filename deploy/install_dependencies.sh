@@ -18,8 +18,8 @@ packages=(
   libtomlplusplus-dev libcli11-dev libspdlog-dev prometheus-cpp-dev nlohmann-json3-dev
   # the reference worker: matrix products, tokenizers
   libopenblas-pthread-dev libsentencepiece-dev
-  # tests and benchmarks
-  libgtest-dev libgmock-dev libbenchmark-dev
+  # tests
+  libgtest-dev libgmock-dev
 )
 
 say() { printf 'install_dependencies: %s\n' "$*" >&2; }
