@@ -57,6 +57,10 @@ absl::Status ValidateModelSpec(const ModelSpec& spec) {
       return absl::InvalidArgumentError(absl::StrCat("rope inv_freq[", i, "] is not finite"));
     }
   }
+  if (!IsValid(rope.dtype)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("rope dtype is ", static_cast<int>(rope.dtype), ", not a known dtype"));
+  }
   if (rope.regime > RopeRegime::kLong) {
     return absl::InvalidArgumentError(
         absl::StrCat("rope regime is ", static_cast<int>(rope.regime), ", not a known regime"));
