@@ -418,6 +418,8 @@ def parse_arguments():
                         help="one JSON object, alone on the last line of standard output")
     arguments = parser.parse_args()
     arguments.model_directory = os.path.join(ROOT, "tests", "models", arguments.model)
+    if arguments.context < 4 * (WINDOW_FIRST + WINDOW_LAST) + 512:
+        parser.error(f"--context {arguments.context} leaves nothing for a quarter outside the window")
     if not os.path.exists(os.path.join(arguments.model_directory, "config.json")):
         parser.error(f"there is no model {arguments.model} in tests/models")
     return arguments

@@ -26,7 +26,7 @@ done
 
 jobs=${QUARRY_JOBS:-$(nproc)}
 seed=${QUARRY_SEED:-$(date +%Y%m%d)}
-export QUARRY_SEED=$seed GTEST_RANDOM_SEED=$((seed % 99999))
+export QUARRY_SEED=$seed QUARRY_TEST_SEED=$seed GTEST_RANDOM_SEED=$((seed % 99999))
 commit=$(git rev-parse --short=12 HEAD)
 [ -z "$(git status --porcelain)" ] || commit=$commit-modified
 results=tests/results/$(date +%Y-%m-%d)-$commit.txt
@@ -62,11 +62,9 @@ build() {  # preset targets...
 }
 
 run_address() {
-  # Leaks count too, except those that libraries keep until the process ends.
   build asan && ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-    LSAN_OPTIONS=suppressions=$PWD/tests/asan/leaks.txt:print_suppressions=0 \
-    QUARRY_SIMD=${QUARRY_SIMD:-} step tests-address 12 \
+    step tests-address 12 \
     ctest --preset asan -j 2 --timeout 900 --label-exclude 'slow|timing'
 }
 
