@@ -135,6 +135,7 @@ absl::StatusOr<ClientChannel::Slot> ClientChannel::Take() {
   absl::MutexLock lock(&mutex_);
   while (!TakeFree(&slot)) {
     if (lost()) break;
+    if (DaemonHungUp()) return Lost("has gone: its socket is closed");
     const auto some_free = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
       return !free_.empty();
     };
@@ -208,6 +209,8 @@ absl::Status ClientChannel::Wait(const Slot& slot, uint64_t* bytes) {
       if (Done(slot)) break;  // answered before it went
       return Lost("has gone: its socket is closed");
     }
+    // Another thread's deadline has passed: the session is over for all of them.
+    if (lost()) return Lost("is lost");
     const absl::Duration left = end - absl::Now();
     if (left <= absl::ZeroDuration()) {
       return Lost(absl::StrCat("did not answer within ", absl::FormatDuration(deadline_)));

@@ -17,21 +17,22 @@ absl::Status WrongDigest(const ByteDigest& want, const ByteDigest& got, uint64_t
       absl::Hex(want.low, absl::kZeroPad16)));
 }
 
+void Release(ClientChannel& channel, uint64_t lease) {
+  absl::StatusOr<ClientChannel::Slot> slot = channel.Take();
+  if (!slot.ok()) return;  // lost: the daemon ends the lease with the session
+  const shm::ReleaseHeader header{lease};
+  std::memcpy(channel.payload(*slot), &header, sizeof(header));
+  channel.Submit(*slot, shm::Opcode::kRelease, sizeof(header));
+  channel.Abandon(*slot);  // nobody waits for the answer
+}
+
 class ShmLeasedBlock final : public LeasedBlock {
  public:
   ShmLeasedBlock(std::shared_ptr<LeaseHome> home, LeaseId lease, std::span<const std::byte> bytes,
                  const ByteDigest& digest, ClientOptions::Verify verify)
       : home_(std::move(home)), lease_(lease), bytes_(bytes), digest_(digest), verify_(verify) {}
 
-  ~ShmLeasedBlock() override {
-    ClientChannel& channel = *home_->channel;
-    absl::StatusOr<ClientChannel::Slot> slot = channel.Take();
-    if (!slot.ok()) return;  // lost: the daemon ends the lease with the session
-    const shm::ReleaseHeader header{lease_.value};
-    std::memcpy(channel.payload(*slot), &header, sizeof(header));
-    channel.Submit(*slot, shm::Opcode::kRelease, sizeof(header));
-    channel.Abandon(*slot);  // nobody waits for the answer
-  }
+  ~ShmLeasedBlock() override { Release(*home_->channel, lease_.value); }
 
   std::span<const std::byte> bytes() const override { return bytes_; }
   const ByteDigest& digest() const override { return digest_; }
@@ -93,10 +94,14 @@ absl::StatusOr<std::unique_ptr<LeasedBlock>> TakeLease(const std::shared_ptr<Lea
   if (status.ok()) std::memcpy(&reply, at, sizeof(reply));
   channel.Abandon(slot);
   QUARRY_RETURN_IF_ERROR(status);
-  QUARRY_ASSIGN_OR_RETURN(const std::byte* data,
-                          home->extents.Find(reply.extent, reply.offset, reply.bytes));
+  const absl::StatusOr<const std::byte*> data =
+      home->extents.Find(reply.extent, reply.offset, reply.bytes);
+  if (!data.ok()) {
+    Release(channel, reply.lease);  // nobody else will
+    return data.status();
+  }
   return std::make_unique<ShmLeasedBlock>(home, LeaseId{reply.lease},
-                                          std::span(data, reply.bytes),
+                                          std::span(*data, reply.bytes),
                                           ByteDigest{reply.digest_low, reply.digest_high}, verify);
 }
 

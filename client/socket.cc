@@ -5,12 +5,15 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cstring>
 #include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 
 namespace quarry {
 namespace {
@@ -70,7 +73,13 @@ absl::Status Exchange(int socket, std::span<const std::byte> request, std::span<
     return SocketError("send");
   }
   pollfd readable{socket, POLLIN, 0};
-  int ready = poll(&readable, 1, static_cast<int>(absl::ToInt64Milliseconds(deadline)));
+  const absl::Time end = absl::Now() + deadline;
+  int ready;
+  do {  // a signal's handler does not end the wait
+    const absl::Duration left = std::max(end - absl::Now(), absl::ZeroDuration());
+    const int64_t left_ms = std::min<int64_t>(absl::ToInt64Milliseconds(left), INT_MAX);
+    ready = poll(&readable, 1, static_cast<int>(left_ms));
+  } while (ready < 0 && errno == EINTR);
   if (ready == 0) {
     return absl::UnavailableError(
         absl::StrCat("quarryd did not answer within ", absl::FormatDuration(deadline)));
