@@ -214,7 +214,7 @@ std::vector<uint32_t> BestTokens(const Head& head, const float* q, TokenRange ra
   return out;
 }
 
-TEST(BudgetTest, SelectsTheBestTokensHoweverTheRunsAreCut) {
+TEST(ExactScanTest, BudgetSelectsTheBestTokensHoweverTheRunsAreCut) {
   SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   Head head(DType::kBf16, 64, 2048, 16, Seed());
   for (const Budget& budget :
@@ -244,47 +244,7 @@ TEST(BudgetTest, SelectsTheBestTokensHoweverTheRunsAreCut) {
   }
 }
 
-TEST(BudgetTest, TiesGoToTheLowestTokens) {
-  CoarseScores a{{0, 4}, 4, {1, 2, 2, 0}, {}}, b{{4, 7}, 3, {2, 2, 3}, {}};
-  std::vector<RunScores> runs = {{&a, 0}, {&b, 0}};
-  std::vector<RunShare> shares(2);
-  AllocateBudget({Budget::Kind::kFixedK, 4, 1}, runs, shares);
-  EXPECT_EQ(shares[0].threshold, 2);
-  EXPECT_EQ(shares[0].ties, 2u);
-  EXPECT_EQ(shares[1].ties, 1u);  // with the 3 that makes four
-}
-
-TEST(BudgetTest, MaskedTokensAreNeverTaken) {
-  CoarseScores a{{0, 3}, 3, {kEmptyLse, -1e30f, kEmptyLse}, {}};
-  std::vector<RunScores> runs = {{&a, 0}};
-  std::vector<RunShare> shares(1);
-  EXPECT_EQ(AllocateBudget({Budget::Kind::kFixedK, 10, 1}, runs, shares), 1.0);
-  EXPECT_GT(a.score[1], shares[0].threshold);
-  EXPECT_FALSE(a.score[0] > shares[0].threshold);
-  EXPECT_EQ(shares[0].ties, 0u);
-  CoarseScores none{{0, 2}, 2, {kEmptyLse, kEmptyLse}, {}};
-  runs[0].coarse = &none;
-  EXPECT_EQ(AllocateBudget({Budget::Kind::kTopP, 0, 0.9f}, runs, shares), 1.0);
-}
-
-TEST(PartialTest, EmptySetsMergeWithoutNan) {
-  std::vector<float> acc_a(4), acc_b(4), o(4, NAN);
-  Partial a, b;
-  a.acc = acc_a;
-  b.acc = acc_b;
-  a.Merge(b);
-  EXPECT_EQ(a.Finish(o), kEmptyLse);
-  for (float x : o) EXPECT_EQ(x, 0);
-  std::vector<float> o_a(4, 0.0f), o_b(4, 2.0f);
-  float lse = kEmptyLse;
-  MergeFinished(o_a, &lse, o_b, kEmptyLse);
-  EXPECT_EQ(lse, kEmptyLse);
-  MergeFinished(o_a, &lse, o_b, 3.0f);
-  EXPECT_EQ(lse, 3.0f);
-  EXPECT_EQ(o_a, o_b);
-}
-
-TEST(PartialTest, MergeOrderDoesNotMatter) {
+TEST(ExactScanTest, PartsMergeInAnyOrder) {
   std::mt19937 random(Seed());
   Head head(DType::kFp32, 32, 512, 64, Seed());
   Queries queries(1, 32, {{0, 512}}, DType::kFp32, Seed());
