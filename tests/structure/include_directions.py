@@ -20,7 +20,7 @@ ALLOWED = {
     "storage": [PLAIN],
     "daemon": [PLAIN, r"cpu_index/.*", r"storage/.*"],
     "client": [r"proto/.*"],
-    "gpu": [PLAIN, r"client/.*", r"cpu_index/(partial|simd|kernels|kernels_.*)\.h"],
+    "gpu": [PLAIN, r"client/.*", r"cpu_index/(key_index|partial|simd|kernels|kernels_.*)\.h"],
     "tests": [r".*"],
     "perf": [r".*"],
 }
