@@ -74,7 +74,7 @@ class RulesTest(unittest.TestCase):
 
     def test_only_kernel_headers_of_the_index_reach_the_worker(self):
         self.assertEqual(self.added("gpu/decode.cc", "cpu_index/partial.h"), [])
-        self.assertCaught("gpu/decode.cc", "cpu_index/key_index.h")
+        self.assertCaught("gpu/decode.cc", "cpu_index/budget.h")
 
     def test_wire_headers_outside_service_files_are_caught(self):
         self.assertCaught("cpu_index/thing.cc", "google/protobuf/message.h")
