@@ -65,7 +65,11 @@ void CountEnd(const GrpcShared& shared, const absl::Status& status);
 class UnaryCall : public grpc::ServerUnaryReactor {
  public:
   explicit UnaryCall(const GrpcShared& shared) : shared_(shared) {}
-  void End(const absl::Status& status) {
+  // A call counts as open until its reply is sent, so that replies nobody reads stay bounded.
+  // Small ones do not: gRPC may note that they are sent only after the client has gone on.
+  void End(const absl::Status& status, size_t reply_bytes = 0) {
+    constexpr size_t kSmallReplyBytes = 64 << 10;
+    if (reply_bytes <= kSmallReplyBytes) admission.ticket = {};
     CountEnd(shared_, status);
     Finish(ToGrpc(status));
   }
@@ -89,7 +93,8 @@ grpc::ServerUnaryReactor* RunUnary(const GrpcShared& shared, grpc::CallbackServe
   }
   call->admission = *std::move(admission);
   const bool taken = RunOnPool(shared, [&shared, call, request, reply] {
-    call->End(Call(shared.parts, call->admission.caller, *request, reply));
+    const absl::Status status = Call(shared.parts, call->admission.caller, *request, reply);
+    call->End(status, reply->ByteSizeLong());
   });
   if (!taken) call->End(PoolFull());
   return call;

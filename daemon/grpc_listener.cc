@@ -4,6 +4,7 @@
 #include <fstream>
 #include <sstream>
 
+#include <grpc/grpc.h>
 #include <grpc/support/log.h>
 #include <grpcpp/resource_quota.h>
 #include <grpcpp/server_posix.h>
@@ -75,6 +76,9 @@ class GrpcListenerImpl : public GrpcListener {
   }
 
   absl::Status Serve() {
+    // Never shut down again: gRPC's last shutdown may wait 10 s for a poller of its own.
+    static const bool initialized = (grpc_init(), true);
+    (void)initialized;
     gpr_set_log_function(ToOurLog);
     kv_store_ = NewKvStoreService(shared_);
     retrieval_ = NewRetrievalService(shared_);

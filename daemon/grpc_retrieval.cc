@@ -112,9 +112,9 @@ class AttendCall : public UnaryCall {
   void Start(const v1::AttendRequest* request, v1::AttendReply* reply) {
     job_ = std::make_unique<AttendJob>(shared_, admission.caller.session, *request, reply);
     shared_.working.fetch_add(1);
-    const bool taken = RunOnPool(shared_, [this] {
-      job_->Run([this, &shared = shared_](const absl::Status& status) {
-        End(status);
+    const bool taken = RunOnPool(shared_, [this, reply] {
+      job_->Run([this, reply, &shared = shared_](const absl::Status& status) {
+        End(status, reply->ByteSizeLong());
         shared.working.fetch_sub(1);
       });
     });

@@ -25,6 +25,7 @@ enum Source : uint64_t { kWake = 0, kListener = 1, kSocket = 2, kDoorbell = 3 };
 constexpr int kEventsAtOnce = 64;
 constexpr int kMessagesAtOnce = 8;  // of one socket before others get a turn
 constexpr uint32_t kMaxUngreeted = 64;
+constexpr int kMaxUngreetedPerUser = 16;  // so that no user keeps the others out
 constexpr uint64_t kAcceptPauseNs = 100'000'000;
 
 template <typename T>
@@ -119,6 +120,13 @@ void ShmClients::AcceptAll(uint64_t now_ns) {
     if (ungreeted_ >= kMaxUngreeted) continue;  // closed: nobody is owed an answer yet
     absl::StatusOr<PeerCredentials> credentials = CredentialsOf(socket.get());
     if (!credentials.ok()) continue;
+    const auto same_user = [&](const auto& known) {
+      return known.second->channel == nullptr &&
+             known.second->credentials.uid == credentials->uid;
+    };
+    if (std::count_if(clients_.begin(), clients_.end(), same_user) >= kMaxUngreetedPerUser) {
+      continue;
+    }
     auto client = std::make_unique<ShmClient>();
     client->id = next_id_++;
     client->socket = std::move(socket);

@@ -24,8 +24,9 @@ class TenantLimit {
     Ticket(Ticket&& other) noexcept
         : limit_(std::exchange(other.limit_, nullptr)), tenant_(std::move(other.tenant_)) {}
     Ticket& operator=(Ticket&& other) noexcept {
-      std::swap(limit_, other.limit_);
-      std::swap(tenant_, other.tenant_);
+      if (limit_ != nullptr) limit_->GiveBack(tenant_);
+      limit_ = std::exchange(other.limit_, nullptr);
+      tenant_ = std::move(other.tenant_);
       return *this;
     }
     ~Ticket() {

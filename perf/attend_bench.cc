@@ -3,7 +3,9 @@
 // Workload: one Llama-3-8B-shaped layer (32 query heads, 8 KV heads, head_dim 128, bf16), a shared
 // prefix of 0, 1K, 16K or 128K tokens held by the daemon, batches of 1, 8 and 32 rows that all
 // attend the whole prefix with an unlimited budget. Shared memory (armed poller) against unary
-// gRPC over a Unix socket, interleaved call by call; "nop" is a round trip that asks for nothing.
+// gRPC over a Unix socket, interleaved call by call. "wake" is the first round trip after arming,
+// when the poller may have to be woken, as once per token; "nop" one that asks for nothing while
+// armed: the protocol's own cost, to which an attend adds copying q and o.
 // Floor of one batch: 2 * tokens * 8 * 128 * 2 bytes over the machine's read bandwidth.
 //
 // Prints microseconds at the median with the 10th and 90th percentile; --json prints JSON lines.
@@ -195,16 +197,20 @@ void RunOne(const Settings& settings, Client* client, GrpcPeer* grpc_peer, Conte
   Batch batch(context, tokens, size, random);
   AttendOverShm(client, &batch);  // warm
   grpc_peer->Attend(&batch);
-  std::vector<double> shm, grpc_us, nop;
+  std::vector<double> shm, grpc_us, nop, wake;
   absl::Time end = absl::Now() + absl::Seconds(settings.seconds);
   while (shm.size() < 20 || (absl::Now() < end && shm.size() < 20000)) {
-    client->Arm();
+    wake.push_back(Microseconds([&] {
+      client->Arm();
+      QUARRY_CHECK(client->Nop().ok());
+    }));
     nop.push_back(Microseconds([&] { QUARRY_CHECK(client->Nop().ok()); }));
     shm.push_back(Microseconds([&] { AttendOverShm(client, &batch); }));
     client->Disarm();
     grpc_us.push_back(Microseconds([&] { grpc_peer->Attend(&batch); }));
   }
   double bytes = 2.0 * tokens * kShape.kv_heads * static_cast<double>(kShape.vector_bytes());
+  Print(settings, "wake", tokens, size, QuantilesOf(wake), wake.size(), 0);
   Print(settings, "nop", tokens, size, QuantilesOf(nop), nop.size(), 0);
   Print(settings, "shm", tokens, size, QuantilesOf(shm), shm.size(), bytes);
   Print(settings, "grpc", tokens, size, QuantilesOf(grpc_us), grpc_us.size(), bytes);

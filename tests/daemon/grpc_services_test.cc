@@ -3,6 +3,7 @@
 #include <grpcpp/grpcpp.h>
 #include <sys/stat.h>
 
+#include <fstream>
 #include <thread>
 
 #include "daemon/grpc_listener.h"
@@ -13,6 +14,7 @@
 #include "quarry/v1/retrieval.grpc.pb.h"
 #include "tests/daemon/other_user.h"
 #include "tests/daemon/server_fixture.h"
+#include "tests/daemon/test_certificates.h"
 
 namespace quarry::testing {
 namespace {
@@ -416,7 +418,10 @@ TEST_F(GrpcServicesTest, ClientsThatDoNotReadHoldUpNobody) {
   }
   ASSERT_TRUE(Eventually([&] { return counters().grpc_calls >= 9; }));
   auto other = NewPeer();
-  for (int i = 0; i < 200; ++i) ASSERT_TRUE(other->ListContexts().ok()) << i;
+  for (int i = 0; i < 200; ++i) {
+    const grpc::Status status = other->ListContexts();
+    ASSERT_TRUE(status.ok()) << i << ": " << status.error_message();
+  }
   for (auto& context : contexts) context->TryCancel();
   for (auto& reader : readers) (void)reader->Finish();
 }
@@ -486,6 +491,64 @@ TEST_F(GrpcServicesTest, ARemoteAddressWithoutTlsIsRefused) {
   tenants_ = std::make_unique<PeerTenants>(PeerTenantOptions(), geteuid());
   EXPECT_EQ(GrpcListener::Start(options, parts_, *tenants_).status().code(),
             absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(GrpcServicesTest, MutualTlsNamesTheTenantAndNothingElseGetsIn) {
+  const TestAuthority authority("test authority"), stranger("somebody else's authority");
+  const TestCertificate server = authority.Sign("localhost");
+  const auto write = [&](const char* name, const std::string& text) {
+    const std::string path = directory_.path() + "/" + name;
+    std::ofstream(path) << text;
+    return path;
+  };
+  GrpcOptions options;
+  options.listen = "0.0.0.0:0";
+  options.tls_certificate = write("server.pem", server.certificate);
+  options.tls_key = write("server.key", server.key);
+  options.tls_client_ca = write("ca.pem", authority.Pem());
+  StartGrpc(options);
+  const std::string address = "localhost:" + std::to_string(listener_->port());
+  const auto connect = [&](const TestCertificate& client) {
+    grpc::SslCredentialsOptions ssl;
+    ssl.pem_root_certs = authority.Pem();
+    ssl.pem_cert_chain = client.certificate;
+    ssl.pem_private_key = client.key;
+    return std::make_unique<Peer>(grpc::CreateChannel(address, grpc::SslCredentials(ssl)));
+  };
+  auto node = connect(authority.Sign("node-7"));
+  ASSERT_TRUE(node->OpenSession()) << node->session_status.error_message();
+  EXPECT_EQ(node->tenant, "node-7");
+  EXPECT_TRUE(node->ListContexts().ok());
+  // A session of another certificate's tenant is out of reach.
+  auto other = connect(authority.Sign("node-8"));
+  ASSERT_TRUE(other->OpenSession());
+  EXPECT_EQ(other->ListContexts(node->session).error_code(), grpc::UNAUTHENTICATED);
+  // A local user's tenant cannot be taken by certificate.
+  auto user = connect(authority.Sign("uid-0"));
+  EXPECT_FALSE(user->OpenSession());
+  EXPECT_EQ(user->session_status.error_code(), grpc::UNAUTHENTICATED);
+  // Another authority's certificate, none, and plain text do not connect.
+  for (const TestCertificate& refused : {stranger.Sign("node-7"), TestCertificate{}}) {
+    auto peer = connect(refused);
+    EXPECT_FALSE(peer->OpenSession());
+    EXPECT_EQ(peer->session_status.error_code(), grpc::UNAVAILABLE);
+  }
+  Peer plain(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()));
+  EXPECT_FALSE(plain.OpenSession());
+  v1::DrainReply drain;
+  EXPECT_EQ(node->admin->Drain(node->Context().get(), v1::DrainRequest(), &drain).error_code(),
+            grpc::PERMISSION_DENIED);
+}
+
+TEST_F(GrpcServicesTest, MissingTlsFilesAreNamed) {
+  GrpcOptions options;
+  options.listen = "0.0.0.0:0";
+  options.tls_certificate = options.tls_client_ca = "/dev/null";
+  options.tls_key = "/nonexistent.key";
+  tenants_ = std::make_unique<PeerTenants>(PeerTenantOptions(), geteuid());
+  const auto listener = GrpcListener::Start(options, parts_, *tenants_);
+  ASSERT_EQ(listener.status().code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(std::string(listener.status().message()), HasSubstr("/nonexistent.key"));
 }
 
 TEST_F(GrpcServicesTest, ConnectionsAreLimited) {

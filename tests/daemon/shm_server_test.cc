@@ -4,11 +4,13 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <thread>
 
 #include "gmock/gmock.h"
+#include "tests/daemon/other_user.h"
 #include "tests/daemon/server_fixture.h"
 
 namespace quarry::testing {
@@ -78,6 +80,23 @@ TEST_F(ShmServerTest, ASilentConnectionIsClosedAndCostsNobodyAnything) {
   char byte;
   EXPECT_EQ(recv(silent->get(), &byte, 1, 0), 0);  // the daemon's hang-up
   EXPECT_EQ(client->Run(0, Opcode::kNop, 0), absl::StatusCode::kOk);
+}
+
+TEST_F(ShmServerTest, SilentConnectionsOfOneUserDoNotKeepOthersOut) {
+  if (!IsRoot()) GTEST_SKIP() << "needs root to connect as another user";
+  ShmOptions options = SmallOptions();
+  options.hello_timeout_ms = 60000;
+  options.socket_mode = 0666;
+  StartServer(options);
+  chmod(directory_.path().c_str(), 0755);
+  std::vector<FileDescriptor> silent;
+  AsUser(12345, [&] {
+    for (int i = 0; i < 100; ++i) {
+      auto socket = RawShmClient::Dial(socket_path());
+      if (socket.ok()) silent.push_back(*std::move(socket));
+    }
+  });
+  EXPECT_EQ(Connect()->Run(0, Opcode::kNop, 0), absl::StatusCode::kOk);
 }
 
 TEST_F(ShmServerTest, ChannelsAreLimited) {
