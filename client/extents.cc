@@ -19,7 +19,8 @@ ExtentMap::~ExtentMap() {
 absl::StatusOr<ExtentMap::Mapping> ExtentMap::Map(uint32_t extent) {
   Mapping mapping;
   QUARRY_ASSIGN_OR_RETURN(OwnedFd fd, channel_.FetchExtent(extent, &mapping.bytes));
-  void* at = mmap(nullptr, mapping.bytes, PROT_READ, MAP_SHARED, fd.get(), 0);
+  // Faulted in at once: page by page it costs reads of large blocks a third of their rate.
+  void* at = mmap(nullptr, mapping.bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd.get(), 0);
   if (at == MAP_FAILED) {
     return absl::ResourceExhaustedError(absl::StrCat("mapping extent ", extent, " of ",
                                                      mapping.bytes, " bytes: ",

@@ -57,6 +57,30 @@ TEST(ByteDigestTest, StreamedAndCopiedDigestsEqualTheOneShotDigest) {
   }
 }
 
+// Large copies take another way, which depends on the destination's alignment.
+TEST(ByteDigestTest, LargeCopiesAreExactAtEveryAlignment) {
+  std::mt19937 random(7);
+  for (const size_t n : {65536, 65536 + 4095, 300001}) {
+    const std::vector<std::byte> bytes = RandomBytes(n + 64, random);
+    std::vector<std::byte> copy(n + 128);
+    for (const size_t from : {0, 1, 8, 33}) {
+      for (const size_t to : {0, 1, 15, 16, 40, 64}) {
+        std::fill(copy.begin(), copy.end(), std::byte{0x5a});
+        const auto source = std::span(bytes).subspan(from, n);
+        StreamingDigest digest;
+        digest.Update(source.first(100));  // leaves a part in the digest's own buffer
+        digest.CopyAndUpdate(copy.data() + to, source.data() + 100, n - 100);
+        ASSERT_EQ(digest.Finish(), DigestOf(source)) << n << " " << from << " " << to;
+        ASSERT_TRUE(std::equal(source.begin() + 100, source.end(), copy.data() + to));
+        ASSERT_EQ(std::count(copy.begin(), copy.begin() + static_cast<ptrdiff_t>(to),
+                             std::byte{0x5a}),
+                  static_cast<ptrdiff_t>(to));
+        ASSERT_EQ(copy[to + n - 100], std::byte{0x5a});
+      }
+    }
+  }
+}
+
 TEST(ByteDigestTest, FinishDoesNotEndTheStream) {
   StreamingDigest stream;
   stream.Update(BytesOf("a"));
