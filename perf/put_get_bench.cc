@@ -8,6 +8,7 @@
 //   put, put+digest   into the slot, by the daemon into the arena: two copies
 //   lease             lease and release, without a copy; lease idle: with the poller parked
 //   get, get+digest   lease, copy out without and with checking the digest, release
+//   copy+digest       the same copy of a block that is leased already: without the round trip
 //   store copy        BlockStore::CopyOut with its digest check, in this process
 // Floor of a get: one memcpy. Rows give the median with the 10th and 90th percentile; the share is
 // the median of the rounds' ratios, memcpy's time over the operation's.
@@ -167,19 +168,24 @@ class Workload {
 
   void Gets() {
     std::vector<Series> series = {{"memcpy", {}, {}}, {"lease", {}, {}}, {"get", {}, {}},
-                                  {"get+digest", {}, {}}};
-    const uint32_t stride = std::max(1u, blocks_ / (3 * settings_.rounds));
+                                  {"get+digest", {}, {}}, {"copy+digest", {}, {}}};
+    const uint32_t stride = std::max(1u, blocks_ / (4 * settings_.rounds));
     uint32_t next = 0;
     auto key = [&] { return KeyOf((next += stride) % blocks_); };
+    std::unique_ptr<LeasedBlock> held;
     const std::vector<Operation> operations = {[&] { Lease(unchecked_, key()); },
                                                [&] { Get(unchecked_, key()); },
-                                               [&] { Get(checked_, key()); }};
+                                               [&] { Get(checked_, key()); },
+                                               [&] { Copy(*held); }};
     for (uint32_t i = 0; i < blocks_; ++i) {  // both clients map every extent
       Lease(checked_, KeyOf(i));
       Lease(unchecked_, KeyOf(i));
     }
     checked_->Arm();
-    for (uint32_t round = 0; round < settings_.rounds; ++round) Round(round, &series, operations);
+    for (uint32_t round = 0; round < settings_.rounds; ++round) {
+      held = LeaseOf(checked_, key());
+      Round(round, &series, operations);
+    }
     checked_->Disarm();
     Print(series);
 
@@ -206,14 +212,14 @@ class Workload {
   void Put(Client* client, uint32_t i) {
     Die(client->Put("bench", KeyOf(i), source_->Next(size_)), "put");
   }
-  void Lease(Client* client, const std::string& key) {
-    Die(client->Lease("bench", key).status(), "lease");
-  }
-  void Get(Client* client, const std::string& key) {
+  static std::unique_ptr<LeasedBlock> LeaseOf(Client* client, const std::string& key) {
     auto block = client->Lease("bench", key);
     Die(block.status(), "lease");
-    Die((*block)->CopyTo(0, target_->Next(size_)), "copy");
+    return *std::move(block);
   }
+  void Lease(Client* client, const std::string& key) { LeaseOf(client, key); }
+  void Get(Client* client, const std::string& key) { Copy(*LeaseOf(client, key)); }
+  void Copy(const LeasedBlock& block) { Die(block.CopyTo(0, target_->Next(size_)), "copy"); }
 
   void Print(const std::vector<Series>& all) const {
     for (const Series& series : all) Print(series);
@@ -231,7 +237,7 @@ class Workload {
       }
       std::printf("%s\n", line.dump().c_str());
     } else {
-      std::printf("%8llu KiB  %-10s %9.1f us [%.1f, %.1f]  %6.2f GB/s",
+      std::printf("%8llu KiB  %-11s %9.1f us [%.1f, %.1f]  %6.2f GB/s",
                   static_cast<unsigned long long>(size_ >> 10), series.name, us.p50, us.p10,
                   us.p90, rate);
       if (!series.share.empty()) {
