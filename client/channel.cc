@@ -24,6 +24,8 @@ namespace {
 constexpr absl::Duration kSpin = absl::Microseconds(60);
 // While asleep, how often the socket is looked at: a killed daemon is noticed within this time.
 constexpr absl::Duration kWatchEvery = absl::Milliseconds(20);
+// While somebody waits for any slot, how often all of them are looked at.
+constexpr absl::Duration kLookEvery = absl::Milliseconds(1);
 
 void FutexWait(std::atomic<uint32_t>* word, uint32_t expected, absl::Duration timeout) {
   timespec ts = absl::ToTimespec(timeout);
@@ -39,6 +41,10 @@ std::span<std::byte> WritableBytesOf(T& x) {
   return std::as_writable_bytes(std::span(&x, 1));
 }
 
+std::string DeadlineMissed(absl::Duration deadline) {
+  return absl::StrCat("did not answer within ", absl::FormatDuration(deadline));
+}
+
 std::string TextOf(const char* text, size_t size) { return std::string(text, strnlen(text, size)); }
 
 }  // namespace
@@ -48,11 +54,12 @@ absl::StatusOr<std::unique_ptr<ClientChannel>> ClientChannel::Connect(
   auto channel = std::unique_ptr<ClientChannel>(new ClientChannel);
   channel->path_ = std::string(socket_path);
   channel->deadline_ = deadline;
-  QUARRY_ASSIGN_OR_RETURN(channel->socket_, ConnectSeqPacket(socket_path));
+  const absl::Time end = absl::Now() + deadline;
+  QUARRY_ASSIGN_OR_RETURN(channel->socket_, ConnectSeqPacket(socket_path, deadline));
   shm::HelloReply reply{};
   std::vector<OwnedFd> descriptors;
   QUARRY_RETURN_IF_ERROR(Exchange(channel->socket_.get(), BytesOf(hello), WritableBytesOf(reply),
-                                  deadline, &descriptors));
+                                  end - absl::Now(), &descriptors));
   if (reply.magic != shm::kMagic) {
     return absl::FailedPreconditionError(
         absl::StrCat("what answers at ", channel->path_, " is not quarryd"));
@@ -130,24 +137,44 @@ bool ClientChannel::TakeFree(Slot* slot) {
 }
 
 absl::StatusOr<ClientChannel::Slot> ClientChannel::Take() {
-  const absl::Time end = absl::Now() + deadline_;
   Slot slot;
   absl::MutexLock lock(&mutex_);
-  while (!TakeFree(&slot)) {
-    if (lost()) break;
+  if (!lost() && TakeFree(&slot)) return slot;
+  const absl::Time end = absl::Now() + deadline_;
+  const Slot oldest = abandoned_.empty() ? Slot{} : abandoned_.front();  // generation 0: none
+  do {
+    if (lost()) return absl::UnavailableError(absl::StrCat("quarryd at ", path_, " is lost"));
     if (DaemonHungUp()) return Lost("has gone: its socket is closed");
-    const auto some_free = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-      return !free_.empty();
-    };
-    mutex_.AwaitWithDeadline(absl::Condition(&some_free),
-                             std::min(end, absl::Now() + kWatchEvery));
-    if (absl::Now() >= end) {
+    const absl::Duration left = end - absl::Now();
+    if (left <= absl::ZeroDuration()) {
+      const bool held_up = oldest.generation != 0 && std::any_of(
+          abandoned_.begin(), abandoned_.end(), [&](const Slot& s) {
+            return s.index == oldest.index && s.generation == oldest.generation;
+          });
+      if (held_up) return Lost(DeadlineMissed(deadline_));
       return absl::ResourceExhaustedError(absl::StrCat(
           "all ", slot_count_, " slots have been in use for ", absl::FormatDuration(deadline_)));
     }
-  }
-  if (lost()) return absl::UnavailableError(absl::StrCat("quarryd at ", path_, " is lost"));
+    AwaitSlot(std::min(left, kWatchEvery));
+  } while (!TakeFree(&slot));
   return slot;
+}
+
+// The daemon's answer to an abandoned slot frees it without a word to this process: somebody has to
+// look. Slots that callers give back meanwhile are noticed after kLookEvery at the latest.
+void ClientChannel::AwaitSlot(absl::Duration most) {
+  if (abandoned_.empty()) {
+    const auto some = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+      return !free_.empty() || !abandoned_.empty();
+    };
+    mutex_.AwaitWithTimeout(absl::Condition(&some), most);
+    return;
+  }
+  const Slot oldest = abandoned_.front();
+  mutex_.Unlock();
+  Spin(oldest);
+  Sleep(oldest, std::min(most, kLookEvery));
+  mutex_.Lock();
 }
 
 void ClientChannel::Submit(const Slot& slot, shm::Opcode opcode, uint64_t request_bytes) {
@@ -197,13 +224,25 @@ absl::Status ClientChannel::Lost(std::string_view why) {
   return absl::UnavailableError(absl::StrCat("quarryd at ", path_, " ", std::string(why)));
 }
 
-absl::Status ClientChannel::Wait(const Slot& slot, uint64_t* bytes) {
-  shm::SlotHeader* header = header_of(slot);
+void ClientChannel::Spin(const Slot& slot) const {
   const absl::Time start = absl::Now();
-  const absl::Time end = start + deadline_;
   while (!Done(slot) && absl::Now() - start < kSpin) {
     for (int i = 0; i < 64 && !Done(slot); ++i) __builtin_ia32_pause();
   }
+}
+
+void ClientChannel::Sleep(const Slot& slot, absl::Duration most) const {
+  shm::SlotHeader* header = header_of(slot);
+  const uint32_t seen = header->done.load(std::memory_order_acquire);
+  if (seen == slot.generation) return;
+  header->waiting.store(1, std::memory_order_seq_cst);
+  FutexWait(&header->done, seen, most);
+}
+
+absl::Status ClientChannel::Wait(const Slot& slot, uint64_t* bytes) {
+  shm::SlotHeader* header = header_of(slot);
+  const absl::Time end = absl::Now() + deadline_;
+  Spin(slot);
   while (!Done(slot)) {
     if (DaemonHungUp()) {
       if (Done(slot)) break;  // answered before it went
@@ -213,12 +252,9 @@ absl::Status ClientChannel::Wait(const Slot& slot, uint64_t* bytes) {
     if (lost()) return Lost("is lost");
     const absl::Duration left = end - absl::Now();
     if (left <= absl::ZeroDuration()) {
-      return Lost(absl::StrCat("did not answer within ", absl::FormatDuration(deadline_)));
+      return Lost(DeadlineMissed(deadline_));
     }
-    const uint32_t seen = header->done.load(std::memory_order_acquire);
-    if (seen == slot.generation) break;
-    header->waiting.store(1, std::memory_order_seq_cst);
-    FutexWait(&header->done, seen, std::min(left, kWatchEvery));
+    Sleep(slot, std::min(left, kWatchEvery));
   }
   const uint64_t length = header->response_bytes;
   *bytes = std::min(length, payload_bytes());

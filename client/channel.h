@@ -53,7 +53,8 @@ class ClientChannel {
   SessionId session() const { return session_; }
   uint64_t payload_bytes() const { return slot_bytes_ - shm::kSlotPayload; }
 
-  // A free slot, waiting for one until the deadline.
+  // A free slot, waiting for one until the deadline: then ResourceExhausted if callers hold them
+  // all, Unavailable (and the channel is lost) if the daemon has left an abandoned one unanswered.
   absl::StatusOr<Slot> Take();
   std::byte* slot_start(const Slot& slot) const { return slots_ + slot.index * slot_bytes_; }
   std::byte* payload(const Slot& slot) const { return slot_start(slot) + shm::kSlotPayload; }
@@ -81,6 +82,11 @@ class ClientChannel {
   }
   void RingIfParked();
   bool TakeFree(Slot* slot) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Until a slot may have come free, for `most` at most.
+  void AwaitSlot(absl::Duration most) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Spin(const Slot& slot) const;
+  // Sleeps until the slot is answered, or for `most`; may return early.
+  void Sleep(const Slot& slot, absl::Duration most) const;
   bool DaemonHungUp() const;
   absl::Status Lost(std::string_view why);
 
@@ -100,7 +106,7 @@ class ClientChannel {
   absl::Mutex socket_mutex_;  // one conversation at a time
   absl::Mutex mutex_;
   std::vector<uint32_t> free_ ABSL_GUARDED_BY(mutex_);
-  std::vector<Slot> abandoned_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Slot> abandoned_ ABSL_GUARDED_BY(mutex_);  // the longest in flight first
   std::vector<uint32_t> generations_ ABSL_GUARDED_BY(mutex_);  // last one of each slot
   absl::Mutex submit_mutex_;
   uint64_t cursor_ ABSL_GUARDED_BY(submit_mutex_) = 0;

@@ -2,6 +2,7 @@
 
 #include <poll.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -37,6 +38,24 @@ void TakeDescriptors(const msghdr& message, std::vector<OwnedFd>* out) {
   }
 }
 
+// Runs `call` (connect or send), which blocks until `end` at most; a signal's handler does not end
+// it. False with errno set; EAGAIN: the deadline has passed.
+template <typename Call>
+bool BlockUntil(int socket, absl::Time end, Call call) {
+  for (;;) {
+    // 0 would mean for ever.
+    const absl::Duration left = std::max(end - absl::Now(), absl::Milliseconds(1));
+    const timeval timeout = absl::ToTimeval(left);
+    setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout));
+    if (call() >= 0) return true;
+    if (errno != EINTR) return false;
+    if (absl::Now() >= end) {
+      errno = EAGAIN;
+      return false;
+    }
+  }
+}
+
 }  // namespace
 
 OwnedFd::~OwnedFd() {
@@ -48,7 +67,7 @@ OwnedFd& OwnedFd::operator=(OwnedFd&& other) noexcept {
   return *this;
 }
 
-absl::StatusOr<OwnedFd> ConnectSeqPacket(std::string_view path) {
+absl::StatusOr<OwnedFd> ConnectSeqPacket(std::string_view path, absl::Duration deadline) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path.empty() || path.size() >= sizeof(address.sun_path)) {
@@ -59,7 +78,14 @@ absl::StatusOr<OwnedFd> ConnectSeqPacket(std::string_view path) {
   std::memcpy(address.sun_path, path.data(), path.size());
   OwnedFd fd(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
   if (fd.get() < 0) return SocketError("socket");
-  if (connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+  const auto* to = reinterpret_cast<const sockaddr*>(&address);
+  if (!BlockUntil(fd.get(), absl::Now() + deadline,
+                  [&] { return connect(fd.get(), to, sizeof(address)); })) {
+    if (errno == EAGAIN) {
+      return absl::UnavailableError(absl::StrCat("quarryd at ", std::string(path),
+                                                 " took no connection within ",
+                                                 absl::FormatDuration(deadline)));
+    }
     return absl::UnavailableError(absl::StrCat("no quarryd answers at ", std::string(path), ": ",
                                                std::strerror(errno)));
   }
@@ -68,12 +94,13 @@ absl::StatusOr<OwnedFd> ConnectSeqPacket(std::string_view path) {
 
 absl::Status Exchange(int socket, std::span<const std::byte> request, std::span<std::byte> reply,
                       absl::Duration deadline, std::vector<OwnedFd>* descriptors) {
-  if (send(socket, request.data(), request.size(), MSG_NOSIGNAL) !=
-      static_cast<ssize_t>(request.size())) {
+  const absl::Time end = absl::Now() + deadline;
+  if (!BlockUntil(socket, end, [&] {  // a packet goes whole or not at all
+        return send(socket, request.data(), request.size(), MSG_NOSIGNAL);
+      })) {
     return SocketError("send");
   }
   pollfd readable{socket, POLLIN, 0};
-  const absl::Time end = absl::Now() + deadline;
   int ready;
   do {  // a signal's handler does not end the wait
     const absl::Duration left = std::max(end - absl::Now(), absl::ZeroDuration());
@@ -92,7 +119,10 @@ absl::Status Exchange(int socket, std::span<const std::byte> request, std::span<
   message.msg_iovlen = 1;
   message.msg_control = control;
   message.msg_controllen = sizeof(control);
-  ssize_t received = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+  ssize_t received;
+  do {
+    received = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+  } while (received < 0 && errno == EINTR);
   if (received < 0) return SocketError("recvmsg");
   TakeDescriptors(message, descriptors);
   if (received == 0) return absl::UnavailableError("quarryd closed the socket");

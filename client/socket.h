@@ -12,7 +12,9 @@
 
 namespace quarry {
 
-absl::StatusOr<OwnedFd> ConnectSeqPacket(std::string_view path);
+// Unavailable: nobody listens at `path`, or nobody has taken the connection by the deadline (a
+// stopped daemon whose backlog is full).
+absl::StatusOr<OwnedFd> ConnectSeqPacket(std::string_view path, absl::Duration deadline);
 
 // One message and one answer of exactly reply.size() bytes; descriptors that came with it are
 // appended to *descriptors. Unavailable: the daemon hung up or did not answer by the deadline.

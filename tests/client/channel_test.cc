@@ -1,7 +1,11 @@
 // The client against servers that misbehave. Deadlines are the client's own; nothing here sleeps
 // for a fixed time.
 #include <signal.h>
+#include <stdlib.h>
+#include <sys/socket.h>
 #include <sys/time.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <memory>
@@ -193,6 +197,71 @@ TEST(HandshakeTest, SignalsDoNotEndTheWaitForTheReply) {
   EXPECT_TRUE(status.ok()) << status;
 }
 
+// Listens, never accepts, and has no room for another connection: a stopped daemon.
+class FullListener {
+ public:
+  FullListener() {
+    char directory[] = "/tmp/quarry-full-XXXXXX";
+    EXPECT_NE(mkdtemp(directory), nullptr);
+    directory_ = directory;
+    path_ = directory_ + "/socket";
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::memcpy(address.sun_path, path_.data(), path_.size());
+    const auto* at = reinterpret_cast<const sockaddr*>(&address);
+    descriptors_.push_back(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    EXPECT_EQ(bind(descriptors_[0], at, sizeof(address)), 0);
+    EXPECT_EQ(listen(descriptors_[0], 0), 0);
+    int connected;
+    do {
+      descriptors_.push_back(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+      connected = connect(descriptors_.back(), at, sizeof(address));
+    } while (connected == 0 && descriptors_.size() < 100);
+    EXPECT_EQ(errno, EAGAIN);
+  }
+  ~FullListener() {
+    for (const int fd : descriptors_) close(fd);
+    unlink(path_.c_str());
+    rmdir(directory_.c_str());
+  }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string directory_, path_;
+  std::vector<int> descriptors_;
+};
+
+TEST(HandshakeTest, AStoppedDaemonWithAFullBacklogIsUnavailableAtTheDeadline) {
+  const FullListener listener;
+  ClientOptions options;
+  options.socket_path = listener.path();
+  options.deadline = absl::Milliseconds(50);
+  const absl::Time start = absl::Now();
+  const absl::Status status = Client::Connect(options).status();
+  EXPECT_LT(absl::Now() - start, kLong / 2);
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(Text(status), AllOf(HasSubstr(listener.path()), HasSubstr("50ms")));
+}
+
+TEST(HandshakeTest, SignalsDoNotPutOffTheDeadlineOfAConnection) {
+  const FullListener listener;
+  struct sigaction act{}, old{};
+  act.sa_handler = [](int) {};
+  sigaction(SIGALRM, &act, &old);
+  const itimerval every_ms{{0, 1000}, {0, 1000}}, never{};
+  ClientOptions options;
+  options.socket_path = listener.path();
+  options.deadline = absl::Milliseconds(50);
+  const absl::Time start = absl::Now();
+  setitimer(ITIMER_REAL, &every_ms, nullptr);
+  const absl::Status status = Client::Connect(options).status();
+  setitimer(ITIMER_REAL, &never, nullptr);
+  sigaction(SIGALRM, &old, nullptr);
+  EXPECT_GE(absl::Now() - start, options.deadline);
+  EXPECT_LT(absl::Now() - start, kLong / 2);
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+}
+
 TEST(ChannelTest, ADaemonThatDiesMidRequestIsNoticedQuickly) {
   FakeServer server({.serve = [](const Request&) { return Answer{.hang_up = true}; }});
   auto client = Connect(server);
@@ -325,19 +394,81 @@ TEST(ChannelTest, NoFreeSlotIsResourceExhaustedAfterTheDeadline) {
 
 TEST(ChannelTest, AnAbandonedSlotIsReusedOnlyAfterItsAnswer) {
   FakeServer server({.slots = 1, .serve = [](const Request&) { return Answer{.given = false}; }});
+  auto channel = ConnectChannel(server, kLong);
+  ASSERT_NE(channel, nullptr);
+  auto first = channel->Take();
+  ASSERT_TRUE(first.ok());
+  channel->Submit(*first, shm::Opcode::kNop, 0);
+  channel->Abandon(*first);
+  ASSERT_TRUE(Eventually([&] { return server.requests().size() == 1; }));
+  std::atomic<bool> answered{false};
+  bool early = false;
+  absl::StatusOr<ClientChannel::Slot> second;
+  std::thread taker([&] {
+    second = channel->Take();
+    early = !answered.load();
+  });
+  absl::SleepFor(absl::Milliseconds(5));  // long enough to look at the slots a few times
+  answered.store(true);
+  server.AnswerLater(server.requests()[0], {});
+  taker.join();
+  ASSERT_TRUE(second.ok()) << second.status();
+  EXPECT_FALSE(early);
+  EXPECT_EQ(second->index, first->index);
+  EXPECT_NE(second->generation, first->generation);
+}
+
+TEST(ChannelTest, AnAbandonedRequestThatIsNeverAnsweredEndsTheChannelAtTheDeadline) {
+  FakeServer server({.slots = 1, .serve = [](const Request&) { return Answer{.given = false}; }});
   auto channel = ConnectChannel(server, absl::Milliseconds(60));
   ASSERT_NE(channel, nullptr);
   auto first = channel->Take();
   ASSERT_TRUE(first.ok());
   channel->Submit(*first, shm::Opcode::kNop, 0);
   channel->Abandon(*first);
-  EXPECT_EQ(channel->Take().status().code(), absl::StatusCode::kResourceExhausted);
-  ASSERT_TRUE(Eventually([&] { return server.requests().size() == 1; }));
-  server.AnswerLater(server.requests()[0], {});
-  auto second = channel->Take();
-  ASSERT_TRUE(second.ok()) << second.status();
-  EXPECT_EQ(second->index, first->index);
-  EXPECT_NE(second->generation, first->generation);
+  const absl::Time start = absl::Now();
+  const absl::Status status = channel->Take().status();
+  EXPECT_GE(absl::Now() - start, absl::Milliseconds(60));
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(Text(status), HasSubstr("60ms"));
+  EXPECT_TRUE(channel->lost());
+}
+
+// A lease's release is abandoned: the next request must not sit out the interval at which the
+// socket is looked at (20 ms, 8 s in all).
+TEST(ChannelTest, AnAbandonedSlotComesBackAsSoonAsItIsAnswered) {
+  FakeServer server({.slots = 1});
+  auto channel = ConnectChannel(server, kLong);
+  ASSERT_NE(channel, nullptr);
+  const absl::Time start = absl::Now();
+  for (int i = 0; i < 400; ++i) {
+    auto slot = channel->Take();
+    ASSERT_TRUE(slot.ok()) << slot.status();
+    channel->Submit(*slot, shm::Opcode::kNop, 0);
+    channel->Abandon(*slot);
+  }
+  EXPECT_LT(absl::Now() - start, absl::Seconds(4));
+}
+
+TEST(ChannelTest, ASlotGivenBackIsTakenWhileAnotherStaysUnanswered) {
+  FakeServer server({.slots = 2, .serve = [](const Request&) { return Answer{.given = false}; }});
+  auto channel = ConnectChannel(server, kLong);
+  ASSERT_NE(channel, nullptr);
+  auto stuck = channel->Take(), held = channel->Take();
+  ASSERT_TRUE(stuck.ok() && held.ok());
+  channel->Submit(*stuck, shm::Opcode::kNop, 0);
+  channel->Abandon(*stuck);
+  channel->Submit(*held, shm::Opcode::kNop, 0);
+  ASSERT_TRUE(Eventually([&] { return server.requests().size() == 2; }));
+  absl::StatusOr<ClientChannel::Slot> taken;
+  std::thread taker([&] { taken = channel->Take(); });
+  server.AnswerLater(server.requests()[1], {});
+  uint64_t bytes = 0;
+  EXPECT_TRUE(channel->Wait(*held, &bytes).ok());
+  channel->Abandon(*held);
+  taker.join();
+  ASSERT_TRUE(taken.ok()) << taken.status();
+  EXPECT_EQ(taken->index, held->index);
 }
 
 TEST(ChannelTest, WaitingForASlotOfADeadDaemonIsUnavailable) {
