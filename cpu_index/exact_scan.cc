@@ -29,7 +29,7 @@ class PreparedQueries {
     for (size_t i = 0; i < bf16_.size(); ++i) bf16_[i] = FloatToBf16(block.q[i]);
   }
 
-  // Scores tokens [first, first + n) of a segment into out [queries][ld_out]; `next` is fetched.
+  // Scores tokens [first, first + n) of a segment into out [queries][ld_out]; the keys go on at `next`.
   void Score(const KvView& run, const KvSegment& segment, uint32_t first, uint32_t n,
              const void* next, float* out, size_t ld_out) const {
     const size_t row_bytes = size_t{run.head_dim} * DTypeBytes(run.dtype);
@@ -44,7 +44,7 @@ class PreparedQueries {
     tile.scale = block_.scale;
     tile.out = out;
     tile.ld_out = ld_out;
-    tile.prefetch = next;
+    tile.next = next;
     Kernels().score(tile);
   }
 
@@ -120,14 +120,15 @@ kernels::AccumulateTile ValuesOf(const KvView& run, const KvSegment& segment, ui
   return tile;
 }
 
-// Where the next tile's keys lie: behind this one, or at the start of the next segment.
-const void* NextKeys(const KvView& run, size_t segment, uint32_t next_token) {
+// Where a part (K or V) goes on at next_token: in the segment, or at the start of the next one.
+const void* Continues(const KvView& run, size_t segment, const void* KvSegment::*part,
+                      uint32_t next_token) {
   const KvSegment& s = run.segments[segment];
   if (next_token < s.tokens.hi) {
-    return static_cast<const char*>(s.k) +
+    return static_cast<const char*>(s.*part) +
            size_t{next_token - s.tokens.lo} * run.head_dim * DTypeBytes(run.dtype);
   }
-  return segment + 1 < run.segments.size() ? run.segments[segment + 1].k : nullptr;
+  return segment + 1 < run.segments.size() ? run.segments[segment + 1].*part : nullptr;
 }
 
 // Tokens that at least one query wants.
@@ -159,10 +160,10 @@ class ExactScanIndex final : public KeyIndex {
       const TokenRange wanted = Intersect(segment.tokens, hull);
       for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
         const uint32_t n = std::min(kTileTokens, wanted.hi - t);
-        // While keys are scored the tile's values arrive, and meanwhile the next keys.
         kernels::AccumulateTile values = ValuesOf(run, segment, t);
-        values.prefetch = NextKeys(run, s, t + n);
-        prepared.Score(run, segment, t, n, values.v, scores.data(), kTileTokens);
+        values.next = Continues(run, s, &KvSegment::v, t + n);
+        prepared.Score(run, segment, t, n, Continues(run, s, &KvSegment::k, t + n), scores.data(),
+                       kTileTokens);
         AttendTile(values, t, n, queries, scores.data(), &softmax);
         read += n;
       }
@@ -188,7 +189,8 @@ class ExactScanIndex final : public KeyIndex {
       for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
         const uint32_t n = std::min(kTileTokens, wanted.hi - t);
         float* at = out->score.data() + (t - out->tokens.lo);
-        prepared.Score(run, segment, t, n, NextKeys(run, s, t + n), at, out->nodes);
+        prepared.Score(run, segment, t, n, Continues(run, s, &KvSegment::k, t + n), at,
+                       out->nodes);
         for (uint32_t i = 0; i < queries.queries; ++i) {
           Mask(queries.ranges[i], t, n, at + size_t{i} * out->nodes);
         }

@@ -22,9 +22,8 @@ struct ScoreTile {
   float scale;
   float* out;
   size_t ld_out;           // in floats
-  // As many bytes as the tile's keys, wanted next: fetched into the cache beside the arithmetic,
-  // which the processor's own prefetchers do not overlap with it. May be null.
-  const void* prefetch;
+  // Where the keys go on after this tile, for prefetching; may be null.
+  const void* next;
 };
 
 // acc[i * head_dim + d] += sum over t of p[i * ld_p + t] * v[row(t) * head_dim + d], with
@@ -39,7 +38,7 @@ struct AccumulateTile {
   uint32_t tokens;
   uint8_t dtype;
   float* acc;
-  const void* prefetch;  // as in ScoreTile
+  const void* next;      // as in ScoreTile
 };
 
 struct Table {

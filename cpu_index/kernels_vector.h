@@ -12,12 +12,25 @@
 namespace quarry::kernels {
 namespace {
 
-// Fetches [offset, offset + bytes) of what is wanted next into the second-level cache.
-inline void PrefetchNext(const void* next, size_t offset, size_t bytes) {
-  if (next == nullptr) return;
-  const char* p = static_cast<const char*>(next) + offset;
-  for (size_t b = 0; b < bytes; b += 64) __builtin_prefetch(p + b, 0, 2);
-}
+// How far ahead of the row in use rows are fetched into the second-level cache. From DRAM, 131,072
+// keys and values of 128 bf16 and one query reach 0.89-0.91 of the read bandwidth with 8 or 16 KiB,
+// 0.85 with 1 KiB and 0.65 with none: the processor's own prefetchers stop at every page.
+constexpr size_t kPrefetchBytes = 16384;
+
+// A tile's rows in memory, and where they go on.
+struct RowStream {
+  const char* rows;
+  size_t bytes;
+  const char* next;
+
+  // Fetches what lies kPrefetchBytes after [offset, offset + count).
+  void FetchAhead(size_t offset, size_t count) const {
+    const size_t at = offset + kPrefetchBytes;
+    const char* p = at < bytes ? rows + at : next + (at - bytes);
+    if (at >= bytes && (next == nullptr || at - bytes >= kPrefetchBytes)) return;
+    for (size_t b = 0; b < count; b += 64) __builtin_prefetch(p + b, 0, 2);
+  }
+};
 
 template <uint8_t kDtype>
 constexpr size_t ElementBytes() {
@@ -71,9 +84,11 @@ void ScoreAs(const ScoreTile& a) {
   // Tokens outside, so that a tile of K is read from memory once.
   constexpr uint32_t kTile = V::kWidth;
   const size_t row_bytes = size_t{a.head_dim} * ElementBytes<kDtype>();
+  const RowStream keys{static_cast<const char*>(a.k), a.tokens * row_bytes,
+                       static_cast<const char*>(a.next)};
   for (uint32_t t0 = 0; t0 < a.tokens; t0 += kTile) {
     uint32_t end = t0 + kTile < a.tokens ? t0 + kTile : a.tokens;
-    PrefetchNext(a.prefetch, t0 * row_bytes, (end - t0) * row_bytes);
+    keys.FetchAhead(t0 * row_bytes, (end - t0) * row_bytes);
     for (uint32_t i = 0; i < a.queries; i += 4) {
       uint32_t left = a.queries - i;
       if (left == 1) {
@@ -92,6 +107,8 @@ template <typename V, uint8_t kDtype, int kQ, int kD>
 void AccumulateBlock(const AccumulateTile& a, uint32_t first_query, uint32_t first_dim) {
   const size_t row_bytes = size_t{a.head_dim} * ElementBytes<kDtype>();
   const char* base = static_cast<const char*>(a.v) + first_dim * ElementBytes<kDtype>();
+  const RowStream values{static_cast<const char*>(a.v), a.tokens * row_bytes,
+                         static_cast<const char*>(a.next)};
   const float* p[kQ];
   float* acc[kQ];
   typename V::Reg sum[kQ][kD];
@@ -102,10 +119,9 @@ void AccumulateBlock(const AccumulateTile& a, uint32_t first_query, uint32_t fir
   }
   for (uint32_t t = 0; t < a.tokens; ++t) {
     const char* row = base + (a.rows != nullptr ? a.rows[t] : t) * row_bytes;
-    // The first queries' passes over the head's dimensions fetch a share of the row each.
-    if (first_query == 0 && a.prefetch != nullptr) {
-      PrefetchNext(a.prefetch, t * row_bytes + first_dim * ElementBytes<kDtype>(),
-                   kD * V::kWidth * ElementBytes<kDtype>());
+    // Only the first pass, but whole rows: the others find them in the cache.
+    if (first_query == 0 && first_dim == 0 && a.rows == nullptr) {
+      values.FetchAhead(t * row_bytes, row_bytes);
     }
     typename V::Reg v[kD];
     for (int d = 0; d < kD; ++d) {

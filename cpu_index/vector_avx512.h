@@ -106,9 +106,11 @@ void ScoreBlockBf16(const ScoreTile& a, uint32_t first_query, uint32_t first_tok
 void ScoreAvx512(const ScoreTile& a) {
   if (a.dtype != kBf16 || a.q_bf16 == nullptr) return Score<Vector>(a);
   const size_t row_bytes = size_t{a.head_dim} * 2;
+  const RowStream keys{static_cast<const char*>(a.k), a.tokens * row_bytes,
+                       static_cast<const char*>(a.next)};
   for (uint32_t t0 = 0; t0 < a.tokens; t0 += 16) {
     uint32_t end = t0 + 16 < a.tokens ? t0 + 16 : a.tokens;
-    PrefetchNext(a.prefetch, t0 * row_bytes, (end - t0) * row_bytes);
+    keys.FetchAhead(t0 * row_bytes, (end - t0) * row_bytes);
     for (uint32_t i = 0; i < a.queries; i += 4) {
       uint32_t left = a.queries - i;
       if (left == 1) {
