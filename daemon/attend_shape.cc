@@ -19,9 +19,9 @@ absl::StatusOr<AttendRowBytes> BytesOfRow(const AttendRow& row, const KvShape& s
                                                    shape.heads));
   }
   if (row.first_head % shape.group() != 0 || row.heads % shape.group() != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("query heads from ", row.first_head, ", ", row.heads,
-                     " of them, are not whole groups of ", shape.group()));
+    return absl::InvalidArgumentError(absl::StrCat("query heads from ", row.first_head, ", ",
+                                                   row.heads, " of them, are not whole groups of ",
+                                                   shape.group()));
   }
   if (!IsValid(row.q_dtype)) {
     return absl::InvalidArgumentError(

@@ -29,10 +29,9 @@ class SlotBuffers {
   absl::StatusOr<std::byte*> At(std::string_view what, uint64_t offset, uint64_t bytes) const {
     if (offset % 4 != 0 || offset < first_ || offset > slot_bytes_ ||
         bytes > slot_bytes_ - offset) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(absl::string_view(what.data(), what.size()), ": ", bytes,
-                       " bytes at offset ", offset, " are not 4-byte aligned inside [", first_,
-                       ", ", slot_bytes_, ")"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          absl::string_view(what.data(), what.size()), ": ", bytes, " bytes at offset ", offset,
+          " are not 4-byte aligned inside [", first_, ", ", slot_bytes_, ")"));
     }
     return slot_ + offset;
   }
@@ -125,9 +124,9 @@ void ServeAttend(Engine& engine, TransportCounters& counters, std::shared_ptr<Ch
       rows_end > shm::kSlotPayload + request.request_bytes) {
     counters.shm_request_errors.fetch_add(1, std::memory_order_relaxed);
     return channel->AnswerError(
-        request, absl::InvalidArgumentError(absl::StrCat(
-                     header.rows, " rows in a request of ", request.request_bytes,
-                     " bytes; 1 to ", shm::kMaxRows, " that fit are allowed")));
+        request, absl::InvalidArgumentError(absl::StrCat(header.rows, " rows in a request of ",
+                                                         request.request_bytes, " bytes; 1 to ",
+                                                         shm::kMaxRows, " that fit are allowed")));
   }
   SlotState& state = channel->state(request.slot);
   state.submission = request;

@@ -18,7 +18,7 @@ class BulkPool {
  public:
   struct Options {
     uint32_t threads = 2;
-    uint32_t queue = 256;  // waiting tasks; running ones do not count
+    uint32_t queue = 256;              // waiting tasks; running ones do not count
     std::string name = "quarry-bulk";  // of the threads, at most 15 bytes
   };
   explicit BulkPool(const Options& options);

@@ -174,8 +174,7 @@ absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::Top
   }
   const uint64_t entries = std::min<uint64_t>(in.k(), row.range.size());
   const uint64_t entry_bytes = 10 + (in.gather() ? 2 * info.shape.vector_bytes() : 0);
-  QUARRY_RETURN_IF_ERROR(
-      CheckReplyBytes("TopK", row.heads * (32 + entries * entry_bytes), caller));
+  QUARRY_RETURN_IF_ERROR(CheckReplyBytes("TopK", row.heads * (32 + entries * entry_bytes), caller));
   const TopKAnswer answer = parts.engine.TopK(caller.session, row, in.k(), in.gather());
   QUARRY_RETURN_IF_ERROR(answer.status);
   *out = ToProto(answer);

@@ -43,8 +43,7 @@ absl::StatusOr<std::unique_ptr<Channel>> Channel::Create(const ChannelGeometry& 
   if (fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
     return ErrnoStatus(errno, "sealing a channel");
   }
-  void* memory =
-      mmap(nullptr, geometry.total_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  void* memory = mmap(nullptr, geometry.total_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (memory == MAP_FAILED) return ErrnoStatus(errno, "mmap of a channel");
   channel->memory_ = static_cast<std::byte*>(memory);
   channel->doorbell_fd_.Reset(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
@@ -81,8 +80,8 @@ Channel::Next Channel::TakeEntry(Submission* out, std::string* why) {
   const uint64_t before = cursor_ >= geometry_.slots ? cursor_ + 1 - geometry_.slots : 0;
   if (sequence == before) return Next::kNone;
   if (sequence != cursor_ + 1) {
-    *why = absl::StrCat("ring entry ", index, " has sequence ", sequence, ", expected ",
-                        cursor_ + 1);
+    *why =
+        absl::StrCat("ring entry ", index, " has sequence ", sequence, ", expected ", cursor_ + 1);
     return Next::kMalformed;
   }
   struct Rest {  // of the entry, after its sequence

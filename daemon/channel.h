@@ -65,7 +65,7 @@ class Channel {
 
   const Owner& owner() const { return owner_; }
   const ChannelGeometry& geometry() const { return geometry_; }
-  int memory_fd() const { return memory_fd_.get(); }    // sealed against resizing
+  int memory_fd() const { return memory_fd_.get(); }  // sealed against resizing
   int doorbell_fd() const { return doorbell_fd_.get(); }
   // Both are needed only until the client has them (the doorbell until the channel closes).
   void CloseMemoryFd() { memory_fd_.Reset(); }
@@ -77,9 +77,7 @@ class Channel {
   Next TakeEntry(Submission* out, std::string* why);
   bool HasEntry() const;
   bool armed() const { return header_->armed.load(std::memory_order_relaxed) != 0; }
-  void SetParked(bool parked) {
-    header_->parked.store(parked ? 1 : 0, std::memory_order_relaxed);
-  }
+  void SetParked(bool parked) { header_->parked.store(parked ? 1 : 0, std::memory_order_relaxed); }
   void SetClosing() { header_->closing.store(1, std::memory_order_release); }
   // Shapes of contexts this client named, so that a decode step does not ask the engine.
   absl::flat_hash_map<uint64_t, KvShape>& shapes() { return shapes_; }

@@ -107,15 +107,15 @@ absl::Status CheckShm(const Config& c) {
                absl::StrCat("must not exceed shm.max_slots = ", c.shm.max_slots));
   }
   if (c.shm.default_slot_bytes > c.shm.max_slot_bytes) {
-    return Bad("shm.default_slot_bytes", Quoted(PrintBytes(c.shm.default_slot_bytes)),
-               absl::StrCat("must not exceed shm.max_slot_bytes = ",
-                            PrintBytes(c.shm.max_slot_bytes)));
+    return Bad(
+        "shm.default_slot_bytes", Quoted(PrintBytes(c.shm.default_slot_bytes)),
+        absl::StrCat("must not exceed shm.max_slot_bytes = ", PrintBytes(c.shm.max_slot_bytes)));
   }
   const uint64_t one_channel = c.shm.default_slots * c.shm.default_slot_bytes;
   if (one_channel > c.shm.max_total_bytes) {
-    return Bad("shm.max_total_bytes", Quoted(PrintBytes(c.shm.max_total_bytes)),
-               absl::StrCat("does not hold one channel of the default size, ",
-                            PrintBytes(one_channel)));
+    return Bad(
+        "shm.max_total_bytes", Quoted(PrintBytes(c.shm.max_total_bytes)),
+        absl::StrCat("does not hold one channel of the default size, ", PrintBytes(one_channel)));
   }
   if (c.shm.bulk_queue_per_client > c.shm.bulk_queue) {
     return Bad("shm.bulk_queue_per_client", std::to_string(c.shm.bulk_queue_per_client),

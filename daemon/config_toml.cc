@@ -175,8 +175,7 @@ class Reader {
   }
   static absl::Status Unknown(std::string_view key, const toml::node& node) {
     return absl::InvalidArgumentError(absl::StrCat("line ", node.source().begin.line, ": ",
-                                                   View(key), " = ", Shown(node),
-                                                   ": unknown key"));
+                                                   View(key), " = ", Shown(node), ": unknown key"));
   }
 
   const toml::table& root_;
@@ -195,8 +194,8 @@ absl::StatusOr<Config> ParseConfig(std::string_view text, std::string_view origi
   try {
     root = toml::parse(text, origin);
   } catch (const toml::parse_error& error) {
-    return At(origin, absl::InvalidArgumentError(absl::StrCat(
-                          "line ", error.source().begin.line, ": ", View(error.description()))));
+    return At(origin, absl::InvalidArgumentError(absl::StrCat("line ", error.source().begin.line,
+                                                              ": ", View(error.description()))));
   }
   Config config = DefaultConfig();
   Reader reader(root);

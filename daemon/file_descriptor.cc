@@ -21,22 +21,29 @@ absl::Status ErrnoStatus(int error, std::string_view what) {
       absl::StrCat(absl::string_view(what.data(), what.size()), ": ",
                    strerror_r(error, text, sizeof(text)), " (errno ", error, ")");
   switch (error) {
-    case ENOENT: return absl::NotFoundError(message);
+    case ENOENT:
+      return absl::NotFoundError(message);
     case EACCES:
-    case EPERM: return absl::PermissionDeniedError(message);
-    case EADDRINUSE: return absl::FailedPreconditionError(message);
+    case EPERM:
+      return absl::PermissionDeniedError(message);
+    case EADDRINUSE:
+      return absl::FailedPreconditionError(message);
     case EINVAL:
     case ENAMETOOLONG:
-    case ENOTDIR: return absl::InvalidArgumentError(message);
+    case ENOTDIR:
+      return absl::InvalidArgumentError(message);
     case ENOMEM:
     case EMFILE:
     case ENFILE:
     case ENOSPC:
-    case ENOBUFS: return absl::ResourceExhaustedError(message);
+    case ENOBUFS:
+      return absl::ResourceExhaustedError(message);
     case EPIPE:
     case ECONNRESET:
-    case ENOTCONN: return absl::UnavailableError(message);
-    default: return absl::InternalError(message);
+    case ENOTCONN:
+      return absl::UnavailableError(message);
+    default:
+      return absl::InternalError(message);
   }
 }
 

@@ -31,9 +31,8 @@ GrpcAccept::GrpcAccept(const GrpcOptions& options, Parts parts,
 
 absl::StatusOr<std::unique_ptr<GrpcAccept>> GrpcAccept::Start(const GrpcOptions& options,
                                                               Parts parts) {
-  QUARRY_ASSIGN_OR_RETURN(
-      std::unique_ptr<UnixListener> listener,
-      UnixListener::Listen({options.socket, SOCK_STREAM, options.socket_mode}));
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<UnixListener> listener,
+                          UnixListener::Listen({options.socket, SOCK_STREAM, options.socket_mode}));
   std::unique_ptr<GrpcAccept> accept(
       new GrpcAccept(options, std::move(parts), std::move(listener)));
   accept->epoll_.Reset(epoll_create1(EPOLL_CLOEXEC));
@@ -110,9 +109,8 @@ absl::Status GrpcAccept::HandOver(FileDescriptor socket) {
   QUARRY_ASSIGN_OR_RETURN(PeerIdentity identity, parts_.tenants.OfUser(credentials.uid));
   FileDescriptor watch(fcntl(socket.get(), F_DUPFD_CLOEXEC, 0));
   if (!watch.valid()) return ErrnoStatus(errno, "F_DUPFD_CLOEXEC");
-  QUARRY_ASSIGN_OR_RETURN(
-      const int number,
-      parts_.peers.Place(std::move(socket), std::move(identity), absl::Now()));
+  QUARRY_ASSIGN_OR_RETURN(const int number,
+                          parts_.peers.Place(std::move(socket), std::move(identity), absl::Now()));
   // gRPC shuts the socket down when it is done with it, and so does a peer that goes.
   epoll_event event{.events = EPOLLRDHUP, .data = {.u64 = static_cast<uint64_t>(number)}};
   if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, watch.get(), &event) != 0) {

@@ -20,8 +20,7 @@ class AdminService : public v1::Admin::CallbackService {
     return RunUnary(shared_, context, request, reply, SessionPolicy::kOptional);
   }
   grpc::ServerUnaryReactor* Drain(grpc::CallbackServerContext* context,
-                                  const v1::DrainRequest* request,
-                                  v1::DrainReply* reply) override {
+                                  const v1::DrainRequest* request, v1::DrainReply* reply) override {
     return RunUnary(shared_, context, request, reply, SessionPolicy::kOptional);
   }
 

@@ -63,9 +63,9 @@ absl::StatusOr<Admission> Admit(const GrpcShared& shared,
   admission.ticket = shared.calls.Take(admission.caller.peer.tenant);
   if (!admission.ticket.valid()) {
     shared.counters.grpc_calls_refused.fetch_add(1, std::memory_order_relaxed);
-    return absl::ResourceExhaustedError(
-        absl::StrCat("tenant ", admission.caller.peer.tenant, " has ", shared.calls.most(),
-                     " calls open, grpc.max_calls_per_tenant"));
+    return absl::ResourceExhaustedError(absl::StrCat("tenant ", admission.caller.peer.tenant,
+                                                     " has ", shared.calls.most(),
+                                                     " calls open, grpc.max_calls_per_tenant"));
   }
   return admission;
 }

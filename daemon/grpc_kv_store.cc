@@ -52,7 +52,8 @@ class SessionStream : public grpc::ServerWriteReactor<v1::SessionReply> {
     reply_.set_session(session->value);
     reply_.set_tenant(identity->tenant);
     LogClientEvent(LogLevel::kInfo, "grpc session opened",
-                   {{"session", session->value}, {"tenant", identity->tenant},
+                   {{"session", session->value},
+                    {"tenant", identity->tenant},
                     {"client", request.client_name().substr(0, 64)}});
     return absl::OkStatus();
   }

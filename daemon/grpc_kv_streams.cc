@@ -74,9 +74,9 @@ class AppendStream : public ReadStream<v1::AppendRequest> {
     const uint64_t floats = uint64_t(request_.query_positions_size()) * append.kv_heads *
                             shape.group() * shape.head_dim;
     if (static_cast<uint64_t>(request_.query_samples_size()) != floats) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          request_.query_samples_size(), " floats of query samples for ",
-          request_.query_positions_size(), " positions, must be ", floats));
+      return absl::InvalidArgumentError(
+          absl::StrCat(request_.query_samples_size(), " floats of query samples for ",
+                       request_.query_positions_size(), " positions, must be ", floats));
     }
     QUARRY_RETURN_IF_ERROR(engine.Append(session, append));
     reply_.set_tokens(reply_.tokens() + append.range.size());
@@ -96,9 +96,9 @@ class PutStream : public ReadStream<v1::PutRequest> {
   absl::Status Handle() override {
     if (!begun_) QUARRY_RETURN_IF_ERROR(Begin());
     if (request_.data().size() > total_bytes_ - data_.size()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "data of ", data_.size() + request_.data().size(), " bytes, announced were ",
-          total_bytes_));
+      return absl::InvalidArgumentError(absl::StrCat("data of ",
+                                                     data_.size() + request_.data().size(),
+                                                     " bytes, announced were ", total_bytes_));
     }
     data_.append(request_.data());
     return absl::OkStatus();
@@ -115,17 +115,17 @@ class PutStream : public ReadStream<v1::PutRequest> {
           absl::StrCat("the key has ", key_.size(), " bytes; 1 to 256 are allowed"));
     }
     if (total_bytes_ > shared_.options.max_put_bytes) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("a block of ", total_bytes_, " bytes; grpc.max_put_bytes is ",
-                       shared_.options.max_put_bytes));
+      return absl::InvalidArgumentError(absl::StrCat("a block of ", total_bytes_,
+                                                     " bytes; grpc.max_put_bytes is ",
+                                                     shared_.options.max_put_bytes));
     }
     return absl::OkStatus();
   }
 
   absl::Status Complete() override {
     if (!begun_ || data_.size() != total_bytes_) {
-      return absl::InvalidArgumentError(absl::StrCat("the stream ended after ", data_.size(),
-                                                     " of ", total_bytes_, " bytes"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("the stream ended after ", data_.size(), " of ", total_bytes_, " bytes"));
     }
     QUARRY_ASSIGN_OR_RETURN(
         const PutResult result,

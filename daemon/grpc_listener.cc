@@ -43,8 +43,7 @@ absl::StatusOr<std::string> ReadFile(const char* key, const std::string& path) {
 
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> CredentialsFor(const GrpcOptions& o) {
   if (!o.tls()) return grpc::InsecureServerCredentials();
-  grpc::SslServerCredentialsOptions ssl(
-      GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
+  grpc::SslServerCredentialsOptions ssl(GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY);
   grpc::SslServerCredentialsOptions::PemKeyCertPair pair;
   QUARRY_ASSIGN_OR_RETURN(pair.private_key, ReadFile("grpc.tls_key", o.tls_key));
   QUARRY_ASSIGN_OR_RETURN(pair.cert_chain, ReadFile("grpc.tls_certificate", o.tls_certificate));
@@ -63,8 +62,9 @@ class GrpcListenerImpl : public GrpcListener {
         pool_({options.threads, options.queue, "quarry-grpc"}),
         calls_(options.max_calls_per_tenant),
         sessions_(options.max_sessions_per_tenant),
-        shared_{options_, parts, tenants, peers_, pool_, calls_, sessions_,
-                parts.metrics.counters(), working_} {}
+        shared_{options_, parts,  tenants,   peers_,
+                pool_,    calls_, sessions_, parts.metrics.counters(),
+                working_} {}
 
   // Streams and sessions are cancelled; calls in the engine are waited for.
   ~GrpcListenerImpl() override {
@@ -128,8 +128,8 @@ class GrpcListenerImpl : public GrpcListener {
     QUARRY_ASSIGN_OR_RETURN(const IpAddress address, ParseIpAddress(options_.listen));
     // The configuration has been validated; this is the door itself.
     if (!address.loopback && !options_.tls()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "grpc.listen = \"", options_.listen, "\": not loopback, and without mutual TLS"));
+      return absl::InvalidArgumentError(absl::StrCat("grpc.listen = \"", options_.listen,
+                                                     "\": not loopback, and without mutual TLS"));
     }
     if (!address.loopback) {
       builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kRemotePingMs);

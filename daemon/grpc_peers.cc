@@ -21,16 +21,14 @@ constexpr int kMostNumbers = 65536;
 GrpcPeers::Range GrpcPeers::DefaultRange() {
   rlimit limit{};
   getrlimit(RLIMIT_NOFILE, &limit);
-  const int most =
-      static_cast<int>(std::min<rlim_t>(limit.rlim_cur, kFirstNumber + kMostNumbers));
+  const int most = static_cast<int>(std::min<rlim_t>(limit.rlim_cur, kFirstNumber + kMostNumbers));
   // With a small limit, the upper half.
   return {most > 2 * kFirstNumber ? kFirstNumber : most / 2, most - 1};
 }
 
 GrpcPeers::GrpcPeers(Range range) : range_(range), next_(range.first) {}
 
-absl::StatusOr<int> GrpcPeers::Place(FileDescriptor socket, PeerIdentity identity,
-                                     absl::Time now) {
+absl::StatusOr<int> GrpcPeers::Place(FileDescriptor socket, PeerIdentity identity, absl::Time now) {
   const absl::MutexLock lock(&mutex_);
   const int numbers = range_.last - range_.first + 1;
   for (int tried = 0; tried < numbers; ++tried) {

@@ -25,8 +25,7 @@ class AttendJob {
   void Run(std::function<void(absl::Status)> done) {
     started_ = absl::Now();
     done_ = std::move(done);
-    if (request_.rows_size() == 0 ||
-        static_cast<uint32_t>(request_.rows_size()) > shm::kMaxRows) {
+    if (request_.rows_size() == 0 || static_cast<uint32_t>(request_.rows_size()) > shm::kMaxRows) {
       return done_(absl::InvalidArgumentError(absl::StrCat(
           request_.rows_size(), " rows in a message; 1 to ", shm::kMaxRows, " are allowed")));
     }
@@ -61,9 +60,9 @@ class AttendJob {
                             shared_.parts.engine.Info(session_, wire.row.context));
     QUARRY_ASSIGN_OR_RETURN(const AttendRowBytes bytes, BytesOfRow(wire.row, info.shape));
     if (wire.q_bytes != bytes.q || wire.k_bytes != bytes.kv || wire.v_bytes != bytes.kv) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "q, k and v have ", wire.q_bytes, ", ", wire.k_bytes, " and ", wire.v_bytes,
-          " bytes, must have ", bytes.q, ", ", bytes.kv, " and ", bytes.kv));
+      return absl::InvalidArgumentError(
+          absl::StrCat("q, k and v have ", wire.q_bytes, ", ", wire.k_bytes, " and ", wire.v_bytes,
+                       " bytes, must have ", bytes.q, ", ", bytes.kv, " and ", bytes.kv));
     }
     rows_.push_back(wire.row);
     sizes_.push_back(bytes);
@@ -74,9 +73,9 @@ class AttendJob {
       answers_.pop_back();
       sizes_.pop_back();
       floats_ -= (bytes.o + bytes.lse) / sizeof(float);
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the answers of the rows do not fit into ",
-                       shared_.options.max_message_bytes, " bytes, grpc.max_message_bytes"));
+      return absl::ResourceExhaustedError(absl::StrCat("the answers of the rows do not fit into ",
+                                                       shared_.options.max_message_bytes,
+                                                       " bytes, grpc.max_message_bytes"));
     }
     return absl::OkStatus();
   }

@@ -33,8 +33,8 @@ shm::HelloReply EmptyReply(VersionRange versions) {
 absl::StatusOr<ChannelGeometry> Negotiate(const shm::HelloRequest& hello, const ShmOptions& options,
                                           VersionRange versions) {
   if (hello.magic != shm::kMagic) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("magic is ", hello.magic, ", not ", shm::kMagic, ": no client of this protocol"));
+    return absl::InvalidArgumentError(absl::StrCat("magic is ", hello.magic, ", not ", shm::kMagic,
+                                                   ": no client of this protocol"));
   }
   if (hello.min_version > hello.max_version) {
     return absl::InvalidArgumentError(
@@ -49,15 +49,15 @@ absl::StatusOr<ChannelGeometry> Negotiate(const shm::HelloRequest& hello, const 
   }
   const uint32_t wanted_slots = hello.slots == 0 ? options.default_slots : hello.slots;
   if (wanted_slots > options.max_slots) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        wanted_slots, " slots asked for, shm.max_slots is ", options.max_slots));
+    return absl::ResourceExhaustedError(
+        absl::StrCat(wanted_slots, " slots asked for, shm.max_slots is ", options.max_slots));
   }
   const uint64_t wanted_bytes =
       hello.slot_bytes == 0 ? options.default_slot_bytes : hello.slot_bytes;
   if (wanted_bytes > options.max_slot_bytes) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "slots of ", wanted_bytes, " bytes asked for, shm.max_slot_bytes is ",
-        options.max_slot_bytes));
+    return absl::ResourceExhaustedError(absl::StrCat("slots of ", wanted_bytes,
+                                                     " bytes asked for, shm.max_slot_bytes is ",
+                                                     options.max_slot_bytes));
   }
   geometry.slots = std::bit_ceil(wanted_slots);
   geometry.slot_bytes = RoundToPages(std::max(wanted_bytes, shm::kMinSlotBytes));

@@ -14,8 +14,8 @@ namespace quarry {
 // Shape of one channel's memory.
 struct ChannelGeometry {
   uint16_t version = 0;
-  uint32_t slots = 0;        // a power of two
-  uint64_t slot_bytes = 0;   // a multiple of the page
+  uint32_t slots = 0;       // a power of two
+  uint64_t slot_bytes = 0;  // a multiple of the page
   uint64_t slots_offset = 0;
   uint64_t total_bytes = 0;
 };

@@ -9,9 +9,8 @@
 namespace quarry {
 
 absl::StatusOr<IpAddress> ParseIpAddress(std::string_view text) {
-  const absl::Status bad = absl::InvalidArgumentError(
-      absl::StrCat("\"", absl::string_view(text.data(), text.size()),
-                   "\" is no IPv4:port or [IPv6]:port"));
+  const absl::Status bad = absl::InvalidArgumentError(absl::StrCat(
+      "\"", absl::string_view(text.data(), text.size()), "\" is no IPv4:port or [IPv6]:port"));
   const size_t colon = text.rfind(':');
   if (colon == std::string_view::npos) return bad;
   uint32_t port = 0;

@@ -21,8 +21,7 @@ enum class LogLevel { kDebug, kInfo, kWarning, kError };
 // One key=value pair of a line. Text is escaped; numbers and booleans stand as they are.
 struct LogField {
   template <typename T>
-    requires std::is_arithmetic_v<T>
-  LogField(std::string_view k, T v) : key(k), value(Number(v)) {}
+  requires std::is_arithmetic_v<T> LogField(std::string_view k, T v) : key(k), value(Number(v)) {}
   LogField(std::string_view k, std::string_view v) : key(k), value(v), text(true) {}
   LogField(std::string_view k, const char* v) : LogField(k, std::string_view(v)) {}
   LogField(std::string_view k, const std::string& v) : LogField(k, std::string_view(v)) {}

@@ -40,10 +40,10 @@ absl::StatusOr<Config> ConfigOf(const Arguments& arguments) {
   }
   if (arguments.socket) config.shm.socket = *arguments.socket;
   if (arguments.grpc_socket) config.grpc.socket = *arguments.grpc_socket;
-  if (arguments.metrics) config.metrics.listen = *arguments.metrics == "off" ? "" : *arguments.metrics;
+  if (arguments.metrics)
+    config.metrics.listen = *arguments.metrics == "off" ? "" : *arguments.metrics;
   if (arguments.arena_bytes) {
-    QUARRY_ASSIGN_OR_RETURN(config.engine.arena.capacity_bytes,
-                            ParseBytes(*arguments.arena_bytes));
+    QUARRY_ASSIGN_OR_RETURN(config.engine.arena.capacity_bytes, ParseBytes(*arguments.arena_bytes));
   }
   QUARRY_RETURN_IF_ERROR(ValidateConfig(config));
   return config;
@@ -98,12 +98,12 @@ int Serve(const Config& config) {
     return kCannotStart;
   }
   Log(LogLevel::kInfo, "ready",
-      {{"pid", getpid()}, {"version", QUARRY_VERSION},
+      {{"pid", getpid()},
+       {"version", QUARRY_VERSION},
        {"arena_bytes", config.engine.arena.capacity_bytes}});
 
   const std::string reason = AwaitStop(signals.get(), drain.get());
-  Log(LogLevel::kInfo, "draining",
-      {{"reason", reason}, {"deadline_ms", config.drain_deadline_ms}});
+  Log(LogLevel::kInfo, "draining", {{"reason", reason}, {"deadline_ms", config.drain_deadline_ms}});
   if (!(*daemon)->Drain(absl::Now() + absl::Milliseconds(config.drain_deadline_ms))) {
     // Something still runs; taking it down in order could wait for it forever.
     Log(LogLevel::kError, "requests were still in flight at the drain's deadline");

@@ -35,7 +35,8 @@ void WriteStore(const BlockStoreStats& store, Writer& w) {
   w.Gauge("quarry_arena_capacity_bytes", "RAM the arena may hold", store.arena.capacity_bytes);
   w.Gauge("quarry_arena_extent_bytes", "RAM in extents now", store.arena.extent_bytes);
   w.Gauge("quarry_arena_used_bytes", "RAM in slots in use", store.arena.used_bytes);
-  w.Gauge("quarry_arena_huge_page_bytes", "extent bytes on huge pages", store.arena.huge_page_bytes);
+  w.Gauge("quarry_arena_huge_page_bytes", "extent bytes on huge pages",
+          store.arena.huge_page_bytes);
   w.Gauge("quarry_arena_extents_count", "extents now", store.arena.extents);
   w.Gauge("quarry_store_blocks_count", "blocks in any state", store.blocks);
   w.Gauge("quarry_store_published_blocks_count", "blocks that can be found", store.published);
@@ -132,13 +133,12 @@ MetricsSnapshot Metrics::Collect() const {
                stats.attend, &out);
   WriteLatency("quarry_engine_append_seconds", "appends inside the engine, since the start",
                stats.append, &out);
-  WriteLatency("quarry_engine_open_seconds", "opens inside the engine, since the start",
-               stats.open, &out);
+  WriteLatency("quarry_engine_open_seconds", "opens inside the engine, since the start", stats.open,
+               &out);
   WriteTransports(counters_, w);
   for (size_t i = 0; i < counters_.shm_requests.size(); ++i) {
     out.samples.push_back({MetricSample::Type::kCounter, "quarry_shm_requests_total",
-                           "shared-memory requests by kind", "opcode",
-                           std::string(kOpcodeNames[i]),
+                           "shared-memory requests by kind", "opcode", std::string(kOpcodeNames[i]),
                            static_cast<double>(counters_.shm_requests[i].load())});
   }
   out.histograms.push_back({"quarry_shm_attend_latency_seconds",
@@ -154,7 +154,8 @@ std::map<std::string, double> Metrics::Flat() const {
   const MetricsSnapshot snapshot = Collect();
   for (const MetricSample& s : snapshot.samples) {
     std::string name = s.name;
-    if (!s.label_name.empty()) absl::StrAppend(&name, "{", s.label_name, "=\"", s.label_value, "\"}");
+    if (!s.label_name.empty())
+      absl::StrAppend(&name, "{", s.label_name, "=\"", s.label_value, "\"}");
     flat[name] = s.value;
   }
   for (const MetricHistogram& h : snapshot.histograms) {

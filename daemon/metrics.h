@@ -25,21 +25,21 @@ struct MetricsOptions {
 
 // Counted by the transports; relaxed atomics, any thread.
 struct TransportCounters {
-  std::atomic<uint64_t> shm_channels{0};          // open now
+  std::atomic<uint64_t> shm_channels{0};  // open now
   std::atomic<uint64_t> shm_handshakes_refused{0};
   std::atomic<uint64_t> shm_channels_malformed{0};  // closed because of what the client wrote
   std::atomic<uint64_t> shm_channels_opened{0};
   std::array<std::atomic<uint64_t>, 8> shm_requests{};  // by opcode; 0: unknown opcodes
   std::atomic<uint64_t> shm_request_errors{0};
-  std::atomic<uint64_t> shm_bulk_refused{0};      // queue full
-  std::atomic<uint64_t> shm_parks{0};             // how often the poller went to sleep
+  std::atomic<uint64_t> shm_bulk_refused{0};  // queue full
+  std::atomic<uint64_t> shm_parks{0};         // how often the poller went to sleep
   std::atomic<uint64_t> grpc_calls{0};
   std::atomic<uint64_t> grpc_call_errors{0};
-  std::atomic<uint64_t> grpc_sessions{0};         // open now
-  std::atomic<uint64_t> grpc_connections{0};      // open now, of the Unix socket
+  std::atomic<uint64_t> grpc_sessions{0};     // open now
+  std::atomic<uint64_t> grpc_connections{0};  // open now, of the Unix socket
   std::atomic<uint64_t> grpc_connections_refused{0};
   std::atomic<uint64_t> grpc_calls_refused{0};  // limits and full queues
-  LatencyHistogram shm_attend;                    // request seen to answer written
+  LatencyHistogram shm_attend;                  // request seen to answer written
   LatencyHistogram grpc_attend;
 };
 
@@ -66,7 +66,8 @@ class Metrics {
 
   TransportCounters& counters() { return counters_; }
   MetricsSnapshot Collect() const;
-  // The same figures under their names as on /metrics, e.g. quarry_shm_requests_total{opcode="nop"}.
+  // The same figures under their names as on /metrics, e.g.
+  // quarry_shm_requests_total{opcode="nop"}.
   std::map<std::string, double> Flat() const;
 
  private:

@@ -13,8 +13,8 @@ namespace quarry {
 absl::Status ValidateTenantName(std::string_view name) {
   const absl::string_view shown(name.data(), name.size());
   if (name.empty() || name.size() > 63) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("tenant name \"", shown, "\" has ", name.size(), " bytes; 1 to 63 are allowed"));
+    return absl::InvalidArgumentError(absl::StrCat("tenant name \"", shown, "\" has ", name.size(),
+                                                   " bytes; 1 to 63 are allowed"));
   }
   for (char c : name) {
     const bool allowed = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
@@ -25,8 +25,9 @@ absl::Status ValidateTenantName(std::string_view name) {
     }
   }
   if (name.substr(0, 4) == "uid-") {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "tenant name \"", shown, "\" starts with \"uid-\", which is kept for users without a tenant"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("tenant name \"", shown,
+                     "\" starts with \"uid-\", which is kept for users without a tenant"));
   }
   return absl::OkStatus();
 }

@@ -41,8 +41,7 @@ uint64_t SteadyNowNs() {
                                    .count());
 }
 
-ShmClients::ShmClients(const ShmOptions& options, Parts parts)
-    : options_(options), parts_(parts) {}
+ShmClients::ShmClients(const ShmOptions& options, Parts parts) : options_(options), parts_(parts) {}
 
 absl::StatusOr<std::unique_ptr<ShmClients>> ShmClients::Create(const ShmOptions& options,
                                                                Parts parts, int wake_fd) {
@@ -121,8 +120,7 @@ void ShmClients::AcceptAll(uint64_t now_ns) {
     absl::StatusOr<PeerCredentials> credentials = CredentialsOf(socket.get());
     if (!credentials.ok()) continue;
     const auto same_user = [&](const auto& known) {
-      return known.second->channel == nullptr &&
-             known.second->credentials.uid == credentials->uid;
+      return known.second->channel == nullptr && known.second->credentials.uid == credentials->uid;
     };
     if (std::count_if(clients_.begin(), clients_.end(), same_user) >= kMaxUngreetedPerUser) {
       continue;
@@ -142,8 +140,7 @@ void ShmClients::AcceptAll(uint64_t now_ns) {
 void ShmClients::CloseSilent(uint64_t now_ns) {
   std::vector<ShmClient*> silent;
   for (const auto& [id, client] : clients_) {
-    if (client->channel == nullptr &&
-        now_ns >= client->accepted_ns + HelloTimeoutNs()) {
+    if (client->channel == nullptr && now_ns >= client->accepted_ns + HelloTimeoutNs()) {
       silent.push_back(client.get());
     }
   }
@@ -197,9 +194,8 @@ absl::StatusOr<std::shared_ptr<Channel>> ShmClients::Admit(const ShmClient& clie
 }
 
 void ShmClients::Greet(ShmClient* client, std::span<const std::byte> message) {
-  absl::StatusOr<std::shared_ptr<Channel>> channel = absl::InvalidArgumentError(
-      absl::StrCat("a handshake of ", message.size(), " bytes; it has ",
-                   sizeof(shm::HelloRequest)));
+  absl::StatusOr<std::shared_ptr<Channel>> channel = absl::InvalidArgumentError(absl::StrCat(
+      "a handshake of ", message.size(), " bytes; it has ", sizeof(shm::HelloRequest)));
   if (message.size() == sizeof(shm::HelloRequest)) {
     shm::HelloRequest hello;
     std::memcpy(&hello, message.data(), sizeof(hello));
@@ -208,7 +204,8 @@ void ShmClients::Greet(ShmClient* client, std::span<const std::byte> message) {
   if (!channel.ok()) {
     parts_.counters.shm_handshakes_refused.fetch_add(1, std::memory_order_relaxed);
     LogClientEvent(LogLevel::kWarning, "shm client refused",
-                   {{"uid", client->credentials.uid}, {"client_pid", client->credentials.pid},
+                   {{"uid", client->credentials.uid},
+                    {"client_pid", client->credentials.pid},
                     {"why", channel.status()}});
     const shm::HelloReply refusal = RefusalOf(channel.status(), parts_.versions);
     (void)SendWithDescriptors(client->socket.get(), BytesOf(refusal), {});
@@ -236,9 +233,12 @@ void ShmClients::Greet(ShmClient* client, std::span<const std::byte> message) {
   }
   open.CloseMemoryFd();
   LogClientEvent(LogLevel::kInfo, "shm client attached",
-                 {{"session", owner.session.value}, {"tenant", owner.peer.tenant},
-                  {"client", owner.client_name}, {"client_pid", owner.pid},
-                  {"slots", open.geometry().slots}, {"slot_bytes", open.geometry().slot_bytes}});
+                 {{"session", owner.session.value},
+                  {"tenant", owner.peer.tenant},
+                  {"client", owner.client_name},
+                  {"client_pid", owner.pid},
+                  {"slots", open.geometry().slots},
+                  {"slot_bytes", open.geometry().slot_bytes}});
 }
 
 bool ShmClients::PassExtent(ShmClient* client, std::span<const std::byte> message) {
@@ -276,8 +276,11 @@ void ShmClients::Close(ShmClient* client, std::string_view why) {
   if (client->channel != nullptr) {
     const Channel::Owner& owner = client->channel->owner();
     LogClientEvent(LogLevel::kInfo, "shm client gone",
-                   {{"session", owner.session.value}, {"tenant", owner.peer.tenant},
-                    {"client", owner.client_name}, {"client_pid", owner.pid}, {"why", why}});
+                   {{"session", owner.session.value},
+                    {"tenant", owner.peer.tenant},
+                    {"client", owner.client_name},
+                    {"client_pid", owner.pid},
+                    {"why", why}});
     client->channel->SetClosing();
     epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, client->channel->doorbell_fd(), nullptr);
     parts_.reaper.EndSession(owner.session);

@@ -30,10 +30,9 @@ class ShmServerImpl : public ShmServer {
         services_{parts, parts.metrics.counters(), bulk_, options.bulk_queue_per_client} {}
 
   absl::Status StartPoller() {
-    QUARRY_ASSIGN_OR_RETURN(
-        poller_, Poller::Start(options_, services_,
-                               {parts_.engine, tenants_, reaper_, services_.counters, *listener_,
-                                versions_}));
+    QUARRY_ASSIGN_OR_RETURN(poller_, Poller::Start(options_, services_,
+                                                   {parts_.engine, tenants_, reaper_,
+                                                    services_.counters, *listener_, versions_}));
     return absl::OkStatus();
   }
 

@@ -38,8 +38,8 @@ class Payload {
         count > (end_ - offset) / element) {
       return absl::InvalidArgumentError(
           absl::StrCat(absl::string_view(what.data(), what.size()), ": ", count, " elements of ",
-                       element, " bytes at offset ", offset, " do not lie, aligned to ",
-                       alignment, ", inside the request's [", shm::kSlotPayload, ", ", end_, ")"));
+                       element, " bytes at offset ", offset, " do not lie, aligned to ", alignment,
+                       ", inside the request's [", shm::kSlotPayload, ", ", end_, ")"));
     }
     return slot_ + offset;
   }
@@ -97,13 +97,15 @@ Reply RunAppend(const SlotServices& services, Channel& channel, const Submission
   const KvShape& shape = info.shape;
   if (header.kv_heads == 0 || header.kv_heads > shape.kv_heads ||
       header.token_hi <= header.token_lo) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "append of ", header.kv_heads, " KV heads of ", shape.kv_heads, ", tokens [",
-        header.token_lo, ", ", header.token_hi, ")"));
+    return absl::InvalidArgumentError(absl::StrCat("append of ", header.kv_heads, " KV heads of ",
+                                                   shape.kv_heads, ", tokens [", header.token_lo,
+                                                   ", ", header.token_hi, ")"));
   }
   const uint64_t vectors = uint64_t{append.range.size()} * header.kv_heads;
-  QUARRY_ASSIGN_OR_RETURN(append.k, payload.At("k", header.k_offset, vectors, shape.vector_bytes(), 4));
-  QUARRY_ASSIGN_OR_RETURN(append.v, payload.At("v", header.v_offset, vectors, shape.vector_bytes(), 4));
+  QUARRY_ASSIGN_OR_RETURN(append.k,
+                          payload.At("k", header.k_offset, vectors, shape.vector_bytes(), 4));
+  QUARRY_ASSIGN_OR_RETURN(append.v,
+                          payload.At("v", header.v_offset, vectors, shape.vector_bytes(), 4));
 
   // Ids, samples and positions are small and read more than once: private copies.
   std::vector<uint32_t> ids(0), positions(0);
@@ -115,12 +117,12 @@ Reply RunAppend(const SlotServices& services, Channel& channel, const Submission
   std::vector<float> samples;
   if (header.query_samples > 0) {
     const uint64_t floats = uint64_t{header.kv_heads} * shape.group() * shape.head_dim;
-    QUARRY_ASSIGN_OR_RETURN(const std::byte* samples_at,
-                            payload.At("query samples", header.samples_offset,
-                                       header.query_samples, floats * 4, 4));
-    QUARRY_ASSIGN_OR_RETURN(const std::byte* positions_at,
-                            payload.At("query positions", header.positions_offset,
-                                       header.query_samples, 4, 4));
+    QUARRY_ASSIGN_OR_RETURN(
+        const std::byte* samples_at,
+        payload.At("query samples", header.samples_offset, header.query_samples, floats * 4, 4));
+    QUARRY_ASSIGN_OR_RETURN(
+        const std::byte* positions_at,
+        payload.At("query positions", header.positions_offset, header.query_samples, 4, 4));
     samples.resize(floats * header.query_samples);
     positions.resize(header.query_samples);
     std::memcpy(samples.data(), samples_at, samples.size() * 4);
@@ -138,9 +140,8 @@ Reply RunPut(const SlotServices& services, Channel& channel, const Submission& r
   constexpr uint64_t kNames = shm::kSlotPayload + sizeof(shm::PutHeader);
   QUARRY_ASSIGN_OR_RETURN(const std::string name_space,
                           payload.Text("namespace", kNames, header.namespace_bytes));
-  QUARRY_ASSIGN_OR_RETURN(
-      const std::string key,
-      payload.Text("key", kNames + header.namespace_bytes, header.key_bytes));
+  QUARRY_ASSIGN_OR_RETURN(const std::string key,
+                          payload.Text("key", kNames + header.namespace_bytes, header.key_bytes));
   QUARRY_ASSIGN_OR_RETURN(const std::byte* data,
                           payload.At("data", header.data_offset, header.data_bytes, 1, 1));
   std::optional<ByteDigest> digest;
@@ -161,17 +162,16 @@ Reply RunLease(const SlotServices& services, Channel& channel, const Submission&
   QUARRY_ASSIGN_OR_RETURN(const auto header, payload.HeaderOf<shm::LeaseHeader>("lease"));
   Engine& engine = services.parts.engine;
   const SessionId session = channel.owner().session;
-  absl::StatusOr<BlockLease> lease = absl::InvalidArgumentError(
-      absl::StrCat("lease kind ", header.kind, " is unknown"));
+  absl::StatusOr<BlockLease> lease =
+      absl::InvalidArgumentError(absl::StrCat("lease kind ", header.kind, " is unknown"));
   if (header.kind == static_cast<uint32_t>(shm::LeaseKind::kContextBlock)) {
     lease = engine.LeaseContextBlock(session, {header.context}, header.block);
   } else if (header.kind == static_cast<uint32_t>(shm::LeaseKind::kEngineKey)) {
     constexpr uint64_t kNames = shm::kSlotPayload + sizeof(shm::LeaseHeader);
     QUARRY_ASSIGN_OR_RETURN(const std::string name_space,
                             payload.Text("namespace", kNames, header.namespace_bytes));
-    QUARRY_ASSIGN_OR_RETURN(
-        const std::string key,
-        payload.Text("key", kNames + header.namespace_bytes, header.key_bytes));
+    QUARRY_ASSIGN_OR_RETURN(const std::string key,
+                            payload.Text("key", kNames + header.namespace_bytes, header.key_bytes));
     lease = engine.LeaseEngineBlock(session, name_space, key);
   }
   QUARRY_RETURN_IF_ERROR(lease.status());
@@ -228,17 +228,17 @@ void ServeRequest(const SlotServices& services, const std::shared_ptr<Channel>& 
   services.counters.shm_requests[known].fetch_add(1, std::memory_order_relaxed);
   if (request.request_bytes > channel->geometry().slot_bytes - shm::kSlotPayload) {
     return Finish(services, *channel, request,
-                  absl::InvalidArgumentError(absl::StrCat(
-                      "request of ", request.request_bytes, " bytes in a slot of ",
-                      channel->geometry().slot_bytes - shm::kSlotPayload)));
+                  absl::InvalidArgumentError(
+                      absl::StrCat("request of ", request.request_bytes, " bytes in a slot of ",
+                                   channel->geometry().slot_bytes - shm::kSlotPayload)));
   }
-  if (services.parts.draining() &&
-      request.opcode != static_cast<uint16_t>(shm::Opcode::kRelease)) {
+  if (services.parts.draining() && request.opcode != static_cast<uint16_t>(shm::Opcode::kRelease)) {
     return Finish(services, *channel, request,
                   absl::UnavailableError("the daemon is draining; it takes no new requests"));
   }
   switch (static_cast<shm::Opcode>(request.opcode)) {
-    case shm::Opcode::kNop: return channel->Answer(request, absl::StatusCode::kOk, 0);
+    case shm::Opcode::kNop:
+      return channel->Answer(request, absl::StatusCode::kOk, 0);
     case shm::Opcode::kAttend:
       return ServeAttend(services.parts.engine, services.counters, channel, request);
     case shm::Opcode::kRelease:
@@ -246,9 +246,12 @@ void ServeRequest(const SlotServices& services, const std::shared_ptr<Channel>& 
     // Look-ups in the RAM tier are shorter than a hand-over to another thread.
     case shm::Opcode::kLease:
       return Finish(services, *channel, request, RunLease(services, *channel, request));
-    case shm::Opcode::kCall: return RunInBulk(services, channel, request, RunCall);
-    case shm::Opcode::kAppend: return RunInBulk(services, channel, request, RunAppend);
-    case shm::Opcode::kPut: return RunInBulk(services, channel, request, RunPut);
+    case shm::Opcode::kCall:
+      return RunInBulk(services, channel, request, RunCall);
+    case shm::Opcode::kAppend:
+      return RunInBulk(services, channel, request, RunAppend);
+    case shm::Opcode::kPut:
+      return RunInBulk(services, channel, request, RunPut);
   }
   Finish(services, *channel, request,
          absl::InvalidArgumentError(

@@ -37,8 +37,8 @@ absl::StatusOr<FileDescriptor> LockFor(const std::string& path) {
   if (!lock.valid()) return ErrnoStatus(errno, lock_path);
   if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
     if (errno != EWOULDBLOCK) return ErrnoStatus(errno, lock_path);
-    return absl::FailedPreconditionError(absl::StrCat(
-        "another quarryd (pid ", ReadPid(lock.get()), ") already serves ", path));
+    return absl::FailedPreconditionError(
+        absl::StrCat("another quarryd (pid ", ReadPid(lock.get()), ") already serves ", path));
   }
   const std::string pid = absl::StrCat(getpid(), "\n");
   if (ftruncate(lock.get(), 0) != 0 ||
@@ -60,8 +60,7 @@ absl::Status RemoveStale(const std::string& path, const sockaddr_un& address, in
   }
   const FileDescriptor probe(socket(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!probe.valid()) return ErrnoStatus(errno, "socket");
-  const int rc =
-      connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address));
+  const int rc = connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address));
   if (rc == 0 || errno == EAGAIN || errno == EPROTOTYPE) {
     return absl::FailedPreconditionError(
         absl::StrCat("another process listens on ", path, "; stop it or choose another path"));

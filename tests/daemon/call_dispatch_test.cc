@@ -9,8 +9,8 @@
 namespace quarry::testing {
 namespace {
 
-using ::testing::HasSubstr;
 using shm::Method;
+using ::testing::HasSubstr;
 
 class CallDispatchTest : public ServerFixture {
  protected:
@@ -22,8 +22,8 @@ class CallDispatchTest : public ServerFixture {
 
   template <typename Reply, typename Request>
   absl::StatusOr<Reply> Run(Method method, const Request& request) {
-    const auto bytes = DispatchCall(parts_, caller_, static_cast<uint32_t>(method),
-                                    request.SerializeAsString());
+    const auto bytes =
+        DispatchCall(parts_, caller_, static_cast<uint32_t>(method), request.SerializeAsString());
     if (!bytes.ok()) return bytes.status();
     Reply reply;
     EXPECT_TRUE(reply.ParseFromString(*bytes));
@@ -51,9 +51,9 @@ TEST_F(CallDispatchTest, ContextMethodsReachTheEngine) {
   fork.set_context(context);
   fork.set_max_tokens(128);
   EXPECT_NE(Run<v1::ForkReply>(Method::kFork, fork)->context(), context);
-  EXPECT_EQ(Run<v1::ListContextsReply>(Method::kListContexts, v1::ListContextsRequest())
-                ->contexts_size(),
-            2);
+  EXPECT_EQ(
+      Run<v1::ListContextsReply>(Method::kListContexts, v1::ListContextsRequest())->contexts_size(),
+      2);
   v1::DeclareTokensRequest declare;
   declare.set_context(context);
   declare.add_tokens(1);
@@ -107,10 +107,9 @@ TEST_F(CallDispatchTest, BlockMethodsReachTheEngine) {
   v1::PurgeRequest purge;
   purge.add_blocks(std::string(32, 'b'));
   EXPECT_EQ(Run<v1::PurgeReply>(Method::kPurge, purge)->blocks(), 1u);
-  EXPECT_EQ(Run<v1::ListBlocksReply>(Method::kListBlocks, v1::ListBlocksRequest())
-                ->blocks(0)
-                .state(),
-            "PUBLISHED");
+  EXPECT_EQ(
+      Run<v1::ListBlocksReply>(Method::kListBlocks, v1::ListBlocksRequest())->blocks(0).state(),
+      "PUBLISHED");
 }
 
 TEST_F(CallDispatchTest, TopKChecksTheRowAgainstTheContext) {

@@ -1,7 +1,9 @@
 #include "daemon/config.h"
 
 #include <cstdlib>
-#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -50,8 +52,8 @@ TEST(ConfigTest, PrintedConfigurationReadsBackToTheSame) {
 }
 
 TEST(ConfigTest, SizesAreStringsWithUnitsOrIntegers) {
-  const auto config = ParseConfig(
-      "[engine]\narena_bytes = \"2GiB\"\nextent_bytes = 33554432\n", "test.toml");
+  const auto config =
+      ParseConfig("[engine]\narena_bytes = \"2GiB\"\nextent_bytes = 33554432\n", "test.toml");
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_EQ(config->engine.arena.capacity_bytes, 2ull << 30);
   EXPECT_EQ(config->engine.arena.extent_bytes, 32ull << 20);
@@ -214,9 +216,24 @@ TEST(ConfigTest, AMissingFileIsNotFound) {
   EXPECT_EQ(ReadConfig("/nonexistent/quarryd.toml").status().code(), absl::StatusCode::kNotFound);
 }
 
-TEST(ConfigTest, TheExampleIsValidAndNamesEveryKey) {
-  const auto config = ReadConfig(QUARRY_SOURCE_DIR "/deploy/quarryd.toml");
-  ASSERT_TRUE(config.ok()) << config.status();
+TEST(ConfigTest, TheExampleNamesEveryKeyAndHoldsTheDefaults) {
+  const std::string path = QUARRY_SOURCE_DIR "/deploy/quarryd.toml";
+  const auto example = ReadConfig(path);
+  ASSERT_TRUE(example.ok()) << example.status();
+  // Where it says that it differs.
+  Config expected = DefaultConfig();
+  expected.shm.socket = "/run/quarry/quarryd.sock";
+  expected.grpc.socket = "/run/quarry/grpc.sock";
+  expected.metrics.listen = "127.0.0.1:9464";
+  EXPECT_EQ(PrintConfig(*example), PrintConfig(expected));
+  std::ifstream file(path);
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  std::istringstream printed(PrintConfig(expected));
+  for (std::string line; std::getline(printed, line);) {
+    if (line.empty()) continue;
+    const std::string key = line[0] == '[' ? line : line.substr(0, line.find('=') + 1);
+    EXPECT_THAT(text, HasSubstr("\n" + key));
+  }
 }
 
 }  // namespace

@@ -167,8 +167,8 @@ class FakeEngine : public Engine {
     }
     return out;
   }
-  absl::Status Read(SessionId s, ContextId c, uint32_t layer, TokenRange,
-                    std::span<std::byte> k, std::span<std::byte> v) override {
+  absl::Status Read(SessionId s, ContextId c, uint32_t layer, TokenRange, std::span<std::byte> k,
+                    std::span<std::byte> v) override {
     if (absl::Status status = Info(s, c).status(); !status.ok()) return status;
     std::memset(k.data(), static_cast<int>('k' + layer), k.size());
     std::memset(v.data(), static_cast<int>('v' + layer), v.size());
@@ -239,8 +239,8 @@ class FakeEngine : public Engine {
   }
 
   // o[i] = q[i] + layer; lse = first_head.
-  void Attend(SessionId session, std::span<const AttendRow> rows,
-              std::span<AttendAnswer> answers, std::function<void()> done) override {
+  void Attend(SessionId session, std::span<const AttendRow> rows, std::span<AttendAnswer> answers,
+              std::function<void()> done) override {
     auto finish = [this, session, rows, answers, done = std::move(done)] {
       for (size_t i = 0; i < rows.size(); ++i) AnswerRow(session, rows[i], answers[i]);
       done();
@@ -297,7 +297,8 @@ class FakeEngine : public Engine {
   }
   std::string KeyOf(SessionId session, std::string_view name_space, std::string_view key) {
     const auto it = sessions_.find(session.value);
-    return (it == sessions_.end() ? std::string("?") : it->second) + "/" + std::string(name_space) + "/" + std::string(key);
+    return (it == sessions_.end() ? std::string("?") : it->second) + "/" + std::string(name_space) +
+           "/" + std::string(key);
   }
   void AnswerRow(SessionId session, const AttendRow& row, AttendAnswer& answer) {
     if (absl::StatusOr<ContextInfo> info = Info(session, row.context); !info.ok()) {

@@ -41,8 +41,7 @@ TEST(HandshakeTest, DisjointVersionsAreRefusedNamingBothRanges) {
 }
 
 TEST(HandshakeTest, AnInvertedRangeOrWrongMagicIsInvalid) {
-  EXPECT_EQ(Negotiate(Hello(3, 2), {}, {1, 5}).status().code(),
-            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(Negotiate(Hello(3, 2), {}, {1, 5}).status().code(), absl::StatusCode::kInvalidArgument);
   shm::HelloRequest hello = Hello(1, 1);
   hello.magic ^= 1;
   EXPECT_EQ(Negotiate(hello, {}, {1, 1}).status().code(), absl::StatusCode::kInvalidArgument);

@@ -93,8 +93,8 @@ absl::StatusOr<std::unique_ptr<RawShmClient>> RawShmClient::Connect(
   client->reply_ = *reply;
   client->memory_fd_.Reset(descriptors[0]);
   client->doorbell_.Reset(descriptors[1]);
-  void* memory = mmap(nullptr, reply->channel_bytes, PROT_READ | PROT_WRITE, MAP_SHARED,
-                      descriptors[0], 0);
+  void* memory =
+      mmap(nullptr, reply->channel_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, descriptors[0], 0);
   if (memory == MAP_FAILED) return ErrnoStatus(errno, "mmap");
   client->memory_ = static_cast<std::byte*>(memory);
   client->reply_offset_ = client->header()->slots_offset;
@@ -166,8 +166,8 @@ std::optional<RawShmClient::ExtentAnswer> RawShmClient::AskExtent(uint32_t exten
   ExtentAnswer answer;
   std::vector<int> descriptors;
   const ssize_t n =
-      Receive(socket_.get(),
-              std::as_writable_bytes(std::span<shm::SocketReply>(&answer.reply, 1)), &descriptors);
+      Receive(socket_.get(), std::as_writable_bytes(std::span<shm::SocketReply>(&answer.reply, 1)),
+              &descriptors);
   if (n != sizeof(shm::SocketReply)) return std::nullopt;
   if (!descriptors.empty()) answer.fd.Reset(descriptors[0]);
   return answer;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "daemon/file_descriptor.h"
 #include "proto/shm_layout.h"
@@ -95,15 +96,7 @@ class RawShmClient {
 
 // Polls until the condition holds; false at the deadline.
 template <typename F>
-bool Eventually(F condition, absl::Duration deadline = absl::Seconds(10));
-
-}  // namespace quarry::testing
-
-#include "absl/time/clock.h"
-
-namespace quarry::testing {
-template <typename F>
-bool Eventually(F condition, absl::Duration deadline) {
+bool Eventually(F condition, absl::Duration deadline = absl::Seconds(10)) {
   const absl::Time end = absl::Now() + deadline;
   while (!condition()) {
     if (absl::Now() > end) return false;
@@ -111,4 +104,5 @@ bool Eventually(F condition, absl::Duration deadline) {
   }
   return true;
 }
+
 }  // namespace quarry::testing

@@ -29,18 +29,24 @@ class ShmFuzzTest : public ServerFixture {
   // Values near what is valid, and near the edges of their types.
   static uint64_t Odd(Random& random, uint64_t near) {
     switch (Pick(random, 6)) {
-      case 0: return near;
-      case 1: return near + Pick(random, 8) - 4;
-      case 2: return ~0ull - Pick(random, 300);
-      case 3: return Pick(random, 1024);
-      case 4: return 1ull << Pick(random, 64);
-      default: return random();
+      case 0:
+        return near;
+      case 1:
+        return near + Pick(random, 8) - 4;
+      case 2:
+        return ~0ull - Pick(random, 300);
+      case 3:
+        return Pick(random, 1024);
+      case 4:
+        return 1ull << Pick(random, 64);
+      default:
+        return random();
     }
   }
 
   // A valid message of a random kind, then some of its bytes changed.
-  uint64_t WriteMutated(const RawShmClient& client, uint32_t slot, Opcode opcode,
-                        uint64_t context, Random& random) {
+  uint64_t WriteMutated(const RawShmClient& client, uint32_t slot, Opcode opcode, uint64_t context,
+                        Random& random) {
     uint64_t bytes = 64;
     switch (opcode) {
       case Opcode::kAttend:
@@ -170,9 +176,8 @@ TEST_F(ShmFuzzTest, RandomHandshakesCrashNothing) {
       bytes[Pick(random, sizeof(hello))] = static_cast<unsigned char>(random());
     }
     const auto reply = RawShmClient::SayHello(
-        socket->get(),
-        std::as_bytes(std::span<const shm::HelloRequest>(&hello, 1)).first(
-            random() % 8 == 0 ? Pick(random, sizeof(hello)) : sizeof(hello)));
+        socket->get(), std::as_bytes(std::span<const shm::HelloRequest>(&hello, 1))
+                           .first(random() % 8 == 0 ? Pick(random, sizeof(hello)) : sizeof(hello)));
     if (reply) {
       EXPECT_EQ(reply->magic, shm::kMagic);
     }

@@ -16,8 +16,8 @@
 namespace quarry::testing {
 namespace {
 
-using ::testing::HasSubstr;
 using shm::Opcode;
+using ::testing::HasSubstr;
 
 class ShmServerTest : public ServerFixture {};
 
@@ -251,9 +251,9 @@ TEST_F(ShmServerTest, EntriesWithoutAUsableSlotCloseOnlyTheirChannel) {
   StartServer();
   auto other = Connect();
   const std::vector<RawShmClient::Entry> entries = {
-      {4, Opcode::kNop, 0, 1},     // of 4 slots
+      {4, Opcode::kNop, 0, 1},  // of 4 slots
       {~0u, Opcode::kNop, 0, 1},
-      {0, Opcode::kNop, 0, 0},     // never a generation
+      {0, Opcode::kNop, 0, 0},  // never a generation
       {0, Opcode::kNop, 0, ~0u},
   };
   for (const auto& entry : entries) {
@@ -416,8 +416,16 @@ TEST_F(ShmServerTest, AppendsAreParsedAndBoundsChecked) {
   EXPECT_EQ(run([](auto& h) { h.kv_heads = 3; }), bad);
   EXPECT_EQ(run([](auto& h) { h.new_token_ids = ~0u; }), bad);
   EXPECT_EQ(run([](auto& h) { h.ids_offset = 2049; }), bad);
-  EXPECT_EQ(run([](auto& h) { h.query_samples = ~0u; h.samples_offset = 256; }), bad);
-  EXPECT_EQ(run([](auto& h) { h.query_samples = 1; h.samples_offset = 256; h.positions_offset = 2; }),
+  EXPECT_EQ(run([](auto& h) {
+              h.query_samples = ~0u;
+              h.samples_offset = 256;
+            }),
+            bad);
+  EXPECT_EQ(run([](auto& h) {
+              h.query_samples = 1;
+              h.samples_offset = 256;
+              h.positions_offset = 2;
+            }),
             bad);
   EXPECT_EQ(run([](auto& h) { h.context += 99; }), absl::StatusCode::kNotFound);
   EXPECT_EQ(run([](auto&) {}, sizeof(shm::AppendHeader) - 1), bad);

@@ -29,11 +29,11 @@
 namespace quarry {
 namespace {
 
-using testing::FakeEngine;
-using testing::TempDirectory;
 using ::testing::AllOf;
+using testing::FakeEngine;
 using ::testing::HasSubstr;
 using ::testing::Not;
+using testing::TempDirectory;
 
 std::string Message(const absl::Status& s) { return std::string(s.message()); }
 
@@ -148,8 +148,7 @@ TEST(PeerTenantsTest, UsersMapToTenantsAndStrangersToTheirOwn) {
 TEST(PeerTenantsTest, UnknownUsersCanBeRefused) {
   PeerTenantOptions options;
   options.refuse_unknown_users = true;
-  EXPECT_EQ(PeerTenants(options, 0).OfUser(7).status().code(),
-            absl::StatusCode::kPermissionDenied);
+  EXPECT_EQ(PeerTenants(options, 0).OfUser(7).status().code(), absl::StatusCode::kPermissionDenied);
 }
 
 TEST(PeerTenantsTest, ACertificateCannotNameAUsersTenant) {
@@ -169,7 +168,8 @@ TEST(IpAddressTest, KnowsLoopbackAndRefusesNames) {
   EXPECT_FALSE(ParseIpAddress("0.0.0.0:1")->loopback);
   EXPECT_FALSE(ParseIpAddress("[::]:1")->loopback);
   EXPECT_FALSE(ParseIpAddress("[::ffff:127.0.0.1]:1")->loopback);
-  for (const char* bad : {"", ":", "127.0.0.1", "127.1:1", "localhost:1", "::1:1", "[::1]", "1.2.3.4:-1"}) {
+  for (const char* bad :
+       {"", ":", "127.0.0.1", "127.1:1", "localhost:1", "::1:1", "[::1]", "1.2.3.4:-1"}) {
     EXPECT_FALSE(ParseIpAddress(bad).ok()) << bad;
   }
 }
@@ -253,8 +253,9 @@ TEST(UnixListenerTest, TheFileHasTheWantedModeWhateverTheUmask) {
 }
 
 TEST(UnixListenerTest, APathThatIsTooLongIsInvalid) {
-  EXPECT_EQ(UnixListener::Listen({"/tmp/" + std::string(200, 'x'), SOCK_STREAM, 0600}).status().code(),
-            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(
+      UnixListener::Listen({"/tmp/" + std::string(200, 'x'), SOCK_STREAM, 0600}).status().code(),
+      absl::StatusCode::kInvalidArgument);
 }
 
 }  // namespace

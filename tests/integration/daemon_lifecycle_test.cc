@@ -21,8 +21,8 @@ namespace {
 
 using testing::DaemonOptions;
 using testing::DaemonProcess;
-using testing::OneRow;
 using ::testing::HasSubstr;
+using testing::OneRow;
 
 absl::StatusOr<std::unique_ptr<DaemonProcess>> Start(DaemonOptions options = {}) {
   options.arguments.insert(options.arguments.end(), {"--arena-bytes", "128MiB"});
@@ -183,8 +183,8 @@ TEST(DaemonLifecycleTest, SigtermFinishesRequestsInFlightAndExitsWithZero) {
 TEST(DaemonLifecycleTest, AnAdministratorsDrainEndsTheDaemon) {
   auto daemon = Start();
   ASSERT_TRUE(daemon.ok()) << daemon.status();
-  const auto channel = grpc::CreateChannel("unix:" + (*daemon)->grpc_path(),
-                                           grpc::InsecureChannelCredentials());
+  const auto channel =
+      grpc::CreateChannel("unix:" + (*daemon)->grpc_path(), grpc::InsecureChannelCredentials());
   grpc::ClientContext context;
   quarry::v1::DrainReply reply;
   ASSERT_TRUE(quarry::v1::Admin::NewStub(channel)

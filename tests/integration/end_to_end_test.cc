@@ -31,8 +31,8 @@ class GrpcSession {
     grpc::ChannelArguments arguments;
     arguments.SetMaxReceiveMessageSize(-1);
     arguments.SetMaxSendMessageSize(-1);
-    const auto channel = grpc::CreateCustomChannel(
-        "unix:" + path, grpc::InsecureChannelCredentials(), arguments);
+    const auto channel =
+        grpc::CreateCustomChannel("unix:" + path, grpc::InsecureChannelCredentials(), arguments);
     kv = wire::KvStore::NewStub(channel);
     retrieval = wire::Retrieval::NewStub(channel);
     admin = wire::Admin::NewStub(channel);
@@ -80,8 +80,8 @@ class EndToEndTest : public ::testing::Test {
     EXPECT_TRUE(opened.ok()) << opened.status();
     if (!opened.ok()) return {};
     if (reused != nullptr) *reused = opened->reused_tokens;
-    const absl::Status appended = testing::AppendTokens(
-        client, opened->context, data_, opened->reused_tokens, kTokens);
+    const absl::Status appended =
+        testing::AppendTokens(client, opened->context, data_, opened->reused_tokens, kTokens);
     EXPECT_TRUE(appended.ok()) << appended;
     return opened->context;
   }
@@ -215,8 +215,7 @@ TEST_F(EndToEndTest, GrpcAnswersAreTheSharedMemoryAnswersBitForBit) {
       *request.add_rows() =
           ToProto(row.row, spec_.shape.head_dim, spec_.shape.group(), spec_.shape.dtype);
       wire::AttendReply reply;
-      const grpc::Status status =
-          grpc.retrieval->Attend(grpc.Context().get(), request, &reply);
+      const grpc::Status status = grpc.retrieval->Attend(grpc.Context().get(), request, &reply);
       ASSERT_TRUE(status.ok()) << status.error_message();
       ASSERT_EQ(reply.answers_size(), 1);
       const wire::AttendAnswer& answer = reply.answers(0);
@@ -232,10 +231,9 @@ TEST_F(EndToEndTest, GrpcAnswersAreTheSharedMemoryAnswersBitForBit) {
 TEST_F(EndToEndTest, AContextIsBuiltOverGrpcAloneAndSeenOverSharedMemory) {
   const GrpcSession grpc(daemon_->grpc_path());
   wire::OpenReply opened;
-  ASSERT_TRUE(grpc.kv
-                  ->Open(grpc.Context().get(), ToProto(testing::OpenFor(spec_, data_, 2048)),
-                         &opened)
-                  .ok());
+  ASSERT_TRUE(
+      grpc.kv->Open(grpc.Context().get(), ToProto(testing::OpenFor(spec_, data_, 2048)), &opened)
+          .ok());
   auto context = grpc.Context();
   wire::AppendReply appended;
   auto writer = grpc.kv->Append(context.get(), &appended);
