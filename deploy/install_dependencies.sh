@@ -10,8 +10,8 @@ packages=(
   build-essential cmake ninja-build ccache pkg-config git ca-certificates python3 patchelf zstd
   # services and their types
   libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
-  # status, containers and synchronisation; background work; memory placement
-  libabsl-dev libtbb-dev libnuma-dev
+  # status, containers and synchronisation; memory placement
+  libabsl-dev libnuma-dev
   # digests
   libxxhash-dev libssl-dev
   # configuration, command lines, logs, metrics, JSON

@@ -1,5 +1,7 @@
-// The device seam: where the worker's memory lives and its arithmetic runs. Activations are fp32
-// row-major matrices; K and V are stored in the context's dtype, as the daemon stores them.
+// The device seam: where the worker's memory lives and its arithmetic runs. An address of the
+// device is meaningful to the device alone: the host reaches its memory by Upload and Download.
+// Activations are fp32 row-major matrices; K and V are stored in the context's dtype, as the
+// daemon stores them.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +9,9 @@
 #include <memory>
 #include <span>
 #include <string_view>
+#include <utility>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "proto/types.h"
 
@@ -15,7 +19,7 @@ namespace quarry {
 
 class Device;
 
-// Memory of a device's arena, given back with the object. Move-only.
+// Memory of a device's budget, given back with the object. Move-only; the device outlives it.
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
@@ -27,6 +31,7 @@ class DeviceBuffer {
   void Reset();
 
   size_t bytes() const { return bytes_; }
+  // Addresses of the device.
   float* floats() const { return static_cast<float*>(data_); }
   std::byte* raw() const { return static_cast<std::byte*>(data_); }
 
@@ -36,63 +41,107 @@ class DeviceBuffer {
   size_t bytes_ = 0;
 };
 
-// K and V of consecutive tokens of one KV head: [tokens][head_dim] each, of `dtype`.
+// Rows of a stored matrix in the host's memory, [rows][width] of `dtype`.
+struct HostMatrix {
+  std::span<const std::byte> bytes;
+  DType dtype = DType::kBf16;
+  size_t rows = 0;
+};
+
+// Weights, [rows][width], in the form the device computes with; a vector has one row.
+struct DeviceMatrix {
+  DeviceBuffer data;
+  DType dtype = DType::kFp32;
+  size_t rows = 0, width = 0;
+};
+
+// K and V of consecutive tokens of every KV head of a layer: the vectors of one head are
+// contiguous, [tokens][head_dim], and head h begins h * head_stride bytes behind k and v.
 struct DeviceKv {
   const void* k = nullptr;
   const void* v = nullptr;
+  size_t head_stride = 0;
   TokenRange tokens;
 };
 
-// Attention of rows over local K/V, one KV head of one layer: for query head g of row r,
-//   q at r * q_stride + g * head_dim;  range[r]: tokens it sees;
-//   o at r * q_stride + g * head_dim and lse at r * lse_stride + g are written (natural log;
-//   an empty set gives o = 0 and -infinity).
+// Attention of consecutive tokens over parts of one layer's K and V, causal: row r is token
+// first_token + r and sees itself and what is before it, at most `window` tokens (0: all).
+// lse is natural; a row that sees nothing of the parts has o = 0 and lse = -infinity.
 struct DeviceAttention {
-  std::span<const DeviceKv> parts;  // disjoint, in token order; gaps between them are allowed
-  uint32_t head_dim = 0;
-  DType dtype = DType::kBf16;
-  uint32_t rows = 0, group = 0;
-  const float* q = nullptr;
-  size_t q_stride = 0;              // floats
-  std::span<const TokenRange> range;
-  float* o = nullptr;
-  float* lse = nullptr;
-  size_t lse_stride = 0;
+  std::span<const DeviceKv> parts;  // disjoint; gaps between them are allowed
+  DType dtype = DType::kBf16;       // of k and v
+  uint32_t heads = 0, kv_heads = 0, head_dim = 0;
+  uint32_t first_token = 0, rows = 0, window = 0;
+  const float* q = nullptr;  // [rows][heads][head_dim]
+  float* o = nullptr;        // the same
+  float* lse = nullptr;      // [rows][heads]
+
+  // What row r sees, in all parts and between them.
+  TokenRange Visible(uint32_t r) const {
+    const uint32_t hi = first_token + r + 1;
+    return {window != 0 && hi > window ? hi - window : 0, hi};
+  }
+};
+
+// Rotation of heads of consecutive tokens in place: the first 2 * inv_freq.size() elements of
+// each head, in halves (neox), by fp32(token) * inv_freq; cosines and sines times attention_scale.
+struct DeviceRope {
+  float* x = nullptr;  // [rows][heads][head_dim]
+  uint32_t first_token = 0, rows = 0, heads = 0, head_dim = 0;
+  std::span<const float> inv_freq;
+  float attention_scale = 1.0f;
+};
+
+// `count` pieces of `bytes` each, from one place of the device to another.
+struct DeviceCopy {
+  void* to = nullptr;
+  size_t to_stride = 0;  // bytes
+  const void* from = nullptr;
+  size_t from_stride = 0;
+  size_t bytes = 0, count = 0;
 };
 
 struct DeviceStats {
   uint64_t capacity_bytes = 0, used_bytes = 0, peak_bytes = 0;
 };
 
-// All operations finish before they return. Not thread-safe, except Attend.
+// Used by one thread. Operations run in the order they are called and may still run when they
+// return; Download waits for everything before it and reports what failed since the last one.
+// Pointers are addresses of the device; spans are the host's. Shapes are the caller's duty.
 class Device {
  public:
   virtual ~Device() = default;
   virtual std::string_view name() const = 0;
 
-  // ResourceExhausted names what was asked for, its bytes and the budget.
+  // Not initialised. ResourceExhausted names what was asked for, its bytes and the budget.
   virtual absl::StatusOr<DeviceBuffer> Allocate(size_t bytes, std::string_view what) = 0;
   virtual DeviceStats Stats() const = 0;
 
-  // y[rows][out] = x[rows][in] * w[out][in]^T, or added to y if `accumulate`.
+  // The host's memory may be reused when they return.
+  virtual absl::Status Upload(void* to, std::span<const std::byte> from) = 0;
+  virtual absl::Status Download(std::span<std::byte> to, const void* from) = 0;
+  virtual void Copy(const DeviceCopy& copy) = 0;
+
+  // The matrices one above the other, all of one width. Values stay exact.
+  virtual absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
+                                            std::string_view what) = 0;
+
+  // y[r][w.rows] = x[r][w.width] * w^T, or added to y.
   enum class Output { kOverwrite, kAccumulate };
-  virtual void MatMul(const float* x, const float* w, float* y, size_t rows, size_t in, size_t out,
+  virtual void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
                       Output output) = 0;
-  // y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight, in fp32.
-  virtual void RmsNorm(const float* x, const float* weight, float eps, float* y, size_t rows,
-                       size_t width) = 0;
-  // Rotates the first rotary_dim elements of each head in place (halves, as neox), with cosines
-  // and sines of fp32(position) * inv_freq, both times attention_scale.
-  virtual void Rope(float* x, size_t rows, size_t stride, uint32_t heads, uint32_t head_dim,
-                    uint32_t first_position, std::span<const float> inv_freq,
-                    float attention_scale) = 0;
-  // y[r][i] = silu(gate[r * stride + i]) * up[r * stride + i]
-  virtual void SwiGlu(const float* gate, const float* up, size_t stride, float* y, size_t rows,
-                      size_t width) = 0;
-  virtual void Embed(const float* table, std::span<const uint32_t> tokens, float* y,
-                     size_t width) = 0;
+  // y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight.
+  virtual void RmsNorm(const float* x, const DeviceMatrix& weight, float eps, float* y,
+                       size_t rows) = 0;
+  virtual void Rope(const DeviceRope& rope) = 0;
+  // y[r][i] = silu(gate_up[r][i]) * gate_up[r][width + i], i < width.
+  virtual void SwiGlu(const float* gate_up, float* y, size_t rows, size_t width) = 0;
+  // y[r] = table[tokens[r]]
+  virtual void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) = 0;
+  // to[i] = from[i] rounded to nearest even.
+  virtual void Round(const float* from, DType dtype, void* to, size_t elements) = 0;
   virtual void Attend(const DeviceAttention& attention) = 0;
-  // Merges partial b into a by their lse: [rows] of head_dim and one lse each.
+  // Merges partial b into a: `rows` outputs of head_dim, one lse each.
   virtual void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
                      uint32_t head_dim) = 0;
 
@@ -103,6 +152,8 @@ struct HostDeviceOptions {
   uint64_t capacity_bytes = 16ull << 30;
   uint32_t threads = 0;  // 0: all cores
 };
+// The device that every machine has. Weights are widened to fp32. The threads' scratch, some 100
+// KiB each, is not in the budget.
 std::unique_ptr<Device> MakeHostDevice(const HostDeviceOptions& options);
 
 }  // namespace quarry

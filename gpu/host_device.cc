@@ -1,8 +1,6 @@
-// The device that every machine has: OpenBLAS for products, cpu_index's kernels for attention.
+// The device that every machine has: the host's memory, OpenBLAS for products, and cpu_index's
+// kernels for attention.
 #include <cblas.h>
-#include <tbb/blocked_range.h>
-#include <tbb/parallel_for.h>
-#include <tbb/task_arena.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,47 +8,49 @@
 #include <cstdlib>
 #include <cstring>
 #include <thread>
-#include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "cpu_index/key_index.h"
 #include "cpu_index/partial.h"
 #include "gpu/device.h"
+#include "gpu/host_attention.h"
+#include "gpu/thread_team.h"
+#include "proto/half.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
 
-// Rows attended in one kernel call: with a group of three heads of 128, the queries of 16 rows
-// (24 KiB) stay in the L1 cache beside a tile of scores.
-constexpr uint32_t kRowsPerCall = 16;
+// Queries of one attention task: they and their sums (64 KiB at head_dim 128) stay in the L2 cache;
+// more do not make the exact scan faster.
+constexpr uint32_t kQueriesPerTask = 64;
+// A loop smaller than this is not worth waking a thread for (65 us across CPUs).
+constexpr size_t kFlopsPerTask = 8 << 20;
 
 class HostDevice final : public Device {
  public:
   explicit HostDevice(const HostDeviceOptions& options)
       : capacity_(options.capacity_bytes),
-        threads_(options.threads != 0 ? options.threads
-                                      : std::max(1u, std::thread::hardware_concurrency())),
-        arena_(static_cast<int>(threads_)) {
-    openblas_set_num_threads(static_cast<int>(threads_));
+        team_(options.threads != 0 ? options.threads
+                                   : std::max(1u, std::thread::hardware_concurrency())) {
+    // The team divides the products; its threads sleep when idle, OpenBLAS's would spin.
+    openblas_set_num_threads(1);
   }
 
   std::string_view name() const override { return "host"; }
 
   absl::StatusOr<DeviceBuffer> Allocate(size_t bytes, std::string_view what) override {
-    const uint64_t used = used_.load();
-    if (bytes > capacity_ || used > capacity_ - bytes) {
+    if (bytes > capacity_ || used_ > capacity_ - bytes) {
       return absl::ResourceExhaustedError(absl::StrCat("device memory: ", bytes, " bytes for ",
-                                                       std::string(what), ", ", used,
+                                                       std::string(what), ", ", used_,
                                                        " in use of a budget of ", capacity_));
     }
-    void* data = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    void* data = std::aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64));
     if (data == nullptr) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("device memory: the system has no ", bytes, " bytes for ",
-                       std::string(what)));
+      return absl::ResourceExhaustedError(absl::StrCat("device memory: the system has no ", bytes,
+                                                       " bytes for ", std::string(what)));
     }
     used_ += bytes;
-    peak_ = std::max(peak_.load(), used_.load());
+    peak_ = std::max(peak_, used_);
     return DeviceBuffer(this, data, bytes);
   }
 
@@ -59,79 +59,132 @@ class HostDevice final : public Device {
     used_ -= bytes;
   }
 
-  DeviceStats Stats() const override { return {capacity_, used_.load(), peak_.load()}; }
+  DeviceStats Stats() const override { return {capacity_, used_, peak_}; }
 
-  void MatMul(const float* x, const float* w, float* y, size_t rows, size_t in, size_t out,
-              Output output) override {
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<int>(rows),
-                static_cast<int>(out), static_cast<int>(in), 1.0f, x, static_cast<int>(in), w,
-                static_cast<int>(in), output == Output::kAccumulate ? 1.0f : 0.0f, y,
-                static_cast<int>(out));
+  absl::Status Upload(void* to, std::span<const std::byte> from) override {
+    std::memcpy(to, from.data(), from.size());
+    return absl::OkStatus();
   }
 
-  void RmsNorm(const float* x, const float* weight, float eps, float* y, size_t rows,
-               size_t width) override {
-    for (size_t r = 0; r < rows; ++r) {
+  absl::Status Download(std::span<std::byte> to, const void* from) override {
+    std::memcpy(to.data(), from, to.size());
+    return absl::OkStatus();
+  }
+
+  void Copy(const DeviceCopy& c) override {
+    auto* to = static_cast<std::byte*>(c.to);
+    auto* from = static_cast<const std::byte*>(c.from);
+    for (size_t i = 0; i < c.count; ++i) {
+      std::memcpy(to + i * c.to_stride, from + i * c.from_stride, c.bytes);
+    }
+  }
+
+  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
+                                    std::string_view what) override {
+    DeviceMatrix out;
+    out.width = width;
+    for (const HostMatrix& part : stacked) out.rows += part.rows;
+    QUARRY_ASSIGN_OR_RETURN(out.data, Allocate(out.rows * width * sizeof(float), what));
+    float* to = out.data.floats();
+    for (const HostMatrix& part : stacked) {
+      team_.For(part.rows, [&](size_t r) { WidenRow(part, r, width, to + r * width); });
+      to += part.rows * width;
+    }
+    return out;
+  }
+
+  void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
+              Output output) override {
+    const size_t tasks = std::clamp<size_t>(2 * rows * w.rows * w.width / kFlopsPerTask, 1,
+                                            size_t{4} * team_.threads());
+    if (rows >= 64 * tasks) {
+      const size_t step = (rows + tasks - 1) / tasks;
+      team_.For(tasks, [&](size_t task) {
+        const size_t lo = std::min(rows, task * step), hi = std::min(rows, lo + step);
+        Multiply(x + lo * w.width, w, 0, w.rows, y + lo * w.rows, hi - lo, output);
+      });
+      return;
+    }
+    const size_t step = (w.rows + tasks - 1) / tasks;
+    team_.For(tasks, [&](size_t task) {
+      const size_t lo = std::min(w.rows, task * step), hi = std::min(w.rows, lo + step);
+      Multiply(x, w, lo, hi, y, rows, output);
+    });
+  }
+
+  void RmsNorm(const float* x, const DeviceMatrix& weight, float eps, float* y,
+               size_t rows) override {
+    const size_t width = weight.width;
+    ForRows(rows, width * 4, [&](size_t r) {
       const float* in = x + r * width;
       double squares = 0;
       for (size_t i = 0; i < width; ++i) squares += double{in[i]} * in[i];
-      const float scale =
-          1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(width)) + eps);
-      for (size_t i = 0; i < width; ++i) y[r * width + i] = in[i] * scale * weight[i];
-    }
+      const float mean = static_cast<float>(squares / static_cast<double>(width));
+      const float scale = 1.0f / std::sqrt(mean + eps);
+      const float* by = weight.data.floats();
+      for (size_t i = 0; i < width; ++i) y[r * width + i] = in[i] * scale * by[i];
+    });
   }
 
-  void Rope(float* x, size_t rows, size_t stride, uint32_t heads, uint32_t head_dim,
-            uint32_t first_position, std::span<const float> inv_freq,
-            float attention_scale) override {
-    const size_t half = inv_freq.size();
-    std::vector<float> cosine(half), sine(half);
-    for (size_t r = 0; r < rows; ++r) {
-      const float position = static_cast<float>(first_position + r);
+  void Rope(const DeviceRope& rope) override {
+    const size_t half = rope.inv_freq.size();
+    ForRows(rope.rows, half * (40 + 6 * rope.heads), [&](size_t r) {
+      thread_local std::vector<float> turn;  // cosines, then sines
+      turn.resize(2 * half);
+      const float position = static_cast<float>(rope.first_token + r);
       for (size_t i = 0; i < half; ++i) {
-        const float angle = position * inv_freq[i];
-        cosine[i] = std::cos(angle) * attention_scale;
-        sine[i] = std::sin(angle) * attention_scale;
+        const float angle = position * rope.inv_freq[i];
+        turn[i] = std::cos(angle) * rope.attention_scale;
+        turn[half + i] = std::sin(angle) * rope.attention_scale;
       }
-      for (uint32_t h = 0; h < heads; ++h) {
-        float* head = x + r * stride + size_t{h} * head_dim;
+      for (uint32_t h = 0; h < rope.heads; ++h) {
+        float* head = rope.x + (r * rope.heads + h) * rope.head_dim;
         for (size_t i = 0; i < half; ++i) {
           const float a = head[i], b = head[i + half];
-          head[i] = a * cosine[i] - b * sine[i];
-          head[i + half] = b * cosine[i] + a * sine[i];
+          head[i] = a * turn[i] - b * turn[half + i];
+          head[i + half] = b * turn[i] + a * turn[half + i];
         }
       }
-    }
+    });
   }
 
-  void SwiGlu(const float* gate, const float* up, size_t stride, float* y, size_t rows,
-              size_t width) override {
-    for (size_t r = 0; r < rows; ++r) {
+  void SwiGlu(const float* gate_up, float* y, size_t rows, size_t width) override {
+    ForRows(rows, width * 20, [&](size_t r) {
+      const float* gate = gate_up + r * 2 * width;
+      const float* up = gate + width;
       for (size_t i = 0; i < width; ++i) {
-        const float g = gate[r * stride + i];
-        y[r * width + i] = g / (1.0f + std::exp(-g)) * up[r * stride + i];
+        y[r * width + i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
       }
+    });
+  }
+
+  void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) override {
+    for (size_t r = 0; r < tokens.size(); ++r) {
+      std::memcpy(y + r * table.width, table.data.floats() + size_t{tokens[r]} * table.width,
+                  table.width * sizeof(float));
     }
   }
 
-  void Embed(const float* table, std::span<const uint32_t> tokens, float* y,
-             size_t width) override {
-    for (size_t r = 0; r < tokens.size(); ++r) {
-      std::memcpy(y + r * width, table + size_t{tokens[r]} * width, width * sizeof(float));
-    }
+  void Round(const float* from, DType dtype, void* to, size_t elements) override {
+    for (size_t i = 0; i < elements; ++i) StoreFromFloat(to, i, dtype, from[i]);
   }
 
   void Attend(const DeviceAttention& a) override {
-    arena_.execute([&] {
-      tbb::parallel_for(tbb::blocked_range<uint32_t>(0, (a.rows + kRowsPerCall - 1) / kRowsPerCall,
-                                                     1),
-                        [&](const tbb::blocked_range<uint32_t>& blocks) {
-                          for (uint32_t b = blocks.begin(); b != blocks.end(); ++b) {
-                            AttendRows(a, b * kRowsPerCall,
-                                       std::min(a.rows, (b + 1) * kRowsPerCall));
-                          }
-                        });
-    });
+    const uint32_t step = std::max(1u, kQueriesPerTask / (a.heads / a.kv_heads));
+    const size_t blocks = (a.rows + step - 1) / step;
+    // The last rows see the most: they come first, so that no thread is left alone with them.
+    const auto run = [&](size_t task) {
+      const auto block = static_cast<uint32_t>(blocks - 1 - task / a.kv_heads);
+      HostAttend(a, static_cast<uint32_t>(task % a.kv_heads), block * step,
+                 std::min(a.rows, (block + 1) * step));
+    };
+    size_t flops = 0;
+    for (const DeviceKv& part : a.parts) {
+      flops += size_t{4} * a.rows * a.heads * a.head_dim * part.tokens.size();
+    }
+    const size_t tasks = blocks * a.kv_heads;
+    if (flops >= 2 * kFlopsPerTask) return team_.For(tasks, run);
+    for (size_t task = 0; task < tasks; ++task) run(task);
   }
 
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
@@ -143,36 +196,42 @@ class HostDevice final : public Device {
   }
 
  private:
-  static void AttendRows(const DeviceAttention& a, uint32_t first, uint32_t last) {
-    const uint32_t queries = (last - first) * a.group;
-    std::vector<float> q(size_t{queries} * a.head_dim), acc(q.size());
-    std::vector<TokenRange> ranges(queries);
-    std::vector<Partial> partials(queries);
-    for (uint32_t i = 0; i < queries; ++i) {
-      const uint32_t row = first + i / a.group;
-      std::memcpy(q.data() + size_t{i} * a.head_dim,
-                  a.q + row * a.q_stride + size_t{i % a.group} * a.head_dim,
-                  a.head_dim * sizeof(float));
-      ranges[i] = a.range[row];
-      partials[i].acc = std::span(acc).subspan(size_t{i} * a.head_dim, a.head_dim);
-    }
-    const QueryBlock block{q.data(), DType::kFp32, queries, a.head_dim,
-                           1.0f / std::sqrt(static_cast<float>(a.head_dim)), ranges};
-    for (const DeviceKv& part : a.parts) {
-      const KvSegment segment{part.k, part.v, part.tokens};
-      ExactScan().AttendAll({std::span(&segment, 1), a.head_dim, a.dtype}, block, partials);
-    }
-    for (uint32_t i = 0; i < queries; ++i) {
-      const uint32_t row = first + i / a.group, head = i % a.group;
-      a.lse[row * a.lse_stride + head] = partials[i].Finish(
-          std::span(a.o + row * a.q_stride + size_t{head} * a.head_dim, a.head_dim));
+  static void WidenRow(const HostMatrix& from, size_t row, size_t width, float* to) {
+    const std::byte* data = from.bytes.data() + row * width * DTypeBytes(from.dtype);
+    if (from.dtype == DType::kFp32) {
+      std::memcpy(to, data, width * sizeof(float));
+    } else {
+      for (size_t i = 0; i < width; ++i) to[i] = LoadAsFloat(data, i, from.dtype);
     }
   }
 
+  // y[.][lo, hi) = x * (rows [lo, hi) of w)^T
+  static void Multiply(const float* x, const DeviceMatrix& w, size_t lo, size_t hi, float* y,
+                       size_t rows, Output output) {
+    if (lo >= hi || rows == 0) return;
+    const float beta = output == Output::kAccumulate ? 1.0f : 0.0f;
+    const int out = static_cast<int>(hi - lo), in = static_cast<int>(w.width);
+    const float* from = w.data.floats() + lo * w.width;
+    if (rows == 1) {
+      cblas_sgemv(CblasRowMajor, CblasNoTrans, out, in, 1.0f, from, in, x, 1, beta, y + lo, 1);
+      return;
+    }
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<int>(rows), out, in, 1.0f, x,
+                in, from, in, beta, y + lo, static_cast<int>(w.rows));
+  }
+
+  // f(r) for every row, each about `flops` of work.
+  template <typename F>
+  void ForRows(size_t rows, size_t flops, const F& f) {
+    const size_t step = std::max<size_t>(1, kFlopsPerTask / 4 / std::max<size_t>(1, flops));
+    team_.For((rows + step - 1) / step, [&](size_t task) {
+      for (size_t r = task * step; r < std::min(rows, (task + 1) * step); ++r) f(r);
+    });
+  }
+
   const uint64_t capacity_;
-  const uint32_t threads_;
-  tbb::task_arena arena_;
-  std::atomic<uint64_t> used_{0}, peak_{0};
+  ThreadTeam team_;
+  uint64_t used_ = 0, peak_ = 0;
 };
 
 }  // namespace

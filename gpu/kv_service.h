@@ -25,8 +25,8 @@ class KvService {
   virtual absl::Status Read(ContextId, uint32_t layer, TokenRange, std::span<std::byte> k,
                             std::span<std::byte> v) = 0;
   // Starts an attend; Wait() of what it returns fills the answers.
-  virtual absl::StatusOr<std::unique_ptr<PendingAttend>> Attend(std::span<const AttendRow> rows,
-                                                                std::span<AttendAnswer> answers) = 0;
+  virtual absl::StatusOr<std::unique_ptr<PendingAttend>> Attend(
+      std::span<const AttendRow> rows, std::span<AttendAnswer> answers) = 0;
   virtual void Arm(bool armed) = 0;
   // Bytes of K and V that the service holds for the context, shared ones included.
   virtual absl::StatusOr<uint64_t> HeldBytes(ContextId) = 0;

@@ -1,51 +1,71 @@
 #include "gpu/local_kv.h"
 
 #include <algorithm>
-#include <cstring>
-#include <utility>
 
 #include "proto/check.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
 
-uint64_t TokenSpan::bytes() const { return k_.bytes() + v_.bytes(); }
-
-absl::Status TokenSpan::Reserve(uint32_t tokens) {
-  const uint32_t held = tokens_.size();
-  if (start_ + held + tokens <= capacity_) return absl::OkStatus();
-  // Room is made by moving to the front where half of the buffer is free, else by growing.
-  const uint32_t wanted =
-      2 * (held + tokens) <= capacity_ ? capacity_ : std::max(64u, held + tokens + held / 2);
+absl::Status TokenSpan::Grow(uint32_t capacity) {
   const size_t vector = shape_.vector_bytes();
-  const size_t stride = size_t{wanted} * vector;
+  const size_t stride = size_t{capacity} * vector;
   for (DeviceBuffer* part : {&k_, &v_}) {
     QUARRY_ASSIGN_OR_RETURN(DeviceBuffer next,
                             device_->Allocate(stride * shape_.kv_heads, "local K/V"));
-    for (uint32_t h = 0; h < shape_.kv_heads && held > 0; ++h) {
-      std::memcpy(next.raw() + h * stride, part->raw() + at(h, tokens_.lo), held * vector);
+    if (!tokens_.empty()) {
+      device_->Copy({next.raw(), stride, part->raw() + at(tokens_.lo), head_stride(),
+                     tokens_.size() * vector, shape_.kv_heads});
     }
     *part = std::move(next);
   }
-  capacity_ = wanted;
+  capacity_ = capacity;
   start_ = 0;
   return absl::OkStatus();
 }
 
-absl::Status TokenSpan::Append(uint32_t first, uint32_t count, const std::byte* k,
-                               const std::byte* v) {
+absl::Status TokenSpan::Reserve(uint32_t tokens) {
+  const uint32_t held = tokens_.size();
+  if (start_ + held + tokens <= capacity_) return absl::OkStatus();
+  // A window slides in place: where most of the room lies free before it, it moves to the front.
+  // Else an eighth more than is needed keeps the copying of single tokens in proportion.
+  const uint64_t needed = uint64_t{held} + tokens;
+  if (needed + std::max<uint64_t>(64, held / 8) <= capacity_) return Grow(capacity_);
+  return Grow(static_cast<uint32_t>(held == 0 ? needed : needed + std::max(64u, held / 8)));
+}
+
+absl::Status TokenSpan::Append(uint32_t first, uint32_t count, const void* k, const void* v) {
+  if (tokens_.empty()) Clear();
   if (tokens_.empty()) tokens_ = {first, first};
   QUARRY_CHECK(first == tokens_.hi);
   QUARRY_RETURN_IF_ERROR(Reserve(count));
   const size_t vector = shape_.vector_bytes();
-  for (uint32_t t = 0; t < count; ++t) {
-    for (uint32_t h = 0; h < shape_.kv_heads; ++h) {
-      const size_t from = (size_t{t} * shape_.kv_heads + h) * vector, to = at(h, first + t);
-      std::memcpy(k_.raw() + to, k + from, vector);
-      std::memcpy(v_.raw() + to, v + from, vector);
+  for (uint32_t h = 0; h < shape_.kv_heads; ++h) {
+    const size_t to = h * head_stride() + at(first);
+    for (const auto& [part, from] : {std::pair{&k_, k}, {&v_, v}}) {
+      device_->Copy({part->raw() + to, vector, static_cast<const std::byte*>(from) + h * vector,
+                     token_bytes(), vector, count});
     }
   }
   tokens_.hi += count;
+  return absl::OkStatus();
+}
+
+absl::Status TokenSpan::AppendFrom(const TokenSpan& other, TokenRange range) {
+  QUARRY_CHECK(Intersect(range, other.tokens_) == range);
+  if (range.empty()) return absl::OkStatus();
+  if (tokens_.empty()) {
+    Clear();
+    tokens_ = {range.lo, range.lo};
+  }
+  QUARRY_CHECK(range.lo == tokens_.hi);
+  QUARRY_RETURN_IF_ERROR(Reserve(range.size()));
+  const size_t bytes = range.size() * shape_.vector_bytes();
+  device_->Copy({k_.raw() + at(range.lo), head_stride(), other.k_.raw() + other.at(range.lo),
+                 other.head_stride(), bytes, shape_.kv_heads});
+  device_->Copy({v_.raw() + at(range.lo), head_stride(), other.v_.raw() + other.at(range.lo),
+                 other.head_stride(), bytes, shape_.kv_heads});
+  tokens_.hi = range.hi;
   return absl::OkStatus();
 }
 
@@ -55,55 +75,43 @@ void TokenSpan::DropBefore(uint32_t token) {
   tokens_.lo = token;
 }
 
-void TokenSpan::Truncate(uint32_t hi) {
-  tokens_.hi = std::clamp(hi, tokens_.lo, tokens_.hi);
+void TokenSpan::Truncate(uint32_t hi) { tokens_.hi = std::clamp(hi, tokens_.lo, tokens_.hi); }
+
+void TokenSpan::Clear() {
+  tokens_ = {};
+  start_ = 0;
 }
 
-DeviceKv TokenSpan::Head(uint32_t kv_head, TokenRange range) const {
-  const TokenRange in = Intersect(tokens_, range);
-  if (in.empty()) return {nullptr, nullptr, in};
-  return {k_.raw() + at(kv_head, in.lo), v_.raw() + at(kv_head, in.lo), in};
+DeviceKv TokenSpan::View() const {
+  if (tokens_.empty()) return {};
+  return {k_.raw() + at(tokens_.lo), v_.raw() + at(tokens_.lo), head_stride(), tokens_};
 }
 
-absl::StatusOr<TokenSpan> TokenSpan::Clone() const {
-  TokenSpan out(device_, shape_);
-  if (tokens_.empty()) return out;
-  std::vector<std::byte> k(tokens_.size() * shape_.kv_heads * shape_.vector_bytes()), v(k.size());
-  CopyOut(tokens_, k.data(), v.data());
-  QUARRY_RETURN_IF_ERROR(out.Append(tokens_.lo, tokens_.size(), k.data(), v.data()));
-  return out;
+std::pair<TokenRange, TokenRange> LocalKv::Window::Kept(uint32_t tokens) const {
+  if (everything) return {{}, {0, tokens}};
+  const TokenRange head{0, std::min(first, tokens)};
+  return {head, {std::max(head.hi, tokens > last ? tokens - last : 0), tokens}};
 }
 
-void TokenSpan::CopyOut(TokenRange range, std::byte* k, std::byte* v) const {
-  QUARRY_CHECK(Intersect(range, tokens_) == range);
-  const size_t vector = shape_.vector_bytes();
-  for (uint32_t t = range.lo; t < range.hi; ++t) {
-    for (uint32_t h = 0; h < shape_.kv_heads; ++h) {
-      const size_t to = (size_t{t - range.lo} * shape_.kv_heads + h) * vector;
-      std::memcpy(k + to, k_.raw() + at(h, t), vector);
-      std::memcpy(v + to, v_.raw() + at(h, t), vector);
-    }
-  }
-}
-
-absl::Status LocalKv::Append(uint32_t first, uint32_t count, const std::byte* k,
-                             const std::byte* v) {
-  if (window_.everything) return last_.Append(first, count, k, v);
-  // The first tokens of the context stay for good; the others slide.
+absl::Status LocalKv::Append(uint32_t first, uint32_t count, const void* k, const void* v) {
   const uint32_t head =
-      first < window_.first ? std::min(count, window_.first - first) : 0;
-  if (head > 0) {
-    QUARRY_RETURN_IF_ERROR(first_.Append(first, head, k, v));
-  }
+      window_.everything || first >= window_.first ? 0 : std::min(count, window_.first - first);
+  if (head > 0) QUARRY_RETURN_IF_ERROR(first_.Append(first, head, k, v));
   if (head == count) return absl::OkStatus();
   const size_t skip = size_t{head} * last_.token_bytes();
-  return last_.Append(first + head, count - head, k + skip, v + skip);
+  return last_.Append(first + head, count - head, static_cast<const std::byte*>(k) + skip,
+                      static_cast<const std::byte*>(v) + skip);
 }
 
-void LocalKv::Slide(uint32_t tokens) {
-  if (window_.everything) return;
-  if (tokens > window_.first + window_.last) last_.DropBefore(tokens - window_.last);
+absl::Status LocalKv::Assign(const TokenSpan& all, uint32_t tokens) {
+  const auto [first, last] = window_.Kept(tokens);
+  first_.Clear();
+  last_.Clear();
+  QUARRY_RETURN_IF_ERROR(first_.AppendFrom(all, first));
+  return last_.AppendFrom(all, last);
 }
+
+void LocalKv::Slide(uint32_t tokens) { last_.DropBefore(window_.Kept(tokens).second.lo); }
 
 void LocalKv::Truncate(uint32_t tokens) {
   first_.Truncate(tokens);
@@ -112,20 +120,20 @@ void LocalKv::Truncate(uint32_t tokens) {
 
 absl::StatusOr<LocalKv> LocalKv::Clone() const {
   LocalKv out = LocalKv(window_, first_.Empty(), last_.Empty());
-  QUARRY_ASSIGN_OR_RETURN(out.first_, first_.Clone());
-  QUARRY_ASSIGN_OR_RETURN(out.last_, last_.Clone());
+  QUARRY_RETURN_IF_ERROR(out.first_.AppendFrom(first_, first_.tokens()));
+  QUARRY_RETURN_IF_ERROR(out.last_.AppendFrom(last_, last_.tokens()));
   return out;
 }
 
-TokenRange LocalKv::Elsewhere() const {
-  if (window_.everything || last_.tokens().empty()) return {};
-  return {std::min(window_.first, last_.tokens().lo), last_.tokens().lo};
+TokenRange LocalKv::Elsewhere(uint32_t tokens) const {
+  const TokenRange gap{first_.tokens().hi, last_.tokens().empty() ? tokens : last_.tokens().lo};
+  return gap.empty() ? TokenRange{} : gap;
 }
 
-std::vector<DeviceKv> LocalKv::Head(uint32_t kv_head) const {
+std::vector<DeviceKv> LocalKv::Parts() const {
   std::vector<DeviceKv> out;
   for (const TokenSpan* span : {&first_, &last_}) {
-    if (!span->tokens().empty()) out.push_back(span->Head(kv_head, span->tokens()));
+    if (!span->tokens().empty()) out.push_back(span->View());
   }
   return out;
 }

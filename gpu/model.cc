@@ -6,6 +6,8 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <optional>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -53,98 +55,125 @@ class FileDigest {
   EVP_MD_CTX* context_;
 };
 
-// Loads tensors onto the device, checking their shapes.
+// Loads tensors onto the device, checking their shapes, and remembers which were wanted.
 class Loader {
  public:
   Loader(const WeightFiles& files, Device* device) : files_(files), device_(device) {}
 
-  absl::StatusOr<DeviceBuffer> Load(const std::string& name, std::vector<uint64_t> shape) {
-    QUARRY_ASSIGN_OR_RETURN(TensorView tensor, files_.Find(name));
-    QUARRY_RETURN_IF_ERROR(CheckShape(name, tensor, shape));
-    return Widen(name, tensor, 0, tensor.elements());
+  absl::StatusOr<DeviceMatrix> Vector(const std::string& name, uint64_t width) {
+    QUARRY_ASSIGN_OR_RETURN(HostMatrix stored, Find(name, {width}));
+    return device_->Load(std::span(&stored, 1), width, name);
+  }
+
+  absl::StatusOr<DeviceMatrix> Matrix(const std::string& name, uint64_t rows, uint64_t width) {
+    return Rows(name, rows, width, 0, rows);
   }
 
   // Rows [first, first + rows) of a fused matrix of `total` rows.
-  absl::StatusOr<DeviceBuffer> LoadRows(const std::string& name, uint64_t total, uint64_t width,
-                                        uint64_t first, uint64_t rows) {
-    QUARRY_ASSIGN_OR_RETURN(TensorView tensor, files_.Find(name));
-    QUARRY_RETURN_IF_ERROR(CheckShape(name, tensor, {total, width}));
-    return Widen(name, tensor, first * width, rows * width);
+  absl::StatusOr<DeviceMatrix> Rows(const std::string& name, uint64_t total, uint64_t width,
+                                    uint64_t first, uint64_t rows) {
+    QUARRY_ASSIGN_OR_RETURN(HostMatrix stored, Find(name, {total, width}));
+    const uint64_t row_bytes = width * DTypeBytes(stored.dtype);
+    stored.bytes = stored.bytes.subspan(first * row_bytes, rows * row_bytes);
+    stored.rows = rows;
+    return device_->Load(std::span(&stored, 1), width, name);
   }
 
-  // Two matrices of the same width, one above the other.
-  absl::StatusOr<DeviceBuffer> LoadStacked(const std::string& a, const std::string& b,
-                                           uint64_t rows, uint64_t width) {
-    QUARRY_ASSIGN_OR_RETURN(DeviceBuffer out, device_->Allocate(2 * rows * width * 4, a));
-    float* at = out.floats();
-    for (const std::string& name : {a, b}) {
-      QUARRY_ASSIGN_OR_RETURN(TensorView tensor, files_.Find(name));
-      QUARRY_RETURN_IF_ERROR(CheckShape(name, tensor, {rows, width}));
-      for (uint64_t i = 0; i < rows * width; ++i) *at++ = tensor.at(i);
+  // Two matrices of one shape, one above the other.
+  absl::StatusOr<DeviceMatrix> Stacked(const std::string& above, const std::string& below,
+                                       uint64_t rows, uint64_t width) {
+    HostMatrix stored[2];
+    QUARRY_ASSIGN_OR_RETURN(stored[0], Find(above, {rows, width}));
+    QUARRY_ASSIGN_OR_RETURN(stored[1], Find(below, {rows, width}));
+    return device_->Load(stored, width, above);
+  }
+
+  // Unimplemented names a tensor that nobody wanted.
+  absl::Status CheckAllUsed(bool tied_head) const {
+    for (const auto& file : files_.files()) {
+      for (const auto& [name, tensor] : file->tensors()) {
+        // Derived from the configuration, and stored by old versions all the same.
+        if (name.ends_with("rotary_emb.inv_freq") || (tied_head && name == "lm_head.weight")) {
+          continue;
+        }
+        if (used_.contains(name)) continue;
+        return absl::UnimplementedError(absl::StrCat(
+            file->path(), ": tensor ", name, " has no place in the configured architecture"));
+      }
     }
-    return out;
+    return absl::OkStatus();
   }
 
  private:
-  static absl::Status CheckShape(const std::string& name, const TensorView& tensor,
-                                 const std::vector<uint64_t>& shape) {
-    const bool floating = tensor.dtype == TensorDType::kBf16 ||
-                          tensor.dtype == TensorDType::kFp16 || tensor.dtype == TensorDType::kFp32;
-    if (tensor.shape == shape && floating) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrCat(
-        "tensor ", name, " is [", absl::StrJoin(tensor.shape, ", "), "]",
-        floating ? "" : " of integers", ", [", absl::StrJoin(shape, ", "), "] is wanted"));
+  absl::StatusOr<HostMatrix> Find(const std::string& name, const std::vector<uint64_t>& shape) {
+    QUARRY_ASSIGN_OR_RETURN(TensorView tensor, files_.Find(name));
+    used_.insert(name);
+    const std::optional<DType> dtype = FloatingDType(tensor.dtype);
+    if (tensor.shape != shape || !dtype) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tensor ", name, " is [", absl::StrJoin(tensor.shape, ", "), "]",
+                       dtype ? "" : " of integers", ", [", absl::StrJoin(shape, ", "),
+                       "] follows from the configuration"));
+    }
+    return HostMatrix{tensor.bytes, *dtype, shape.size() == 1 ? 1 : shape[0]};
   }
 
-  absl::StatusOr<DeviceBuffer> Widen(const std::string& name, const TensorView& tensor,
-                                     uint64_t first, uint64_t count) {
-    QUARRY_ASSIGN_OR_RETURN(DeviceBuffer out, device_->Allocate(count * 4, name));
-    for (uint64_t i = 0; i < count; ++i) out.floats()[i] = tensor.at(first + i);
-    return out;
+  static std::optional<DType> FloatingDType(TensorDType dtype) {
+    switch (dtype) {
+      case TensorDType::kBf16:
+        return DType::kBf16;
+      case TensorDType::kFp16:
+        return DType::kFp16;
+      case TensorDType::kFp32:
+        return DType::kFp32;
+      default:
+        return std::nullopt;
+    }
   }
 
   const WeightFiles& files_;
   Device* const device_;
+  std::set<std::string> used_;
 };
 
-absl::Status LoadAttention(const ModelConfig& c, const std::string& prefix, Loader* loader,
+absl::Status LoadAttention(const ModelConfig& c, const std::string& at, Loader* loader,
                            LayerWeights* out) {
-  const uint64_t q_rows = uint64_t{c.heads} * c.head_dim, kv_rows = uint64_t{c.kv_heads} * c.head_dim;
-  const std::string at = prefix + "self_attn.";
+  const uint64_t q_rows = uint64_t{c.heads} * c.head_dim;
+  const uint64_t kv_rows = uint64_t{c.kv_heads} * c.head_dim;
   if (c.family == ModelFamily::kPhi3) {
     const std::string fused = at + "qkv_proj.weight";
     const uint64_t total = q_rows + 2 * kv_rows;
-    QUARRY_ASSIGN_OR_RETURN(out->q, loader->LoadRows(fused, total, c.hidden, 0, q_rows));
-    QUARRY_ASSIGN_OR_RETURN(out->k, loader->LoadRows(fused, total, c.hidden, q_rows, kv_rows));
+    QUARRY_ASSIGN_OR_RETURN(out->q, loader->Rows(fused, total, c.hidden, 0, q_rows));
+    QUARRY_ASSIGN_OR_RETURN(out->k, loader->Rows(fused, total, c.hidden, q_rows, kv_rows));
     QUARRY_ASSIGN_OR_RETURN(out->v,
-                            loader->LoadRows(fused, total, c.hidden, q_rows + kv_rows, kv_rows));
+                            loader->Rows(fused, total, c.hidden, q_rows + kv_rows, kv_rows));
   } else {
-    QUARRY_ASSIGN_OR_RETURN(out->q, loader->Load(at + "q_proj.weight", {q_rows, c.hidden}));
-    QUARRY_ASSIGN_OR_RETURN(out->k, loader->Load(at + "k_proj.weight", {kv_rows, c.hidden}));
-    QUARRY_ASSIGN_OR_RETURN(out->v, loader->Load(at + "v_proj.weight", {kv_rows, c.hidden}));
+    QUARRY_ASSIGN_OR_RETURN(out->q, loader->Matrix(at + "q_proj.weight", q_rows, c.hidden));
+    QUARRY_ASSIGN_OR_RETURN(out->k, loader->Matrix(at + "k_proj.weight", kv_rows, c.hidden));
+    QUARRY_ASSIGN_OR_RETURN(out->v, loader->Matrix(at + "v_proj.weight", kv_rows, c.hidden));
   }
-  QUARRY_ASSIGN_OR_RETURN(out->o, loader->Load(at + "o_proj.weight", {c.hidden, q_rows}));
+  QUARRY_ASSIGN_OR_RETURN(out->o, loader->Matrix(at + "o_proj.weight", c.hidden, q_rows));
   return absl::OkStatus();
 }
 
 absl::Status LoadLayer(const ModelConfig& c, uint32_t layer, Loader* loader, LayerWeights* out) {
   const std::string prefix = absl::StrCat("model.layers.", layer, ".");
   QUARRY_ASSIGN_OR_RETURN(out->attention_norm,
-                          loader->Load(prefix + "input_layernorm.weight", {c.hidden}));
+                          loader->Vector(prefix + "input_layernorm.weight", c.hidden));
   QUARRY_ASSIGN_OR_RETURN(out->mlp_norm,
-                          loader->Load(prefix + "post_attention_layernorm.weight", {c.hidden}));
-  QUARRY_RETURN_IF_ERROR(LoadAttention(c, prefix, loader, out));
+                          loader->Vector(prefix + "post_attention_layernorm.weight", c.hidden));
+  QUARRY_RETURN_IF_ERROR(LoadAttention(c, prefix + "self_attn.", loader, out));
   const std::string mlp = prefix + "mlp.";
   if (c.family == ModelFamily::kPhi3) {
-    QUARRY_ASSIGN_OR_RETURN(out->gate_up, loader->Load(mlp + "gate_up_proj.weight",
-                                                       {uint64_t{2} * c.intermediate, c.hidden}));
+    QUARRY_ASSIGN_OR_RETURN(out->gate_up, loader->Matrix(mlp + "gate_up_proj.weight",
+                                                         uint64_t{2} * c.intermediate, c.hidden));
   } else {
     QUARRY_ASSIGN_OR_RETURN(out->gate_up,
-                            loader->LoadStacked(mlp + "gate_proj.weight", mlp + "up_proj.weight",
-                                                c.intermediate, c.hidden));
+                            loader->Stacked(mlp + "gate_proj.weight", mlp + "up_proj.weight",
+                                            c.intermediate, c.hidden));
   }
   QUARRY_ASSIGN_OR_RETURN(out->down,
-                          loader->Load(mlp + "down_proj.weight", {c.hidden, c.intermediate}));
+                          loader->Matrix(mlp + "down_proj.weight", c.hidden, c.intermediate));
   return absl::OkStatus();
 }
 
@@ -169,15 +198,16 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(const std::string& directory,
   const ModelConfig& c = model->config_;
   Loader loader(files, device);
   QUARRY_ASSIGN_OR_RETURN(model->embedding_,
-                          loader.Load("model.embed_tokens.weight", {c.vocab, c.hidden}));
-  QUARRY_ASSIGN_OR_RETURN(model->final_norm_, loader.Load("model.norm.weight", {c.hidden}));
+                          loader.Matrix("model.embed_tokens.weight", c.vocab, c.hidden));
+  QUARRY_ASSIGN_OR_RETURN(model->final_norm_, loader.Vector("model.norm.weight", c.hidden));
   if (!c.tied_head) {
-    QUARRY_ASSIGN_OR_RETURN(model->head_, loader.Load("lm_head.weight", {c.vocab, c.hidden}));
+    QUARRY_ASSIGN_OR_RETURN(model->head_, loader.Matrix("lm_head.weight", c.vocab, c.hidden));
   }
   model->layers_.resize(c.layers);
   for (uint32_t l = 0; l < c.layers; ++l) {
     QUARRY_RETURN_IF_ERROR(LoadLayer(c, l, &loader, &model->layers_[l]));
   }
+  QUARRY_RETURN_IF_ERROR(loader.CheckAllUsed(c.tied_head));
   return model;
 }
 

@@ -12,27 +12,25 @@
 
 namespace quarry {
 
-// Matrices are [out][in] fp32, widened exactly from what is stored.
 struct LayerWeights {
-  DeviceBuffer attention_norm, mlp_norm;  // [hidden]
-  DeviceBuffer q, k, v;                   // [heads * head_dim][hidden], [kv_heads * head_dim][hidden]
-  DeviceBuffer o;                         // [hidden][heads * head_dim]
-  DeviceBuffer gate_up;                   // [2 * intermediate][hidden], gate first
-  DeviceBuffer down;                      // [hidden][intermediate]
+  DeviceMatrix attention_norm, mlp_norm;  // [1][hidden]
+  DeviceMatrix q, k, v;  // [heads * head_dim][hidden], [kv_heads * head_dim][hidden]
+  DeviceMatrix o;        // [hidden][heads * head_dim]
+  DeviceMatrix gate_up;  // [2 * intermediate][hidden], gate first
+  DeviceMatrix down;     // [hidden][intermediate]
 };
 
 class Model {
  public:
-  // Errors name the file, the tensor, the shape it has and the one that is wanted.
+  // Errors name the tensor, the shape it has and the one that is wanted. A tensor that the
+  // architecture does not have (a bias, an adapter) is refused: leaving it out would be wrong.
   static absl::StatusOr<std::unique_ptr<Model>> Load(const std::string& directory, Device* device);
 
   const ModelConfig& config() const { return config_; }
   const std::vector<LayerWeights>& layers() const { return layers_; }
-  const float* embedding() const { return embedding_.floats(); }  // [vocab][hidden]
-  const float* head() const {                                      // [vocab][hidden]
-    return config_.tied_head ? embedding_.floats() : head_.floats();
-  }
-  const float* final_norm() const { return final_norm_.floats(); }
+  const DeviceMatrix& embedding() const { return embedding_; }  // [vocab][hidden]
+  const DeviceMatrix& head() const { return config_.tied_head ? embedding_ : head_; }
+  const DeviceMatrix& final_norm() const { return final_norm_; }  // [1][hidden]
 
   // Identity of a context of at most max_tokens tokens whose K and V are stored as kv_dtype.
   // Weights digest: SHA-256 over config.json and every weight file, each with its length first,
@@ -47,7 +45,7 @@ class Model {
   std::string name_;
   WeightsDigest weights_digest_;
   TokenizerDigest tokenizer_digest_;
-  DeviceBuffer embedding_, head_, final_norm_;
+  DeviceMatrix embedding_, head_, final_norm_;
   std::vector<LayerWeights> layers_;
 };
 

@@ -1,9 +1,10 @@
 #include "gpu/model_config.h"
 
 #include <cmath>
+#include <filesystem>
 #include <fstream>
-#include <numbers>
 #include <string_view>
+#include <utility>
 
 #include <nlohmann/json.hpp>
 
@@ -90,11 +91,17 @@ absl::Status ReadFamily(const Reader& in, ModelConfig* out) {
   } else if (name == "Phi3ForCausalLM" || name == "phi3") {
     out->family = ModelFamily::kPhi3;
   } else {
-    return absl::UnimplementedError(absl::StrCat(
-        in.path(), ": architecture ", name, " is not one of the Llama and Phi-3 families"));
+    return absl::UnimplementedError(absl::StrCat(in.path(), ": architecture ", name,
+                                                 " is not one of the Llama and Phi-3 families"));
   }
-  if (in.Flag("attention_bias") || in.Flag("mlp_bias")) {
-    return absl::UnimplementedError(absl::StrCat(in.path(), ": biases are not supported"));
+  for (const char* key : {"attention_bias", "mlp_bias"}) {
+    if (!in.Flag(key)) continue;
+    return absl::UnimplementedError(
+        absl::StrCat(in.path(), ": ", key, " is true, biases are not supported"));
+  }
+  if (in.Has("quantization_config")) {
+    return absl::UnimplementedError(absl::StrCat(
+        in.path(), ": quantization_config is set, only bf16, fp16 and fp32 weights are supported"));
   }
   const std::string activation = in.Text("hidden_act", "silu");
   if (activation != "silu") {
@@ -127,6 +134,10 @@ absl::Status ReadRope(const Reader& in, ModelConfig* out) {
   const Reader scaling(in.path() + ": " + key, in.object()[key]);
   QUARRY_RETURN_IF_ERROR(scaling.Number("rope_theta", &rope.theta));
   QUARRY_RETURN_IF_ERROR(scaling.Number("partial_rotary_factor", &rope.partial_rotary_factor));
+  if (rope.partial_rotary_factor > 1) {
+    return scaling.Error("partial_rotary_factor",
+                         absl::StrCat("is ", rope.partial_rotary_factor, ", must not exceed 1"));
+  }
   const std::string type = scaling.Text("rope_type", scaling.Text("type", "default"));
   if (type == "default") return absl::OkStatus();
   const Reader& lengths = scaling.Has("original_max_position_embeddings") ? scaling : in;
@@ -134,14 +145,22 @@ absl::Status ReadRope(const Reader& in, ModelConfig* out) {
       lengths.Count("original_max_position_embeddings", &rope.original_max_tokens));
   if (type == "llama3") {
     rope.type = RopeConfig::Type::kLlama3;
-    QUARRY_RETURN_IF_ERROR(scaling.Number("factor", &rope.factor));
-    QUARRY_RETURN_IF_ERROR(scaling.Number("low_freq_factor", &rope.low_freq_factor));
-    return scaling.Number("high_freq_factor", &rope.high_freq_factor);
+    for (auto [name, value] : {std::pair{"factor", &rope.factor},
+                               {"low_freq_factor", &rope.low_freq_factor},
+                               {"high_freq_factor", &rope.high_freq_factor}}) {
+      if (!scaling.Has(name)) return scaling.Error(name, "is missing");
+      QUARRY_RETURN_IF_ERROR(scaling.Number(name, value));
+    }
+    if (rope.high_freq_factor <= rope.low_freq_factor) {
+      return scaling.Error("high_freq_factor",
+                           absl::StrCat("is ", rope.high_freq_factor,
+                                        ", must exceed low_freq_factor ", rope.low_freq_factor));
+    }
+    return absl::OkStatus();
   }
   if (type == "longrope" || type == "su") {
     rope.type = RopeConfig::Type::kLongRope;
-    const size_t pairs =
-        static_cast<size_t>(out->head_dim * rope.partial_rotary_factor) / 2;
+    const size_t pairs = RotaryDim(rope, out->head_dim) / 2;
     QUARRY_RETURN_IF_ERROR(scaling.Number("attention_factor", &rope.attention_factor));
     QUARRY_RETURN_IF_ERROR(scaling.Numbers("short_factor", pairs, &rope.short_factor));
     return scaling.Numbers("long_factor", pairs, &rope.long_factor);
@@ -149,25 +168,34 @@ absl::Status ReadRope(const Reader& in, ModelConfig* out) {
   return absl::UnimplementedError(absl::StrCat(scaling.path(), ": rope type ", type));
 }
 
-// Llama 3.1: slow frequencies are stretched, fast ones kept, those between blended.
-double Llama3Frequency(double frequency, const RopeConfig& rope) {
-  const double wavelength = 2 * std::numbers::pi / frequency;
-  const double original = rope.original_max_tokens;
-  if (wavelength < original / rope.high_freq_factor) return frequency;
-  if (wavelength > original / rope.low_freq_factor) return frequency / rope.factor;
-  const double smooth = (original / wavelength - rope.low_freq_factor) /
-                        (rope.high_freq_factor - rope.low_freq_factor);
-  return (1 - smooth) * frequency / rope.factor + smooth * frequency;
+// Ids that end a generation: one, a list, or none.
+absl::Status ReadEndTokens(const Reader& in, ModelConfig* out) {
+  const char* key = "eos_token_id";
+  if (!in.Has(key)) return absl::OkStatus();
+  const json& value = in.object()[key];
+  out->end_tokens.clear();
+  for (const json& id : value.is_array() ? value : json::array({value})) {
+    if (!id.is_number_unsigned()) return in.Error(key, absl::StrCat("is ", value.dump()));
+    if (id.get<uint64_t>() < out->vocab) out->end_tokens.push_back(id.get<uint32_t>());
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<json> ReadObject(const std::string& path) {
+  std::ifstream file(path);
+  if (!file) return absl::NotFoundError(absl::StrCat(path, " cannot be read"));
+  json object = json::parse(file, nullptr, false);
+  if (!object.is_object()) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": not a JSON object"));
+  }
+  return object;
 }
 
 }  // namespace
 
 absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& directory) {
   const std::string path = directory + "/config.json";
-  std::ifstream file(path);
-  if (!file) return absl::NotFoundError(absl::StrCat(path, " cannot be read"));
-  const json object = json::parse(file, nullptr, false);
-  if (!object.is_object()) return absl::InvalidArgumentError(absl::StrCat(path, ": not JSON"));
+  QUARRY_ASSIGN_OR_RETURN(const json object, ReadObject(path));
   const Reader in(path, object);
   ModelConfig out;
   QUARRY_RETURN_IF_ERROR(ReadFamily(in, &out));
@@ -188,6 +216,12 @@ absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& directory) {
   out.norm_eps = static_cast<float>(eps);
   out.tied_head = in.Flag("tie_word_embeddings");
   QUARRY_RETURN_IF_ERROR(ReadRope(in, &out));
+  QUARRY_RETURN_IF_ERROR(ReadEndTokens(in, &out));
+  const std::string generation = directory + "/generation_config.json";
+  if (std::filesystem::exists(generation)) {
+    QUARRY_ASSIGN_OR_RETURN(const json generation_object, ReadObject(generation));
+    QUARRY_RETURN_IF_ERROR(ReadEndTokens(Reader(generation, generation_object), &out));
+  }
   KvShape shape{out.layers, out.heads, out.kv_heads, out.head_dim, out.dtype};
   ModelSpec spec;
   spec.shape = shape;
@@ -197,43 +231,11 @@ absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& directory) {
 }
 
 absl::StatusOr<RopeSpec> RopeFor(const ModelConfig& config, uint32_t max_tokens) {
-  const RopeConfig& rope = config.rope;
   if (max_tokens == 0 || max_tokens > config.max_tokens) {
     return absl::FailedPreconditionError(absl::StrCat(
         "a context of ", max_tokens, " tokens; the model takes 1 to ", config.max_tokens));
   }
-  RopeSpec spec;
-  spec.rotary_dim =
-      static_cast<uint32_t>(config.head_dim * rope.partial_rotary_factor) / 2 * 2;
-  spec.dtype = DType::kFp32;
-  const std::vector<double>* factors = nullptr;
-  if (rope.type == RopeConfig::Type::kLongRope) {
-    const bool is_long = max_tokens > rope.original_max_tokens;
-    spec.regime = is_long ? RopeRegime::kLong : RopeRegime::kShort;
-    spec.regime_max_tokens = is_long ? 0 : rope.original_max_tokens;
-    factors = is_long ? &rope.long_factor : &rope.short_factor;
-    const double stretch =
-        static_cast<double>(config.max_tokens) / rope.original_max_tokens;
-    if (rope.attention_factor > 0) {
-      spec.attention_scale = static_cast<float>(rope.attention_factor);
-    } else if (stretch > 1) {
-      spec.attention_scale = static_cast<float>(
-          std::sqrt(1 + std::log(stretch) / std::log(double{1} * rope.original_max_tokens)));
-    }
-  }
-  for (uint32_t i = 0; i < spec.rotary_dim / 2; ++i) {
-    const double power = std::pow(rope.theta, 2.0 * i / spec.rotary_dim);
-    double frequency;
-    if (factors != nullptr) {
-      // In fp32, as the reference computes it.
-      frequency = 1.0f / (static_cast<float>((*factors)[i]) * static_cast<float>(power));
-    } else {
-      frequency = 1.0f / static_cast<float>(power);
-    }
-    if (rope.type == RopeConfig::Type::kLlama3) frequency = Llama3Frequency(frequency, rope);
-    spec.inv_freq.push_back(static_cast<float>(frequency));
-  }
-  return spec;
+  return ComputeRope(config.rope, config.head_dim, config.max_tokens, max_tokens);
 }
 
 }  // namespace quarry

@@ -28,10 +28,13 @@ constexpr uint64_t kMaxElements = uint64_t{1} << 48;
 uint64_t ElementBytes(TensorDType dtype) {
   switch (dtype) {
     case TensorDType::kBf16:
-    case TensorDType::kFp16: return 2;
+    case TensorDType::kFp16:
+      return 2;
     case TensorDType::kFp32:
-    case TensorDType::kInt32: return 4;
-    case TensorDType::kInt64: return 8;
+    case TensorDType::kInt32:
+      return 4;
+    case TensorDType::kInt64:
+      return 8;
   }
   return 0;
 }
@@ -118,9 +121,12 @@ uint64_t TensorView::elements() const {
 
 float TensorView::at(uint64_t i) const {
   switch (dtype) {
-    case TensorDType::kBf16: return LoadAsFloat(bytes.data(), i, DType::kBf16);
-    case TensorDType::kFp16: return LoadAsFloat(bytes.data(), i, DType::kFp16);
-    case TensorDType::kFp32: return LoadAsFloat(bytes.data(), i, DType::kFp32);
+    case TensorDType::kBf16:
+      return LoadAsFloat(bytes.data(), i, DType::kBf16);
+    case TensorDType::kFp16:
+      return LoadAsFloat(bytes.data(), i, DType::kFp16);
+    case TensorDType::kFp32:
+      return LoadAsFloat(bytes.data(), i, DType::kFp32);
     case TensorDType::kInt32: {
       int32_t x;
       std::memcpy(&x, bytes.data() + i * 4, 4);
@@ -146,7 +152,8 @@ absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std
     at = mmap(nullptr, static_cast<size_t>(info.st_size), PROT_READ, MAP_PRIVATE, fd, 0);
   }
   close(fd);
-  if (at == MAP_FAILED) return Bad(path, absl::StrCat("cannot be mapped, ", info.st_size, " bytes"));
+  if (at == MAP_FAILED)
+    return Bad(path, absl::StrCat("cannot be mapped, ", info.st_size, " bytes"));
   file->file_ = {static_cast<const std::byte*>(at), static_cast<size_t>(info.st_size)};
   QUARRY_RETURN_IF_ERROR(file->Parse());
   return file;
@@ -161,8 +168,8 @@ absl::Status SafetensorsFile::Parse() {
   uint64_t header_bytes;
   std::memcpy(&header_bytes, file_.data(), 8);
   if (header_bytes > kMaxHeaderBytes || header_bytes > file_.size() - 8) {
-    return Bad(path_, absl::StrCat("a header of ", header_bytes, " bytes in a file of ",
-                                   file_.size()));
+    return Bad(path_,
+               absl::StrCat("a header of ", header_bytes, " bytes in a file of ", file_.size()));
   }
   const std::string_view text(reinterpret_cast<const char*>(file_.data()) + 8, header_bytes);
   QUARRY_ASSIGN_OR_RETURN(nlohmann::json json, ParseJson(path_, text));
@@ -185,7 +192,8 @@ absl::Status SafetensorsFile::Parse() {
   uint64_t end = 0;
   for (const auto& [lo, hi] : spans) {
     if (lo != end) {
-      return Bad(path_, absl::StrCat("tensors overlap or leave a hole at byte ", std::min(lo, end)));
+      return Bad(path_,
+                 absl::StrCat("tensors overlap or leave a hole at byte ", std::min(lo, end)));
     }
     end = hi;
   }
@@ -236,15 +244,17 @@ absl::StatusOr<WeightFiles> WeightFiles::Open(const std::string& directory) {
   if (!weight_map.is_null()) {
     for (const auto& [tensor, file] : weight_map.items()) {
       if (!out.Contains(tensor)) {
-        return Bad(index_path, absl::StrCat("tensor ", tensor, " is not in ",
-                                            file.get<std::string>()));
+        return Bad(index_path,
+                   absl::StrCat("tensor ", tensor, " is not in ", file.get<std::string>()));
       }
     }
   }
   return out;
 }
 
-bool WeightFiles::Contains(std::string_view name) const { return where_.find(name) != where_.end(); }
+bool WeightFiles::Contains(std::string_view name) const {
+  return where_.find(name) != where_.end();
+}
 
 absl::StatusOr<TensorView> WeightFiles::Find(std::string_view name) const {
   auto it = where_.find(name);

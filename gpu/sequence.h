@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "gpu/kv_service.h"
+#include "gpu/layer_math.h"
 #include "gpu/local_kv.h"
 #include "gpu/model.h"
 #include "proto/retrieval_types.h"
@@ -17,24 +18,26 @@ namespace quarry {
 
 // How much of the daemon's range a token attends.
 struct AttendBudget {
-  Budget budget;      // unlimited, fixed k or mass
-  double share = 0;   // > 0: fixed k of this share of the range, settled when first used
+  Budget budget;     // unlimited, fixed k or mass
+  double share = 0;  // > 0: fixed k of this share of the range, settled when first used
 };
 
 struct SequenceOptions {
-  LocalKv::Window window;            // `everything`: full attention, no daemon
-  DType kv_dtype = DType::kBf16;     // K/V are rounded to it before anybody attends them
-  AttendBudget budget;               // of tokens that are not the prompt's
+  LocalKv::Window window;         // `everything` follows from there being no service
+  DType kv_dtype = DType::kBf16;  // K/V are rounded to it before anybody attends them
+  AttendBudget budget;            // of tokens that are not the prompt's
   // New tokens up to this many attend through the daemon, row by row; more are prefilled with the
   // prefix's K/V streamed through a layer buffer.
   uint32_t max_attend_rows = 256;
-  uint32_t rows_per_message = 64;
-  uint32_t query_samples = 64;       // per layer of a prefill, for index building; 0: none
+  uint32_t rows_per_message = 64;  // fewer where a model's rows are large
+  uint32_t prefill_rows = 4096;    // of a layer in work at a time
+  uint32_t query_samples = 64;     // per layer of a prefill, for index building; 0: none
 };
 
-// What attention cost, summed over rows, layers and heads.
+// What attention cost, summed over rows, layers and heads. Rows of a prefill (the first, or one of
+// more than max_attend_rows) count in bytes_moved alone.
 struct AttendCost {
-  uint64_t head_steps = 0;       // rows x layers x query heads
+  uint64_t head_steps = 0;  // rows x layers x query heads
   uint64_t tokens_local = 0;
   uint64_t tokens_daemon = 0;
   uint64_t tokens_in_reach = 0;  // what full attention would have attended
@@ -60,9 +63,11 @@ class Sequence {
   Sequence& operator=(const Sequence&) = delete;
 
   // Runs the next tokens and returns the logits after the last one. Prompt tokens attend all that
-  // is before them; others attend within the budget. A token that the daemon
-  // voided is computed once more on a fork of what was complete; if that fails too, or the
-  // daemon has gone (Unavailable), the error is returned and the sequence is of no more use.
+  // is before them; others attend within the budget. Tokens that the daemon has voided are
+  // computed once more on a fork of what was complete; if that fails too, or the daemon
+  // has gone (Unavailable), the error is returned and the sequence is of no more use.
+  // InvalidArgument, with the sequence as it was: no tokens, an id outside the vocabulary, or
+  // other tokens than were declared when the sequence was opened.
   enum class Role { kPrompt, kBudgeted };
   absl::StatusOr<std::vector<float>> Extend(std::span<const uint32_t> tokens, Role role);
 
@@ -77,36 +82,44 @@ class Sequence {
   const AttendCost& cost() const { return cost_; }
 
  private:
-  struct Chunk;   // activations of the tokens in work
-  class Appender;  // sends K/V to the service while the next layer runs
+  class Appender;  // sends K/V to the service while the next chunk or layer runs
 
-  Sequence(const Model& model, Device& device, KvService* service, const SequenceOptions& options);
+  Sequence(const Model& model, Device& device, KvService* service, const SequenceOptions& options,
+           const ModelSpec& spec, uint32_t max_tokens);
 
   absl::Status CheckTokens(std::span<const uint32_t> tokens) const;
-  absl::StatusOr<Chunk> Embed(std::span<const uint32_t> tokens);
-  absl::Status ProjectQkv(uint32_t layer, Chunk* chunk);
-  absl::Status FinishLayer(uint32_t layer, Chunk* chunk);
-  absl::StatusOr<std::vector<float>> Logits(const Chunk& chunk);
+  absl::Status DeclareTokens(std::span<const uint32_t> tokens);
+  absl::StatusOr<DeviceBuffer> Embed(std::span<const uint32_t> tokens);
 
+  // sequence_prefill.cc: many tokens, a layer at a time, the layer's K/V in one buffer.
   absl::StatusOr<std::vector<float>> Prefill(std::span<const uint32_t> tokens);
-  absl::Status PrefillLayer(uint32_t layer, Chunk* chunk, Appender* appender);
-  absl::StatusOr<TokenSpan> LayerSoFar(uint32_t layer);
-  absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens, Role role);
-  absl::Status AttendLayer(uint32_t layer, Chunk* chunk, const Budget& budget);
-  void AttendLocally(uint32_t layer, Chunk* chunk);
+  absl::Status PrefillLayer(uint32_t layer, float* x, uint32_t rows, LayerScratch* scratch,
+                            TokenSpan* buffer, Appender* appender);
+  absl::Status SendChunk(uint32_t layer, TokenRange range, TokenRange prefill,
+                         const LayerScratch& scratch, Appender* appender);
+  absl::Status LoadTokens(uint32_t layer, TokenRange range, LayerScratch* staging,
+                          TokenSpan* to_span, LocalKv* to_window);
   absl::Status LoadWindow();
+
+  // sequence_rows.cc: few tokens; the window here, the rest in the daemon, merged.
+  absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens, Role role);
+  absl::StatusOr<std::vector<float>> RunRows(std::span<const uint32_t> tokens,
+                                             const Budget& budget);
+  absl::Status AttendLayer(uint32_t layer, uint32_t rows, const Budget& budget,
+                           LayerScratch* scratch);
+  void CountReach(const DeviceAttention& attention);
   absl::StatusOr<Budget> SettleBudget(Role role);
   absl::Status ForkContext(const NumericRecipe& recipe);
   absl::Status Recover();
-  TokenRange Visible(uint32_t position) const;
 
   const Model& model_;
   Device& device_;
   KvService* const service_;  // null: full attention
   const SequenceOptions options_;
-  KvShape shape_;
-  RopeSpec rope_;
-  uint32_t max_tokens_ = 0;
+  const KvShape shape_;
+  const RopeSpec rope_;
+  const uint32_t max_tokens_;
+  LayerMath math_;
   ContextId context_;
   NumericRecipe recipe_;
   std::optional<Budget> settled_budget_;

@@ -1,5 +1,6 @@
 #include "gpu/serve.h"
 
+#include <algorithm>
 #include <chrono>
 #include <string>
 #include <utility>
@@ -134,17 +135,16 @@ absl::StatusOr<json> WorkerSession::Open(const json& request) {
   QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> tokens, TokensOf(request, "tokens"));
   QUARRY_ASSIGN_OR_RETURN(uint32_t max_tokens,
                           CountOf(request, "max_tokens", model_.config().max_tokens));
-  QUARRY_ASSIGN_OR_RETURN(
-      std::unique_ptr<Sequence> sequence,
-      Sequence::Open(model_, device_, service_, options_, tokens, max_tokens));
-  QUARRY_ASSIGN_OR_RETURN(
-      std::vector<float> logits,
-      sequence->Extend(std::span(tokens).subspan(sequence->reused_tokens()),
-                       Sequence::Role::kPrompt));
-  json out = {{"sequence", next_},
-              {"reused_tokens", sequence->reused_tokens()},
-              {"predicted", Sampler({}).Next(logits)},
-              {"ttft_ms", MsSince(start)}};
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Sequence> sequence,
+                          Sequence::Open(model_, device_, service_, options_, tokens, max_tokens));
+  json out = {{"sequence", next_}, {"reused_tokens", sequence->reused_tokens()}};
+  if (!tokens.empty()) {
+    QUARRY_ASSIGN_OR_RETURN(std::vector<float> logits,
+                            sequence->Extend(std::span(tokens).subspan(sequence->reused_tokens()),
+                                             Sequence::Role::kPrompt));
+    out["predicted"] = Sampler({}).Next(logits);
+  }
+  out["ttft_ms"] = MsSince(start);
   AddCost(*sequence, {}, &out);
   sequences_[next_++] = std::move(sequence);
   return out;
@@ -152,9 +152,10 @@ absl::StatusOr<json> WorkerSession::Open(const json& request) {
 
 absl::StatusOr<json> WorkerSession::Ask(const json& request) {
   const Clock::time_point start = Clock::now();
-  QUARRY_ASSIGN_OR_RETURN(Sequence* sequence, Find(request));
+  QUARRY_ASSIGN_OR_RETURN(Sequence * sequence, Find(request));
   QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> tokens, TokensOf(request, "tokens"));
   QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> gold, TokensOf(request, "gold"));
+  QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> stop, TokensOf(request, "stop"));
   QUARRY_ASSIGN_OR_RETURN(uint32_t wanted, CountOf(request, "new", 1));
   SamplerOptions sampling;
   QUARRY_ASSIGN_OR_RETURN(sampling.temperature, NumberOf(request, "temperature", 0));
@@ -171,16 +172,18 @@ absl::StatusOr<json> WorkerSession::Ask(const json& request) {
   }
   const AttendCost before = sequence->cost();
   Sampler sampler(sampling);
-  QUARRY_ASSIGN_OR_RETURN(std::vector<float> logits, sequence->Extend(tokens, Sequence::Role::kBudgeted));
+  QUARRY_ASSIGN_OR_RETURN(std::vector<float> logits,
+                          sequence->Extend(tokens, Sequence::Role::kBudgeted));
   std::vector<uint32_t> predicted;
   double ttft_ms = 0;
   for (uint32_t i = 0; i < wanted; ++i) {
     predicted.push_back(sampler.Next(logits));
     if (i == 0) ttft_ms = MsSince(start);
     if (gold.empty() && i + 1 == wanted) break;
+    if (std::find(stop.begin(), stop.end(), predicted.back()) != stop.end()) break;
     const uint32_t next = gold.empty() ? predicted.back() : gold[i];
-    QUARRY_ASSIGN_OR_RETURN(
-        logits, sequence->Extend(std::span(&next, 1), Sequence::Role::kBudgeted));
+    QUARRY_ASSIGN_OR_RETURN(logits,
+                            sequence->Extend(std::span(&next, 1), Sequence::Role::kBudgeted));
   }
   json out = {{"predicted", predicted}, {"ttft_ms", ttft_ms}, {"total_ms", MsSince(start)}};
   AddCost(*sequence, before, &out);
@@ -188,7 +191,7 @@ absl::StatusOr<json> WorkerSession::Ask(const json& request) {
 }
 
 absl::StatusOr<json> WorkerSession::Fork(const json& request) {
-  QUARRY_ASSIGN_OR_RETURN(Sequence* sequence, Find(request));
+  QUARRY_ASSIGN_OR_RETURN(Sequence * sequence, Find(request));
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Sequence> fork, sequence->Fork());
   json out = {{"sequence", next_}, {"tokens", fork->tokens()}};
   sequences_[next_++] = std::move(fork);

@@ -1,4 +1,5 @@
 // quarry-worker: the reference worker's command line. See WORKER.md.
+#include <algorithm>
 #include <charconv>
 #include <chrono>
 #include <cstdio>
@@ -11,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "cpu_index/simd.h"
 #include "gpu/sampler.h"
 #include "gpu/sequence.h"
@@ -24,7 +26,7 @@ namespace {
 struct Arguments {
   std::string model, socket = "/run/quarry/quarryd.sock", attention = "daemon", kv_dtype;
   std::string prompt, prompt_ids;
-  bool serve = false, json = false;
+  bool serve = false, json = false, ignore_end = false;
   uint32_t max_tokens = 0, max_new_tokens = 16, threads = 0, deadline_ms = 10000;
   uint32_t window_first = 128, window_last = 512;
   uint32_t budget_k = 0;
@@ -52,6 +54,7 @@ void Describe(CLI::App* app, Arguments* a) {
   app->add_option("--budget-mass", a->budget_mass, "softmax mass the daemon attends")
       ->check(CLI::Range(0.0, 1.0));
   app->add_option("--deadline-ms", a->deadline_ms, "of every request to the daemon");
+  app->add_flag("--ignore-eos", a->ignore_end, "go on behind the model's end-of-sequence token");
   app->add_option("--temperature", a->sampling.temperature, "0: greedy");
   app->add_option("--top-p", a->sampling.top_p, "nucleus of the sampling");
   app->add_option("--seed", a->sampling.seed, "of the sampling");
@@ -90,7 +93,7 @@ absl::StatusOr<std::vector<uint32_t>> ParseIds(const std::string& argument) {
 SequenceOptions OptionsOf(const Arguments& a, const ModelConfig& config) {
   SequenceOptions options;
   options.window = {a.window_first, a.window_last, a.attention == "full"};
-  options.kv_dtype = a.kv_dtype.empty()    ? config.dtype
+  options.kv_dtype = a.kv_dtype.empty()     ? config.dtype
                      : a.kv_dtype == "bf16" ? DType::kBf16
                      : a.kv_dtype == "fp16" ? DType::kFp16
                                             : DType::kFp32;
@@ -103,55 +106,70 @@ SequenceOptions OptionsOf(const Arguments& a, const ModelConfig& config) {
   return options;
 }
 
-absl::Status Generate(const Arguments& a, const Model& model, WorkerSession* session) {
+absl::StatusOr<std::vector<uint32_t>> PromptIds(const Arguments& a, const Tokenizer* tokenizer) {
   std::vector<uint32_t> ids;
-  std::unique_ptr<Tokenizer> tokenizer;
-  if (!a.prompt.empty()) {
-    QUARRY_ASSIGN_OR_RETURN(tokenizer, Tokenizer::Load(a.model));
+  if (tokenizer != nullptr) {
     QUARRY_ASSIGN_OR_RETURN(ids, tokenizer->Encode(a.prompt));
   } else {
     QUARRY_ASSIGN_OR_RETURN(ids, ParseIds(a.prompt_ids));
   }
-  const uint32_t max_tokens =
-      a.max_tokens != 0 ? a.max_tokens
-                        : std::min<uint32_t>(model.config().max_tokens,
-                                             static_cast<uint32_t>(ids.size()) + a.max_new_tokens);
-  // The prompt but for its last token, which begins the generation.
-  if (ids.size() < 2) return absl::InvalidArgumentError("a prompt needs at least two tokens");
-  const uint32_t last = ids.back();
-  ids.pop_back();
-  const nlohmann::json opened =
-      session->Answer({{"op", "open"}, {"tokens", ids}, {"max_tokens", max_tokens}});
-  nlohmann::json answer = opened;
-  if (opened["status"] == "OK") {
-    answer = session->Answer({{"op", "ask"},
-                              {"sequence", opened["sequence"]},
-                              {"tokens", {last}},
-                              {"new", a.max_new_tokens},
-                              {"temperature", a.sampling.temperature},
-                              {"top_p", a.sampling.top_p},
-                              {"seed", a.sampling.seed}});
-    answer["prefill_ms"] = opened["ttft_ms"];
-    answer["reused_tokens"] = opened["reused_tokens"];
+  if (ids.empty()) {
+    return absl::InvalidArgumentError(
+        "the prompt is empty: give --prompt-ids, --prompt or --serve");
   }
+  return ids;
+}
+
+absl::Status Print(const Arguments& a, const Tokenizer* tokenizer, const nlohmann::json& answer) {
+  if (a.json) std::cout << answer.dump() << std::endl;
   if (answer["status"] != "OK") {
     return absl::InternalError(absl::StrCat(answer["status"].get<std::string>(), ": ",
                                             answer["error"].get<std::string>()));
   }
-  if (a.json) {
-    std::cout << answer.dump() << "\n";
-  } else if (tokenizer != nullptr) {
-    std::cout << tokenizer->Decode(answer["predicted"].get<std::vector<uint32_t>>()) << "\n";
+  if (a.json) return absl::OkStatus();
+  if (tokenizer != nullptr) {
+    std::cout << tokenizer->Decode(answer["predicted"].get<std::vector<uint32_t>>()) << std::endl;
   } else {
-    for (const auto& id : answer["predicted"]) std::cout << id << " ";
-    std::cout << "\n";
+    std::cout << absl::StrJoin(answer["predicted"].get<std::vector<uint32_t>>(), " ") << std::endl;
   }
   return absl::OkStatus();
+}
+
+absl::Status Generate(const Arguments& a, const Model& model, const Tokenizer* tokenizer,
+                      WorkerSession* session) {
+  QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> ids, PromptIds(a, tokenizer));
+  const uint64_t wanted = uint64_t{ids.size()} + a.max_new_tokens;
+  const uint32_t max_tokens =
+      a.max_tokens != 0
+          ? a.max_tokens
+          : static_cast<uint32_t>(std::min<uint64_t>(model.config().max_tokens, wanted));
+  // The prompt but for its last token, which begins the generation.
+  const uint32_t last = ids.back();
+  ids.pop_back();
+  const nlohmann::json opened =
+      session->Answer({{"op", "open"}, {"tokens", ids}, {"max_tokens", max_tokens}});
+  if (opened["status"] != "OK") return Print(a, tokenizer, opened);
+  nlohmann::json answer =
+      session->Answer({{"op", "ask"},
+                       {"sequence", opened["sequence"]},
+                       {"tokens", {last}},
+                       {"new", a.max_new_tokens},
+                       {"stop", a.ignore_end ? std::vector<uint32_t>() : model.config().end_tokens},
+                       {"temperature", a.sampling.temperature},
+                       {"top_p", a.sampling.top_p},
+                       {"seed", a.sampling.seed}});
+  answer["prefill_ms"] = opened["ttft_ms"];
+  answer["reused_tokens"] = opened["reused_tokens"];
+  return Print(a, tokenizer, answer);
 }
 
 absl::Status Run(const Arguments& a) {
   const auto start = std::chrono::steady_clock::now();
   QUARRY_RETURN_IF_ERROR(ChooseSimdLevel().status());
+  std::unique_ptr<Tokenizer> tokenizer;
+  if (!a.prompt.empty()) {
+    QUARRY_ASSIGN_OR_RETURN(tokenizer, Tokenizer::Load(a.model));
+  }
   std::unique_ptr<Device> device = MakeHostDevice({a.device_bytes, a.threads});
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Model> model, Model::Load(a.model, device.get()));
   std::unique_ptr<KvService> service;
@@ -164,7 +182,7 @@ absl::Status Run(const Arguments& a) {
     service = MakeKvService(std::move(client));
   }
   WorkerSession session(*model, *device, service.get(), OptionsOf(a, model->config()));
-  if (!a.serve) return Generate(a, *model, &session);
+  if (!a.serve) return Generate(a, *model, tokenizer.get(), &session);
   const double load_ms =
       std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   std::cout << nlohmann::json({{"status", "OK"},

@@ -88,7 +88,8 @@ TEST_P(GoldenTest, LogitsAndGreedyTokensAgreeWithTransformers) {
 INSTANTIATE_TEST_SUITE_P(Files, GoldenTest, ::testing::ValuesIn(Goldens()), [](const auto& info) {
   std::string name = std::filesystem::path(info.param.model).filename().string() + "_" +
                      std::filesystem::path(info.param.file).stem().string();
-  std::replace_if(name.begin(), name.end(), [](char c) { return !std::isalnum(c); }, '_');
+  std::replace_if(
+      name.begin(), name.end(), [](char c) { return !std::isalnum(c); }, '_');
   return name;
 });
 

@@ -44,7 +44,8 @@ class SafetensorsTest : public ::testing::Test {
 TEST_F(SafetensorsTest, ReadsWhatIsWellFormed) {
   auto file = SafetensorsFile::Open(
       Write(R"({"__metadata__":{"a":"b"},"x":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},)"
-            R"("y":{"dtype":"BF16","shape":[],"data_offsets":[24,26]}})", 26));
+            R"("y":{"dtype":"BF16","shape":[],"data_offsets":[24,26]}})",
+            26));
   ASSERT_TRUE(file.ok()) << file.status();
   EXPECT_EQ((*file)->metadata().at("a"), "b");
   EXPECT_EQ((*file)->Find("x")->elements(), 6u);
@@ -65,11 +66,14 @@ TEST_F(SafetensorsTest, MalformedHeadersAreRefusedByName) {
   ExpectRefused(R"({"x":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}})", 0,
                 "too large");
   ExpectRefused(R"({"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
-                R"("y":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}})", 6, "overlap");
+                R"("y":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}})",
+                6, "overlap");
   ExpectRefused(R"({"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
-                R"("y":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}})", 12, "hole");
+                R"("y":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}})",
+                12, "hole");
   ExpectRefused(R"({"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
-                R"("x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", 4, "twice");
+                R"("x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})",
+                4, "twice");
   ExpectRefused(R"({"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})", 9, "end at byte");
 }
 
@@ -89,8 +93,8 @@ TEST_F(SafetensorsTest, TruncatedAndMutatedFilesNeverCrash) {
   const uint32_t seed = std::random_device{}();
   SCOPED_TRACE(::testing::Message() << "seed " << seed);
   std::mt19937 random(seed);
-  const std::string source = std::string(QUARRY_TEST_MODELS) +
-                             "/tiny/llama-untied-mha/model.safetensors";
+  const std::string source =
+      std::string(QUARRY_TEST_MODELS) + "/tiny/llama-untied-mha/model.safetensors";
   std::ifstream in(source, std::ios::binary);
   const std::string whole{std::istreambuf_iterator<char>(in), {}};
   ASSERT_GT(whole.size(), 1000u);
@@ -122,8 +126,8 @@ TEST_F(SafetensorsTest, TruncatedAndMutatedFilesNeverCrash) {
 class ModelFolderTest : public SafetensorsTest {
  protected:
   void Copy() {
-    for (const auto& entry : std::filesystem::directory_iterator(
-             std::string(QUARRY_TEST_MODELS) + "/tiny/llama-untied-mha")) {
+    for (const auto& entry : std::filesystem::directory_iterator(std::string(QUARRY_TEST_MODELS) +
+                                                                 "/tiny/llama-untied-mha")) {
       std::filesystem::copy(entry.path(), directory_);
     }
   }

@@ -81,9 +81,7 @@ class FakeService final : public KvService {
   void Arm(bool armed) override { armed_balance += armed ? 1 : -1; }
   absl::StatusOr<uint64_t> HeldBytes(ContextId) override { return 0; }
 
-  static size_t TokenBytes(const Context& c) {
-    return c.shape.kv_heads * c.shape.vector_bytes();
-  }
+  static size_t TokenBytes(const Context& c) { return c.shape.kv_heads * c.shape.vector_bytes(); }
 
   std::map<uint64_t, Context> contexts;
   const Context* reuse = nullptr;
@@ -91,8 +89,8 @@ class FakeService final : public KvService {
   size_t samples = 0;
   int armed_balance = 0;
   int attends = 0;
-  int fail_attend = -1;            // the attend that fails,
-  absl::Status failure;            // as a whole if Unavailable, else in its first row
+  int fail_attend = -1;  // the attend that fails,
+  absl::Status failure;  // as a whole if Unavailable, else in its first row
   uint64_t tokens_attended = 0;
 
  private:
@@ -163,7 +161,8 @@ class SequenceTest : public ::testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
     device_ = MakeHostDevice({});
-    auto model = Model::Load(std::string(QUARRY_TEST_MODELS) + "/tiny/" + GetParam(), device_.get());
+    auto model =
+        Model::Load(std::string(QUARRY_TEST_MODELS) + "/tiny/" + GetParam(), device_.get());
     ASSERT_TRUE(model.ok()) << model.status();
     model_ = *std::move(model);
     uint32_t x = 7;
@@ -177,8 +176,8 @@ class SequenceTest : public ::testing::TestWithParam<const char*> {
     options_.rows_per_message = 7;
   }
   std::unique_ptr<Sequence> Open(KvService* service, size_t prompt = 100) {
-    auto s = Sequence::Open(*model_, *device_, service, options_,
-                            std::span(tokens_).first(prompt), 256);
+    auto s =
+        Sequence::Open(*model_, *device_, service, options_, std::span(tokens_).first(prompt), 256);
     EXPECT_TRUE(s.ok()) << s.status();
     return *std::move(s);
   }
@@ -265,8 +264,7 @@ TEST_P(SequenceTest, LostDaemonFailsTheRequestAndStaysFailed) {
   service.failure = absl::UnavailableError("gone");
   auto sequence = Open(&service);
   ASSERT_TRUE(sequence->Extend(std::span(tokens_).first(100), Sequence::Role::kPrompt).ok());
-  auto logits =
-      sequence->Extend(std::span(tokens_).subspan(100, 30), Sequence::Role::kBudgeted);
+  auto logits = sequence->Extend(std::span(tokens_).subspan(100, 30), Sequence::Role::kBudgeted);
   EXPECT_TRUE(absl::IsUnavailable(logits.status())) << logits.status();
   EXPECT_NE(std::string(logits.status().message()).find("void"), std::string::npos);
   EXPECT_TRUE(absl::IsFailedPrecondition(
@@ -293,8 +291,7 @@ TEST_P(SequenceTest, BudgetedTokensGoToAContextOfTheirRecipe) {
   auto sequence = Open(&service);
   ASSERT_TRUE(sequence->Extend(std::span(tokens_).first(100), Sequence::Role::kPrompt).ok());
   EXPECT_TRUE(service.contexts.begin()->second.recipe.dense());
-  ASSERT_TRUE(
-      sequence->Extend(std::span(tokens_).subspan(100, 3), Sequence::Role::kBudgeted).ok());
+  ASSERT_TRUE(sequence->Extend(std::span(tokens_).subspan(100, 3), Sequence::Role::kBudgeted).ok());
   ASSERT_EQ(service.contexts.size(), 1u);
   EXPECT_FALSE(service.contexts.begin()->second.recipe.dense());
 }
@@ -317,8 +314,8 @@ TEST_P(SequenceTest, BadTokensAndLengthsAreNamed) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, SequenceTest,
-                         ::testing::Values("llama-untied-mha", "llama3-rope",
-                                           "phi3-partial-rotary", "phi3-sliding-window"),
+                         ::testing::Values("llama-untied-mha", "llama3-rope", "phi3-partial-rotary",
+                                           "phi3-sliding-window"),
                          [](const auto& info) {
                            std::string name = info.param;
                            std::replace(name.begin(), name.end(), '-', '_');
@@ -334,7 +331,8 @@ TEST(SamplerTest, GreedyTopPAndSeedsBehave) {
   EXPECT_GT(counts[1], 400);
   EXPECT_GT(counts[2], 350);
   EXPECT_EQ(counts[0] + counts[3], 0);
-  Sampler a({.temperature = 2.0, .top_p = 1, .seed = 9}), b({.temperature = 2.0, .top_p = 1, .seed = 9});
+  Sampler a({.temperature = 2.0, .top_p = 1, .seed = 9}),
+      b({.temperature = 2.0, .top_p = 1, .seed = 9});
   for (int i = 0; i < 50; ++i) EXPECT_EQ(a.Next(logits), b.Next(logits));
 }
 

@@ -1,0 +1,111 @@
+#include "gpu/layer_math.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+// Rows of the MLP in work at a time: bounds its activations, large enough for the products.
+constexpr uint32_t kMlpRows = 1024;
+
+}  // namespace
+
+absl::StatusOr<LayerScratch> LayerMath::Allocate(uint32_t max_rows, Answers answers) const {
+  const ModelConfig& c = model_.config();
+  const size_t rows = max_rows, mlp_rows = std::min(max_rows, kMlpRows);
+  const size_t q = rows * c.heads * c.head_dim, kv = rows * c.kv_heads * c.head_dim;
+  LayerScratch s;
+  s.max_rows = max_rows;
+  const auto take = [&](DeviceBuffer* out, size_t bytes, const char* what) -> absl::Status {
+    QUARRY_ASSIGN_OR_RETURN(*out, device_.Allocate(bytes, what));
+    return absl::OkStatus();
+  };
+  QUARRY_RETURN_IF_ERROR(take(&s.norm, rows * c.hidden * 4, "normed states"));
+  QUARRY_RETURN_IF_ERROR(take(&s.q, q * 4, "queries"));
+  QUARRY_RETURN_IF_ERROR(take(&s.o, q * 4, "attention output"));
+  QUARRY_RETURN_IF_ERROR(take(&s.lse, rows * c.heads * 4, "lse"));
+  QUARRY_RETURN_IF_ERROR(take(&s.k_wide, kv * 4, "keys"));
+  QUARRY_RETURN_IF_ERROR(take(&s.v_wide, kv * 4, "values"));
+  QUARRY_RETURN_IF_ERROR(take(&s.k, kv * DTypeBytes(shape_.dtype), "rounded keys"));
+  QUARRY_RETURN_IF_ERROR(take(&s.v, kv * DTypeBytes(shape_.dtype), "rounded values"));
+  QUARRY_RETURN_IF_ERROR(take(&s.gate_up, mlp_rows * 2 * c.intermediate * 4, "MLP gate and up"));
+  QUARRY_RETURN_IF_ERROR(take(&s.activated, mlp_rows * c.intermediate * 4, "MLP activations"));
+  if (answers == Answers::kFar) {
+    QUARRY_RETURN_IF_ERROR(take(&s.far_o, q * 4, "the daemon's output"));
+    QUARRY_RETURN_IF_ERROR(take(&s.far_lse, rows * c.heads * 4, "the daemon's lse"));
+  }
+  return s;
+}
+
+void LayerMath::Project(uint32_t layer, const float* x, uint32_t first, uint32_t rows,
+                        LayerScratch* s) {
+  const ModelConfig& c = model_.config();
+  const LayerWeights& w = model_.layers()[layer];
+  device_.RmsNorm(x, w.attention_norm, c.norm_eps, s->norm.floats(), rows);
+  for (const auto& [weight, out] :
+       {std::pair{&w.q, &s->q}, {&w.k, &s->k_wide}, {&w.v, &s->v_wide}}) {
+    device_.MatMul(s->norm.floats(), *weight, out->floats(), rows, Device::Output::kOverwrite);
+  }
+  for (const auto& [turned, heads] : {std::pair{&s->q, c.heads}, {&s->k_wide, c.kv_heads}}) {
+    device_.Rope(
+        {turned->floats(), first, rows, heads, c.head_dim, rope_.inv_freq, rope_.attention_scale});
+  }
+  const size_t elements = size_t{rows} * c.kv_heads * c.head_dim;
+  device_.Round(s->k_wide.floats(), shape_.dtype, s->k.raw(), elements);
+  device_.Round(s->v_wide.floats(), shape_.dtype, s->v.raw(), elements);
+}
+
+void LayerMath::Finish(uint32_t layer, float* x, uint32_t rows, LayerScratch* s) {
+  const ModelConfig& c = model_.config();
+  const LayerWeights& w = model_.layers()[layer];
+  device_.MatMul(s->o.floats(), w.o, x, rows, Device::Output::kAccumulate);
+  device_.RmsNorm(x, w.mlp_norm, c.norm_eps, s->norm.floats(), rows);
+  for (uint32_t r = 0; r < rows; r += kMlpRows) {
+    const uint32_t n = std::min(kMlpRows, rows - r);
+    device_.MatMul(s->norm.floats() + size_t{r} * c.hidden, w.gate_up, s->gate_up.floats(), n,
+                   Device::Output::kOverwrite);
+    device_.SwiGlu(s->gate_up.floats(), s->activated.floats(), n, c.intermediate);
+    device_.MatMul(s->activated.floats(), w.down, x + size_t{r} * c.hidden, n,
+                   Device::Output::kAccumulate);
+  }
+}
+
+absl::StatusOr<std::vector<float>> LayerMath::Logits(const float* x, uint32_t token) {
+  const ModelConfig& c = model_.config();
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer norm, device_.Allocate(size_t{c.hidden} * 4, "last state"));
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer logits, device_.Allocate(size_t{c.vocab} * 4, "logits"));
+  device_.RmsNorm(x, model_.final_norm(), c.norm_eps, norm.floats(), 1);
+  device_.MatMul(norm.floats(), model_.head(), logits.floats(), 1, Device::Output::kOverwrite);
+  std::vector<float> out(c.vocab);
+  QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(out)), logits.raw()));
+  for (size_t id = 0; id < out.size(); ++id) {
+    if (!std::isfinite(out[id])) {
+      return absl::InternalError(
+          absl::StrCat("the logit of id ", id, " after token ", token, " is ", out[id]));
+    }
+  }
+  return out;
+}
+
+DeviceAttention LayerMath::Attention(uint32_t first, uint32_t rows, std::span<const DeviceKv> parts,
+                                     const LayerScratch& s) const {
+  DeviceAttention a;
+  a.parts = parts;
+  a.dtype = shape_.dtype;
+  a.heads = shape_.heads;
+  a.kv_heads = shape_.kv_heads;
+  a.head_dim = shape_.head_dim;
+  a.first_token = first;
+  a.rows = rows;
+  a.window = model_.config().sliding_window;
+  a.q = s.q.floats();
+  a.o = s.o.floats();
+  a.lse = s.lse.floats();
+  return a;
+}
+
+}  // namespace quarry

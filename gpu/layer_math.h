@@ -1,0 +1,59 @@
+// A model's layers on a device, without attention: what surrounds it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "gpu/device.h"
+#include "gpu/model.h"
+#include "proto/model_spec.h"
+
+namespace quarry {
+
+// Device memory for the tokens in work; its size is that of one chunk, whatever the context's.
+struct LayerScratch {
+  uint32_t max_rows = 0;
+  DeviceBuffer norm;                // [rows][hidden]
+  DeviceBuffer q, o;                // [rows][heads][head_dim]
+  DeviceBuffer lse;                 // [rows][heads]
+  DeviceBuffer k_wide, v_wide;      // [rows][kv_heads][head_dim], fp32
+  DeviceBuffer k, v;                // the same in the context's dtype
+  DeviceBuffer far_o, far_lse;      // the daemon's answers, as o and lse; only if asked for
+  DeviceBuffer gate_up, activated;  // [some rows][2 * intermediate], [some rows][intermediate]
+};
+
+// Not thread-safe. Model and device outlive it.
+class LayerMath {
+ public:
+  // Which attention the scratch is for: with answers from the daemon or without.
+  enum class Answers { kNone, kFar };
+
+  LayerMath(const Model& model, Device& device, const KvShape& shape, const RopeSpec& rope)
+      : model_(model), device_(device), shape_(shape), rope_(rope) {}
+
+  absl::StatusOr<LayerScratch> Allocate(uint32_t max_rows, Answers answers) const;
+
+  // q, k and v of tokens [first, first + rows) from their hidden states x [rows][hidden]. k and v
+  // are rounded to the context's dtype before anybody attends them, so that local attention
+  // and the daemon's see the same.
+  void Project(uint32_t layer, const float* x, uint32_t first, uint32_t rows, LayerScratch* s);
+  // Adds the output projection of s->o, then the MLP, to x.
+  void Finish(uint32_t layer, float* x, uint32_t rows, LayerScratch* s);
+  // Of one token's hidden state. Internal names the token if they are not finite: no token
+  // is to be chosen from such.
+  absl::StatusOr<std::vector<float>> Logits(const float* x, uint32_t token);
+
+  // What attention of tokens [first, first + rows) needs to know beside its parts.
+  DeviceAttention Attention(uint32_t first, uint32_t rows, std::span<const DeviceKv> parts,
+                            const LayerScratch& s) const;
+
+ private:
+  const Model& model_;
+  Device& device_;
+  const KvShape shape_;
+  const RopeSpec rope_;
+};
+
+}  // namespace quarry

@@ -1,0 +1,162 @@
+// Prefill: layer by layer over all new tokens, chunk by chunk within a layer. The hidden states
+// of all tokens and the K/V of one layer are on the device, nothing else grows with the context.
+#include <algorithm>
+#include <future>
+#include <utility>
+
+#include "gpu/sequence.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+
+// One append in flight beside the computation, with the memory that it reads.
+class Sequence::Appender {
+ public:
+  explicit Appender(KvService* service) : service_(service) {}
+  ~Appender() { (void)Finish(); }
+  Appender(const Appender&) = delete;
+  Appender& operator=(const Appender&) = delete;
+
+  struct Payload {
+    std::vector<std::byte> k, v;
+    std::vector<float> samples;
+    std::vector<uint32_t> positions;
+  };
+
+  // Waits for the append before it.
+  absl::Status Start(AppendRequest request, Payload payload) {
+    QUARRY_RETURN_IF_ERROR(Finish());
+    payload_ = std::move(payload);
+    request.k = payload_.k.data();
+    request.v = payload_.v.data();
+    request.query_samples = payload_.samples.data();
+    request.query_positions = payload_.positions;
+    pending_ = std::async(std::launch::async,
+                          [service = service_, request] { return service->Append(request); });
+    return absl::OkStatus();
+  }
+  absl::Status Finish() { return pending_.valid() ? pending_.get() : absl::OkStatus(); }
+
+ private:
+  KvService* const service_;
+  Payload payload_;
+  std::future<absl::Status> pending_;
+};
+
+absl::StatusOr<std::vector<float>> Sequence::Prefill(std::span<const uint32_t> tokens) {
+  const auto rows = static_cast<uint32_t>(tokens.size());
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x, Embed(tokens));
+  QUARRY_ASSIGN_OR_RETURN(LayerScratch scratch,
+                          math_.Allocate(std::min(rows, std::max(1u, options_.prefill_rows)),
+                                         LayerMath::Answers::kNone));
+  TokenSpan buffer(&device_, shape_);
+  if (service_ != nullptr) QUARRY_RETURN_IF_ERROR(buffer.Reserve(tokens_ + rows));
+  Appender appender(service_);
+  for (uint32_t l = 0; l < shape_.layers; ++l) {
+    QUARRY_RETURN_IF_ERROR(PrefillLayer(l, x.floats(), rows, &scratch, &buffer, &appender));
+  }
+  QUARRY_RETURN_IF_ERROR(appender.Finish());
+  tokens_ += rows;
+  window_loaded_ = true;
+  return math_.Logits(x.floats() + size_t{rows - 1} * model_.config().hidden, tokens_ - 1);
+}
+
+absl::Status Sequence::PrefillLayer(uint32_t layer, float* x, uint32_t rows, LayerScratch* scratch,
+                                    TokenSpan* buffer, Appender* appender) {
+  const TokenRange prefill{tokens_, tokens_ + rows};
+  LocalKv& local = local_[layer];
+  if (service_ != nullptr) {
+    // What is before the new tokens, all of it, be it in the window or not.
+    buffer->Clear();
+    QUARRY_RETURN_IF_ERROR(LoadTokens(layer, {0, tokens_}, scratch, buffer, nullptr));
+  }
+  for (uint32_t lo = prefill.lo; lo < prefill.hi;) {
+    const TokenRange chunk{lo, std::min(lo + scratch->max_rows, prefill.hi)};
+    float* states = x + size_t{lo - prefill.lo} * model_.config().hidden;
+    math_.Project(layer, states, lo, chunk.size(), scratch);
+    if (service_ != nullptr) {
+      QUARRY_RETURN_IF_ERROR(buffer->Append(lo, chunk.size(), scratch->k.raw(), scratch->v.raw()));
+      QUARRY_RETURN_IF_ERROR(SendChunk(layer, chunk, prefill, *scratch, appender));
+    } else {
+      QUARRY_RETURN_IF_ERROR(local.Append(lo, chunk.size(), scratch->k.raw(), scratch->v.raw()));
+    }
+    const std::vector<DeviceKv> parts =
+        service_ != nullptr ? std::vector<DeviceKv>{buffer->View()} : local.Parts();
+    const DeviceAttention attention = math_.Attention(lo, chunk.size(), parts, *scratch);
+    device_.Attend(attention);
+    if (tokens_ > 0 && rows <= options_.max_attend_rows) CountReach(attention);
+    math_.Finish(layer, states, chunk.size(), scratch);
+    lo = chunk.hi;
+  }
+  return service_ != nullptr ? local.Assign(*buffer, prefill.hi) : absl::OkStatus();
+}
+
+// K and V of a chunk, with its share of the prefill's query samples, go to the service.
+absl::Status Sequence::SendChunk(uint32_t layer, TokenRange range, TokenRange prefill,
+                                 const LayerScratch& scratch, Appender* appender) {
+  const size_t q_width = size_t{shape_.heads} * shape_.head_dim;
+  const size_t bytes = size_t{range.size()} * shape_.kv_heads * shape_.vector_bytes();
+  Appender::Payload payload;
+  payload.k.resize(bytes);
+  payload.v.resize(bytes);
+  QUARRY_RETURN_IF_ERROR(device_.Download(payload.k, scratch.k.raw()));
+  QUARRY_RETURN_IF_ERROR(device_.Download(payload.v, scratch.v.raw()));
+  const uint32_t wanted = std::min(options_.query_samples, prefill.size());
+  for (uint32_t i = 0; i < wanted; ++i) {
+    const uint32_t token =
+        prefill.lo + static_cast<uint32_t>(uint64_t{i} * prefill.size() / wanted);
+    if (token < range.lo || token >= range.hi) continue;
+    payload.positions.push_back(token);
+    payload.samples.resize(payload.samples.size() + q_width);
+    QUARRY_RETURN_IF_ERROR(
+        device_.Download(std::as_writable_bytes(std::span(payload.samples).last(q_width)),
+                         scratch.q.floats() + (token - range.lo) * q_width));
+  }
+  cost_.bytes_moved += 2 * bytes + payload.samples.size() * 4;
+  AppendRequest append;
+  append.context = context_;
+  append.layer = layer;
+  append.kv_heads = shape_.kv_heads;
+  append.range = range;
+  return appender->Start(append, std::move(payload));
+}
+
+// Reads tokens back from the service, a scratch's worth at a time, into one of the two.
+absl::Status Sequence::LoadTokens(uint32_t layer, TokenRange range, LayerScratch* staging,
+                                  TokenSpan* to_span, LocalKv* to_window) {
+  const size_t token_bytes = shape_.kv_heads * shape_.vector_bytes();
+  std::vector<std::byte> k, v;
+  for (uint32_t lo = range.lo; lo < range.hi;) {
+    const TokenRange piece{lo, std::min(lo + staging->max_rows, range.hi)};
+    k.resize(piece.size() * token_bytes);
+    v.resize(k.size());
+    QUARRY_RETURN_IF_ERROR(service_->Read(context_, layer, piece, k, v));
+    cost_.bytes_moved += k.size() + v.size();
+    QUARRY_RETURN_IF_ERROR(device_.Upload(staging->k.raw(), k));
+    QUARRY_RETURN_IF_ERROR(device_.Upload(staging->v.raw(), v));
+    QUARRY_RETURN_IF_ERROR(
+        to_span != nullptr
+            ? to_span->Append(lo, piece.size(), staging->k.raw(), staging->v.raw())
+            : to_window->Append(lo, piece.size(), staging->k.raw(), staging->v.raw()));
+    lo = piece.hi;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Sequence::LoadWindow() {
+  if (window_loaded_) return absl::OkStatus();
+  const auto [first, last] = options_.window.Kept(tokens_);
+  const uint32_t rows = std::max({1u, first.size(), last.size()});
+  QUARRY_ASSIGN_OR_RETURN(LayerScratch staging,
+                          math_.Allocate(std::min(rows, std::max(1u, options_.prefill_rows)),
+                                         LayerMath::Answers::kNone));
+  for (uint32_t l = 0; l < shape_.layers; ++l) {
+    for (const TokenRange& range : {first, last}) {
+      QUARRY_RETURN_IF_ERROR(LoadTokens(l, range, &staging, nullptr, &local_[l]));
+    }
+  }
+  window_loaded_ = true;
+  return absl::OkStatus();
+}
+
+}  // namespace quarry

@@ -1,0 +1,166 @@
+// Rows: few tokens at a time, which attend the window here and the rest in the daemon.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "gpu/sequence.h"
+#include "proto/identity.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+// Of one message's rows and of its answers; half of a daemon's default slot.
+constexpr size_t kMessageBytes = 4 << 20;
+
+}  // namespace
+
+// The budget of the next rows. K/V computed under one go to a context whose recipe says so.
+absl::StatusOr<Budget> Sequence::SettleBudget(Role role) {
+  if (role == Role::kPrompt) return Budget{};
+  if (!settled_budget_) {
+    settled_budget_ = options_.budget.budget;
+    if (options_.budget.share > 0) {
+      const uint32_t range = local_.front().Elsewhere(tokens_).size();
+      settled_budget_->kind = Budget::Kind::kFixedK;
+      settled_budget_->k = std::max(1u, static_cast<uint32_t>(options_.budget.share * range));
+    }
+  }
+  const NumericRecipe wanted =
+      RecipeOf(*settled_budget_, options_.window.first, options_.window.last);
+  if (wanted != recipe_) QUARRY_RETURN_IF_ERROR(ForkContext(wanted));
+  return *settled_budget_;
+}
+
+// Goes on in a fork of what is complete; the old context is closed.
+absl::Status Sequence::ForkContext(const NumericRecipe& recipe) {
+  QUARRY_ASSIGN_OR_RETURN(ContextId fork, service_->Fork({context_, tokens_, max_tokens_, recipe}));
+  const absl::Status closed = service_->Close(std::exchange(context_, fork));
+  recipe_ = recipe;
+  if (ids_.size() > tokens_) {
+    QUARRY_RETURN_IF_ERROR(service_->DeclareTokens(context_, std::span(ids_).subspan(tokens_)));
+  }
+  return closed;
+}
+
+absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t> tokens,
+                                                        Role role) {
+  QUARRY_RETURN_IF_ERROR(LoadWindow());
+  QUARRY_ASSIGN_OR_RETURN(const Budget budget, SettleBudget(role));
+  const size_t row_bytes =
+      2 * (size_t{shape_.heads} * shape_.head_dim * 4 + shape_.kv_heads * shape_.vector_bytes());
+  const size_t step = std::clamp<size_t>(kMessageBytes / row_bytes, 1, options_.rows_per_message);
+  absl::StatusOr<std::vector<float>> logits;
+  for (size_t at = 0; at < tokens.size(); at += step) {
+    const std::span<const uint32_t> rows = tokens.subspan(at, std::min(step, tokens.size() - at));
+    logits = RunRows(rows, budget);
+    if (!logits.ok() && !absl::IsUnavailable(logits.status())) {
+      QUARRY_RETURN_IF_ERROR(Recover());
+      logits = RunRows(rows, budget);
+    }
+    if (!logits.ok()) {
+      return absl::Status(logits.status().code(),
+                          absl::StrCat("token ", tokens_, " is void: ", logits.status().message()));
+    }
+    tokens_ += static_cast<uint32_t>(rows.size());
+    for (LocalKv& kv : local_) kv.Slide(tokens_);
+  }
+  return logits;
+}
+
+// Some layers may have stored the voided tokens, here and in the daemon: both go back to what is
+// complete.
+absl::Status Sequence::Recover() {
+  for (LocalKv& kv : local_) kv.Truncate(tokens_);
+  ++cost_.recoveries;
+  return ForkContext(recipe_);
+}
+
+absl::StatusOr<std::vector<float>> Sequence::RunRows(std::span<const uint32_t> tokens,
+                                                     const Budget& budget) {
+  // The daemon's poller spins while a token is in work.
+  struct Armed {
+    explicit Armed(KvService* s) : service(s) { service->Arm(true); }
+    ~Armed() { service->Arm(false); }
+    KvService* const service;
+  };
+  const auto rows = static_cast<uint32_t>(tokens.size());
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x, Embed(tokens));
+  QUARRY_ASSIGN_OR_RETURN(LayerScratch scratch, math_.Allocate(rows, LayerMath::Answers::kFar));
+  const Armed armed(service_);
+  for (uint32_t l = 0; l < shape_.layers; ++l) {
+    math_.Project(l, x.floats(), tokens_, rows, &scratch);
+    QUARRY_RETURN_IF_ERROR(AttendLayer(l, rows, budget, &scratch));
+    math_.Finish(l, x.floats(), rows, &scratch);
+  }
+  return math_.Logits(x.floats() + size_t{rows - 1} * model_.config().hidden, tokens_ + rows - 1);
+}
+
+absl::Status Sequence::AttendLayer(uint32_t layer, uint32_t rows, const Budget& budget,
+                                   LayerScratch* scratch) {
+  const size_t q_width = size_t{shape_.heads} * shape_.head_dim;
+  const size_t kv_bytes = shape_.kv_heads * shape_.vector_bytes();
+  std::vector<float> q(rows * q_width), o(q.size()), lse(size_t{rows} * shape_.heads);
+  std::vector<std::byte> k(rows * kv_bytes), v(k.size());
+  QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(q)), scratch->q.raw()));
+  QUARRY_RETURN_IF_ERROR(device_.Download(k, scratch->k.raw()));
+  QUARRY_RETURN_IF_ERROR(device_.Download(v, scratch->v.raw()));
+  const TokenRange elsewhere = local_[layer].Elsewhere(tokens_);
+  const DeviceAttention reach = math_.Attention(tokens_, rows, {}, *scratch);
+  std::vector<AttendRow> asked(rows);
+  std::vector<AttendAnswer> answers(rows);
+  for (uint32_t r = 0; r < rows; ++r) {
+    AttendRow& row = asked[r];
+    row.context = context_;
+    row.layer = layer;
+    row.range = Intersect(elsewhere, reach.Visible(r));
+    row.heads = shape_.heads;
+    row.budget = budget;
+    row.q = q.data() + r * q_width;
+    row.has_token = true;
+    row.token_position = tokens_ + r;
+    row.k = k.data() + r * kv_bytes;
+    row.v = v.data() + r * kv_bytes;
+    answers[r].o = std::span(o).subspan(r * q_width, q_width);
+    answers[r].lse = std::span(lse).subspan(size_t{r} * shape_.heads, shape_.heads);
+  }
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<PendingAttend> pending, service_->Attend(asked, answers));
+  // The window, while the daemon works. Its answers are waited for whatever happens here.
+  const absl::Status local =
+      local_[layer].Append(tokens_, rows, scratch->k.raw(), scratch->v.raw());
+  const std::vector<DeviceKv> parts = local_[layer].Parts();
+  const DeviceAttention window = math_.Attention(tokens_, rows, parts, *scratch);
+  if (local.ok()) device_.Attend(window);
+  QUARRY_RETURN_IF_ERROR(pending->Wait());
+  QUARRY_RETURN_IF_ERROR(local);
+  for (uint32_t r = 0; r < rows; ++r) {
+    QUARRY_RETURN_IF_ERROR(answers[r].status);
+    if (answers[r].covered != asked[r].range) {
+      return absl::DataLossError(absl::StrCat(
+          "layer ", layer, ": the daemon covered tokens [", answers[r].covered.lo, ", ",
+          answers[r].covered.hi, ") of [", asked[r].range.lo, ", ", asked[r].range.hi, ")"));
+    }
+    cost_.tokens_daemon += answers[r].tokens_attended;
+    cost_.bytes_touched += answers[r].bytes_touched;
+  }
+  CountReach(window);
+  cost_.bytes_moved += rows * (2 * q_width * 4 + 2 * kv_bytes + shape_.heads * 4);
+  QUARRY_RETURN_IF_ERROR(device_.Upload(scratch->far_o.raw(), std::as_bytes(std::span(o))));
+  QUARRY_RETURN_IF_ERROR(device_.Upload(scratch->far_lse.raw(), std::as_bytes(std::span(lse))));
+  device_.Merge(scratch->o.floats(), scratch->lse.floats(), scratch->far_o.floats(),
+                scratch->far_lse.floats(), lse.size(), shape_.head_dim);
+  return absl::OkStatus();
+}
+
+void Sequence::CountReach(const DeviceAttention& attention) {
+  for (uint32_t r = 0; r < attention.rows; ++r) {
+    const TokenRange visible = attention.Visible(r);
+    cost_.head_steps += attention.heads;
+    cost_.tokens_in_reach += uint64_t{visible.size()} * attention.heads;
+    for (const DeviceKv& part : attention.parts) {
+      cost_.tokens_local += uint64_t{Intersect(part.tokens, visible).size()} * attention.heads;
+    }
+  }
+}
+
+}  // namespace quarry
