@@ -75,16 +75,22 @@ TEST(DaemonLifecycleTest, APortInUseIsRefusedNamingIt) {
   socklen_t length = sizeof(address);
   ASSERT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length), 0);
   const std::string taken = "127.0.0.1:" + std::to_string(ntohs(address.sin_port));
-  DaemonOptions options;
-  options.arguments = {"--metrics", taken};
-  auto daemon = Start(options);
-  ASSERT_FALSE(daemon.ok());
-  EXPECT_THAT(std::string(daemon.status().message()), HasSubstr(taken));
-  DaemonOptions grpc;
-  grpc.config = "[grpc]\nlisten = \"" + taken + "\"\ntcp_tenant = \"local\"\n";
-  daemon = Start(grpc);
-  ASSERT_FALSE(daemon.ok());
-  EXPECT_THAT(std::string(daemon.status().message()), HasSubstr(taken));
+  char name[] = "/tmp/quarry-lifecycle-XXXXXX";
+  const std::string directory = mkdtemp(name);
+  const std::vector<std::string> common = {"--socket",      directory + "/shm.sock",
+                                           "--grpc-socket", directory + "/grpc.sock",
+                                           "--arena-bytes", "64MiB"};
+  std::vector<std::string> metrics = common, grpc = common;
+  metrics.insert(metrics.end(), {"--metrics", taken});
+  std::string error;
+  EXPECT_EQ(RunToEnd(metrics, &error), 1);
+  EXPECT_THAT(error, HasSubstr(taken));
+  const std::string config = directory + "/quarryd.toml";
+  std::ofstream(config) << "[grpc]\nlisten = \"" << taken << "\"\ntcp_tenant = \"local\"\n";
+  grpc.insert(grpc.end(), {"--config", config});
+  EXPECT_EQ(RunToEnd(grpc, &error), 1);
+  EXPECT_THAT(error, HasSubstr(taken));
+  EXPECT_EQ(std::system(("rm -r " + directory).c_str()), 0);
   close(fd);
 }
 

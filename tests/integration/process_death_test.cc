@@ -6,7 +6,10 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <filesystem>
+#include <fstream>
 #include <functional>
+#include <iterator>
 #include <random>
 #include <thread>
 
@@ -79,6 +82,24 @@ uint64_t ContextCount(Client* client) {
   auto contexts = client->ListContexts();
   EXPECT_TRUE(contexts.ok()) << contexts.status();
   return contexts.ok() ? contexts->size() : 0;
+}
+
+// SIGSTOP takes effect in each thread on its own time.
+bool AwaitStopped(pid_t pid) {
+  const absl::Time end = absl::Now() + absl::Seconds(10);
+  while (absl::Now() < end) {
+    bool all = true;
+    const std::string tasks = "/proc/" + std::to_string(pid) + "/task";
+    for (const auto& task : std::filesystem::directory_iterator(tasks)) {
+      std::ifstream in(task.path() / "stat");
+      const std::string stat((std::istreambuf_iterator<char>(in)), {});
+      const size_t name_end = stat.rfind(')');
+      all &= name_end != std::string::npos && stat.compare(name_end, 4, ") T ") == 0;
+    }
+    if (all) return true;
+    absl::SleepFor(absl::Milliseconds(1));
+  }
+  return false;
 }
 
 bool WithinASecond(const std::function<bool()>& condition) {
@@ -179,6 +200,7 @@ TEST(ProcessDeathTest, StoppedDaemonMakesAttendUnavailableByTheDeadline) {
   ASSERT_TRUE(client.ok());
   ASSERT_TRUE((*client)->Nop().ok());
   daemon->Signal(SIGSTOP);
+  ASSERT_TRUE(AwaitStopped(daemon->pid()));
   absl::Time start = absl::Now();
   absl::Status status = (*client)->Nop();
   absl::Duration took = absl::Now() - start;
