@@ -17,8 +17,8 @@ constexpr uint32_t kPair = 32;          // bf16 values in a tile's row
 constexpr uint32_t kTileElements = kRows * kPair;
 constexpr uint32_t kMaxChunks = 16;     // head_dim 512 in steps of 32
 constexpr uint32_t kMaxQueryParts = 3;
-// Below this many queries the vector products are faster than packing tiles: at 4 they scan at
-// 0.58 of the read bandwidth against 0.47, at 8 at 0.30 against 0.46.
+// Below this many queries the vector products are faster than packing tiles: with 4 queries they
+// scan at 0.58 of the read bandwidth against 0.55, with 8 at 0.37 against 0.52.
 constexpr uint32_t kMinQueries = 6;
 constexpr uint32_t kMaxTokens = 256;    // of an accumulation; more are done in turn
 
