@@ -28,6 +28,7 @@ struct ClientOptions {
 
 struct BlockSummary {
   BlockId id, parent;
+  NamespaceDigest name_space;  // all zero: an engine's block
   uint64_t bytes = 0;
   std::string state;
   uint32_t leases = 0, children = 0;
@@ -76,6 +77,8 @@ class Client {
   virtual SessionId session() const = 0;
 
   virtual absl::StatusOr<OpenResult> Open(const OpenRequest&) = 0;
+  // Ids of the whole blocks that Open would reuse now; nothing is leased.
+  virtual absl::StatusOr<std::vector<BlockId>> LongestPrefix(const OpenRequest&) = 0;
   virtual absl::Status DeclareTokens(ContextId, std::span<const uint32_t> ids) = 0;
   virtual absl::Status Append(const AppendRequest&) = 0;
   virtual absl::StatusOr<ContextInfo> Seal(ContextId) = 0;

@@ -90,6 +90,10 @@ void quarry_disconnect(quarry_client* client);
 quarry_code quarry_open(quarry_client* client, const quarry_model* model, const uint32_t* tokens,
                         size_t token_count, uint32_t max_tokens, uint64_t* context,
                         uint32_t* reused_tokens);
+/* How many of the tokens quarry_open would reuse now; nothing is leased. */
+quarry_code quarry_longest_prefix(quarry_client* client, const quarry_model* model,
+                                  const uint32_t* tokens, size_t token_count, uint32_t max_tokens,
+                                  uint32_t* reused_tokens);
 quarry_code quarry_declare_tokens(quarry_client* client, uint64_t context, const uint32_t* tokens,
                                   size_t token_count);
 /* K and V of tokens [token_lo, token_hi) of one layer, all KV heads:
@@ -97,6 +101,11 @@ quarry_code quarry_declare_tokens(quarry_client* client, uint64_t context, const
 quarry_code quarry_append(quarry_client* client, uint64_t context, uint32_t layer,
                           uint32_t kv_heads, uint32_t token_lo, uint32_t token_hi, const void* k,
                           const void* v);
+/* The same for KV heads [first_kv_head, first_kv_head + kv_heads): one of several processes that
+ * append to one context, each its own heads and layers. */
+quarry_code quarry_append_heads(quarry_client* client, uint64_t context, uint32_t layer,
+                                uint32_t first_kv_head, uint32_t kv_heads, uint32_t token_lo,
+                                uint32_t token_hi, const void* k, const void* v);
 quarry_code quarry_read(quarry_client* client, uint64_t context, uint32_t layer, uint32_t token_lo,
                         uint32_t token_hi, void* k, void* v, size_t bytes_each);
 quarry_code quarry_seal(quarry_client* client, uint64_t context);
@@ -118,6 +127,12 @@ quarry_code quarry_attend_wait(quarry_attend* attend);
  * how many there are per head. */
 quarry_code quarry_top_k(quarry_client* client, const quarry_row* row, uint32_t k,
                          uint32_t* tokens, float* scores, uint32_t* found);
+
+/* Keeps a context's published blocks until quarry_unpin, or for ttl_ms if that is not 0; the pin
+ * outlives this client. */
+quarry_code quarry_pin_context(quarry_client* client, const char* name, uint64_t context,
+                               uint64_t ttl_ms, uint64_t* pinned_bytes);
+quarry_code quarry_unpin(quarry_client* client, const char* name);
 
 /* Opaque blocks under the engine's own keys (1 to 256 bytes). */
 quarry_code quarry_put(quarry_client* client, const char* engine_namespace, const void* key,

@@ -38,6 +38,12 @@ absl::Status Wrong(const char* what, uint64_t value) {
   return absl::InvalidArgumentError(absl::StrCat(what, " is ", value));
 }
 
+// Numbers that are narrower inside are checked while they are wide: 258 is no fp16.
+absl::StatusOr<quarry::DType> DTypeOf(const char* what, int64_t value) {
+  if (value < 1 || value > 3) return Wrong(what, static_cast<uint64_t>(value));
+  return static_cast<quarry::DType>(value);
+}
+
 template <typename D>
 D DigestOfBytes(const uint8_t* bytes) {
   D d;
@@ -51,8 +57,9 @@ absl::StatusOr<quarry::ModelSpec> SpecOf(const quarry_model* m) {
   }
   quarry::ModelSpec spec;
   spec.name = m->name == nullptr ? "" : m->name;
-  spec.shape = {m->layers, m->heads, m->kv_heads, m->head_dim,
-                static_cast<quarry::DType>(m->kv_dtype)};
+  absl::StatusOr<quarry::DType> dtype = DTypeOf("quarry_model.kv_dtype", m->kv_dtype);
+  if (!dtype.ok()) return dtype.status();
+  spec.shape = {m->layers, m->heads, m->kv_heads, m->head_dim, *dtype};
   spec.weights = DigestOfBytes<quarry::WeightsDigest>(m->weights_digest);
   spec.tokenizer = DigestOfBytes<quarry::TokenizerDigest>(m->tokenizer_digest);
   spec.rope.rotary_dim = m->rope_rotary_dim;
@@ -74,6 +81,10 @@ absl::StatusOr<quarry::ModelSpec> SpecOf(const quarry_model* m) {
 
 absl::StatusOr<quarry::AttendRow> RowOf(const quarry_row& r) {
   if (r.struct_bytes != sizeof(quarry_row)) return Wrong("quarry_row.struct_bytes", r.struct_bytes);
+  const int64_t kind = r.budget_kind;
+  if (kind < 0 || kind > 2) return Wrong("quarry_row.budget_kind", static_cast<uint64_t>(kind));
+  absl::StatusOr<quarry::DType> q_dtype = DTypeOf("quarry_row.q_dtype", r.q_dtype);
+  if (!q_dtype.ok()) return q_dtype.status();
   quarry::AttendRow row;
   row.context = {r.context};
   row.layer = r.layer;
@@ -81,13 +92,25 @@ absl::StatusOr<quarry::AttendRow> RowOf(const quarry_row& r) {
   row.first_head = r.first_head;
   row.heads = r.heads;
   row.budget = {static_cast<quarry::Budget::Kind>(r.budget_kind), r.budget_k, r.budget_mass};
-  row.q_dtype = static_cast<quarry::DType>(r.q_dtype);
+  row.q_dtype = *q_dtype;
   row.q = r.q;
   row.has_token = r.has_token != 0;
   row.token_position = r.token_position;
   row.k = r.k;
   row.v = r.v;
   return row;
+}
+
+absl::StatusOr<quarry::OpenRequest> OpenOf(const quarry_model* model, const uint32_t* tokens,
+                                           size_t token_count, uint32_t max_tokens) {
+  absl::StatusOr<quarry::ModelSpec> spec = SpecOf(model);
+  if (!spec.ok()) return spec.status();
+  quarry::OpenRequest request;
+  request.spec = *std::move(spec);
+  if (token_count > 0) request.tokens.assign(tokens, tokens + token_count);
+  request.max_tokens = max_tokens;
+  request.accepts = {quarry::NumericRecipe{}};
+  return request;
 }
 
 std::string_view KeyOf(const void* key, size_t bytes) {
@@ -153,17 +176,23 @@ void quarry_disconnect(quarry_client* client) { delete client; }
 quarry_code quarry_open(quarry_client* client, const quarry_model* model, const uint32_t* tokens,
                         size_t token_count, uint32_t max_tokens, uint64_t* context,
                         uint32_t* reused_tokens) {
-  absl::StatusOr<quarry::ModelSpec> spec = SpecOf(model);
-  if (!spec.ok()) return Report(spec.status());
-  quarry::OpenRequest request;
-  request.spec = *std::move(spec);
-  if (token_count > 0) request.tokens.assign(tokens, tokens + token_count);
-  request.max_tokens = max_tokens;
-  request.accepts = {quarry::NumericRecipe{}};
-  absl::StatusOr<quarry::OpenResult> opened = client->client->Open(request);
+  absl::StatusOr<quarry::OpenRequest> request = OpenOf(model, tokens, token_count, max_tokens);
+  if (!request.ok()) return Report(request.status());
+  absl::StatusOr<quarry::OpenResult> opened = client->client->Open(*request);
   if (!opened.ok()) return Report(opened.status());
   *context = opened->context.value;
   *reused_tokens = opened->reused_tokens;
+  return 0;
+}
+
+quarry_code quarry_longest_prefix(quarry_client* client, const quarry_model* model,
+                                  const uint32_t* tokens, size_t token_count, uint32_t max_tokens,
+                                  uint32_t* reused_tokens) {
+  absl::StatusOr<quarry::OpenRequest> request = OpenOf(model, tokens, token_count, max_tokens);
+  if (!request.ok()) return Report(request.status());
+  absl::StatusOr<std::vector<quarry::BlockId>> blocks = client->client->LongestPrefix(*request);
+  if (!blocks.ok()) return Report(blocks.status());
+  *reused_tokens = static_cast<uint32_t>(blocks->size()) * quarry::kBlockTokens;
   return 0;
 }
 
@@ -175,9 +204,16 @@ quarry_code quarry_declare_tokens(quarry_client* client, uint64_t context, const
 quarry_code quarry_append(quarry_client* client, uint64_t context, uint32_t layer,
                           uint32_t kv_heads, uint32_t token_lo, uint32_t token_hi, const void* k,
                           const void* v) {
+  return quarry_append_heads(client, context, layer, 0, kv_heads, token_lo, token_hi, k, v);
+}
+
+quarry_code quarry_append_heads(quarry_client* client, uint64_t context, uint32_t layer,
+                                uint32_t first_kv_head, uint32_t kv_heads, uint32_t token_lo,
+                                uint32_t token_hi, const void* k, const void* v) {
   quarry::AppendRequest request;
   request.context = {context};
   request.layer = layer;
+  request.first_kv_head = first_kv_head;
   request.kv_heads = kv_heads;
   request.range = {token_lo, token_hi};
   request.k = k;
@@ -263,6 +299,22 @@ quarry_code quarry_top_k(quarry_client* client, const quarry_row* row, uint32_t 
     }
   }
   return 0;
+}
+
+quarry_code quarry_pin_context(quarry_client* client, const char* name, uint64_t context,
+                               uint64_t ttl_ms, uint64_t* pinned_bytes) {
+  quarry::PinRequest request;
+  request.name = std::string(TextOf(name));
+  request.context = quarry::ContextId{context};
+  request.ttl_ms = ttl_ms;
+  absl::StatusOr<uint64_t> bytes = client->client->Pin(request);
+  if (!bytes.ok()) return Report(bytes.status());
+  *pinned_bytes = *bytes;
+  return 0;
+}
+
+quarry_code quarry_unpin(quarry_client* client, const char* name) {
+  return Report(client->client->Unpin(TextOf(name)));
 }
 
 quarry_code quarry_put(quarry_client* client, const char* engine_namespace, const void* key,

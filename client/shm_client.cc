@@ -78,6 +78,22 @@ class ShmClient final : public Client {
     return result;
   }
 
+  absl::StatusOr<std::vector<BlockId>> LongestPrefix(const OpenRequest& request) override {
+    QUARRY_RETURN_IF_ERROR(ValidateModelSpec(request.spec));
+    wire::LongestPrefixRequest message;
+    *message.mutable_open() = ToProto(request);
+    QUARRY_ASSIGN_OR_RETURN(
+        wire::LongestPrefixReply reply,
+        Call<wire::LongestPrefixReply>(channel_, shm::Method::kLongestPrefix, message));
+    std::vector<BlockId> out;
+    for (const std::string& bytes : reply.blocks()) {
+      QUARRY_ASSIGN_OR_RETURN(BlockId id,
+                              DigestFromBytes<BlockId>(bytes, "block id", EmptyDigest::kRefused));
+      out.push_back(id);
+    }
+    return out;
+  }
+
   absl::Status DeclareTokens(ContextId context, std::span<const uint32_t> ids) override {
     wire::DeclareTokensRequest request;
     request.set_context(context.value);
@@ -284,6 +300,10 @@ class ShmClient final : public Client {
                               DigestFromBytes<BlockId>(b.id(), "block id", EmptyDigest::kRefused));
       QUARRY_ASSIGN_OR_RETURN(block.parent,
                               DigestFromBytes<BlockId>(b.parent(), "parent", EmptyDigest::kIsZero));
+      QUARRY_ASSIGN_OR_RETURN(
+          block.name_space, DigestFromBytes<NamespaceDigest>(b.namespace_digest(),
+                                                             "namespace_digest",
+                                                             EmptyDigest::kIsZero));
       block.bytes = b.bytes();
       block.state = b.state();
       block.leases = b.leases();

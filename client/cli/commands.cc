@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <set>
+#include <utility>
 
 #include <nlohmann/json.hpp>
 
@@ -36,6 +38,9 @@ absl::StatusOr<std::vector<BlockId>> ParseBlocks(const std::vector<std::string>&
   }
   return out;
 }
+
+// Published blocks counted at most: a listing of more does not fit a slot of the default size.
+constexpr uint32_t kMaxCounted = 32768;
 
 double MiB(uint64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
@@ -92,13 +97,15 @@ absl::Status ShowBlocks(const Arguments& a) {
   json list = json::array();
   for (const BlockSummary& b : blocks) {
     if (a.json) {
-      list.push_back({{"id", b.id.Hex()}, {"parent", b.parent.Hex()}, {"bytes", b.bytes},
+      list.push_back({{"id", b.id.Hex()}, {"parent", b.parent.Hex()},
+                      {"namespace", b.name_space.Hex()}, {"bytes", b.bytes},
                       {"state", b.state}, {"leases", b.leases}, {"children", b.children},
                       {"pins", b.pins}});
       continue;
     }
     std::printf("%s %10llu bytes  %-9s %3u leases %3u children", b.id.Hex().c_str(),
                 static_cast<unsigned long long>(b.bytes), b.state.c_str(), b.leases, b.children);
+    if (!b.name_space.IsZero()) std::printf("  namespace %s", b.name_space.Hex().c_str());
     for (const std::string& pin : b.pins) std::printf("  pin:%s", pin.c_str());
     std::printf("\n");
   }
@@ -128,11 +135,18 @@ absl::Status Pin(const Arguments& a) {
 absl::Status Unpin(const Arguments& a) {
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
   QUARRY_RETURN_IF_ERROR(client->Unpin(a.name));
-  if (a.json) std::printf("%s\n", json({{"unpinned", a.name}}).dump().c_str());
+  if (a.json) {
+    std::printf("%s\n", json({{"unpinned", a.name}}).dump().c_str());
+  } else {
+    std::printf("unpinned %s\n", a.name.c_str());
+  }
   return absl::OkStatus();
 }
 
 absl::Status Purge(const Arguments& a) {
+  if ((a.all ? 1 : 0) + (a.name_space.empty() ? 0 : 1) + (a.blocks.empty() ? 0 : 1) != 1) {
+    return absl::InvalidArgumentError("purge needs exactly one of --all, --namespace and --block");
+  }
   PurgeRequest request;
   request.whole_tenant = a.all;
   QUARRY_ASSIGN_OR_RETURN(request.blocks, ParseBlocks(a.blocks));
@@ -151,14 +165,22 @@ absl::Status Purge(const Arguments& a) {
 
 absl::Status Drain(const Arguments& a) {
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
-  return client->Drain();
+  QUARRY_RETURN_IF_ERROR(client->Drain());
+  if (a.json) {
+    std::printf("%s\n", json({{"draining", true}}).dump().c_str());
+  } else {
+    std::printf("the daemon finishes what is in flight and stops\n");
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Audit(const Arguments& a) {
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
   QUARRY_ASSIGN_OR_RETURN(std::vector<ContextInfo> contexts, client->ListContexts());
-  uint64_t checked = 0, bytes = 0, failed = 0;
+  uint64_t bytes = 0, failed = 0;
   std::string first_failure;
+  // Contexts share blocks. While one of them is open its blocks stay where they are.
+  std::set<std::pair<const std::byte*, uint64_t>> checked;
   for (const ContextInfo& context : contexts) {
     for (uint32_t b = 0; b < context.shared_tokens / kBlockTokens; ++b) {
       auto lease = client->LeaseContextBlock(context.context, b);
@@ -166,9 +188,9 @@ absl::Status Audit(const Arguments& a) {
         continue;  // closed or not published in the meantime
       }
       QUARRY_RETURN_IF_ERROR(lease.status());
-      const absl::Status verified = (*lease)->Verify();
-      ++checked;
+      if (!checked.emplace((*lease)->bytes().data(), (*lease)->digest().low).second) continue;
       bytes += (*lease)->bytes().size();
+      const absl::Status verified = (*lease)->Verify();
       if (verified.ok()) continue;
       if (failed++ == 0) {
         first_failure = absl::StrCat("context ", context.context.value, " block ", b, ": ",
@@ -176,15 +198,21 @@ absl::Status Audit(const Arguments& a) {
       }
     }
   }
+  QUARRY_ASSIGN_OR_RETURN(std::vector<BlockSummary> published, client->ListBlocks(kMaxCounted));
+  const uint64_t unreached = published.size() - std::min(published.size(), checked.size());
   if (a.json) {
-    std::printf("%s\n", json({{"contexts", contexts.size()}, {"blocks", checked},
-                              {"bytes", bytes}, {"failed", failed}})
+    std::printf("%s\n", json({{"contexts", contexts.size()}, {"blocks", checked.size()},
+                              {"bytes", bytes}, {"failed", failed}, {"unreached", unreached}})
                             .dump()
                             .c_str());
   } else {
-    std::printf("%zu contexts, %llu blocks, %.1f MiB checked, %llu wrong\n", contexts.size(),
-                static_cast<unsigned long long>(checked), MiB(bytes),
-                static_cast<unsigned long long>(failed));
+    std::printf("%zu contexts, %zu blocks, %.1f MiB checked, %llu wrong\n", contexts.size(),
+                checked.size(), MiB(bytes), static_cast<unsigned long long>(failed));
+    if (unreached > 0) {
+      std::printf("%llu%s published blocks were not checked: no open context uses them\n",
+                  static_cast<unsigned long long>(unreached),
+                  published.size() == kMaxCounted ? " or more" : "");
+    }
   }
   return failed == 0 ? absl::OkStatus() : absl::DataLossError(first_failure);
 }

@@ -27,8 +27,9 @@ absl::Status Pin(const Arguments&);
 absl::Status Unpin(const Arguments&);
 absl::Status Purge(const Arguments&);
 absl::Status Drain(const Arguments&);
-// Leases every published block of every open context of the tenant and compares digests.
-// DataLoss if any differs.
+// Leases every published block of every open context of the tenant and compares digests, each block
+// once. Blocks that no open context uses cannot be leased; how many they are is said. DataLoss if
+// any digest differs.
 absl::Status Audit(const Arguments&);
 absl::Status Top(const Arguments&);
 

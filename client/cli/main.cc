@@ -10,6 +10,7 @@ int main(int argc, char** argv) {
   quarry::cli::Arguments a;
   CLI::App app("quarry: looks at and manages a running quarryd");
   app.require_subcommand(1);
+  app.fallthrough();  // --socket and --json also behind the command
   app.add_option("--socket", a.socket, "the daemon's shared-memory socket")
       ->envname("QUARRY_SOCKET");
   app.add_flag("--json", a.json, "print JSON");
@@ -29,10 +30,10 @@ int main(int argc, char** argv) {
   purge->add_flag("--all", a.all, "everything of the caller's tenant");
   purge->add_option("--namespace", a.name_space, "one namespace digest in hex");
   purge->add_option("--block", a.blocks, "block ids in hex");
-  CLI::App* audit = app.add_subcommand("audit", "check the digests of open contexts' blocks");
+  CLI::App* audit = app.add_subcommand("audit", "check the digests of the blocks that open contexts use");
   CLI::App* top = app.add_subcommand("top", "tiers, hit rates and latencies, refreshed");
   top->add_flag("--once", a.once, "print one frame and leave");
-  top->add_option("--interval-ms", a.interval_ms, "between frames");
+  top->add_option("--interval-ms", a.interval_ms, "between frames")->check(CLI::Range(50, 3600000));
   CLI::App* drain = app.add_subcommand("drain", "finish what is in flight and stop the daemon");
   CLI11_PARSE(app, argc, argv);
 

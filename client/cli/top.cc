@@ -1,5 +1,6 @@
 // `quarry top`: one frame a second of tiers, hit rates and latencies.
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -18,12 +19,13 @@ namespace {
 
 using Values = std::map<std::string, double>;
 
+// A value that the daemon does not have is shown as nan: 0 would be a statement.
 double Get(const Values& values, const char* name) {
   auto it = values.find(name);
-  return it == values.end() ? 0.0 : it->second;
+  return it == values.end() ? std::nan("") : it->second;
 }
 
-double Share(double part, double whole) { return whole > 0 ? 100 * part / whole : 0.0; }
+double Share(double part, double whole) { return whole == 0 ? 0.0 : 100 * part / whole; }
 
 // What changed between two frames, per second.
 class Rates {
@@ -31,7 +33,8 @@ class Rates {
   Rates(const Values& now, const Values& before, double seconds)
       : now_(now), before_(before), seconds_(seconds) {}
   double operator()(const char* name) const {
-    return seconds_ > 0 ? (Get(now_, name) - Get(before_, name)) / seconds_ : 0.0;
+    if (seconds_ == 0) return 0 * Get(now_, name);  // the first frame: nothing to compare with
+    return (Get(now_, name) - Get(before_, name)) / seconds_;
   }
 
  private:
