@@ -9,6 +9,7 @@
 #include "absl/strings/str_format.h"
 #include "spdlog/async.h"
 #include "spdlog/async_logger.h"
+#include "spdlog/sinks/base_sink.h"
 #include "spdlog/sinks/stdout_sinks.h"
 #include "spdlog/spdlog.h"
 
@@ -145,6 +146,19 @@ class EventLimit {
   uint64_t held_back_ = 0;
 };
 
+// Passes a library's lines on to Log.
+class ForwardingSink final : public spdlog::sinks::base_sink<std::mutex> {
+ private:
+  void sink_it_(const spdlog::details::log_msg& message) override {
+    const LogLevel level = message.level >= spdlog::level::err    ? LogLevel::kError
+                           : message.level == spdlog::level::warn ? LogLevel::kWarning
+                           : message.level == spdlog::level::info ? LogLevel::kInfo
+                                                                  : LogLevel::kDebug;
+    Log(level, {message.payload.data(), message.payload.size()});
+  }
+  void flush_() override {}
+};
+
 }  // namespace
 
 std::string FormatLogLine(LogOptions::Format format, LogLevel level, std::string_view event,
@@ -168,6 +182,10 @@ absl::Status StartLog(const LogOptions& options) {
                                  : "time=%Y-%m-%dT%H:%M:%S.%fZ %v",
                              spdlog::pattern_time_type::utc);
   writer.store(fresh.release());
+  // What storage and the engine log by themselves becomes a line like any other.
+  auto library = std::make_shared<spdlog::logger>("library", std::make_shared<ForwardingSink>());
+  library->set_level(ToSpdlog(LogLevel::kDebug));
+  spdlog::set_default_logger(std::move(library));
   return absl::OkStatus();
 }
 
