@@ -15,6 +15,9 @@ namespace {
 // Tokens scored at a time: a block's strip, so that packing the queries is shared by many keys
 // while the scores of sixteen queries (16 KiB) stay in the L1 cache.
 constexpr uint32_t kTileTokens = 256;
+// Tokens attended before their sums are merged: each sum adds this many numbers at most, so that its
+// rounding error stays near 3e-6 however long the run.
+constexpr uint32_t kPassTokens = 8192;
 // Tokens gathered at a time by a budget's second pass: one bit each in a word.
 constexpr uint32_t kGatherTokens = 64;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
@@ -29,7 +32,7 @@ class PreparedQueries {
     for (size_t i = 0; i < bf16_.size(); ++i) bf16_[i] = FloatToBf16(block.q[i]);
   }
 
-  // Scores tokens [first, first + n) of a segment into out [queries][ld_out]; the keys go on at `next`.
+  // Scores tokens [first, first + n) of a segment into out [queries][ld_out]; `next` is fetched.
   void Score(const KvView& run, const KvSegment& segment, uint32_t first, uint32_t n,
              const void* next, float* out, size_t ld_out) const {
     const size_t row_bytes = size_t{run.head_dim} * DTypeBytes(run.dtype);
@@ -120,15 +123,14 @@ kernels::AccumulateTile ValuesOf(const KvView& run, const KvSegment& segment, ui
   return tile;
 }
 
-// Where a part (K or V) goes on at next_token: in the segment, or at the start of the next one.
-const void* Continues(const KvView& run, size_t segment, const void* KvSegment::*part,
-                      uint32_t next_token) {
+// Where the next tile's keys lie: behind this one, or at the start of the next segment.
+const void* NextKeys(const KvView& run, size_t segment, uint32_t next_token) {
   const KvSegment& s = run.segments[segment];
   if (next_token < s.tokens.hi) {
-    return static_cast<const char*>(s.*part) +
+    return static_cast<const char*>(s.k) +
            size_t{next_token - s.tokens.lo} * run.head_dim * DTypeBytes(run.dtype);
   }
-  return segment + 1 < run.segments.size() ? run.segments[segment + 1].*part : nullptr;
+  return segment + 1 < run.segments.size() ? run.segments[segment + 1].k : nullptr;
 }
 
 // Tokens that at least one query wants.
@@ -142,36 +144,83 @@ TokenRange Hull(const QueryBlock& queries) {
   return hull;
 }
 
+// Buffers of the kernels that attend whole segments.
+class AttendPass {
+ public:
+  AttendPass(const KvView& run, const QueryBlock& block)
+      : max_(block.queries), sum_(block.queries), acc_(size_t{block.queries} * run.head_dim) {
+    for (const TokenRange& range : block.ranges) {
+      lo_.push_back(range.lo);
+      hi_.push_back(range.hi);
+    }
+    run_.q = block.q;
+    run_.queries = block.queries;
+    run_.head_dim = run.head_dim;
+    run_.dtype = static_cast<uint8_t>(run.dtype);
+    run_.q_parts = block.q_dtype == DType::kBf16 ? 1 : block.q_dtype == DType::kFp16 ? 2 : 3;
+    run_.scale = block.scale;
+    run_.lo = lo_.data();
+    run_.hi = hi_.data();
+    run_.max = max_.data();
+    run_.sum = sum_.data();
+    run_.acc = acc_.data();
+    scratch_.resize(Kernels().attend_scratch_bytes(run_) / sizeof(Line) + 1);
+    run_.scratch = scratch_.data();
+  }
+
+  // Merges the attention over the segments into `out`.
+  void Attend(std::span<const kernels::AttendSegment> segments, std::span<Partial> out) {
+    run_.segments = segments.data();
+    run_.segment_count = segments.size();
+    Kernels().attend(run_);
+    for (size_t i = 0; i < out.size(); ++i) {
+      Partial part;
+      part.max = max_[i];
+      part.sum = sum_[i];
+      part.acc = std::span(acc_).subspan(i * run_.head_dim, run_.head_dim);
+      out[i].Merge(part);
+    }
+  }
+
+ private:
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  kernels::AttendRun run_{};
+  std::vector<uint32_t> lo_, hi_;
+  std::vector<float> max_, sum_, acc_;
+  std::vector<Line> scratch_;
+};
+
 class ExactScanIndex final : public KeyIndex {
  public:
   std::string_view kind() const override { return "exact"; }
 
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override {
-    QUARRY_CHECK(acc.size() == queries.queries);
+    QUARRY_CHECK(acc.size() == queries.queries && queries.ranges.size() == queries.queries);
     if (queries.queries == 0) return;
-    const PreparedQueries prepared(queries);
-    OnlineSoftmax softmax(queries.queries, run.head_dim);
-    std::vector<float> scores(size_t{queries.queries} * kTileTokens);
-    uint64_t read = 0;
+    AttendPass pass(run, queries);
     const TokenRange hull = Hull(queries);
-    for (size_t s = 0; s < run.segments.size(); ++s) {
-      const KvSegment& segment = run.segments[s];
-      const TokenRange wanted = Intersect(segment.tokens, hull);
-      for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
-        const uint32_t n = std::min(kTileTokens, wanted.hi - t);
-        kernels::AccumulateTile values = ValuesOf(run, segment, t);
-        values.next = Continues(run, s, &KvSegment::v, t + n);
-        prepared.Score(run, segment, t, n, Continues(run, s, &KvSegment::k, t + n), scores.data(),
-                       kTileTokens);
-        AttendTile(values, t, n, queries, scores.data(), &softmax);
-        read += n;
+    uint64_t read = 0;
+    std::vector<kernels::AttendSegment> segments;
+    uint32_t tokens = 0;
+    for (const KvSegment& segment : run.segments) {
+      const uint32_t wanted = Intersect(segment.tokens, hull).size();
+      if (wanted == 0) continue;
+      if (tokens + wanted > kPassTokens && tokens > 0) {
+        pass.Attend(segments, acc);
+        segments.clear();
+        tokens = 0;
       }
+      segments.push_back({segment.k, segment.v, segment.tokens.lo, segment.tokens.size()});
+      tokens += wanted;
+      read += wanted;
     }
+    if (tokens > 0) pass.Attend(segments, acc);
     for (uint32_t i = 0; i < queries.queries; ++i) {
-      softmax.CountTokens(i, Intersect(queries.ranges[i], run.tokens()).size());
+      acc[i].tokens += Intersect(queries.ranges[i], run.tokens()).size();
     }
-    softmax.MergeInto(acc);
     acc[0].bytes += read * 2 * run.head_dim * DTypeBytes(run.dtype);
   }
 
@@ -189,8 +238,7 @@ class ExactScanIndex final : public KeyIndex {
       for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
         const uint32_t n = std::min(kTileTokens, wanted.hi - t);
         float* at = out->score.data() + (t - out->tokens.lo);
-        prepared.Score(run, segment, t, n, Continues(run, s, &KvSegment::k, t + n), at,
-                       out->nodes);
+        prepared.Score(run, segment, t, n, NextKeys(run, s, t + n), at, out->nodes);
         for (uint32_t i = 0; i < queries.queries; ++i) {
           Mask(queries.ranges[i], t, n, at + size_t{i} * out->nodes);
         }
@@ -247,29 +295,6 @@ class ExactScanIndex final : public KeyIndex {
     }
     softmax.MergeInto(acc);
     acc[0].bytes += (scored + value_rows) * run.head_dim * DTypeBytes(run.dtype);
-  }
-
- private:
-  // Weighs a scored tile and adds its values, for all queries at once.
-  static void AttendTile(kernels::AccumulateTile values, uint32_t first, uint32_t n,
-                         const QueryBlock& queries, float* scores, OnlineSoftmax* softmax) {
-    bool any = false;
-    for (uint32_t i = 0; i < queries.queries; ++i) {
-      float* row = scores + size_t{i} * kTileTokens;
-      if (Mask(queries.ranges[i], first, n, row)) {
-        softmax->Weigh(i, row, n);
-        any = true;
-      } else {
-        std::fill_n(row, n, 0.0f);  // weights, from here on
-      }
-    }
-    if (!any) return;
-    values.p = scores;
-    values.ld_p = kTileTokens;
-    values.queries = queries.queries;
-    values.tokens = n;
-    values.acc = softmax->acc(0);
-    Kernels().accumulate(values);
   }
 };
 

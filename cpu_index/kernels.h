@@ -22,8 +22,7 @@ struct ScoreTile {
   float scale;
   float* out;
   size_t ld_out;           // in floats
-  // Where the keys go on after this tile, for prefetching; may be null.
-  const void* next;
+  const void* next;        // where the keys go on after this tile, for prefetching; may be null
 };
 
 // acc[i * head_dim + d] += sum over t of p[i * ld_p + t] * v[row(t) * head_dim + d], with
@@ -38,11 +37,40 @@ struct AccumulateTile {
   uint32_t tokens;
   uint8_t dtype;
   float* acc;
-  const void* next;      // as in ScoreTile
+  const void* next;        // as in ScoreTile
+};
+
+// Keys and values of tokens [first, first + tokens), both [tokens][head_dim].
+struct AttendSegment {
+  const void* k;
+  const void* v;
+  uint32_t first;
+  uint32_t tokens;
+};
+
+// Attention of each query over its tokens [lo, hi) of some segments in token order, in one pass
+// over keys and values for all queries.
+struct AttendRun {
+  const float* q;          // [queries][head_dim]
+  uint32_t queries;
+  uint32_t head_dim;       // a multiple of 16, at most 512
+  uint8_t dtype;           // of keys and values
+  uint8_t q_parts;         // bf16 numbers that sum up to any element of q exactly: 1, 2 or 3
+  float scale;
+  const AttendSegment* segments;
+  size_t segment_count;
+  const uint32_t* lo;      // [queries]
+  const uint32_t* hi;
+  float* max;              // [queries], -infinity where the range has no token of the segments
+  float* sum;              // [queries] of e^(score - max)
+  float* acc;              // [queries][head_dim], sum of e^(score - max) * value
+  void* scratch;           // of attend_scratch_bytes, 64-byte aligned
 };
 
 struct Table {
   const char* name;
+  size_t (*attend_scratch_bytes)(const AttendRun&);
+  void (*attend)(const AttendRun&);                       // overwrites max, sum and acc
   void (*score)(const ScoreTile&);
   void (*accumulate)(const AccumulateTile&);
   float (*max)(const float* x, size_t n);                 // -infinity for n = 0

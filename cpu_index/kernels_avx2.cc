@@ -34,12 +34,31 @@ struct Vector {
     const Reg limit = Set(std::numeric_limits<float>::max());
     return _mm256_min_ps(_mm256_max_ps(x, _mm256_sub_ps(Zero(), limit)), limit);
   }
+  static bool AnyAbove(Reg x, Reg limit) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GT_OQ)) != 0;
+  }
   static Reg ScaleByPowerOfTwo(Reg x, Reg n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
   static Reg ZeroWhereBelow(Reg y, Reg x, float limit) {
     return _mm256_and_ps(y, _mm256_cmp_ps(x, Set(limit), _CMP_GE_OQ));
+  }
+  // kRows rows of kWidth / kRows floats each.
+  template <int kRows>
+  static void StoreRows(float* p, size_t ld, Reg x) {
+    if constexpr (kRows == 1) {
+      _mm256_storeu_ps(p, x);
+    } else if constexpr (kRows == 2) {
+      _mm_storeu_ps(p, _mm256_castps256_ps128(x));
+      _mm_storeu_ps(p + ld, _mm256_extractf128_ps(x, 1));
+    } else {
+      const __m128 low = _mm256_castps256_ps128(x), high = _mm256_extractf128_ps(x, 1);
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), low);
+      _mm_storeh_pi(reinterpret_cast<__m64*>(p + ld), low);
+      _mm_storel_pi(reinterpret_cast<__m64*>(p + 2 * ld), high);
+      _mm_storeh_pi(reinterpret_cast<__m64*>(p + 3 * ld), high);
+    }
   }
   // Lane i of the result is the sum of x[i]'s lanes.
   static Reg SumEach(const Reg* x) {
@@ -54,8 +73,16 @@ struct Vector {
 }  // namespace
 
 const Table& Avx2Table() {
-  static constexpr Table kTable = {"avx2",      Score<Vector>,  Accumulate<Vector>,
-                                   Max<Vector>, ExpSum<Vector>, Scale<Vector>};
+  static constexpr Table kTable = {
+      .name = "avx2",
+      .attend_scratch_bytes = AttendScratch<Vector>::Bytes,
+      .attend = Attend<Vector, Score<Vector>>,
+      .score = Score<Vector>,
+      .accumulate = Accumulate<Vector>,
+      .max = Max<Vector>,
+      .exp_sum = ExpSum<Vector>,
+      .scale = Scale<Vector>,
+  };
   return kTable;
 }
 

@@ -4,8 +4,16 @@
 namespace quarry::kernels {
 
 const Table& Avx512Table() {
-  static constexpr Table kTable = {"avx512",    ScoreAvx512,    Accumulate<Vector>,
-                                   Max<Vector>, ExpSum<Vector>, Scale<Vector>};
+  static constexpr Table kTable = {
+      .name = "avx512",
+      .attend_scratch_bytes = AttendScratch<Vector>::Bytes,
+      .attend = Attend<Vector, ScoreAvx512>,
+      .score = ScoreAvx512,
+      .accumulate = Accumulate<Vector>,
+      .max = Max<Vector>,
+      .exp_sum = ExpSum<Vector>,
+      .scale = Scale<Vector>,
+  };
   return kTable;
 }
 

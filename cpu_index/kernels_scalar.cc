@@ -88,10 +88,64 @@ void Scale(float* x, size_t n, float factor) {
   for (size_t i = 0; i < n; ++i) x[i] *= factor;
 }
 
+size_t AttendScratchBytes(const AttendRun& a) { return a.queries * sizeof(float); }
+
+// Scores to weights of one token, in place; what was summed before is scaled to a raised maximum.
+void WeighToken(const AttendRun& a, uint32_t token, float* scores) {
+  for (uint32_t i = 0; i < a.queries; ++i) {
+    if (token < a.lo[i] || token >= a.hi[i]) {
+      scores[i] = 0;
+      continue;
+    }
+    if (scores[i] > a.max[i]) {
+      const float factor = std::exp(a.max[i] - scores[i]);  // 0 at first
+      a.sum[i] *= factor;
+      Scale(a.acc + size_t{i} * a.head_dim, a.head_dim, factor);
+      a.max[i] = scores[i];
+    }
+    scores[i] = std::exp(scores[i] - a.max[i]);
+    a.sum[i] += scores[i];
+  }
+}
+
+void Attend(const AttendRun& a) {
+  float* scores = static_cast<float*>(a.scratch);
+  for (uint32_t i = 0; i < a.queries; ++i) {
+    a.max[i] = -std::numeric_limits<float>::infinity();
+    a.sum[i] = 0;
+  }
+  for (size_t i = 0; i < size_t{a.queries} * a.head_dim; ++i) a.acc[i] = 0;
+  const size_t row_bytes = size_t{a.head_dim} * (a.dtype == kFp32 ? 4 : 2);
+  for (size_t n = 0; n < a.segment_count; ++n) {
+    const AttendSegment& s = a.segments[n];
+    for (uint32_t t = 0; t < s.tokens; ++t) {
+      bool wanted = false;
+      for (uint32_t i = 0; i < a.queries; ++i) {
+        wanted |= s.first + t >= a.lo[i] && s.first + t < a.hi[i];
+      }
+      if (!wanted) continue;
+      const char* k = static_cast<const char*>(s.k) + t * row_bytes;
+      const char* v = static_cast<const char*>(s.v) + t * row_bytes;
+      Score({a.q, nullptr, a.queries, a.head_dim, k, 1, a.dtype, a.scale, scores, 1, nullptr});
+      WeighToken(a, s.first + t, scores);
+      Accumulate({scores, 1, a.queries, a.head_dim, v, nullptr, 1, a.dtype, a.acc, nullptr});
+    }
+  }
+}
+
 }  // namespace
 
 const Table& ScalarTable() {
-  static constexpr Table kTable = {"scalar", Score, Accumulate, Max, ExpSum, Scale};
+  static constexpr Table kTable = {
+      .name = "scalar",
+      .attend_scratch_bytes = AttendScratchBytes,
+      .attend = Attend,
+      .score = Score,
+      .accumulate = Accumulate,
+      .max = Max,
+      .exp_sum = ExpSum,
+      .scale = Scale,
+  };
   return kTable;
 }
 

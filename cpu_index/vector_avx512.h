@@ -34,9 +34,27 @@ struct Vector {
     const Reg limit = Set(std::numeric_limits<float>::max());
     return _mm512_min_ps(_mm512_max_ps(x, _mm512_sub_ps(Zero(), limit)), limit);
   }
+  static bool AnyAbove(Reg x, Reg limit) {
+    return _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ) != 0;
+  }
   static Reg ScaleByPowerOfTwo(Reg x, Reg n) { return _mm512_scalef_ps(x, n); }
   static Reg ZeroWhereBelow(Reg y, Reg x, float limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, Set(limit), _CMP_GE_OQ), y);
+  }
+  // kRows rows of kWidth / kRows floats each.
+  template <int kRows>
+  static void StoreRows(float* p, size_t ld, Reg x) {
+    if constexpr (kRows == 1) {
+      _mm512_storeu_ps(p, x);
+    } else if constexpr (kRows == 2) {
+      _mm256_storeu_ps(p, _mm512_castps512_ps256(x));
+      _mm256_storeu_ps(p + ld, _mm512_extractf32x8_ps(x, 1));
+    } else {
+      _mm_storeu_ps(p, _mm512_castps512_ps128(x));
+      _mm_storeu_ps(p + ld, _mm512_extractf32x4_ps(x, 1));
+      _mm_storeu_ps(p + 2 * ld, _mm512_extractf32x4_ps(x, 2));
+      _mm_storeu_ps(p + 3 * ld, _mm512_extractf32x4_ps(x, 3));
+    }
   }
   // Lane i of the result is the sum of x[i]'s lanes: a transposition that adds as it goes.
   static Reg SumEach(const Reg* x) {
@@ -59,69 +77,64 @@ struct Vector {
   }
 };
 
-// bf16 queries with bf16 keys: two products per lane and instruction, exact up to the sum.
-template <int kQ>
+// bf16 queries with bf16 keys: two products per lane and instruction, exact up to the sum. As
+// ScoreBlock.
+template <int kQ, uint32_t kHeadDim>
 void ScoreBlockBf16(const ScoreTile& a, uint32_t first_query, uint32_t first_token) {
   constexpr int kT = 16 / kQ;
+  const uint32_t head_dim = kHeadDim == 0 ? a.head_dim : kHeadDim;
+  const uint32_t whole = head_dim / 32 * 32;
   const uint16_t* q[kQ];
   for (int i = 0; i < kQ; ++i) {
     uint32_t query = first_query + i < a.queries ? first_query + i : a.queries - 1;
-    q[i] = a.q_bf16 + size_t{query} * a.head_dim;
+    q[i] = a.q_bf16 + size_t{query} * head_dim;
   }
-  const uint16_t* k[kT];
-  for (int t = 0; t < kT; ++t) {
-    uint32_t token = first_token + t < a.tokens ? first_token + t : a.tokens - 1;
-    k[t] = static_cast<const uint16_t*>(a.k) + size_t{token} * a.head_dim;
-  }
+  const uint16_t* keys = static_cast<const uint16_t*>(a.k);
+  const RowStream stream(a.k, a.next, a.tokens, size_t{head_dim} * 2);
   __m512 sum[16];
-  for (__m512& s : sum) s = _mm512_setzero_ps();
-  for (uint32_t d = 0; d < a.head_dim; d += 32) {
-    // A multiple of 16 that is not one of 32 ends in half a register.
-    __mmask32 mask = a.head_dim - d >= 32 ? 0xffffffffu : 0xffffu;
-    __m512bh kr[kT];
-    for (int t = 0; t < kT; ++t) kr[t] = (__m512bh)_mm512_maskz_loadu_epi16(mask, k[t] + d);
-    for (int i = 0; i < kQ; ++i) {
-      __m512bh qr = (__m512bh)_mm512_maskz_loadu_epi16(mask, q[i] + d);
-      for (int t = 0; t < kT; ++t) {
-        sum[i * kT + t] = _mm512_dpbf16_ps(sum[i * kT + t], qr, kr[t]);
+#pragma GCC unroll 16
+  for (uint32_t j = 0; j < kT; ++j) {
+    const uint32_t t = first_token + j < a.tokens ? first_token + j : a.tokens - 1;
+    const uint16_t* k = keys + size_t{t} * head_dim;
+    if (first_query == 0) stream.FetchAhead<kHeadDim * 2>(t, 0);
+    __m512 s[kQ];
+#pragma GCC unroll 4
+    for (int i = 0; i < kQ; ++i) s[i] = _mm512_setzero_ps();
+#pragma GCC unroll 16
+    for (uint32_t d = 0; d < whole; d += 32) {
+      const __m512bh kr = (__m512bh)_mm512_loadu_si512(k + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kQ; ++i) {
+        s[i] = _mm512_dpbf16_ps(s[i], (__m512bh)_mm512_loadu_si512(q[i] + d), kr);
       }
     }
+    if (whole < head_dim) {  // a multiple of 16 that is not one of 32 ends in half a register
+      const __m512bh kr = (__m512bh)_mm512_maskz_loadu_epi16(0xffffu, k + whole);
+#pragma GCC unroll 4
+      for (int i = 0; i < kQ; ++i) {
+        const __m512bh qr = (__m512bh)_mm512_maskz_loadu_epi16(0xffffu, q[i] + whole);
+        s[i] = _mm512_dpbf16_ps(s[i], qr, kr);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kQ; ++i) sum[i * kT + j] = s[i];
   }
-  const __m512 z = Vector::Clamp(Vector::Mul(Vector::SumEach(sum), Vector::Set(a.scale)));
-  float* out = a.out + first_query * a.ld_out + first_token;
-  if (kQ == 4 && first_query + 4 <= a.queries && first_token + 4 <= a.tokens) {
-    _mm_storeu_ps(out, _mm512_extractf32x4_ps(z, 0));
-    _mm_storeu_ps(out + a.ld_out, _mm512_extractf32x4_ps(z, 1));
-    _mm_storeu_ps(out + 2 * a.ld_out, _mm512_extractf32x4_ps(z, 2));
-    _mm_storeu_ps(out + 3 * a.ld_out, _mm512_extractf32x4_ps(z, 3));
-    return;
-  }
-  alignas(64) float lanes[16];
-  Vector::Store(lanes, z);
-  for (int i = 0; i < kQ && first_query + i < a.queries; ++i) {
-    for (int t = 0; t < kT && first_token + t < a.tokens; ++t) out[i * a.ld_out + t] = lanes[i * kT + t];
-  }
+  StoreScores<Vector, kQ>(a, first_query, first_token, sum);
 }
+
+template <uint32_t kHeadDim>
+struct Bf16Blocks {
+  template <int kQ>
+  static void Run(const ScoreTile& a, uint32_t first_query, uint32_t first_token) {
+    ScoreBlockBf16<kQ, kHeadDim>(a, first_query, first_token);
+  }
+};
 
 void ScoreAvx512(const ScoreTile& a) {
   if (a.dtype != kBf16 || a.q_bf16 == nullptr) return Score<Vector>(a);
-  const size_t row_bytes = size_t{a.head_dim} * 2;
-  const RowStream keys{static_cast<const char*>(a.k), a.tokens * row_bytes,
-                       static_cast<const char*>(a.next)};
-  for (uint32_t t0 = 0; t0 < a.tokens; t0 += 16) {
-    uint32_t end = t0 + 16 < a.tokens ? t0 + 16 : a.tokens;
-    keys.FetchAhead(t0 * row_bytes, (end - t0) * row_bytes);
-    for (uint32_t i = 0; i < a.queries; i += 4) {
-      uint32_t left = a.queries - i;
-      if (left == 1) {
-        ScoreBlockBf16<1>(a, i, t0);
-      } else if (left == 2) {
-        for (uint32_t t = t0; t < end; t += 8) ScoreBlockBf16<2>(a, i, t);
-      } else {
-        for (uint32_t t = t0; t < end; t += 4) ScoreBlockBf16<4>(a, i, t);
-      }
-    }
-  }
+  WithHeadDim(a.head_dim, [&]<uint32_t kHeadDim>() {
+    ScoreByBlocks<Vector, Bf16Blocks<kHeadDim>>(a);
+  });
 }
 
 }  // namespace
