@@ -26,7 +26,7 @@ class AttendJob {
     started_ = absl::Now();
     done_ = std::move(done);
     if (request_.rows_size() == 0 || static_cast<uint32_t>(request_.rows_size()) > shm::kMaxRows) {
-      return done_(absl::InvalidArgumentError(absl::StrCat(
+      return End(absl::InvalidArgumentError(absl::StrCat(
           request_.rows_size(), " rows in a message; 1 to ", shm::kMaxRows, " are allowed")));
     }
     reply_.Clear();
@@ -86,9 +86,13 @@ class AttendJob {
     }
     shared_.counters.grpc_attend.Observe(
         static_cast<uint64_t>(absl::ToInt64Nanoseconds(absl::Now() - started_)));
-    // `done` may destroy this object.
+    End(absl::OkStatus());
+  }
+
+  // `done` may destroy this object, and with it done_, while it runs.
+  void End(const absl::Status& status) {
     const auto done = std::move(done_);
-    done(absl::OkStatus());
+    done(status);
   }
 
   const GrpcShared& shared_;

@@ -507,7 +507,7 @@ TEST_F(GrpcServicesTest, MutualTlsNamesTheTenantAndNothingElseGetsIn) {
   options.tls_key = write("server.key", server.key);
   options.tls_client_ca = write("ca.pem", authority.Pem());
   StartGrpc(options);
-  const std::string address = "localhost:" + std::to_string(listener_->port());
+  const std::string address = "127.0.0.1:" + std::to_string(listener_->port());
   const auto connect = [&](const TestCertificate& client) {
     grpc::SslCredentialsOptions ssl;
     ssl.pem_root_certs = authority.Pem();
