@@ -6,7 +6,7 @@
 //           for every query, so maxima, exponentials and sums need no step across lanes;
 //   weights P[query][token] are transposed once, as left operand of
 //   output  O[query][dim] += P[query][token] . V[token][dim], kept in memory between tiles.
-// A weight is two bf16 parts (relative error 2^-17).
+// A weight is two bf16 parts (relative error 2^-18).
 #pragma once
 
 #include <limits>
@@ -183,8 +183,8 @@ __m512 RaiseMax(const AttendRun& a, const Shape& s, uint32_t first, uint32_t tok
   } else {
     for (uint32_t t = 0; t < tokens; ++t) {
       const __m512i token = _mm512_set1_epi32(static_cast<int>(first + t));
-      const __mmask16 in = _mm512_cmple_epu32_mask(block->lo, token) &
-                           _mm512_cmplt_epu32_mask(token, block->hi);
+      const __mmask16 in =
+          _mm512_cmple_epu32_mask(block->lo, token) & _mm512_cmplt_epu32_mask(token, block->hi);
       const __m512 x = Vector::Clamp(_mm512_mul_ps(_mm512_load_ps(scores + t * 16), scale));
       const __m512 masked = _mm512_mask_mov_ps(_mm512_set1_ps(kEmpty), in, x);
       _mm512_store_ps(scores + t * 16, masked);
@@ -214,19 +214,20 @@ void WeighTile(uint32_t tokens, __m512 shift, Block* block, const Staging& stagi
     __m512i high[16], low[16];
     for (uint32_t i = 0; i < 16; ++i) {
       __m512 p[2];
-      __m512i rest[2];
+      __m512i top[2], rest[2];  // both parts rounded to nearest
       for (uint32_t j = 0; j < 2; ++j) {
         const uint32_t t = first + 2 * i + j;
         fetcher->Step<1>();
         p[j] = _mm512_setzero_ps();
-        if (t < tokens) p[j] = Exp<Vector>(_mm512_sub_ps(_mm512_load_ps(staging.scores + t * 16), shift));
+        if (t < tokens) {
+          p[j] = Exp<Vector>(_mm512_sub_ps(_mm512_load_ps(staging.scores + t * 16), shift));
+        }
         sum = _mm512_add_ps(sum, p[j]);
-        const __m512 top =
-            _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(p[j]), high_bits));
-        rest[j] = _mm512_add_epi32(_mm512_castps_si512(_mm512_sub_ps(p[j], top)), half);
+        top[j] = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(p[j]), half), high_bits);
+        const __m512 left = _mm512_sub_ps(p[j], _mm512_castsi512_ps(top[j]));
+        rest[j] = _mm512_add_epi32(_mm512_castps_si512(left), half);
       }
-      high[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(p[0]), 16),
-                                        _mm512_castps_si512(p[1]));
+      high[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(top[0], 16), top[1]);
       low[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rest[0], 16), rest[1]);
     }
     __m512i rows[16];
@@ -342,8 +343,7 @@ void AttendTile(const AttendRun& a, const Shape& s, const Tile& tile, const Stag
     // Here, so that it runs beside the tiles' products.
     if (!staged) StageValues<kDtype>(tile.v, a.head_dim, tile.tokens, staging.v, fetcher);
     staged = true;
-    const __m512 shift =
-        RaiseMax(a, s, tile.first, tile.tokens, block, staging.scores, fetcher);
+    const __m512 shift = RaiseMax(a, s, tile.first, tile.tokens, block, staging.scores, fetcher);
     WeighTile(tile.tokens, shift, block, staging, fetcher);
     if (tile.tokens > 32) {
       AddValues<2>(s, block, staging);

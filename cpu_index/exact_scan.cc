@@ -15,8 +15,8 @@ namespace {
 // Tokens scored at a time: a block's strip, so that packing the queries is shared by many keys
 // while the scores of sixteen queries (16 KiB) stay in the L1 cache.
 constexpr uint32_t kTileTokens = 256;
-// Tokens attended before their sums are merged: each sum adds this many numbers at most, so that its
-// rounding error stays near 3e-6 however long the run.
+// Tokens attended before their sums are merged: each sum adds this many numbers at most, so that
+// its rounding error stays near 3e-6 however long the run.
 constexpr uint32_t kPassTokens = 8192;
 // Tokens gathered at a time by a budget's second pass: one bit each in a word.
 constexpr uint32_t kGatherTokens = 64;

@@ -15,14 +15,14 @@ struct ScoreTile {
   const float* q;          // [queries][head_dim]
   const uint16_t* q_bf16;  // the same queries, if they are exactly bf16; else null
   uint32_t queries;
-  uint32_t head_dim;       // a multiple of 16
-  const void* k;           // [tokens][head_dim] of dtype
+  uint32_t head_dim;  // a multiple of 16
+  const void* k;      // [tokens][head_dim] of dtype
   uint32_t tokens;
   uint8_t dtype;
   float scale;
   float* out;
-  size_t ld_out;           // in floats
-  const void* next;        // where the keys go on after this tile, for prefetching; may be null
+  size_t ld_out;     // in floats
+  const void* next;  // where the keys go on after this tile, for prefetching; may be null
 };
 
 // acc[i * head_dim + d] += sum over t of p[i * ld_p + t] * v[row(t) * head_dim + d], with
@@ -37,7 +37,7 @@ struct AccumulateTile {
   uint32_t tokens;
   uint8_t dtype;
   float* acc;
-  const void* next;        // as in ScoreTile
+  const void* next;  // as in ScoreTile
 };
 
 // Keys and values of tokens [first, first + tokens), both [tokens][head_dim].
@@ -51,30 +51,30 @@ struct AttendSegment {
 // Attention of each query over its tokens [lo, hi) of some segments in token order, in one pass
 // over keys and values for all queries.
 struct AttendRun {
-  const float* q;          // [queries][head_dim]
+  const float* q;  // [queries][head_dim]
   uint32_t queries;
-  uint32_t head_dim;       // a multiple of 16, at most 512
-  uint8_t dtype;           // of keys and values
-  uint8_t q_parts;         // bf16 numbers that sum up to any element of q exactly: 1, 2 or 3
+  uint32_t head_dim;  // a multiple of 16, at most 512
+  uint8_t dtype;      // of keys and values
+  uint8_t q_parts;    // bf16 numbers that sum up to any element of q exactly: 1, 2 or 3
   float scale;
   const AttendSegment* segments;
   size_t segment_count;
-  const uint32_t* lo;      // [queries]
+  const uint32_t* lo;  // [queries]
   const uint32_t* hi;
-  float* max;              // [queries], -infinity where the range has no token of the segments
-  float* sum;              // [queries] of e^(score - max)
-  float* acc;              // [queries][head_dim], sum of e^(score - max) * value
-  void* scratch;           // of attend_scratch_bytes, 64-byte aligned
+  float* max;     // [queries], -infinity where the range has no token of the segments
+  float* sum;     // [queries] of e^(score - max)
+  float* acc;     // [queries][head_dim], sum of e^(score - max) * value
+  void* scratch;  // of attend_scratch_bytes, 64-byte aligned
 };
 
 struct Table {
   const char* name;
   size_t (*attend_scratch_bytes)(const AttendRun&);
-  void (*attend)(const AttendRun&);                       // overwrites max, sum and acc
+  void (*attend)(const AttendRun&);  // overwrites max, sum and acc
   void (*score)(const ScoreTile&);
   void (*accumulate)(const AccumulateTile&);
-  float (*max)(const float* x, size_t n);                 // -infinity for n = 0
-  float (*exp_sum)(float* x, size_t n, float shift);      // x = e^(x - shift) in place; their sum
+  float (*max)(const float* x, size_t n);             // -infinity for n = 0
+  float (*exp_sum)(float* x, size_t n, float shift);  // x = e^(x - shift) in place; their sum
   void (*scale)(float* x, size_t n, float factor);
 };
 

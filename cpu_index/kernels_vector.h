@@ -22,8 +22,7 @@ class RowStream {
  public:
   RowStream(const void* rows, const void* next, uint32_t tokens, size_t row_bytes)
       : rows_(reinterpret_cast<uintptr_t>(rows)),
-        beyond_(next == nullptr ? rows_
-                                : reinterpret_cast<uintptr_t>(next) - tokens * row_bytes),
+        beyond_(next == nullptr ? rows_ : reinterpret_cast<uintptr_t>(next) - tokens * row_bytes),
         row_bytes_(row_bytes),
         tokens_(tokens),
         ahead_(static_cast<uint32_t>((kAheadBytes + row_bytes - 1) / row_bytes)) {}
@@ -52,10 +51,14 @@ class RowStream {
 template <typename F>
 inline void WithHeadDim(uint32_t head_dim, F&& f) {
   switch (head_dim) {
-    case 64: return f.template operator()<64>();
-    case 96: return f.template operator()<96>();
-    case 128: return f.template operator()<128>();
-    default: return f.template operator()<0>();
+    case 64:
+      return f.template operator()<64>();
+    case 96:
+      return f.template operator()<96>();
+    case 128:
+      return f.template operator()<128>();
+    default:
+      return f.template operator()<0>();
   }
 }
 
@@ -157,13 +160,13 @@ struct FmaBlocks {
 
 template <typename V, uint8_t kDtype>
 void ScoreAs(const ScoreTile& a) {
-  WithHeadDim(a.head_dim, [&]<uint32_t kHeadDim>() {
-    ScoreByBlocks<V, FmaBlocks<V, kDtype, kHeadDim>>(a);
-  });
+  WithHeadDim(a.head_dim,
+              [&]<uint32_t kHeadDim>() { ScoreByBlocks<V, FmaBlocks<V, kDtype, kHeadDim>>(a); });
 }
 
 // kQ queries and kD registers of the head's dimensions, kept in registers over all tokens.
-template <typename V, uint8_t kDtype, int kQ, int kD, uint32_t kHeadDim, bool kGathered, bool kFetch>
+template <typename V, uint8_t kDtype, int kQ, int kD, uint32_t kHeadDim, bool kGathered,
+          bool kFetch>
 void AccumulateBlock(const AccumulateTile& a, uint32_t first_query, uint32_t first_dim) {
   constexpr size_t kBytes = kD * V::kWidth * ElementBytes<kDtype>();
   const uint32_t head_dim = kHeadDim == 0 ? a.head_dim : kHeadDim;
@@ -198,7 +201,8 @@ void AccumulateBlock(const AccumulateTile& a, uint32_t first_query, uint32_t fir
 
 // kQ * kD accumulators and kD values fit the registers of both instruction sets; a head that is
 // not a multiple of kD registers ends in fewer of them.
-template <typename V, uint8_t kDtype, int kQ, int kD, uint32_t kHeadDim, bool kGathered, bool kFetch>
+template <typename V, uint8_t kDtype, int kQ, int kD, uint32_t kHeadDim, bool kGathered,
+          bool kFetch>
 void AccumulateDims(const AccumulateTile& a, uint32_t first_query, uint32_t first_dim) {
   const uint32_t head_dim = kHeadDim == 0 ? a.head_dim : kHeadDim;
   uint32_t d = first_dim;
@@ -240,8 +244,7 @@ void AccumulateAs(const AccumulateTile& a) {
     for (uint32_t i = 0; i < a.queries; ++i) AccumulateQueries<V, kDtype, 1, 0, true>(a, i);
     return;
   }
-  WithHeadDim(a.head_dim,
-              [&]<uint32_t kHeadDim>() { AccumulateRows<V, kDtype, kHeadDim>(a); });
+  WithHeadDim(a.head_dim, [&]<uint32_t kHeadDim>() { AccumulateRows<V, kDtype, kHeadDim>(a); });
 }
 
 template <typename V>

@@ -106,8 +106,8 @@ inline void SplitParts(__m512i x, __m512i* parts) {
     const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(x));
     const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1));
     parts[0] = PackBf16(low, high);
-    parts[1] = PackBf16(_mm512_sub_ps(low, WidenLow(parts[0])),
-                        _mm512_sub_ps(high, WidenHigh(parts[0])));
+    parts[1] =
+        PackBf16(_mm512_sub_ps(low, WidenLow(parts[0])), _mm512_sub_ps(high, WidenHigh(parts[0])));
   }
 }
 
@@ -139,8 +139,9 @@ TileKeys KeysOf(const uint16_t* k, uint32_t head_dim, uint32_t tokens, char* sta
     char* at = staging + t / 16 * keys.group_step + t % 16 * 64;
     for (uint32_t c = 0; c < chunks; ++c) {
       __m512i parts[2];
-      SplitParts<kDtype>(_mm512_maskz_loadu_epi16(there ? ChunkMask(head_dim, c) : 0,
-                                                  row + c * kChunkDims), parts);
+      SplitParts<kDtype>(
+          _mm512_maskz_loadu_epi16(there ? ChunkMask(head_dim, c) : 0, row + c * kChunkDims),
+          parts);
       for (uint32_t p = 0; p < kParts; ++p) {
         _mm512_store_si512(at + p * keys.part_step + c * keys.chunk_step, parts[p]);
       }
@@ -176,11 +177,11 @@ inline void AddScores(const TileKeys& keys, const char* k, const char* q, Fetche
   _tile_loadd(5, q, 64);
   if constexpr (kParts > 1) _tile_loadd(6, q + kTileBytes, 64);
   if constexpr (kParts > 2) _tile_loadd(7, q + 2 * kTileBytes, 64);
-#define QUARRY_ADD_GROUP(group)                                 \
-  fetcher->Step<2>();                                           \
-  _tile_loadd(4, k + (group) * keys.group_step, keys.stride);   \
-  _tile_dpbf16ps(group, 4, 5);                                  \
-  if constexpr (kParts > 1) _tile_dpbf16ps(group, 4, 6);        \
+#define QUARRY_ADD_GROUP(group)                             \
+  fetcher->Step<2>();                                       \
+  _tile_loadd(4, k + (group)*keys.group_step, keys.stride); \
+  _tile_dpbf16ps(group, 4, 5);                              \
+  if constexpr (kParts > 1) _tile_dpbf16ps(group, 4, 6);    \
   if constexpr (kParts > 2) _tile_dpbf16ps(group, 4, 7)
   QUARRY_ADD_GROUP(0);
   QUARRY_ADD_GROUP(1);

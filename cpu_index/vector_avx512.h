@@ -34,9 +34,7 @@ struct Vector {
     const Reg limit = Set(std::numeric_limits<float>::max());
     return _mm512_min_ps(_mm512_max_ps(x, _mm512_sub_ps(Zero(), limit)), limit);
   }
-  static bool AnyAbove(Reg x, Reg limit) {
-    return _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ) != 0;
-  }
+  static bool AnyAbove(Reg x, Reg limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_GT_OQ) != 0; }
   static Reg ScaleByPowerOfTwo(Reg x, Reg n) { return _mm512_scalef_ps(x, n); }
   static Reg ZeroWhereBelow(Reg y, Reg x, float limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, Set(limit), _CMP_GE_OQ), y);
@@ -132,9 +130,8 @@ struct Bf16Blocks {
 
 void ScoreAvx512(const ScoreTile& a) {
   if (a.dtype != kBf16 || a.q_bf16 == nullptr) return Score<Vector>(a);
-  WithHeadDim(a.head_dim, [&]<uint32_t kHeadDim>() {
-    ScoreByBlocks<Vector, Bf16Blocks<kHeadDim>>(a);
-  });
+  WithHeadDim(a.head_dim,
+              [&]<uint32_t kHeadDim>() { ScoreByBlocks<Vector, Bf16Blocks<kHeadDim>>(a); });
 }
 
 }  // namespace

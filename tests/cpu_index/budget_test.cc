@@ -112,8 +112,8 @@ TEST(BudgetTest, EqualsAFullSortHoweverTheRunsAreCut) {
       for (size_t n : {1u, 2u, 17u, 1024u}) {
         const std::vector<float> score = RandomScores(n, spread, with_ties, &random);
         for (const Budget& budget :
-             {Budget{}, FixedK(1), FixedK(7), FixedK(100), FixedK(100000), TopP(0.1f),
-              TopP(0.5f), TopP(0.9f), TopP(0.99f), TopP(1.0f), TopP(0.9f, 5), TopP(1.0f, 50)}) {
+             {Budget{}, FixedK(1), FixedK(7), FixedK(100), FixedK(100000), TopP(0.1f), TopP(0.5f),
+              TopP(0.9f), TopP(0.99f), TopP(1.0f), TopP(0.9f, 5), TopP(1.0f, 50)}) {
           const Best best = BruteForce(score, {}, budget);
           for (size_t run_nodes : {n, (n + 15) / 16, (n + 127) / 128}) {
             Cut cut(score, {}, run_nodes);
@@ -122,13 +122,12 @@ TEST(BudgetTest, EqualsAFullSortHoweverTheRunsAreCut) {
             const std::set<uint32_t> got = cut.Selected();
             // A mass that lands on the sought one within rounding may take one token more or less.
             if (budget.kind == Budget::Kind::kTopP && budget.mass < 1 && got != best.nodes) {
-              ASSERT_LE(std::max(got.size(), best.nodes.size()) -
-                            std::min(got.size(), best.nodes.size()),
-                        1u);
-              ASSERT_TRUE(std::includes(got.begin(), got.end(), best.nodes.begin(),
-                                        best.nodes.end()) ||
-                          std::includes(best.nodes.begin(), best.nodes.end(), got.begin(),
-                                        got.end()));
+              ASSERT_LE(
+                  std::max(got.size(), best.nodes.size()) - std::min(got.size(), best.nodes.size()),
+                  1u);
+              ASSERT_TRUE(
+                  std::includes(got.begin(), got.end(), best.nodes.begin(), best.nodes.end()) ||
+                  std::includes(best.nodes.begin(), best.nodes.end(), got.begin(), got.end()));
             } else {
               ASSERT_EQ(got, best.nodes) << n << " nodes in runs of " << run_nodes << ", kind "
                                          << static_cast<int>(budget.kind) << ", k " << budget.k

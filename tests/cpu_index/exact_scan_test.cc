@@ -29,8 +29,8 @@ struct Head {
   std::vector<KvSegment> segments;
 
   Head(DType dtype, uint32_t head_dim, uint32_t tokens, uint32_t segment_tokens, uint32_t seed)
-      : data({.layers = 1, .heads = 4, .kv_heads = 1, .head_dim = head_dim, .dtype = dtype},
-             tokens, seed) {
+      : data({.layers = 1, .heads = 4, .kv_heads = 1, .head_dim = head_dim, .dtype = dtype}, tokens,
+             seed) {
     for (uint32_t lo = 0; lo < tokens; lo += segment_tokens) {
       uint32_t hi = std::min(tokens, lo + segment_tokens);
       for (const auto* part : {&data.k[0], &data.v[0]}) {
@@ -119,11 +119,16 @@ TEST(ExactScanTest, AttendAllEqualsReferenceForEveryShape) {
 }
 
 TEST(ExactScanTest, ManyTokensStayAccurate) {
-  Head head(DType::kBf16, 128, 40000, 256, Seed());
-  Queries queries(4, 128, {{0, 40000}}, DType::kBf16, Seed() + 1);
-  Partials got(4, 128);
-  ExactScan().AttendAll(head.view(), queries.block, got.partials);
-  ExpectMatches(head, queries, got, 1e-4);
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  for (DType dtype : {DType::kBf16, DType::kFp32}) {
+    const Head head(dtype, 128, 40000, 256, Seed());
+    for (uint32_t count : {1u, 4u, 9u}) {
+      const Queries queries(count, 128, {{0, 40000}}, DType::kFp32, Seed() + 1);
+      Partials got(count, 128);
+      ExactScan().AttendAll(head.view(), queries.block, got.partials);
+      ExpectMatches(head, queries, got, 1e-5);
+    }
+  }
 }
 
 TEST(ExactScanTest, HugeScoresGiveNoNan) {
@@ -195,8 +200,8 @@ std::vector<uint32_t> BestTokens(const Head& head, const float* q, TokenRange ra
   for (uint32_t t = range.lo; t < range.hi; ++t) {
     double dot = 0;
     for (uint32_t i = 0; i < d; ++i) {
-      dot += double{q[i]} * LoadAsFloat(head.data.k[0].data(), size_t{t} * d + i,
-                                        head.data.shape.dtype);
+      dot += double{q[i]} *
+             LoadAsFloat(head.data.k[0].data(), size_t{t} * d + i, head.data.shape.dtype);
     }
     z.push_back({-dot / std::sqrt(static_cast<double>(d)), t});
     largest = std::max(largest, -z.back().first);

@@ -1,6 +1,7 @@
 // Every kernel at every level this processor has, against sums in double.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -106,6 +107,46 @@ TEST_P(KernelsTest, ScoresEqualDotProductsInDouble) {
   }
 }
 
+// Budgets compare scores of different batches and tiles: equal keys must tie exactly.
+TEST_P(KernelsTest, AScoreDependsOnItsQueryAndKeyAlone) {
+  std::mt19937 random(Seed() + 8);
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
+    for (DType q_dtype : {DType::kBf16, DType::kFp32}) {
+      for (uint32_t d : {48u, 64u, 128u}) {
+        const Case c{dtype, q_dtype, d, 37, 150, 0};
+        Data data(c, &random);
+        const size_t row = size_t{d} * DTypeBytes(dtype);
+        for (uint32_t t = 5; t < c.tokens; t += 5) {  // copies of the first key
+          std::copy_n(data.at, row, data.rows.data() + t * row);
+        }
+        const auto score = [&](uint32_t first, uint32_t queries, uint32_t tokens) {
+          std::vector<float> out(size_t{queries} * tokens);
+          table().score({data.q.data() + first * d,
+                         q_dtype == DType::kBf16 ? data.q_bf16.data() + first * d : nullptr,
+                         queries, d, data.at, tokens, static_cast<uint8_t>(dtype), 0.1f, out.data(),
+                         tokens, nullptr});
+          return out;
+        };
+        const std::vector<float> all = score(0, 37, 150);
+        for (uint32_t first : {0u, 3u, 20u}) {
+          for (uint32_t queries : {1u, 2u, 4u, 5u, 17u}) {
+            for (uint32_t tokens : {1u, 16u, 61u, 150u}) {
+              const std::vector<float> some = score(first, queries, tokens);
+              for (uint32_t i = 0; i < queries; ++i) {
+                for (uint32_t t = 0; t < tokens; ++t) {
+                  ASSERT_EQ(some[i * tokens + t], all[(first + i) * 150 + t]);
+                  ASSERT_TRUE(t % 5 != 0 || some[i * tokens + t] == all[(first + i) * 150]);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_P(KernelsTest, AccumulatesInAndOutOfOrder) {
   std::mt19937 random(Seed() + 1);
   SCOPED_TRACE(::testing::Message() << "seed " << Seed());
@@ -118,8 +159,8 @@ TEST_P(KernelsTest, AccumulatesInAndOutOfOrder) {
     for (bool gathered : {false, true}) {
       std::vector<float> acc(size_t{c.queries} * c.head_dim, 0.5f);
       table().accumulate({p.data(), c.tokens + 1, c.queries, c.head_dim, data.at,
-                          gathered ? rows.data() : nullptr, c.tokens,
-                          static_cast<uint8_t>(c.dtype), acc.data(), gathered ? nullptr : data.at});
+                          gathered ? rows.data() : nullptr, c.tokens, static_cast<uint8_t>(c.dtype),
+                          acc.data(), gathered ? nullptr : data.at});
       for (uint32_t i = 0; i < c.queries; ++i) {
         for (uint32_t d = 0; d < c.head_dim; ++d) {
           double want = 0.5, size = 0.5;
@@ -160,7 +201,8 @@ TEST_P(KernelsTest, ExponentialIsAccurateAndSafe) {
 TEST_P(KernelsTest, ExtremeScoresStayFinite) {
   std::vector<float> q(32, 3e38f), k(32 * 3, 3e38f), out(3, NAN);
   for (int i = 32; i < 64; ++i) k[i] = -3e38f;
-  table().score({q.data(), nullptr, 1, 32, k.data(), 3, kernels::kFp32, 1.0f, out.data(), 3, nullptr});
+  table().score(
+      {q.data(), nullptr, 1, 32, k.data(), 3, kernels::kFp32, 1.0f, out.data(), 3, nullptr});
   for (float z : out) EXPECT_TRUE(std::isfinite(z)) << z;
   EXPECT_GT(out[0], 0);
   EXPECT_LT(out[1], 0);
