@@ -2,6 +2,7 @@
 
 #include <linux/futex.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -228,6 +229,8 @@ void ClientChannel::Spin(const Slot& slot) const {
   const absl::Time start = absl::Now();
   while (!Done(slot) && absl::Now() - start < kSpin) {
     for (int i = 0; i < 64 && !Done(slot); ++i) __builtin_ia32_pause();
+    // On few cores the daemon may be waiting for this one.
+    if (!Done(slot)) sched_yield();
   }
 }
 
