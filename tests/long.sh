@@ -35,7 +35,7 @@ mkdir -p tests/results
 failed=()
 
 say() { printf '== %s\n' "$*" >&2; }
-record() { printf '%s\n' "$*" >>"$results"; }
+record() { printf '%s\n' "$@" >>"$results"; }
 
 # Runs a command with its output in a log; the results get its last lines and how it ended.
 # step NAME LINES COMMAND...
