@@ -10,14 +10,15 @@ namespace quarry {
 absl::Status TokenSpan::Grow(uint32_t capacity) {
   const size_t vector = shape_.vector_bytes();
   const size_t stride = size_t{capacity} * vector;
-  for (DeviceBuffer* part : {&k_, &v_}) {
-    QUARRY_ASSIGN_OR_RETURN(DeviceBuffer next,
-                            device_->Allocate(stride * shape_.kv_heads, "local K/V"));
+  // Both or neither: a refusal leaves the span as it was.
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer k, device_->Allocate(stride * shape_.kv_heads, "local K"));
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer v, device_->Allocate(stride * shape_.kv_heads, "local V"));
+  for (const auto& [to, from] : {std::pair{&k, &k_}, {&v, &v_}}) {
     if (!tokens_.empty()) {
-      device_->Copy({next.raw(), stride, part->raw() + at(tokens_.lo), head_stride(),
+      device_->Copy({to->raw(), stride, from->raw() + at(tokens_.lo), head_stride(),
                      tokens_.size() * vector, shape_.kv_heads});
     }
-    *part = std::move(next);
+    *from = std::move(*to);
   }
   capacity_ = capacity;
   start_ = 0;

@@ -124,20 +124,23 @@ absl::Status ReadDType(const Reader& in, ModelConfig* out) {
   return absl::OkStatus();
 }
 
+// What stands at the top level in older files and beside the type in newer ones.
+absl::Status ReadRopeBase(const Reader& in, RopeConfig* rope) {
+  QUARRY_RETURN_IF_ERROR(in.Number("rope_theta", &rope->theta));
+  QUARRY_RETURN_IF_ERROR(in.Number("partial_rotary_factor", &rope->partial_rotary_factor));
+  if (rope->partial_rotary_factor <= 1) return absl::OkStatus();
+  return in.Error("partial_rotary_factor",
+                  absl::StrCat("is ", rope->partial_rotary_factor, ", must not exceed 1"));
+}
+
 absl::Status ReadRope(const Reader& in, ModelConfig* out) {
   RopeConfig& rope = out->rope;
-  QUARRY_RETURN_IF_ERROR(in.Number("rope_theta", &rope.theta));
-  QUARRY_RETURN_IF_ERROR(in.Number("partial_rotary_factor", &rope.partial_rotary_factor));
+  QUARRY_RETURN_IF_ERROR(ReadRopeBase(in, &rope));
   const char* key = in.Has("rope_scaling") ? "rope_scaling" : "rope_parameters";
   if (!in.Has(key)) return absl::OkStatus();
   if (!in.object()[key].is_object()) return in.Error(key, "is not an object");
   const Reader scaling(in.path() + ": " + key, in.object()[key]);
-  QUARRY_RETURN_IF_ERROR(scaling.Number("rope_theta", &rope.theta));
-  QUARRY_RETURN_IF_ERROR(scaling.Number("partial_rotary_factor", &rope.partial_rotary_factor));
-  if (rope.partial_rotary_factor > 1) {
-    return scaling.Error("partial_rotary_factor",
-                         absl::StrCat("is ", rope.partial_rotary_factor, ", must not exceed 1"));
-  }
+  QUARRY_RETURN_IF_ERROR(ReadRopeBase(scaling, &rope));
   const std::string type = scaling.Text("rope_type", scaling.Text("type", "default"));
   if (type == "default") return absl::OkStatus();
   const Reader& lengths = scaling.Has("original_max_position_embeddings") ? scaling : in;

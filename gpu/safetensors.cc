@@ -243,17 +243,14 @@ absl::StatusOr<WeightFiles> WeightFiles::Open(const std::string& directory) {
   }
   if (!weight_map.is_null()) {
     for (const auto& [tensor, file] : weight_map.items()) {
-      if (!out.Contains(tensor)) {
-        return Bad(index_path,
-                   absl::StrCat("tensor ", tensor, " is not in ", file.get<std::string>()));
+      const auto found = out.where_.find(tensor);
+      const std::string name = file.get<std::string>();
+      if (found == out.where_.end() || found->second->path() != directory + "/" + name) {
+        return Bad(index_path, absl::StrCat("tensor ", tensor, " is not in ", name));
       }
     }
   }
   return out;
-}
-
-bool WeightFiles::Contains(std::string_view name) const {
-  return where_.find(name) != where_.end();
 }
 
 absl::StatusOr<TensorView> WeightFiles::Find(std::string_view name) const {

@@ -56,9 +56,10 @@ class SafetensorsFile {
 // A model's tensors: model.safetensors, or the shards that model.safetensors.index.json names.
 class WeightFiles {
  public:
+  // InvalidArgument names the index, the tensor and the file where they disagree, and a tensor
+  // that stands in two files; NotFound a file.
   static absl::StatusOr<WeightFiles> Open(const std::string& directory);
   absl::StatusOr<TensorView> Find(std::string_view name) const;
-  bool Contains(std::string_view name) const;
   // In the order of their names.
   const std::vector<std::unique_ptr<SafetensorsFile>>& files() const { return files_; }
 

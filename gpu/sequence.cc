@@ -82,13 +82,17 @@ absl::Status Sequence::CheckTokens(std::span<const uint32_t> tokens) const {
 }
 
 // The service names blocks by the ids it knows: K/V of other tokens must never go under them.
-absl::Status Sequence::DeclareTokens(std::span<const uint32_t> tokens) {
-  const size_t known = std::min(tokens.size(), ids_.size() - tokens_);
-  for (size_t i = 0; i < known; ++i) {
+absl::Status Sequence::CheckDeclared(std::span<const uint32_t> tokens) const {
+  for (size_t i = 0; i < tokens.size() && tokens_ + i < ids_.size(); ++i) {
     if (tokens[i] == ids_[tokens_ + i]) continue;
     return absl::InvalidArgumentError(absl::StrCat("token ", tokens_ + i, " has id ", tokens[i],
                                                    ", it was opened with ", ids_[tokens_ + i]));
   }
+  return absl::OkStatus();
+}
+
+absl::Status Sequence::DeclareNew(std::span<const uint32_t> tokens) {
+  const size_t known = std::min(tokens.size(), ids_.size() - tokens_);
   if (known == tokens.size()) return absl::OkStatus();
   QUARRY_RETURN_IF_ERROR(service_->DeclareTokens(context_, tokens.subspan(known)));
   ids_.insert(ids_.end(), tokens.begin() + known, tokens.end());
@@ -105,12 +109,19 @@ absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> to
   if (broken_) return absl::FailedPreconditionError("the sequence has failed before");
   if (tokens.empty()) return absl::InvalidArgumentError("no tokens to run");
   QUARRY_RETURN_IF_ERROR(CheckTokens(tokens));
-  if (service_ != nullptr) QUARRY_RETURN_IF_ERROR(DeclareTokens(tokens));
-  const bool by_rows =
-      service_ != nullptr && tokens_ > 0 && tokens.size() <= options_.max_attend_rows;
-  absl::StatusOr<std::vector<float>> logits = by_rows ? AttendRows(tokens, role) : Prefill(tokens);
-  if (!logits.ok()) broken_ = true;
-  return logits;
+  QUARRY_RETURN_IF_ERROR(CheckDeclared(tokens));
+  absl::StatusOr<std::vector<float>> logits = Run(tokens, role);
+  if (logits.ok()) return logits;
+  broken_ = true;
+  return absl::Status(logits.status().code(),
+                      absl::StrCat("token ", tokens_, " is void: ", logits.status().message()));
+}
+
+absl::StatusOr<std::vector<float>> Sequence::Run(std::span<const uint32_t> tokens, Role role) {
+  if (service_ == nullptr) return Prefill(tokens);
+  QUARRY_RETURN_IF_ERROR(DeclareNew(tokens));
+  const bool by_rows = tokens_ > 0 && tokens.size() <= options_.max_attend_rows;
+  return by_rows ? AttendRows(tokens, role) : Prefill(tokens);
 }
 
 absl::StatusOr<DeviceBuffer> Sequence::Embed(std::span<const uint32_t> tokens) {

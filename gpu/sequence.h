@@ -88,7 +88,9 @@ class Sequence {
            const ModelSpec& spec, uint32_t max_tokens);
 
   absl::Status CheckTokens(std::span<const uint32_t> tokens) const;
-  absl::Status DeclareTokens(std::span<const uint32_t> tokens);
+  absl::Status CheckDeclared(std::span<const uint32_t> tokens) const;
+  absl::Status DeclareNew(std::span<const uint32_t> tokens);
+  absl::StatusOr<std::vector<float>> Run(std::span<const uint32_t> tokens, Role role);
   absl::StatusOr<DeviceBuffer> Embed(std::span<const uint32_t> tokens);
 
   // sequence_prefill.cc: many tokens, a layer at a time, the layer's K/V in one buffer.

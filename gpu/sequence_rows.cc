@@ -58,10 +58,7 @@ absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t
       QUARRY_RETURN_IF_ERROR(Recover());
       logits = RunRows(rows, budget);
     }
-    if (!logits.ok()) {
-      return absl::Status(logits.status().code(),
-                          absl::StrCat("token ", tokens_, " is void: ", logits.status().message()));
-    }
+    if (!logits.ok()) return logits;
     tokens_ += static_cast<uint32_t>(rows.size());
     for (LocalKv& kv : local_) kv.Slide(tokens_);
   }

@@ -26,6 +26,12 @@ json Failure(const absl::Status& status) {
           {"error", std::string(status.message())}};
 }
 
+// A count of 32 bits, whether the number was parsed or made.
+bool IsCount(const json& x) {
+  if (x.is_number_unsigned()) return x.get<uint64_t>() <= ~0u;
+  return x.is_number_integer() && x.get<int64_t>() >= 0 && x.get<int64_t>() <= ~0u;
+}
+
 absl::StatusOr<std::vector<uint32_t>> TokensOf(const json& request, const char* key) {
   std::vector<uint32_t> out;
   if (!request.contains(key)) return out;
@@ -33,7 +39,7 @@ absl::StatusOr<std::vector<uint32_t>> TokensOf(const json& request, const char* 
     return absl::InvalidArgumentError(absl::StrCat(key, " is not a list of token ids"));
   }
   for (const json& id : request[key]) {
-    if (!id.is_number_unsigned() || id.get<uint64_t>() > ~0u) {
+    if (!IsCount(id)) {
       return absl::InvalidArgumentError(
           absl::StrCat(key, "[", out.size(), "] is ", id.dump(), ", not a token id"));
     }
@@ -44,7 +50,7 @@ absl::StatusOr<std::vector<uint32_t>> TokensOf(const json& request, const char* 
 
 absl::StatusOr<uint32_t> CountOf(const json& request, const char* key, uint32_t otherwise) {
   if (!request.contains(key)) return otherwise;
-  if (!request[key].is_number_unsigned() || request[key].get<uint64_t>() > ~0u) {
+  if (!IsCount(request[key])) {
     return absl::InvalidArgumentError(
         absl::StrCat(key, " is ", request[key].dump(), ", not a count"));
   }

@@ -4,7 +4,10 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <random>
+
+#include <nlohmann/json.hpp>
 
 #include "gpu/model.h"
 #include "gpu/safetensors.h"
@@ -128,7 +131,8 @@ class ModelFolderTest : public SafetensorsTest {
   void Copy() {
     for (const auto& entry : std::filesystem::directory_iterator(std::string(QUARRY_TEST_MODELS) +
                                                                  "/tiny/llama-untied-mha")) {
-      std::filesystem::copy(entry.path(), directory_);
+      std::filesystem::copy(entry.path(), directory_,
+                            std::filesystem::copy_options::overwrite_existing);
     }
   }
   void Replace(const std::string& from, const std::string& to) {
@@ -138,6 +142,24 @@ class ModelFolderTest : public SafetensorsTest {
     ASSERT_NE(at, std::string::npos) << from;
     text.replace(at, from.size(), to);
     std::ofstream(directory_ + "/config.json") << text;
+  }
+  void WriteFile(const std::string& name, const nlohmann::json& header, const std::string& data) {
+    const std::string text = header.dump();
+    const uint64_t length = text.size();
+    std::ofstream out(directory_ + "/" + name, std::ios::binary);
+    out.write(reinterpret_cast<const char*>(&length), 8);
+    out << text << data;
+  }
+  // Changes the header and the data of model.safetensors.
+  void Rewrite(const std::function<void(nlohmann::json*, std::string*)>& change) {
+    std::ifstream in(directory_ + "/model.safetensors", std::ios::binary);
+    const std::string file{std::istreambuf_iterator<char>(in), {}};
+    uint64_t length = 0;
+    std::memcpy(&length, file.data(), 8);
+    nlohmann::json header = nlohmann::json::parse(file.substr(8, length));
+    std::string data = file.substr(8 + length);
+    change(&header, &data);
+    WriteFile("model.safetensors", header, data);
   }
   absl::Status Load() {
     device_ = MakeHostDevice({});
@@ -161,6 +183,103 @@ TEST_F(ModelFolderTest, UnknownArchitectureIsUnimplementedByName) {
   Replace("LlamaForCausalLM", "GptForCausalLM");
   EXPECT_TRUE(absl::IsUnimplemented(Load())) << Load();
   EXPECT_NE(std::string(Load().message()).find("GptForCausalLM"), std::string::npos);
+}
+
+TEST_F(ModelFolderTest, ATensorThatTheArchitectureLacksIsRefusedByName) {
+  Copy();
+  Rewrite([](nlohmann::json* header, std::string* data) {
+    (*header)["model.layers.0.self_attn.q_proj.bias"] = {
+        {"dtype", "F32"}, {"shape", {1}}, {"data_offsets", {data->size(), data->size() + 4}}};
+    data->append(4, '\0');
+  });
+  EXPECT_TRUE(absl::IsUnimplemented(Load())) << Load();
+  EXPECT_NE(std::string(Load().message()).find("q_proj.bias"), std::string::npos) << Load();
+}
+
+TEST_F(ModelFolderTest, MissingAndIntegerTensorsAreNamed) {
+  Copy();
+  const std::string name = "model.layers.1.mlp.down_proj.weight";
+  Rewrite([&](nlohmann::json* header, std::string*) {
+    (*header)[name + "2"] = (*header)[name];
+    header->erase(name);
+  });
+  EXPECT_TRUE(absl::IsNotFound(Load())) << Load();
+  EXPECT_NE(std::string(Load().message()).find(name), std::string::npos) << Load();
+  std::filesystem::remove(directory_ + "/model.safetensors");
+  std::filesystem::remove(directory_ + "/config.json");
+  Copy();
+  Rewrite([&](nlohmann::json* header, std::string*) { (*header)[name]["dtype"] = "I32"; });
+  EXPECT_TRUE(absl::IsInvalidArgument(Load())) << Load();
+  EXPECT_NE(std::string(Load().message()).find("integers"), std::string::npos) << Load();
+}
+
+TEST_F(ModelFolderTest, ShardsMustAgreeWithTheirIndex) {
+  Copy();
+  // Two shards: the first tensor, and the others.
+  nlohmann::json whole, map;
+  std::string bytes;
+  Rewrite([&](nlohmann::json* header, std::string* data) {
+    whole = *header;
+    bytes = *data;
+  });
+  std::filesystem::remove(directory_ + "/model.safetensors");
+  const auto write = [&](const std::string& file, const std::vector<std::string>& names) {
+    nlohmann::json header;
+    std::string data;
+    for (const std::string& name : names) {
+      const size_t lo = whole[name]["data_offsets"][0], hi = whole[name]["data_offsets"][1];
+      header[name] = whole[name];
+      header[name]["data_offsets"] = {data.size(), data.size() + hi - lo};
+      data += bytes.substr(lo, hi - lo);
+      map[name] = file;
+    }
+    WriteFile(file, header, data);
+  };
+  const auto index = [&](const nlohmann::json& weight_map) {
+    std::ofstream(directory_ + "/model.safetensors.index.json")
+        << nlohmann::json{{"metadata", {{"total_size", 1}}}, {"weight_map", weight_map}};
+  };
+  std::vector<std::string> names;
+  for (const auto& [name, entry] : whole.items()) {
+    if (name != "__metadata__") names.push_back(name);
+  }
+  write("a.safetensors", {names[0]});
+  write("b.safetensors", {names.begin() + 1, names.end()});
+  index(map);
+  EXPECT_TRUE(Load().ok()) << Load();
+
+  const auto refused = [&](const nlohmann::json& weight_map, const char* word) {
+    index(weight_map);
+    const absl::Status status = Load();
+    EXPECT_FALSE(status.ok());
+    EXPECT_NE(std::string(status.message()).find(word), std::string::npos)
+        << status << " does not say " << word;
+  };
+  nlohmann::json wrong = map;
+  wrong["ghost"] = "a.safetensors";
+  refused(wrong, "ghost");
+  wrong = map;
+  wrong[names[1]] = "../b.safetensors";
+  refused(wrong, names[1].c_str());
+  wrong = map;
+  wrong[names[1]] = 7;
+  refused(wrong, names[1].c_str());
+  wrong = map;
+  wrong[names[1]] = "none.safetensors";
+  refused(wrong, "none.safetensors");
+  wrong = map;
+  wrong[names[0]] = "b.safetensors";  // it lies in a.safetensors, which nothing else needs
+  refused(wrong, names[0].c_str());
+  wrong = map;
+  wrong[names[1]] = "a.safetensors";  // it lies in b.safetensors, which others need
+  refused(wrong, names[1].c_str());
+  refused(nlohmann::json::object(), "weight_map");
+  refused("text", "weight_map");
+  write("b.safetensors", names);  // the first one now stands in both
+  map[names[0]] = "a.safetensors";
+  refused(map, "another file");
+  std::ofstream(directory_ + "/model.safetensors.index.json") << "{";
+  EXPECT_TRUE(absl::IsInvalidArgument(Load()));
 }
 
 TEST_F(ModelFolderTest, DeviceBudgetIsARefusalWithNumbers) {

@@ -1,0 +1,111 @@
+#!/usr/bin/python3
+"""quarry-worker as its user meets it: arguments, answers, errors and exit statuses."""
+import argparse
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+
+MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "models")
+LLAMA = os.path.join(MODELS, "llama-a")
+WORKER = None
+
+
+def golden(path):
+    """The integer tensors of a golden file."""
+    with open(path, "rb") as file:
+        data = file.read()
+    length, = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + length])
+    tensors = {}
+    for name in ("prompt", "greedy"):
+        low, high = header[name]["data_offsets"]
+        count = (high - low) // 4
+        tensors[name] = list(struct.unpack(f"<{count}i", data[8 + length + low:8 + length + high]))
+    return tensors
+
+
+class WorkerTest(unittest.TestCase):
+    def run_worker(self, *arguments, model=LLAMA, **options):
+        return subprocess.run([WORKER, "--model", model, *arguments], capture_output=True, text=True,
+                              timeout=120, check=False, **options)
+
+    def assert_fails(self, result, *words):
+        self.assertEqual(result.returncode, 1, result)
+        for word in words:
+            self.assertIn(word, result.stderr)
+
+    def test_generates_the_oracles_tokens(self):
+        for name in ("n1", "n17"):
+            tensors = golden(os.path.join(MODELS, "goldens", "llama-a", name + ".safetensors"))
+            ids = ",".join(map(str, tensors["prompt"]))
+            common = ["--attention", "full", "--kv-dtype", "fp32", "--ignore-eos"]
+            result = self.run_worker("--prompt-ids", ids, "--max-new-tokens", "20", *common)
+            self.assertEqual(result.returncode, 0, result)
+            self.assertEqual(list(map(int, result.stdout.split())), tensors["greedy"][:20])
+            with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+                json.dump(tensors["prompt"], file)
+                file.flush()
+                result = self.run_worker("--prompt-ids", "@" + file.name, "--max-new-tokens", "5",
+                                         "--json", *common)
+            answer = json.loads(result.stdout)
+            self.assertEqual(answer["status"], "OK")
+            self.assertEqual(answer["predicted"], tensors["greedy"][:5])
+
+    def test_sampling_repeats_with_its_seed(self):
+        arguments = ["--attention", "full", "--prompt-ids", "1 5 9", "--max-new-tokens", "12",
+                     "--temperature", "5", "--ignore-eos"]
+        outputs = [self.run_worker(*arguments, "--seed", seed).stdout for seed in ("1", "1", "2")]
+        self.assertEqual(len(outputs[0].split()), 12)
+        self.assertEqual(outputs[0], outputs[1])
+        self.assertNotEqual(outputs[0], outputs[2])
+
+    def test_says_what_is_wrong(self):
+        full = ("--attention", "full")
+        self.assert_fails(self.run_worker(*full, "--prompt", "text"), "tokenizer.model", "token ids")
+        self.assert_fails(self.run_worker(*full), "prompt is empty")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,two"), "token id 1")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "@/nonexistent/ids"),
+                          "/nonexistent/ids")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,2048,3"), "2048", "token 1")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,2", "--max-tokens", "200000"),
+                          "200000", "131072")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1", model="/nonexistent"),
+                          "/nonexistent/config.json")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1", "--device-bytes", "1000000"),
+                          "1000000")
+        self.assert_fails(self.run_worker("--socket", "/nonexistent/sock", "--prompt-ids", "1"),
+                          "/nonexistent/sock")
+        failed = self.run_worker(*full, "--json", "--prompt-ids", "1,2,3", "--max-tokens", "2")
+        self.assert_fails(failed, "FAILED_PRECONDITION")
+        self.assertEqual(json.loads(failed.stdout)["status"], "FAILED_PRECONDITION")
+        for arguments in (("--attention", "some"), ("--kv-dtype", "int4"), ("--budget-share", "2"),
+                          ("--no-such-option",)):
+            result = self.run_worker(*arguments, "--prompt-ids", "1")
+            self.assertNotEqual(result.returncode, 0)
+            self.assertIn(arguments[0].lstrip("-"), result.stderr + result.stdout)
+
+    def test_serves_lines_until_its_input_ends(self):
+        requests = ['{"op":"open","tokens":[1,5,9],"max_tokens":50}',
+                    '{"op":"ask","sequence":1,"tokens":[4],"new":3}', "nonsense",
+                    '{"op":"close","sequence":1}', '{"op":"stats"}']
+        result = self.run_worker("--attention", "full", "--serve", input="\n".join(requests))
+        self.assertEqual(result.returncode, 0, result)
+        lines = [json.loads(line) for line in result.stdout.splitlines()]
+        self.assertTrue(lines[0]["ready"])
+        self.assertEqual(lines[0]["vocab"], 2048)
+        self.assertEqual([line["status"] for line in lines],
+                         ["OK", "OK", "OK", "INVALID_ARGUMENT", "OK", "OK"])
+        self.assertEqual(len(lines[2]["predicted"]), 3)
+        self.assertEqual(lines[-1]["worker_kv_bytes"], 0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--worker", required=True, help="the program")
+    known, rest = parser.parse_known_args()
+    WORKER = known.worker
+    unittest.main(argv=[sys.argv[0], *rest])

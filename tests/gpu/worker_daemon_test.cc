@@ -1,0 +1,236 @@
+// The worker with its K/V in a real daemon, on the reference models.
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <atomic>
+#include <thread>
+
+#include "absl/time/clock.h"
+#include "client/client.h"
+#include "tests/gpu/golden.h"
+#include "tests/support/daemon_process.h"
+
+namespace quarry {
+namespace {
+
+using testing::DaemonProcess;
+using testing::Golden;
+using testing::GoldenData;
+
+Golden GoldenOf(const std::string& model, const std::string& name) {
+  const std::string root = QUARRY_TEST_MODELS;
+  if (model.starts_with("tiny/")) {
+    return {root + "/" + model, root + "/" + model + "/" + name + ".safetensors"};
+  }
+  return {root + "/" + model, root + "/goldens/" + model + "/" + name + ".safetensors"};
+}
+
+class WorkerDaemonTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    testing::DaemonOptions options;
+    options.arguments = {"--arena-bytes", "512MiB"};
+    auto daemon = DaemonProcess::Start(options);
+    ASSERT_TRUE(daemon.ok()) << daemon.status();
+    daemon_ = *std::move(daemon);
+    service_ = Connect(absl::Seconds(60));
+  }
+  void TearDown() override {
+    // The daemon must be there for the sequences to be closed; who is stopped cannot close.
+    if (daemon_ != nullptr && daemon_->Running()) daemon_->Signal(SIGCONT);
+  }
+  std::unique_ptr<KvService> Connect(absl::Duration deadline) const {
+    ClientOptions options;
+    options.socket_path = daemon_->socket_path();
+    options.deadline = deadline;
+    auto client = Client::Connect(options);
+    EXPECT_TRUE(client.ok()) << client.status();
+    return client.ok() ? MakeKvService(*std::move(client)) : nullptr;
+  }
+  void Load(const Golden& golden) {
+    ASSERT_NO_FATAL_FAILURE(testing::ReadGolden(golden, &golden_));
+    auto model = Model::Load(golden.model, device_.get());
+    ASSERT_TRUE(model.ok()) << model.status();
+    model_ = *std::move(model);
+  }
+  std::unique_ptr<Sequence> Open(KvService* service, std::span<const uint32_t> prompt,
+                                 uint32_t max_tokens) {
+    auto out = Sequence::Open(*model_, *device_, service, options_, prompt, max_tokens);
+    EXPECT_TRUE(out.ok()) << out.status();
+    return out.ok() ? *std::move(out) : nullptr;
+  }
+  static void Extend(Sequence* sequence, std::span<const uint32_t> tokens,
+                     Sequence::Role role = Sequence::Role::kPrompt) {
+    auto logits = sequence->Extend(tokens, role);
+    ASSERT_TRUE(logits.ok()) << logits.status();
+  }
+  // What can be reused of a prompt: whole blocks, and one token is left to compute.
+  static uint32_t Whole(std::span<const uint32_t> prompt) {
+    return static_cast<uint32_t>(prompt.size() - 1) / kBlockTokens * kBlockTokens;
+  }
+  // Tokens that a new context of this prompt would reuse, once `at_least` are published; publishing
+  // runs in the background.
+  uint32_t Reused(std::span<const uint32_t> prompt, uint32_t max_tokens, uint32_t at_least) {
+    uint32_t reused = 0;
+    for (const absl::Time end = absl::Now() + absl::Seconds(30); absl::Now() < end;) {
+      reused = Open(service_.get(), prompt, max_tokens)->reused_tokens();
+      if (reused >= at_least) break;
+      std::this_thread::yield();
+    }
+    return reused;
+  }
+
+  std::unique_ptr<DaemonProcess> daemon_;
+  std::unique_ptr<KvService> service_;
+  std::unique_ptr<Device> device_ = MakeHostDevice({});
+  std::unique_ptr<Model> model_;
+  SequenceOptions options_;
+  GoldenData golden_;
+};
+
+// Unlimited attention through the daemon is transformers' attention: default and llama3 rope, both
+// LongRoPE regimes, a sliding window, every head layout.
+TEST_F(WorkerDaemonTest, LogitsAndGreedyTokensAgreeWithTransformers) {
+  options_.kv_dtype = DType::kFp32;
+  for (const Golden& golden :
+       {GoldenOf("llama-a", "n1500"), GoldenOf("phi3-b", "n1500"), GoldenOf("phi3-b", "n4500"),
+        GoldenOf("tiny/llama3-rope", "golden"), GoldenOf("tiny/llama-untied-mha", "golden"),
+        GoldenOf("tiny/phi3-partial-rotary", "golden-long"),
+        GoldenOf("tiny/phi3-sliding-window", "golden")}) {
+    SCOPED_TRACE(golden.Name());
+    golden_ = {};
+    ASSERT_NO_FATAL_FAILURE(Load(golden));
+    options_.window = golden_.prompt.size() > 1000 ? LocalKv::Window{128, 512, false}
+                                                   : LocalKv::Window{8, 16, false};
+    for (uint32_t again = 0; again < 2; ++again) {  // cold, and with a prefix reused
+      auto sequence = Open(service_.get(), golden_.prompt, golden_.tokens());
+      ASSERT_NE(sequence, nullptr);
+      EXPECT_EQ(sequence->reused_tokens(), again * Whole(golden_.prompt));
+      ASSERT_NO_FATAL_FAILURE(testing::ExpectGolden(golden_, sequence.get()));
+      const AttendCost& cost = sequence->cost();
+      EXPECT_EQ(cost.tokens_local + cost.tokens_daemon, cost.tokens_in_reach);
+      EXPECT_GT(cost.tokens_daemon, 0u);
+      EXPECT_EQ(cost.recoveries, 0u);
+      // The next round finds what this one published.
+      Reused(golden_.prompt, golden_.tokens(), Whole(golden_.prompt));
+    }
+  }
+}
+
+TEST_F(WorkerDaemonTest, RoundedKvGivesTheTokensOfFullAttention) {
+  for (const char* model : {"llama-a", "phi3-b"}) {
+    golden_ = {};
+    ASSERT_NO_FATAL_FAILURE(Load(GoldenOf(model, "n1500")));
+    options_.kv_dtype = DType::kBf16;
+    std::vector<std::vector<uint32_t>> tokens;
+    for (KvService* service : {static_cast<KvService*>(nullptr), service_.get()}) {
+      auto sequence = Open(service, golden_.prompt, golden_.tokens());
+      auto logits = sequence->Extend(golden_.prompt, Sequence::Role::kPrompt);
+      std::vector<uint32_t>& greedy = tokens.emplace_back();
+      for (size_t i = 0; i < golden_.greedy.size() && logits.ok(); ++i) {
+        greedy.push_back(Sampler({}).Next(*logits));
+        if (i + 1 == golden_.greedy.size()) break;
+        logits = sequence->Extend(std::span(&greedy.back(), 1), Sequence::Role::kBudgeted);
+      }
+      ASSERT_TRUE(logits.ok()) << logits.status();
+      if (service != nullptr) {
+        const KvShape shape = model_->SpecFor(golden_.tokens(), DType::kBf16)->shape;
+        EXPECT_LE(sequence->local_kv_bytes(), 640 * shape.bytes_per_token() * 5 / 4);
+      }
+    }
+    EXPECT_EQ(tokens[0], tokens[1]) << model;
+  }
+}
+
+TEST_F(WorkerDaemonTest, TheRegimesOfLongRopeShareNothing) {
+  ASSERT_NO_FATAL_FAILURE(Load(GoldenOf("phi3-b", "n300")));
+  const std::span<const uint32_t> prompt(golden_.prompt);
+  Extend(Open(service_.get(), prompt, 4096).get(), prompt);
+  EXPECT_EQ(Reused(prompt, 4096, 256), 256u);
+  EXPECT_EQ(Reused(prompt, 2000, 256), 256u) << "the same regime";
+  EXPECT_EQ(Open(service_.get(), prompt, 4097)->reused_tokens(), 0u) << "the long regime";
+  Extend(Open(service_.get(), prompt, 4097).get(), prompt);
+  EXPECT_EQ(Reused(prompt, 100000, 256), 256u);
+}
+
+TEST_F(WorkerDaemonTest, KvOfABudgetIsNeverReusedAsExact) {
+  ASSERT_NO_FATAL_FAILURE(Load(GoldenOf("llama-a", "n1500")));
+  const std::span<const uint32_t> all = std::span(golden_.prompt).first(1025);
+  std::vector<uint32_t> other(all.begin(), all.end());
+  other[0] ^= 1;
+  options_.window = {16, 32, false};
+  const auto run = [&](std::span<const uint32_t> tokens) {
+    auto sequence = Open(service_.get(), tokens.first(300), 2000);
+    Extend(sequence.get(), tokens.first(300));
+    for (uint32_t lo = 300; lo < 1025; lo += 145) {
+      Extend(sequence.get(), tokens.subspan(lo, 145), Sequence::Role::kBudgeted);
+    }
+    return sequence;
+  };
+  options_.budget.share = 0.5;
+  const auto budgeted = run(all);
+  EXPECT_LT(budgeted->cost().tokens_daemon + budgeted->cost().tokens_local,
+            budgeted->cost().tokens_in_reach * 7 / 10);
+  options_.budget = {};
+  const auto exact = run(other);
+  // Once the exact context's blocks are there, the other's have had their time.
+  EXPECT_EQ(Reused(other, 2000, 1024), 1024u);
+  EXPECT_EQ(Reused(all, 2000, 256), 256u);
+}
+
+TEST_F(WorkerDaemonTest, AKilledDaemonVoidsTheTokenAtOnce) {
+  ASSERT_NO_FATAL_FAILURE(Load(GoldenOf("llama-a", "n1500")));
+  auto sequence = Open(service_.get(), golden_.prompt, 4000);
+  Extend(sequence.get(), golden_.prompt);
+  std::atomic<int> done{0};
+  std::thread killer([&] {
+    while (done < 3) std::this_thread::yield();
+    daemon_->Kill();
+  });
+  const absl::Time begun = absl::Now();
+  absl::Status status;
+  std::vector<uint32_t> tokens;
+  const uint32_t token = 7;
+  while (status.ok() && tokens.size() < 2000) {
+    auto logits = sequence->Extend(std::span(&token, 1), Sequence::Role::kBudgeted);
+    status = logits.status();
+    if (status.ok()) tokens.push_back(Sampler({}).Next(*logits));
+    ++done;
+  }
+  killer.join();
+  EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+  EXPECT_NE(std::string(status.message()).find("is void"), std::string::npos) << status;
+  EXPECT_LT(absl::Now() - begun, absl::Seconds(30)) << "the deadline is 60 s; a death is seen";
+  // What was answered before is right.
+  auto full = Open(nullptr, golden_.prompt, 4000);
+  Extend(full.get(), golden_.prompt);
+  for (size_t i = 0; i < std::min<size_t>(tokens.size(), 10); ++i) {
+    auto logits = full->Extend(std::span(&token, 1), Sequence::Role::kBudgeted);
+    ASSERT_TRUE(logits.ok());
+    EXPECT_EQ(tokens[i], Sampler({}).Next(*logits)) << i;
+  }
+}
+
+TEST_F(WorkerDaemonTest, AStoppedDaemonVoidsTheTokenAtItsDeadline) {
+  ASSERT_NO_FATAL_FAILURE(Load(GoldenOf("llama-a", "n300")));
+  auto service = Connect(absl::Milliseconds(700));
+  options_.window = {16, 32, false};
+  // The ids are known from the opening, so that it is an attend that goes unanswered.
+  const std::span<const uint32_t> prompt(golden_.prompt);
+  auto sequence = Open(service.get(), prompt, 1000);
+  Extend(sequence.get(), prompt.first(298));
+  Extend(sequence.get(), prompt.subspan(298, 1), Sequence::Role::kBudgeted);
+  daemon_->Signal(SIGSTOP);
+  const absl::Time begun = absl::Now();
+  const absl::Status status =
+      sequence->Extend(prompt.subspan(299), Sequence::Role::kBudgeted).status();
+  const absl::Duration took = absl::Now() - begun;
+  EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+  EXPECT_NE(std::string(status.message()).find("is void"), std::string::npos) << status;
+  EXPECT_GE(took, absl::Milliseconds(600));
+  EXPECT_LT(took, absl::Seconds(10));
+  daemon_->Signal(SIGCONT);
+}
+
+}  // namespace
+}  // namespace quarry
