@@ -1,5 +1,6 @@
 #include "client/attend_message.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
@@ -8,6 +9,9 @@ namespace quarry {
 namespace {
 
 constexpr uint64_t kAlign = 64;
+
+// No offset: an answer that the daemon does not write, since the row asks for no tokens.
+constexpr uint64_t kKnown = 0;
 
 uint64_t Align(uint64_t x) { return (x + kAlign - 1) / kAlign * kAlign; }
 
@@ -48,7 +52,8 @@ absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> row
   for (size_t i = 0; i < rows.size(); ++i) {
     const AttendRow& row = rows[i];
     const KvShape& s = shapes[i];
-    if (row.q == nullptr || !IsValid(row.q_dtype) ||
+    const bool asks = !row.range.empty();  // else q is not sent, and the answer is known
+    if ((asks && row.q == nullptr) || !IsValid(row.q_dtype) ||
         (row.has_token && (row.k == nullptr || row.v == nullptr))) {
       return absl::InvalidArgumentError(absl::StrCat("attend row ", i, " lacks a buffer"));
     }
@@ -58,15 +63,15 @@ absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> row
                                                      " up to ", s.heads, " are wanted"));
     }
     Buffers b{};
-    b.q_bytes = uint64_t{row.heads} * s.head_dim * DTypeBytes(row.q_dtype);
+    b.q_bytes = asks ? uint64_t{row.heads} * s.head_dim * DTypeBytes(row.q_dtype) : 0;
     b.kv_bytes = row.has_token ? row.heads / s.group() * s.vector_bytes() : 0;
     b.o_bytes = uint64_t{row.heads} * s.head_dim * sizeof(float);
     b.lse_bytes = uint64_t{row.heads} * sizeof(float);
     b.q = place(b.q_bytes);
     b.k = place(b.kv_bytes);
     b.v = place(b.kv_bytes);
-    b.o = place(b.o_bytes);
-    b.lse = place(b.lse_bytes);
+    b.o = asks ? place(b.o_bytes) : kKnown;
+    b.lse = asks ? place(b.lse_bytes) : kKnown;
     message.rows_.push_back(b);
   }
   if (message.request_bytes() > payload_bytes) {
@@ -91,7 +96,7 @@ void AttendMessage::Write(std::span<const AttendRow> rows, std::byte* slot_start
     pod.o_offset = b.o;
     pod.lse_offset = b.lse;
     std::memcpy(at + i * sizeof(pod), &pod, sizeof(pod));
-    std::memcpy(slot_start + b.q, rows[i].q, b.q_bytes);
+    if (b.q_bytes > 0) std::memcpy(slot_start + b.q, rows[i].q, b.q_bytes);
     if (b.kv_bytes == 0) continue;
     std::memcpy(slot_start + b.k, rows[i].k, b.kv_bytes);
     std::memcpy(slot_start + b.v, rows[i].v, b.kv_bytes);
@@ -106,22 +111,26 @@ void AttendMessage::ReadAnswers(const std::byte* slot_start, uint32_t generation
     AttendAnswer& answer = answers[i];
     const Buffers& b = rows_[i];
     if (pod.generation != generation) {
-      answer.status = absl::UnavailableError(absl::StrCat(
-          "row ", i, " was answered for request ", pod.generation, ", not ", generation));
+      answer.status = absl::UnavailableError(absl::StrCat("row ", i, " was answered for request ",
+                                                          pod.generation, ", not ", generation));
     } else if (pod.status != 0) {
       answer.status = absl::Status(static_cast<absl::StatusCode>(pod.status),
                                    absl::StrCat("attend row ", i, " was refused by the daemon"));
     } else if (answer.o.size_bytes() != b.o_bytes || answer.lse.size_bytes() != b.lse_bytes) {
-      answer.status = absl::InvalidArgumentError(
-          absl::StrCat("attend row ", i, " has ", answer.o.size_bytes(), " and ",
-                       answer.lse.size_bytes(), " bytes of room for o and lse, needs ",
-                       b.o_bytes, " and ", b.lse_bytes));
+      answer.status = absl::InvalidArgumentError(absl::StrCat(
+          "attend row ", i, " has ", answer.o.size_bytes(), " and ", answer.lse.size_bytes(),
+          " bytes of room for o and lse, needs ", b.o_bytes, " and ", b.lse_bytes));
     } else {
       answer.status = absl::OkStatus();
       answer.covered = {pod.covered_lo, pod.covered_hi};
       answer.tokens_attended = pod.tokens_attended;
       answer.bytes_touched = pod.bytes_touched;
       answer.error_estimate = pod.error_estimate;
+      if (b.o == kKnown) {
+        std::fill(answer.o.begin(), answer.o.end(), 0.0f);
+        std::fill(answer.lse.begin(), answer.lse.end(), kEmptyLse);
+        continue;
+      }
       std::memcpy(answer.o.data(), slot_start + b.o, b.o_bytes);
       std::memcpy(answer.lse.data(), slot_start + b.lse, b.lse_bytes);
     }

@@ -42,6 +42,12 @@ ScanKind KindOf(const AttendRow& row) {
   return ScanKind::kExact;
 }
 
+// A row over no tokens needs no room: its caller may know the answer.
+bool HasRoom(const AttendRow& row, const AttendAnswer& answer, size_t floats) {
+  if (row.range.empty() && answer.o.empty() && answer.lse.empty()) return true;
+  return answer.o.size() == floats && answer.lse.size() == row.heads;
+}
+
 void AnswerEmpty(const AttendRow& row, AttendAnswer& answer) {
   std::fill(answer.o.begin(), answer.o.end(), 0.0f);
   std::fill(answer.lse.begin(), answer.lse.end(), kEmptyLse);
@@ -61,7 +67,7 @@ absl::Status CheckRow(const AttendRow& row, const KvShape& s) {
         "row of query heads [", row.first_head, ", ", uint64_t{row.first_head} + row.heads,
         "): whole groups of ", s.group(), " within ", s.heads, " heads are wanted"));
   }
-  if (!IsValid(row.q_dtype) || row.q == nullptr) {
+  if (!IsValid(row.q_dtype) || (row.q == nullptr && !row.range.empty())) {
     return absl::InvalidArgumentError(
         absl::StrCat("row without queries or of unknown dtype ", static_cast<int>(row.q_dtype)));
   }
@@ -136,7 +142,7 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
   QUARRY_RETURN_IF_ERROR(CheckRow(row, s));
   QUARRY_RETURN_IF_ERROR(CheckBudget(row.budget));
   const size_t q_floats = size_t{row.heads} * s.head_dim;
-  if (answer.o.size() != q_floats || answer.lse.size() != row.heads) {
+  if (!HasRoom(row, answer, q_floats)) {
     return absl::InvalidArgumentError(absl::StrCat("room for ", answer.o.size(), " and ",
                                                    answer.lse.size(), " numbers of o and lse of ",
                                                    row.heads, " heads of ", s.head_dim));
@@ -151,24 +157,25 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
         absl::StrCat("context ", row.context.value, ": row of tokens [", row.range.lo, ", ",
                      row.range.hi, ") of layer ", row.layer, ", which has ", available));
   }
+  admitted->kind = KindOf(row);
   admitted->q_offset = q_.size();
-  q_.resize(q_.size() + q_floats);
-  float* const q = q_.data() + admitted->q_offset;
-  absl::Status status;
-  if (!WidenFinite(row.q_dtype, row.q, q_floats, q)) {
-    status = absl::InvalidArgumentError(absl::StrCat(
-        "context ", row.context.value, ": NaN or infinity in a query of layer ", row.layer));
-  } else if (row.has_token) {
+  absl::Status status = row.range.empty() ? absl::OkStatus() : TakeQueries(row, q_floats);
+  if (status.ok() && row.has_token) {
     // Last, so that a row that fails stores no token.
     status =
         context.AppendToken(row.layer, first_kv_head, kv_heads, row.token_position, row.k, row.v);
   }
-  if (!status.ok()) {
-    q_.resize(admitted->q_offset);
-    return status;
+  if (!status.ok()) q_.resize(admitted->q_offset);
+  return status;
+}
+
+absl::Status AttendBatch::TakeQueries(const AttendRow& row, size_t floats) {
+  q_.resize(q_.size() + floats);
+  if (WidenFinite(row.q_dtype, row.q, floats, q_.data() + q_.size() - floats)) {
+    return absl::OkStatus();
   }
-  admitted->kind = KindOf(row);
-  return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "context ", row.context.value, ": NaN or infinity in a query of layer ", row.layer));
 }
 
 std::vector<AttendBatch::LaneSeat> AttendBatch::Seats() const {

@@ -68,6 +68,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   };
 
   absl::Status Admit(const AttendRow& row, AttendAnswer& answer, AdmittedRow* admitted);
+  absl::Status TakeQueries(const AttendRow& row, size_t floats);
   void PlanLanes();
   std::vector<LaneSeat> Seats() const;
   const Plan& PlanFor(std::span<const LaneSeat> seats);

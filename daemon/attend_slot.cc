@@ -75,16 +75,18 @@ absl::Status AddRow(Engine& engine, Channel& channel, const SlotBuffers& buffers
   }
   QUARRY_ASSIGN_OR_RETURN(const KvShape shape, ShapeOf(engine, channel, row.context));
   QUARRY_ASSIGN_OR_RETURN(const AttendRowBytes bytes, BytesOfRow(row, shape));
-  QUARRY_ASSIGN_OR_RETURN(row.q, buffers.At("q", pod.q_offset, bytes.q));
+  AttendAnswer answer;
+  if (!row.range.empty()) {  // else the client knows the answer, and neither q nor o is moved
+    QUARRY_ASSIGN_OR_RETURN(row.q, buffers.At("q", pod.q_offset, bytes.q));
+    QUARRY_ASSIGN_OR_RETURN(std::byte* const o, buffers.At("o", pod.o_offset, bytes.o));
+    QUARRY_ASSIGN_OR_RETURN(std::byte* const lse, buffers.At("lse", pod.lse_offset, bytes.lse));
+    answer.o = {reinterpret_cast<float*>(o), bytes.o / sizeof(float)};
+    answer.lse = {reinterpret_cast<float*>(lse), bytes.lse / sizeof(float)};
+  }
   if (row.has_token) {
     QUARRY_ASSIGN_OR_RETURN(row.k, buffers.At("k", pod.k_offset, bytes.kv));
     QUARRY_ASSIGN_OR_RETURN(row.v, buffers.At("v", pod.v_offset, bytes.kv));
   }
-  QUARRY_ASSIGN_OR_RETURN(std::byte* const o, buffers.At("o", pod.o_offset, bytes.o));
-  QUARRY_ASSIGN_OR_RETURN(std::byte* const lse, buffers.At("lse", pod.lse_offset, bytes.lse));
-  AttendAnswer answer;
-  answer.o = {reinterpret_cast<float*>(o), bytes.o / sizeof(float)};
-  answer.lse = {reinterpret_cast<float*>(lse), bytes.lse / sizeof(float)};
   state->rows.push_back(row);
   state->answers.push_back(std::move(answer));
   return absl::OkStatus();

@@ -353,7 +353,7 @@ TopKAnswer EngineImpl::TopK(SessionId id, const AttendRow& row, uint32_t k, bool
                      row.range.hi, ") of layer ", row.layer, ", which has ", available)));
   }
   std::vector<float> q(size_t{row.heads} * s.head_dim);
-  if (!WidenFinite(row.q_dtype, row.q, q.size(), q.data())) {
+  if (!row.range.empty() && !WidenFinite(row.q_dtype, row.q, q.size(), q.data())) {
     return failed(absl::InvalidArgumentError(absl::StrCat(
         "context ", row.context.value, ": NaN or infinity in a query of layer ", row.layer)));
   }

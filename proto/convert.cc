@@ -364,7 +364,9 @@ wire::AttendRow ToProto(const AttendRow& row, uint32_t head_dim, uint32_t group,
   out.set_heads(row.heads);
   *out.mutable_budget() = ToProto(row.budget);
   out.set_q_dtype(static_cast<wire::DType>(row.q_dtype));
-  out.set_q(row.q, size_t{row.heads} * head_dim * DTypeBytes(row.q_dtype));
+  if (row.q != nullptr) {
+    out.set_q(row.q, size_t{row.heads} * head_dim * DTypeBytes(row.q_dtype));
+  }
   if (row.has_token) {
     size_t bytes = size_t{row.heads / group} * head_dim * DTypeBytes(kv_dtype);
     out.mutable_token()->set_position(row.token_position);

@@ -35,7 +35,7 @@ struct AttendRow {
   uint32_t heads = 0;
   Budget budget;
   DType q_dtype = DType::kFp32;
-  const void* q = nullptr;   // [heads][head_dim] of q_dtype, after RoPE
+  const void* q = nullptr;   // [heads][head_dim] of q_dtype, after RoPE; not read if range is empty
 
   // The new token's K and V of this layer, stored before the row is answered. Its position must
   // be the layer's next one for these KV heads; has_token = false appends nothing.

@@ -5,6 +5,7 @@ with Python's standard library alone, against a real daemon: what the document l
 Usage: shm_reference.py QUARRYD
 """
 import array
+import ctypes
 import math
 import mmap
 import os
@@ -120,7 +121,9 @@ class Client:
         struct.pack_into("<IHHQII", self.memory, entry + 8, slot, opcode, 0, len(payload),
                          self.generations[slot], 0)
         self.submitted += 1
-        struct.pack_into("<Q", self.memory, entry, self.submitted)  # x86: stores stay in order
+        # One store of 8 bytes, after the others (x86 keeps their order). struct.pack_into would
+        # write zeros first, and the daemon close a client whose sequence is 0.
+        ctypes.c_uint64.from_buffer(self.memory, entry).value = self.submitted
         # Python has no fence between this store and a load of `parked`: always ring.
         os.write(self.doorbell, struct.pack("<Q", 1))
 
@@ -129,7 +132,8 @@ class Client:
         at = self.slots_at + slot * self.slot_bytes
         end = time.monotonic() + 20
         while struct.unpack_from("<I", self.memory, at + 64)[0] != self.generations[slot]:
-            check(time.monotonic() < end, f"slot {slot} was not answered")
+            closing = struct.unpack_from("<I", self.memory, 132)[0]
+            check(time.monotonic() < end, f"slot {slot} was not answered, closing is {closing}")
             time.sleep(0)
         status, size = struct.unpack_from("<IQ", self.memory, at + 68)
         payload = self.memory[at + SLOT_PAYLOAD:at + SLOT_PAYLOAD + size]

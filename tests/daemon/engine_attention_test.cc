@@ -131,6 +131,32 @@ TEST_P(EngineAttentionTest, RowsOfABatchShareBlocksAndEachHasItsOwnAnswer) {
   }
 }
 
+TEST_P(EngineAttentionTest, ARowOverNoTokensNeedsNoQueriesAndNoRoomAndStoresItsToken) {
+  Start();
+  constexpr uint32_t kTokens = 20;
+  const KvData data(shape_, kTokens + 1, TestSeed());
+  const OpenResult opened =
+      OpenAndFill(session_, OpenFor(SmallModel(shape_), Tokens(kTokens), kTokens + 1), data);
+  for (uint32_t layer = 0; layer < shape_.layers; ++layer) {
+    AttendRow row;
+    row.context = opened.context;
+    row.layer = layer;
+    row.range = {9, 9};
+    row.heads = shape_.heads;
+    row.has_token = true;
+    row.token_position = kTokens;
+    row.k = data.k(layer, kTokens);
+    row.v = data.v(layer, kTokens);
+    AttendAnswer answer;
+    absl::Notification done;
+    engine_->Attend(session_, {&row, 1}, {&answer, 1}, [&] { done.Notify(); });
+    done.WaitForNotification();
+    ASSERT_TRUE(answer.status.ok()) << answer.status;
+    EXPECT_EQ(answer.tokens_attended, 0u);
+  }
+  ExpectExact(opened.context, data, {0, kTokens + 1});
+}
+
 TEST_P(EngineAttentionTest, ARangeOfHeadsIsAnsweredAlone) {
   Start();
   const KvData data(shape_, 600, TestSeed());

@@ -175,6 +175,31 @@ TEST_F(ShmServerTest, AttendIsAnsweredRowByRow) {
   EXPECT_EQ(metrics_.Flat().at("quarry_shm_attend_latency_seconds_count"), 1);
 }
 
+TEST_F(ShmServerTest, ARowOverNoTokensHasNeitherQueriesNorOutputs) {
+  StartServer();
+  auto client = Connect(RawShmClient::Hello(4, 256 << 10));
+  const uint64_t context = OpenContext(*client);
+  const uint32_t generation = client->NextGeneration(1);
+  const uint64_t bytes = WriteAttend(*client, 1, context, 2);
+  shm::AttendRowPod row = RowOf(*client, 1, 0);
+  const uint64_t o_offset = row.o_offset;
+  row.range_lo = row.range_hi = 7;
+  row.q_offset = row.o_offset = row.lse_offset = ~0ull;
+  SetRow(*client, 1, 0, row);
+  std::memset(client->slot(1) + o_offset, 0xAB, 256);
+  client->Submit({1, Opcode::kAttend, bytes, generation});
+  ASSERT_EQ(client->Await(1, generation), absl::StatusCode::kOk);
+  const shm::AttendAnswerPod answer = AnswerOf(*client, 1, 0);
+  EXPECT_EQ(answer.status, 0u);
+  EXPECT_EQ(answer.generation, generation);
+  EXPECT_EQ(answer.covered_lo, 7u);
+  EXPECT_EQ(answer.covered_hi, 7u);
+  EXPECT_EQ(answer.tokens_attended, 0u);
+  EXPECT_EQ(std::string(reinterpret_cast<const char*>(client->slot(1) + o_offset), 256),
+            std::string(256, '\xAB'));
+  EXPECT_EQ(AnswerOf(*client, 1, 1).tokens_attended, 40u);
+}
+
 TEST_F(ShmServerTest, AWrongRowGetsItsOwnStatusAndTheOthersAreAnswered) {
   StartServer();
   auto client = Connect(RawShmClient::Hello(4, 256 << 10));
