@@ -66,6 +66,15 @@ class LeasedBlock {
   virtual absl::Status CopyTo(uint64_t offset, std::span<std::byte> out) const = 0;
 };
 
+// A lease that has been asked for. Dropping it waits for the answer and gives the lease back.
+class PendingLease {
+ public:
+  virtual ~PendingLease() = default;
+  virtual bool Done() const = 0;  // does not block
+  // Once. NotFound: a miss.
+  virtual absl::StatusOr<std::unique_ptr<LeasedBlock>> Wait() = 0;
+};
+
 // Thread-safe. Every error names the object and the numbers; Unavailable means that the daemon
 // has gone or missed the deadline, and stays until a new Connect.
 class Client {
@@ -97,6 +106,9 @@ class Client {
                            std::span<const std::byte> bytes) = 0;
   virtual absl::StatusOr<std::unique_ptr<LeasedBlock>> Lease(std::string_view engine_namespace,
                                                              std::string_view key) = 0;
+  // Asked for while the block before it is being copied, a lease costs no round trip.
+  virtual absl::StatusOr<std::unique_ptr<PendingLease>> LeaseAsync(
+      std::string_view engine_namespace, std::string_view key) = 0;
   virtual absl::StatusOr<std::string> Get(std::string_view engine_namespace,
                                           std::string_view key) = 0;
   virtual absl::StatusOr<std::vector<bool>> Exists(std::string_view engine_namespace,

@@ -65,13 +65,60 @@ class ShmLeasedBlock final : public LeasedBlock {
   const ClientOptions::Verify verify_;
 };
 
+class ShmPendingLease final : public PendingLease {
+ public:
+  ShmPendingLease(std::shared_ptr<LeaseHome> home, ClientChannel::Slot slot,
+                  ClientOptions::Verify verify)
+      : home_(std::move(home)), slot_(slot), verify_(verify) {}
+  ~ShmPendingLease() override {
+    if (!waited_) Wait().IgnoreError();
+  }
+
+  bool Done() const override { return waited_ || home_->channel->Done(slot_); }
+
+  absl::StatusOr<std::unique_ptr<LeasedBlock>> Wait() override {
+    if (waited_) return absl::FailedPreconditionError("the lease has been waited for before");
+    waited_ = true;
+    QUARRY_ASSIGN_OR_RETURN(const shm::LeaseReply reply, Reply());
+    const absl::StatusOr<const std::byte*> data =
+        home_->extents.Find(reply.extent, reply.offset, reply.bytes);
+    if (!data.ok()) {
+      Release(*home_->channel, reply.lease);  // nobody else will
+      return data.status();
+    }
+    return std::make_unique<ShmLeasedBlock>(
+        home_, LeaseId{reply.lease}, std::span(*data, reply.bytes),
+        ByteDigest{reply.digest_low, reply.digest_high}, verify_);
+  }
+
+ private:
+  absl::StatusOr<shm::LeaseReply> Reply() {
+    ClientChannel& channel = *home_->channel;
+    uint64_t bytes = 0;
+    absl::Status status = channel.Wait(slot_, &bytes);
+    shm::LeaseReply reply{};
+    if (status.ok() && bytes != sizeof(reply)) {
+      status = absl::DataLossError(absl::StrCat("lease reply of ", bytes, " bytes"));
+    }
+    if (status.ok()) std::memcpy(&reply, channel.payload(slot_), sizeof(reply));
+    channel.Abandon(slot_);
+    if (!status.ok()) return status;
+    return reply;
+  }
+
+  const std::shared_ptr<LeaseHome> home_;
+  const ClientChannel::Slot slot_;
+  const ClientOptions::Verify verify_;
+  bool waited_ = false;
+};
+
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<LeasedBlock>> TakeLease(const std::shared_ptr<LeaseHome>& home,
-                                                       shm::LeaseHeader header,
-                                                       std::string_view name_space,
-                                                       std::string_view key,
-                                                       ClientOptions::Verify verify) {
+absl::StatusOr<std::unique_ptr<PendingLease>> AskForLease(const std::shared_ptr<LeaseHome>& home,
+                                                          shm::LeaseHeader header,
+                                                          std::string_view name_space,
+                                                          std::string_view key,
+                                                          ClientOptions::Verify verify) {
   ClientChannel& channel = *home->channel;
   header.namespace_bytes = static_cast<uint32_t>(name_space.size());
   header.key_bytes = static_cast<uint32_t>(key.size());
@@ -79,30 +126,13 @@ absl::StatusOr<std::unique_ptr<LeasedBlock>> TakeLease(const std::shared_ptr<Lea
   if (bytes > channel.payload_bytes()) {
     return absl::InvalidArgumentError(absl::StrCat("key of ", key.size(), " bytes"));
   }
-  QUARRY_ASSIGN_OR_RETURN(ClientChannel::Slot slot, channel.Take());
+  QUARRY_ASSIGN_OR_RETURN(const ClientChannel::Slot slot, channel.Take());
   std::byte* at = channel.payload(slot);
   std::memcpy(at, &header, sizeof(header));
   std::memcpy(at + sizeof(header), name_space.data(), name_space.size());
   std::memcpy(at + sizeof(header) + name_space.size(), key.data(), key.size());
   channel.Submit(slot, shm::Opcode::kLease, bytes);
-  uint64_t reply_bytes = 0;
-  absl::Status status = channel.Wait(slot, &reply_bytes);
-  shm::LeaseReply reply{};
-  if (status.ok() && reply_bytes != sizeof(reply)) {
-    status = absl::DataLossError(absl::StrCat("lease reply of ", reply_bytes, " bytes"));
-  }
-  if (status.ok()) std::memcpy(&reply, at, sizeof(reply));
-  channel.Abandon(slot);
-  QUARRY_RETURN_IF_ERROR(status);
-  const absl::StatusOr<const std::byte*> data =
-      home->extents.Find(reply.extent, reply.offset, reply.bytes);
-  if (!data.ok()) {
-    Release(channel, reply.lease);  // nobody else will
-    return data.status();
-  }
-  return std::make_unique<ShmLeasedBlock>(home, LeaseId{reply.lease},
-                                          std::span(*data, reply.bytes),
-                                          ByteDigest{reply.digest_low, reply.digest_high}, verify);
+  return std::make_unique<ShmPendingLease>(home, slot, verify);
 }
 
 }  // namespace quarry

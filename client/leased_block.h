@@ -17,10 +17,10 @@ struct LeaseHome {
 };
 
 // Asks for the lease that `header` and the names after it describe.
-absl::StatusOr<std::unique_ptr<LeasedBlock>> TakeLease(const std::shared_ptr<LeaseHome>& home,
-                                                       shm::LeaseHeader header,
-                                                       std::string_view name_space,
-                                                       std::string_view key,
-                                                       ClientOptions::Verify verify);
+absl::StatusOr<std::unique_ptr<PendingLease>> AskForLease(const std::shared_ptr<LeaseHome>& home,
+                                                          shm::LeaseHeader header,
+                                                          std::string_view name_space,
+                                                          std::string_view key,
+                                                          ClientOptions::Verify verify);
 
 }  // namespace quarry

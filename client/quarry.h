@@ -23,6 +23,7 @@ extern "C" {
 typedef int quarry_code;
 typedef struct quarry_client quarry_client;
 typedef struct quarry_block quarry_block;
+typedef struct quarry_pending_lease quarry_pending_lease;
 typedef struct quarry_attend quarry_attend;
 
 /* Element types: 1 bf16, 2 fp16, 3 fp32. */
@@ -140,6 +141,11 @@ quarry_code quarry_put(quarry_client* client, const char* engine_namespace, cons
 /* Leases the block: its bytes are read where they lie until quarry_block_release. */
 quarry_code quarry_lease(quarry_client* client, const char* engine_namespace, const void* key,
                          size_t key_bytes, quarry_block** out);
+/* The same without waiting; quarry_lease_wait answers it and frees the request. One that is asked
+ * for while the block before it is being copied costs no round trip. */
+quarry_code quarry_lease_start(quarry_client* client, const char* engine_namespace,
+                               const void* key, size_t key_bytes, quarry_pending_lease** out);
+quarry_code quarry_lease_wait(quarry_pending_lease* pending, quarry_block** out);
 const void* quarry_block_data(const quarry_block* block, size_t* bytes);
 /* Copies the whole block and checks its digest in the same pass: data loss is a miss. */
 quarry_code quarry_block_copy(const quarry_block* block, void* out, size_t bytes);

@@ -19,6 +19,10 @@ struct quarry_block {
   std::unique_ptr<quarry::LeasedBlock> block;
 };
 
+struct quarry_pending_lease {
+  std::unique_ptr<quarry::PendingLease> pending;
+};
+
 struct quarry_attend {
   std::vector<quarry::AttendAnswer> answers;
   quarry_answer* out = nullptr;
@@ -325,8 +329,23 @@ quarry_code quarry_put(quarry_client* client, const char* engine_namespace, cons
 
 quarry_code quarry_lease(quarry_client* client, const char* engine_namespace, const void* key,
                          size_t key_bytes, quarry_block** out) {
-  absl::StatusOr<std::unique_ptr<quarry::LeasedBlock>> block =
-      client->client->Lease(TextOf(engine_namespace), KeyOf(key, key_bytes));
+  quarry_pending_lease* pending = nullptr;
+  const quarry_code code = quarry_lease_start(client, engine_namespace, key, key_bytes, &pending);
+  return code != 0 ? code : quarry_lease_wait(pending, out);
+}
+
+quarry_code quarry_lease_start(quarry_client* client, const char* engine_namespace,
+                               const void* key, size_t key_bytes, quarry_pending_lease** out) {
+  absl::StatusOr<std::unique_ptr<quarry::PendingLease>> pending =
+      client->client->LeaseAsync(TextOf(engine_namespace), KeyOf(key, key_bytes));
+  if (!pending.ok()) return Report(pending.status());
+  *out = new quarry_pending_lease{*std::move(pending)};
+  return 0;
+}
+
+quarry_code quarry_lease_wait(quarry_pending_lease* pending, quarry_block** out) {
+  const std::unique_ptr<quarry_pending_lease> owned(pending);
+  absl::StatusOr<std::unique_ptr<quarry::LeasedBlock>> block = owned->pending->Wait();
   if (!block.ok()) return Report(block.status());
   *out = new quarry_block{*std::move(block)};
   return 0;

@@ -204,7 +204,9 @@ class ShmClient final : public Client {
     header.kind = static_cast<uint32_t>(shm::LeaseKind::kContextBlock);
     header.context = context.value;
     header.block = block;
-    return TakeLease(home_, header, {}, {}, options_.verify);
+    QUARRY_ASSIGN_OR_RETURN(const std::unique_ptr<PendingLease> pending,
+                            AskForLease(home_, header, {}, {}, options_.verify));
+    return pending->Wait();
   }
 
   absl::Status Put(std::string_view engine_namespace, std::string_view key,
@@ -241,9 +243,16 @@ class ShmClient final : public Client {
 
   absl::StatusOr<std::unique_ptr<LeasedBlock>> Lease(std::string_view engine_namespace,
                                                      std::string_view key) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::unique_ptr<PendingLease> pending,
+                            LeaseAsync(engine_namespace, key));
+    return pending->Wait();
+  }
+
+  absl::StatusOr<std::unique_ptr<PendingLease>> LeaseAsync(std::string_view engine_namespace,
+                                                           std::string_view key) override {
     shm::LeaseHeader header{};
     header.kind = static_cast<uint32_t>(shm::LeaseKind::kEngineKey);
-    return TakeLease(home_, header, engine_namespace, key, options_.verify);
+    return AskForLease(home_, header, engine_namespace, key, options_.verify);
   }
 
   absl::StatusOr<std::string> Get(std::string_view engine_namespace,

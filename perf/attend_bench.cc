@@ -2,19 +2,28 @@
 //
 // Workload: one Llama-3-8B-shaped layer (32 query heads, 8 KV heads, head_dim 128, bf16), a shared
 // prefix of 0, 1K, 16K or 128K tokens held by the daemon, batches of 1, 8 and 32 rows that all
-// attend the whole prefix with an unlimited budget. Shared memory (armed poller) against unary
-// gRPC over a Unix socket, interleaved call by call. "wake" is the first round trip after arming,
-// when the poller may have to be woken, as once per token; "nop" one that asks for nothing while
-// armed: the protocol's own cost, to which an attend adds copying q and o.
-// Floor of one batch: 2 * tokens * 8 * 128 * 2 bytes over the machine's read bandwidth.
+// attend the whole prefix with an unlimited budget, bf16 queries. Shared memory against unary gRPC
+// over a Unix socket, in turns; a turn is one token of an 8-layer model, and its paths are:
+//   wake   the first round trip after arming, when the poller may have to be woken
+//   nop    one that asks for nothing while armed: the protocol's own cost
+//   shm    the attend; with an empty prefix neither q nor o is moved
+//   copy   two threads of this program that hand over as many bytes of q and o by memcpy and a
+//          flag, and attend nothing: what any protocol over these two cores has to pay
+//   grpc   the attend over gRPC
+// Floor of one batch: copy, and 2 * tokens * 8 * 128 * 2 bytes over the machine's read bandwidth.
 //
 // Prints microseconds at the median with the 10th and 90th percentile; --json prints JSON lines.
 #include <grpcpp/grpcpp.h>
 
+#include <sched.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <CLI/CLI.hpp>
@@ -40,6 +49,8 @@ using perf::QuantilesOf;
 
 constexpr KvShape kShape{.layers = 1, .heads = 32, .kv_heads = 8, .head_dim = 128,
                          .dtype = DType::kBf16};
+
+constexpr int kLayers = 8;  // attends of one token
 
 struct Settings {
   std::vector<uint32_t> tokens = {0, 1024, 16384, 131072};
@@ -100,15 +111,14 @@ ContextId MakeContext(Client* client, uint32_t tokens, std::mt19937* random) {
 
 // Rows over one context, with room for their answers.
 struct Batch {
-  std::vector<float> q, o, lse;
+  std::vector<uint16_t> q;  // bf16
+  std::vector<float> o, lse;
   std::vector<AttendRow> rows;
   std::vector<AttendAnswer> answers;
 
   Batch(ContextId context, uint32_t tokens, uint32_t size, std::mt19937* random) {
-    std::normal_distribution<float> normal;
     size_t per_row = size_t{kShape.heads} * kShape.head_dim;
-    q.resize(size * per_row);
-    for (float& x : q) x = Bf16ToFloat(FloatToBf16(normal(*random)));
+    q = RandomBf16(size * per_row, random);
     o.resize(q.size());
     lse.resize(size_t{size} * kShape.heads);
     rows.resize(size);
@@ -117,11 +127,54 @@ struct Batch {
       rows[r].context = context;
       rows[r].range = {0, tokens};
       rows[r].heads = kShape.heads;
+      rows[r].q_dtype = DType::kBf16;
       rows[r].q = q.data() + r * per_row;
       answers[r].o = std::span(o).subspan(r * per_row, per_row);
       answers[r].lse = std::span(lse).subspan(size_t{r} * kShape.heads, kShape.heads);
     }
   }
+};
+
+// A peer thread that takes a batch's queries and gives outputs, by memcpy alone.
+class HandOver {
+ public:
+  explicit HandOver(const Batch& batch)
+      : q_bytes_(batch.q.size() * sizeof(batch.q[0])), o_bytes_(batch.o.size() * sizeof(float)),
+        shared_(q_bytes_ + o_bytes_), thread_([this] { Serve(); }) {}
+  ~HandOver() {
+    asked_.store(kStop, std::memory_order_release);
+    thread_.join();
+  }
+
+  void Run(Batch* batch) {
+    std::memcpy(shared_.data(), batch->q.data(), q_bytes_);
+    const uint32_t turn = answered_.load(std::memory_order_relaxed) + 1;
+    asked_.store(turn, std::memory_order_release);
+    while (answered_.load(std::memory_order_acquire) != turn) sched_yield();
+    std::memcpy(batch->o.data(), shared_.data() + q_bytes_, o_bytes_);
+  }
+
+ private:
+  static constexpr uint32_t kStop = ~0u;
+  void Serve() {
+    std::vector<std::byte> q(q_bytes_), o(o_bytes_);
+    for (uint32_t turn = 1;; ++turn) {
+      uint32_t asked;
+      while ((asked = asked_.load(std::memory_order_acquire)) != turn) {
+        if (asked == kStop) return;
+        sched_yield();
+      }
+      std::memcpy(q.data(), shared_.data(), q_bytes_);
+      std::memcpy(shared_.data() + q_bytes_, o.data(), o_bytes_);
+      answered_.store(turn, std::memory_order_release);
+    }
+  }
+
+  const size_t q_bytes_, o_bytes_;
+  std::vector<std::byte> shared_;
+  alignas(64) std::atomic<uint32_t> asked_{0};
+  alignas(64) std::atomic<uint32_t> answered_{0};
+  std::thread thread_;
 };
 
 // The gRPC side: a session of the same tenant; contexts are the tenant's.
@@ -197,22 +250,29 @@ void RunOne(const Settings& settings, Client* client, GrpcPeer* grpc_peer, Conte
   Batch batch(context, tokens, size, random);
   AttendOverShm(client, &batch);  // warm
   grpc_peer->Attend(&batch);
-  std::vector<double> shm, grpc_us, nop, wake;
+  std::vector<double> shm, copy, grpc_us, nop, wake;
   absl::Time end = absl::Now() + absl::Seconds(settings.seconds);
-  while (shm.size() < 20 || (absl::Now() < end && shm.size() < 20000)) {
+  while (grpc_us.size() < 20 || (absl::Now() < end && grpc_us.size() < 20000)) {
     wake.push_back(Microseconds([&] {
       client->Arm();
       QUARRY_CHECK(client->Nop().ok());
     }));
-    nop.push_back(Microseconds([&] { QUARRY_CHECK(client->Nop().ok()); }));
-    shm.push_back(Microseconds([&] { AttendOverShm(client, &batch); }));
+    for (int layer = 0; layer < kLayers; ++layer) {
+      nop.push_back(Microseconds([&] { QUARRY_CHECK(client->Nop().ok()); }));
+      shm.push_back(Microseconds([&] { AttendOverShm(client, &batch); }));
+    }
     client->Disarm();
     grpc_us.push_back(Microseconds([&] { grpc_peer->Attend(&batch); }));
+  }
+  {
+    HandOver peer(batch);
+    for (size_t i = 0; i < shm.size(); ++i) copy.push_back(Microseconds([&] { peer.Run(&batch); }));
   }
   double bytes = 2.0 * tokens * kShape.kv_heads * static_cast<double>(kShape.vector_bytes());
   Print(settings, "wake", tokens, size, QuantilesOf(wake), wake.size(), 0);
   Print(settings, "nop", tokens, size, QuantilesOf(nop), nop.size(), 0);
   Print(settings, "shm", tokens, size, QuantilesOf(shm), shm.size(), bytes);
+  Print(settings, "copy", tokens, size, QuantilesOf(copy), copy.size(), 0);
   Print(settings, "grpc", tokens, size, QuantilesOf(grpc_us), grpc_us.size(), bytes);
 }
 

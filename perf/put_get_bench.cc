@@ -8,6 +8,8 @@
 //   put, put+digest   into the slot, by the daemon into the arena: two copies
 //   lease             lease and release, without a copy; lease idle: with the poller parked
 //   get, get+digest   lease, copy out without and with checking the digest, release
+//   get ahead         get+digest of 16 blocks, each leased while the one before it is copied, as an
+//                     engine loads a prefix; time and share are of one block
 //   copy+digest       the same copy of a block that is leased already: without the round trip
 //   store copy        BlockStore::CopyOut with its digest check, in this process
 // Floor of a get: one memcpy. Rows give the median with the 10th and 90th percentile; the share is
@@ -118,6 +120,9 @@ class LocalStore {
   std::vector<BlockHandle> blocks_;
 };
 
+// Blocks of one prefix that are loaded one behind another.
+constexpr uint32_t kAhead = 16;
+
 // The blocks of one size, put and read in turn.
 class Workload {
  public:
@@ -137,7 +142,10 @@ class Workload {
   }
 
  private:
-  using Operation = std::function<void()>;
+  struct Operation {
+    std::function<void()> run;
+    uint32_t blocks = 1;  // that it moves: its time is divided by them
+  };
 
   // One round: memcpy, then each operation, in an order that turns with the rounds.
   void Round(uint32_t round, std::vector<Series>* series, const std::vector<Operation>& operations) {
@@ -147,7 +155,7 @@ class Workload {
     (*series)[0].us.push_back(base);
     for (size_t k = 0; k < operations.size(); ++k) {
       const size_t i = (k + round) % operations.size();
-      const double us = perf::Microseconds(operations[i]);
+      const double us = perf::Microseconds(operations[i].run) / operations[i].blocks;
       (*series)[i + 1].us.push_back(us);
       (*series)[i + 1].share.push_back(base / us);
     }
@@ -157,8 +165,8 @@ class Workload {
     std::vector<Series> series = {{"memcpy", {}, {}}, {"put", {}, {}}, {"put+digest", {}, {}}};
     const uint32_t rounds = std::min(settings_.rounds, blocks_ / 2);
     uint32_t next = 0;
-    const std::vector<Operation> operations = {[&] { Put(unchecked_, next++); },
-                                               [&] { Put(checked_, next++); }};
+    const std::vector<Operation> operations = {{[&] { Put(unchecked_, next++); }},
+                                               {[&] { Put(checked_, next++); }}};
     checked_->Arm();
     for (uint32_t round = 0; round < rounds; ++round) Round(round, &series, operations);
     checked_->Disarm();
@@ -168,15 +176,26 @@ class Workload {
 
   void Gets() {
     std::vector<Series> series = {{"memcpy", {}, {}}, {"lease", {}, {}}, {"get", {}, {}},
-                                  {"get+digest", {}, {}}, {"copy+digest", {}, {}}};
+                                  {"get+digest", {}, {}}, {"copy+digest", {}, {}},
+                                  {"get ahead", {}, {}}};
     const uint32_t stride = std::max(1u, blocks_ / (4 * settings_.rounds));
     uint32_t next = 0;
     auto key = [&] { return KeyOf((next += stride) % blocks_); };
     std::unique_ptr<LeasedBlock> held;
-    const std::vector<Operation> operations = {[&] { Lease(unchecked_, key()); },
-                                               [&] { Get(unchecked_, key()); },
-                                               [&] { Get(checked_, key()); },
-                                               [&] { Copy(*held); }};
+    const auto get_ahead = [&] {
+      std::unique_ptr<PendingLease> ahead = Ask(checked_, key());
+      for (uint32_t i = 0; i < kAhead; ++i) {
+        const auto block = ahead->Wait();
+        Die(block.status(), "lease");
+        if (i + 1 < kAhead) ahead = Ask(checked_, key());
+        Copy(**block);
+      }
+    };
+    const std::vector<Operation> operations = {{[&] { Lease(unchecked_, key()); }},
+                                               {[&] { Get(unchecked_, key()); }},
+                                               {[&] { Get(checked_, key()); }},
+                                               {[&] { Copy(*held); }},
+                                               {get_ahead, kAhead}};
     for (uint32_t i = 0; i < blocks_; ++i) {  // both clients map every extent
       Lease(checked_, KeyOf(i));
       Lease(unchecked_, KeyOf(i));
@@ -190,7 +209,7 @@ class Workload {
     Print(series);
 
     std::vector<Series> idle = {{"memcpy", {}, {}}, {"lease idle", {}, {}}};
-    const std::vector<Operation> lease_idle = {[&] { Lease(unchecked_, key()); }};
+    const std::vector<Operation> lease_idle = {{[&] { Lease(unchecked_, key()); }}};
     for (uint32_t round = 0; round < std::min(settings_.rounds, 50u); ++round) {
       Round(round, &idle, lease_idle);
     }
@@ -203,7 +222,7 @@ class Workload {
     uint32_t next = 0;
     const uint32_t stride = std::max(1u, blocks_ / settings_.rounds);
     const std::vector<Operation> operations = {
-        [&] { store.CopyOut(next += stride, target_->Next(size_)); }};
+        {[&] { store.CopyOut(next += stride, target_->Next(size_)); }}};
     for (uint32_t round = 0; round < settings_.rounds; ++round) Round(round, &series, operations);
     Print({series[1]});
   }
@@ -216,6 +235,11 @@ class Workload {
     auto block = client->Lease("bench", key);
     Die(block.status(), "lease");
     return *std::move(block);
+  }
+  static std::unique_ptr<PendingLease> Ask(Client* client, const std::string& key) {
+    auto pending = client->LeaseAsync("bench", key);
+    Die(pending.status(), "lease");
+    return *std::move(pending);
   }
   void Lease(Client* client, const std::string& key) { LeaseOf(client, key); }
   void Get(Client* client, const std::string& key) { Copy(*LeaseOf(client, key)); }

@@ -619,6 +619,16 @@ TEST(LeaseTest, ALeaseIsReleasedAndItsExtentMappedOnce) {
   EXPECT_TRUE(Eventually([&] { return Released(server, 33); }));
 }
 
+TEST(LeaseTest, APendingLeaseThatIsDroppedIsGivenBack) {
+  FakeServer server(Leasing(4096));
+  auto client = Connect(server);
+  ASSERT_TRUE(client.ok()) << client.status();
+  auto pending = (*client)->LeaseAsync("vllm", "key");
+  ASSERT_TRUE(pending.ok()) << pending.status();
+  pending->reset();
+  EXPECT_TRUE(Eventually([&] { return Released(server, 33); }));
+}
+
 TEST(LeaseTest, BytesThatDoNotHaveTheirDigestAreDataLoss) {
   FakeServer server(Leasing(0));  // says digest 0
   auto client = Connect(server);

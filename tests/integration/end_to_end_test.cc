@@ -149,6 +149,16 @@ TEST_F(EndToEndTest, OpaqueBlocksArePutLeasedReadPinnedAndPurged) {
     EXPECT_TRUE((*lease)->Verify().ok());
     EXPECT_EQ(std::memcmp((*lease)->bytes().data(), block.data(), block.size()), 0);
   }
+  {
+    auto ahead = client_->LeaseAsync("engine", "key");
+    auto miss = client_->LeaseAsync("engine", "other");
+    ASSERT_TRUE(ahead.ok() && miss.ok()) << ahead.status() << miss.status();
+    const auto lease = (*ahead)->Wait();
+    ASSERT_TRUE(lease.ok()) << lease.status();
+    EXPECT_TRUE((*lease)->Verify().ok());
+    EXPECT_EQ((*ahead)->Wait().status().code(), absl::StatusCode::kFailedPrecondition);
+    EXPECT_EQ((*miss)->Wait().status().code(), absl::StatusCode::kNotFound);
+  }
   EXPECT_EQ(client_->Get("engine", "other").status().code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(client_->Lease("other", "key").status().code(), absl::StatusCode::kNotFound);
 
