@@ -126,10 +126,10 @@ void AttendBatch::Start(Executor& executor) {
   for (const AttendLane& lane : lanes_) bytes += lane.scan_bytes();
   lanes_left_.store(static_cast<uint32_t>(lanes_.size()), std::memory_order_relaxed);
   set_tasks(static_cast<uint32_t>(tasks_.size()));
-  if (bytes > params_.inline_bytes && executor.threads() > 0) {
+  if (bytes > params_.inline_bytes) {
     executor_ = &executor;
+    if (executor.Submit(shared_from_this())) return;
     // Filled since it was asked above: nobody helps, but no stored token becomes void.
-    executor.Submit(shared_from_this());
   }
   Help();
 }
@@ -270,8 +270,7 @@ void AttendBatch::PhaseDone(AttendLane& lane) {
   if (!cancelled() && lane.NextPhase()) {
     auto job = std::make_shared<PhaseJob>(shared_from_this(), lane);
     // A full queue only means that nobody helps.
-    if (executor_ != nullptr) executor_->Submit(job);
-    job->Help();
+    if (executor_ == nullptr || !executor_->Submit(job)) job->Help();
     return;
   }
   if (!cancelled()) lane.Finish();

@@ -26,7 +26,7 @@ namespace quarry {
 absl::Status CheckRow(const AttendRow& row, const KvShape& shape);
 
 // The rows are admitted (checked, copied, their tokens stored) on the calling thread, planned as
-// lanes, and scanned by the executor's threads and the caller, or by the caller alone.
+// lanes, and scanned by the executor or, small ones, by the calling thread.
 class AttendBatch final : public Executor::Job, public std::enable_shared_from_this<AttendBatch> {
  public:
   struct Params {
@@ -40,7 +40,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   };
   AttendBatch(Params params, const ContextTable& contexts);
 
-  // Runs the batch; `done` has run, or will on an executor's thread.
+  // Runs the batch; `done` has run, or will on the thread that scans last.
   void Start(Executor& executor);
   void RunTask(uint32_t task) override;
 

@@ -231,6 +231,7 @@ class EngineImpl final : public Engine {
               std::function<void()> done) override;
   TopKAnswer TopK(SessionId id, const AttendRow& row, uint32_t k, bool gather) override;
 
+  bool Work() override { return executor_.RunOne(); }
   void SetArmed(bool armed) override { executor_.SetArmed(armed); }
   absl::StatusOr<ExtentInfo> Extent(SessionId id, uint32_t extent) override {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));

@@ -149,9 +149,9 @@ class Engine {
   virtual absl::StatusOr<uint64_t> Purge(SessionId, const PurgeRequest&) = 0;  // blocks retired
   virtual absl::StatusOr<std::vector<BlockInfo>> ListBlocks(SessionId, uint32_t limit) = 0;
 
-  // Answers every row, each with its own status; `done` runs once, on an executor or the calling
-  // thread, after the last answer is written. Small batches are answered before it returns; of
-  // larger ones the calling thread does its share of the tasks, and may return before `done`.
+  // Answers every row, each with its own status; `done` runs once, on the thread that writes the
+  // last answer. Small batches (inline_bytes) are answered before it returns; larger ones are
+  // left to the executor, which the caller may help with Work.
   // answers.size() == rows.size(); o and lse of the row's size. Both spans, the buffers they name
   // and q, k, v must live until `done`; q, k and v are read once, o and lse are only written.
   // Rows are taken in order: a row may attend the token of an earlier row of the batch. Rows that
@@ -162,6 +162,9 @@ class Engine {
   // A row that fails stores no token, unless its status is Cancelled.
   virtual void Attend(SessionId, std::span<const AttendRow> rows, std::span<AttendAnswer> answers,
                       std::function<void()> done) = 0;
+  // Does one task of the attends in flight, whoever's (task_tokens of one KV head), if there is
+  // one: false if not.
+  virtual bool Work() = 0;
   // The k best tokens of row.range by exact score, per query head; runs on the calling thread.
   // The row's budget is not used and it may carry no token.
   virtual TopKAnswer TopK(SessionId, const AttendRow& row, uint32_t k, bool gather) = 0;

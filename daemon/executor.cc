@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <utility>
 
 namespace quarry {
@@ -20,17 +21,18 @@ constexpr uint32_t kSpinsPerYield = 32;
 
 }  // namespace
 
+// Relaxed: the counter only hands out tasks; what they read was published by the queue's mutex or
+// belongs to this thread.
+bool Executor::Job::Claim(uint32_t* task) {
+  if (next_.load(std::memory_order_relaxed) >= tasks_) return false;
+  *task = next_.fetch_add(1, std::memory_order_relaxed);
+  return *task < tasks_;
+}
+
 bool Executor::Job::Help() {
   bool ran = false;
-  // Relaxed: the counter only hands out tasks; what they read was published by the queue's mutex
-  // or belongs to this thread.
-  for (;;) {
-    if (next_.load(std::memory_order_relaxed) >= tasks_) return ran;
-    const uint32_t task = next_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= tasks_) return ran;
-    RunTask(task);
-    ran = true;
-  }
+  for (uint32_t task; Claim(&task); ran = true) RunTask(task);
+  return ran;
 }
 
 Executor::Executor(const ExecutorOptions& options) : options_(options) {
@@ -56,6 +58,22 @@ bool Executor::Submit(std::shared_ptr<Job> job) {
   jobs_.push_back(std::move(job));
   queued_.store(jobs_.size(), std::memory_order_release);
   if (parked_ > 0) wake_.SignalAll();
+  return true;
+}
+
+bool Executor::RunOne() {
+  if (queued_.load(std::memory_order_acquire) == 0) return false;
+  std::shared_ptr<Job> job;
+  uint32_t task = 0;
+  {
+    absl::MutexLock lock(&mutex_);
+    // Jobs without tasks left are dropped by the executor's own threads.
+    const auto found = std::find_if(jobs_.begin(), jobs_.end(),
+                                    [&](const auto& queued) { return queued->Claim(&task); });
+    if (found == jobs_.end()) return false;
+    job = *found;
+  }
+  job->RunTask(task);
   return true;
 }
 

@@ -39,6 +39,7 @@ class Executor {
 
    private:
     friend class Executor;
+    bool Claim(uint32_t* task);
     uint32_t tasks_;
     std::atomic<uint32_t> next_{0};
   };
@@ -51,6 +52,9 @@ class Executor {
 
   // False when the queue is full: nothing was queued.
   bool Submit(std::shared_ptr<Job> job);
+  // Runs one task of the first job that has one on the calling thread; false if none has. For
+  // threads with other duties, which look to them between tasks.
+  bool RunOne();
   void SetArmed(bool armed);
 
   bool full() const { return queued_jobs() >= options_.max_queued_jobs; }

@@ -1,5 +1,7 @@
 // quarry.v1.Retrieval.
+#include <atomic>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -50,7 +52,15 @@ class AttendJob {
       answers_[i].lse = {buffer_.data() + at, sizes_[i].lse / sizeof(float)};
       at += answers_[i].lse.size();
     }
-    shared_.parts.engine.Attend(session_, rows_, answers_, [this] { Finish(); });
+    // This object may be gone as soon as the batch is answered.
+    Engine& engine = shared_.parts.engine;
+    const auto answered = std::make_shared<std::atomic<bool>>(false);
+    engine.Attend(session_, rows_, answers_, [this, answered] {
+      answered->store(true, std::memory_order_relaxed);
+      Finish();
+    });
+    while (!answered->load(std::memory_order_relaxed) && engine.Work()) {
+    }
   }
 
  private:

@@ -74,7 +74,8 @@ void Poller::Run() {
   uint64_t last_work_ns = 0, last_sockets_ns = 0;
   while (!stop_.load(std::memory_order_relaxed)) {
     const uint64_t now_ns = SteadyNowNs();
-    const bool worked = ServeRings(now_ns);
+    // A scan's task only when no ring has an entry: nobody waits behind another's large attend.
+    const bool worked = ServeRings(now_ns) || services_.parts.engine.Work();
     if (worked) last_work_ns = now_ns;
     if (now_ns - last_sockets_ns >= kSocketIntervalNs) {
       last_sockets_ns = now_ns;

@@ -13,7 +13,7 @@ namespace quarry {
 
 // Spins over the rings while a client is armed, or shortly after a request; otherwise sleeps in
 // epoll_wait on doorbells and sockets. Never blocks on a client, an engine call that may take
-// long, or the log.
+// long, or the log; it helps the executor one task at a time while no ring has an entry.
 class Poller {
  public:
   static absl::StatusOr<std::unique_ptr<Poller>> Start(const ShmOptions& options,

@@ -75,6 +75,29 @@ TEST(ExecutorTest, AFullQueueRefuses) {
   done.WaitForNotification();
 }
 
+TEST(ExecutorTest, AThreadWithOtherDutiesRunsOneTaskAtATime) {
+  Executor executor({.threads = 1});
+  EXPECT_FALSE(executor.RunOne());
+  auto blocking = std::make_shared<BlockingJob>();
+  ASSERT_TRUE(executor.Submit(blocking));
+  blocking->started.WaitForNotification();  // the only thread is busy
+  std::atomic<int> finished{0};
+  auto first = std::make_shared<CountingJob>(2, [&] { ++finished; });
+  auto second = std::make_shared<CountingJob>(1, [&] { ++finished; });
+  ASSERT_TRUE(executor.Submit(first));
+  ASSERT_TRUE(executor.Submit(second));
+  EXPECT_TRUE(executor.RunOne());
+  EXPECT_EQ(finished, 0);
+  EXPECT_TRUE(executor.RunOne());
+  EXPECT_EQ(finished, 1);
+  EXPECT_TRUE(executor.RunOne());
+  EXPECT_EQ(finished, 2);
+  EXPECT_FALSE(executor.RunOne());
+  EXPECT_TRUE(first->EachRanOnce());
+  EXPECT_TRUE(second->EachRanOnce());
+  blocking->release.Notify();
+}
+
 TEST(ExecutorTest, TheDestructorRunsWhatIsQueued) {
   std::atomic<int> ran{0};
   {

@@ -262,6 +262,7 @@ class FakeEngine : public Engine {
     }
     return answer;
   }
+  bool Work() override { return false; }
   void SetArmed(bool armed) override {
     const absl::MutexLock lock(&mutex_);
     armed_ = armed;
