@@ -4,45 +4,50 @@
 
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
+namespace {
 
-ExtentMap::~ExtentMap() {
-  for (const auto& [extent, mapping] : mappings_) {
-    munmap(const_cast<std::byte*>(mapping.data), mapping.bytes);
-  }
-}
-
-absl::StatusOr<ExtentMap::Mapping> ExtentMap::Map(uint32_t extent) {
-  Mapping mapping;
-  QUARRY_ASSIGN_OR_RETURN(OwnedFd fd, channel_.FetchExtent(extent, &mapping.bytes));
+absl::StatusOr<std::shared_ptr<const MappedExtent>> Map(ClientChannel& channel, uint32_t extent) {
+  uint64_t bytes = 0;
+  QUARRY_ASSIGN_OR_RETURN(OwnedFd fd, channel.FetchExtent(extent, &bytes));
   // Faulted in at once: page by page it costs reads of large blocks a third of their rate.
-  void* at = mmap(nullptr, mapping.bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd.get(), 0);
+  void* at = mmap(nullptr, bytes, PROT_READ, MAP_SHARED | MAP_POPULATE, fd.get(), 0);
   if (at == MAP_FAILED) {
-    return absl::ResourceExhaustedError(absl::StrCat("mapping extent ", extent, " of ",
-                                                     mapping.bytes, " bytes: ",
-                                                     std::strerror(errno)));
+    return absl::ResourceExhaustedError(absl::StrCat("mapping extent ", extent, " of ", bytes,
+                                                     " bytes: ", std::strerror(errno)));
   }
-  mapping.data = static_cast<const std::byte*>(at);
-  return mapping;
+  return std::make_shared<const MappedExtent>(static_cast<const std::byte*>(at), bytes);
 }
 
-absl::StatusOr<const std::byte*> ExtentMap::Find(uint32_t extent, uint64_t offset,
-                                                 uint64_t bytes) {
+}  // namespace
+
+MappedExtent::~MappedExtent() { munmap(const_cast<std::byte*>(data_), bytes_); }
+
+absl::StatusOr<std::shared_ptr<const MappedExtent>> ExtentMap::Find(uint32_t extent) {
   absl::MutexLock lock(&mutex_);
   auto it = mappings_.find(extent);
   if (it == mappings_.end()) {
-    QUARRY_ASSIGN_OR_RETURN(Mapping mapping, Map(extent));
-    it = mappings_.emplace(extent, mapping).first;
+    QUARRY_ASSIGN_OR_RETURN(std::shared_ptr<const MappedExtent> mapped, Map(channel_, extent));
+    DropGone();
+    it = mappings_.emplace(extent, std::move(mapped)).first;
   }
-  if (offset > it->second.bytes || bytes > it->second.bytes - offset) {
-    return absl::DataLossError(absl::StrCat("lease of bytes [", offset, ", ", offset + bytes,
-                                            ") of extent ", extent, " of ", it->second.bytes));
+  return it->second;
+}
+
+void ExtentMap::DropGone() {
+  for (auto it = mappings_.begin(); it != mappings_.end();) {
+    auto current = it++;
+    if (current->second.use_count() > 1) continue;  // a block in it is leased
+    uint64_t bytes = 0;
+    if (absl::IsNotFound(channel_.FetchExtent(current->first, &bytes).status())) {
+      mappings_.erase(current);
+    }
   }
-  return it->second.data + offset;
 }
 
 }  // namespace quarry

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <span>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
@@ -13,27 +15,37 @@
 
 namespace quarry {
 
-// Thread-safe. Mappings stay until it is destroyed: extent numbers are never reused.
+// One extent, mapped read-only; unmapped when destroyed.
+class MappedExtent {
+ public:
+  MappedExtent(const std::byte* data, uint64_t bytes) : data_(data), bytes_(bytes) {}
+  ~MappedExtent();
+  MappedExtent(const MappedExtent&) = delete;
+  MappedExtent& operator=(const MappedExtent&) = delete;
+  std::span<const std::byte> bytes() const { return {data_, bytes_}; }
+
+ private:
+  const std::byte* const data_;
+  const uint64_t bytes_;
+};
+
+// Thread-safe. A mapping stays while a block in it is leased, and after that as long as the daemon
+// has the extent: memory that the daemon gave back is let go when the next extent is mapped.
 class ExtentMap {
  public:
   explicit ExtentMap(ClientChannel& channel) : channel_(channel) {}
-  ~ExtentMap();
   ExtentMap(const ExtentMap&) = delete;
   ExtentMap& operator=(const ExtentMap&) = delete;
 
-  // The leased bytes. DataLoss if the lease lies outside its extent.
-  absl::StatusOr<const std::byte*> Find(uint32_t extent, uint64_t offset, uint64_t bytes);
+  absl::StatusOr<std::shared_ptr<const MappedExtent>> Find(uint32_t extent);
 
  private:
-  struct Mapping {
-    const std::byte* data = nullptr;
-    uint64_t bytes = 0;
-  };
-  absl::StatusOr<Mapping> Map(uint32_t extent);
+  void DropGone() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   ClientChannel& channel_;
   absl::Mutex mutex_;
-  absl::flat_hash_map<uint32_t, Mapping> mappings_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<uint32_t, std::shared_ptr<const MappedExtent>> mappings_
+      ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace quarry

@@ -28,9 +28,14 @@ void Release(ClientChannel& channel, uint64_t lease) {
 
 class ShmLeasedBlock final : public LeasedBlock {
  public:
-  ShmLeasedBlock(std::shared_ptr<LeaseHome> home, LeaseId lease, std::span<const std::byte> bytes,
-                 const ByteDigest& digest, ClientOptions::Verify verify)
-      : home_(std::move(home)), lease_(lease), bytes_(bytes), digest_(digest), verify_(verify) {}
+  ShmLeasedBlock(std::shared_ptr<LeaseHome> home, std::shared_ptr<const MappedExtent> extent,
+                 const shm::LeaseReply& reply, ClientOptions::Verify verify)
+      : home_(std::move(home)),
+        extent_(std::move(extent)),
+        lease_{reply.lease},
+        bytes_(extent_->bytes().subspan(reply.offset, reply.bytes)),
+        digest_{reply.digest_low, reply.digest_high},
+        verify_(verify) {}
 
   ~ShmLeasedBlock() override { Release(*home_->channel, lease_.value); }
 
@@ -59,6 +64,7 @@ class ShmLeasedBlock final : public LeasedBlock {
  private:
   // Shared: a block may outlive the client object that leased it.
   const std::shared_ptr<LeaseHome> home_;
+  const std::shared_ptr<const MappedExtent> extent_;
   const LeaseId lease_;
   const std::span<const std::byte> bytes_;
   const ByteDigest digest_;
@@ -80,15 +86,12 @@ class ShmPendingLease final : public PendingLease {
     if (waited_) return absl::FailedPreconditionError("the lease has been waited for before");
     waited_ = true;
     QUARRY_ASSIGN_OR_RETURN(const shm::LeaseReply reply, Reply());
-    const absl::StatusOr<const std::byte*> data =
-        home_->extents.Find(reply.extent, reply.offset, reply.bytes);
-    if (!data.ok()) {
+    absl::StatusOr<std::shared_ptr<const MappedExtent>> extent = ExtentOf(reply);
+    if (!extent.ok()) {
       Release(*home_->channel, reply.lease);  // nobody else will
-      return data.status();
+      return extent.status();
     }
-    return std::make_unique<ShmLeasedBlock>(
-        home_, LeaseId{reply.lease}, std::span(*data, reply.bytes),
-        ByteDigest{reply.digest_low, reply.digest_high}, verify_);
+    return std::make_unique<ShmLeasedBlock>(home_, *std::move(extent), reply, verify_);
   }
 
  private:
@@ -104,6 +107,18 @@ class ShmPendingLease final : public PendingLease {
     channel.Abandon(slot_);
     if (!status.ok()) return status;
     return reply;
+  }
+
+  absl::StatusOr<std::shared_ptr<const MappedExtent>> ExtentOf(const shm::LeaseReply& reply) {
+    QUARRY_ASSIGN_OR_RETURN(std::shared_ptr<const MappedExtent> extent,
+                            home_->extents.Find(reply.extent));
+    const uint64_t size = extent->bytes().size();
+    if (reply.offset > size || reply.bytes > size - reply.offset) {
+      return absl::DataLossError(absl::StrCat("lease of bytes [", reply.offset, ", ",
+                                              reply.offset + reply.bytes, ") of extent ",
+                                              reply.extent, " of ", size));
+    }
+    return extent;
   }
 
   const std::shared_ptr<LeaseHome> home_;

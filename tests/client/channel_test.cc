@@ -619,6 +619,38 @@ TEST(LeaseTest, ALeaseIsReleasedAndItsExtentMappedOnce) {
   EXPECT_TRUE(Eventually([&] { return Released(server, 33); }));
 }
 
+TEST(LeaseTest, AnExtentThatTheDaemonGaveBackIsUnmappedOnceNoBlockInItIsLeased) {
+  std::atomic<uint32_t> extent{2};
+  FakeServer::Script script = Leasing(0);
+  script.serve = [&, serve = script.serve](const Request& r) {
+    Answer answer = serve(r);
+    if (r.opcode != shm::Opcode::kLease) return answer;
+    auto reply = PodAt<shm::LeaseReply>(answer.payload);
+    reply.extent = extent;
+    return Answer{.payload = Raw(reply)};
+  };
+  script.extent_gone = [&](uint32_t asked) { return asked == 2 && extent > 2; };
+  FakeServer server(std::move(script));
+  auto client = Connect(server);
+  ASSERT_TRUE(client.ok()) << client.status();
+  auto held = (*client)->Lease("vllm", "key");
+  ASSERT_TRUE(held.ok()) << held.status();
+  extent = 3;
+  ASSERT_TRUE((*client)->Lease("vllm", "key").ok());
+  EXPECT_EQ(server.extents_asked(), 2u);           // 2 is leased: not asked for again
+  EXPECT_EQ((*held)->bytes().front(), std::byte{});  // and still there
+  held->reset();
+  extent = 4;
+  ASSERT_TRUE((*client)->Lease("vllm", "key").ok());
+  EXPECT_EQ(server.extents_asked(), 5u);  // 4, and 2 and 3 again: 2 has gone
+  extent = 3;
+  ASSERT_TRUE((*client)->Lease("vllm", "key").ok());
+  EXPECT_EQ(server.extents_asked(), 5u);  // 3 is kept
+  extent = 2;
+  EXPECT_EQ((*client)->Lease("vllm", "key").ok(), true);
+  EXPECT_EQ(server.extents_asked(), 8u);  // 2 is mapped anew, 3 and 4 are asked for
+}
+
 TEST(LeaseTest, APendingLeaseThatIsDroppedIsGivenBack) {
   FakeServer server(Leasing(4096));
   auto client = Connect(server);

@@ -18,6 +18,7 @@
 #include <new>
 #include <utility>
 
+#include "absl/status/status.h"
 #include "proto/check.h"
 
 namespace quarry::testing {
@@ -174,6 +175,11 @@ bool FakeServer::ServeSocket(int socket) {
   reply.extent = request.extent;
   reply.bytes = script_.extent_bytes;
   reply.page_bytes = kPage;
+  if (script_.extent_gone && script_.extent_gone(request.extent)) {
+    reply.status = static_cast<uint32_t>(absl::StatusCode::kNotFound);
+    Send(socket, &reply, sizeof(reply), {});
+    return true;
+  }
   const int fd = NewMemory(script_.extent_bytes);
   Send(socket, &reply, sizeof(reply), {fd});
   close(fd);

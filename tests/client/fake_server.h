@@ -44,6 +44,7 @@ class FakeServer {
     uint32_t slots = 4;
     uint64_t slot_bytes = shm::kMinSlotBytes;
     uint64_t extent_bytes = 8192;  // of every extent asked for
+    std::function<bool(uint32_t)> extent_gone;  // by default none is
     // Answers a request; by default OK with nothing in it.
     std::function<Answer(const Request&)> serve;
   };
