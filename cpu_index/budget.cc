@@ -18,13 +18,11 @@ struct Node {
   uint32_t weight;
 };
 
-std::span<const float> RowOf(const RunScores& run) {
-  return std::span(run.coarse->score).subspan(size_t{run.query} * run.coarse->nodes,
-                                              run.coarse->nodes);
-}
+std::span<const float> RowOf(const RunScores& run) { return run.coarse->Row(run.query); }
 
-uint32_t WeightOf(const CoarseScores& coarse, size_t node) {
-  return coarse.weight.empty() ? 1 : coarse.weight[node];
+// Tokens of the row's i-th node.
+uint32_t WeightOf(const RunScores& run, size_t i) {
+  return run.coarse->weight.empty() ? 1 : run.coarse->weight[run.coarse->NodeOf(run.query, i)];
 }
 
 float LargestScore(std::span<const RunScores> runs) {
@@ -40,7 +38,7 @@ float LargestScore(std::span<const RunScores> runs) {
 std::vector<Node> NodesInRange(std::span<const RunScores> runs, float largest) {
   std::vector<Node> nodes;
   size_t total = 0;
-  for (const RunScores& run : runs) total += run.coarse->nodes;
+  for (const RunScores& run : runs) total += RowOf(run).size();
   nodes.reserve(total);
   std::vector<float> mass;
   for (const RunScores& run : runs) {
@@ -49,7 +47,7 @@ std::vector<Node> NodesInRange(std::span<const RunScores> runs, float largest) {
     Kernels().exp_sum(mass.data(), mass.size(), largest);
     for (size_t i = 0; i < row.size(); ++i) {
       if (row[i] == kMasked) continue;
-      const uint32_t weight = WeightOf(*run.coarse, i);
+      const uint32_t weight = WeightOf(run, i);
       nodes.push_back({row[i], mass[i] * static_cast<float>(weight), weight});
     }
   }

@@ -26,7 +26,8 @@ struct RunShare {
 // tokens cut differently give the same selection. Ties go to the lowest tokens. A group of tokens
 // is taken whole, so a budget may be overrun by part of one group. Returns the share of the
 // softmax mass over all the runs' tokens that the selection holds: 1 if that is everything, also
-// for no tokens at all.
+// for no tokens at all. Of a run with lists only the nodes in them are known, so the share is of
+// these.
 // Cost: a few passes over the scores; no full sort.
 double AllocateBudget(const Budget& budget, std::span<const RunScores> runs,
                       std::span<RunShare> shares);

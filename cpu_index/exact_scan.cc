@@ -225,9 +225,9 @@ class ExactScanIndex final : public KeyIndex {
   }
 
   void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const override {
+    out->Clear();
     out->tokens = run.tokens();
     out->nodes = out->tokens.size();
-    out->weight.clear();
     out->score.assign(size_t{queries.queries} * out->nodes, kMasked);
     if (queries.queries == 0) return;
     const PreparedQueries prepared(queries);
@@ -235,6 +235,7 @@ class ExactScanIndex final : public KeyIndex {
     for (size_t s = 0; s < run.segments.size(); ++s) {
       const KvSegment& segment = run.segments[s];
       const TokenRange wanted = Intersect(segment.tokens, hull);
+      out->bytes += uint64_t{wanted.size()} * run.head_dim * DTypeBytes(run.dtype);
       for (uint32_t t = wanted.lo; t < wanted.hi; t += kTileTokens) {
         const uint32_t n = std::min(kTileTokens, wanted.hi - t);
         float* at = out->score.data() + (t - out->tokens.lo);
@@ -255,11 +256,10 @@ class ExactScanIndex final : public KeyIndex {
     std::vector<uint32_t> ties = allotment.ties;
     std::vector<uint32_t> rows(kGatherTokens);
     std::vector<float> weights(kGatherTokens);
-    uint64_t scored = 0, value_rows = 0;
+    uint64_t value_rows = 0;
     const TokenRange hull = Hull(queries);
     for (const KvSegment& segment : run.segments) {
       const TokenRange wanted = Intersect(segment.tokens, hull);
-      scored += wanted.size();
       for (uint32_t t = wanted.lo; t < wanted.hi; t += kGatherTokens) {
         const uint32_t n = std::min(kGatherTokens, wanted.hi - t);
         uint64_t touched = 0;  // a bit per token of the tile: rows shared by queries count once
@@ -294,7 +294,7 @@ class ExactScanIndex final : public KeyIndex {
       }
     }
     softmax.MergeInto(acc);
-    acc[0].bytes += (scored + value_rows) * run.head_dim * DTypeBytes(run.dtype);
+    acc[0].bytes += coarse.bytes + value_rows * run.head_dim * DTypeBytes(run.dtype);
   }
 };
 

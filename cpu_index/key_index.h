@@ -43,17 +43,43 @@ struct QueryBlock {
   std::span<const TokenRange> ranges;  // [queries]
 };
 
-// Coarse scores of one run: nodes (tokens, or groups of tokens) in token order, per query.
-// The exact scan has one node per token with its exact score.
+// Coarse scores of one run: of nodes (tokens, or groups of tokens) in token order, per query.
+// Dense: every node has a score; the exact scan has one node per token with its exact score.
+// Lists: each query has only the nodes that an index found for it, in rising order.
 struct CoarseScores {
-  TokenRange tokens;              // nodes cover exactly these
+  TokenRange tokens;             // nodes cover exactly these
   uint32_t nodes = 0;
-  std::vector<float> score;       // [queries][nodes]; -infinity outside the query's range
-  std::vector<uint32_t> weight;   // [nodes] tokens per node; empty: one token each
+  std::vector<float> score;      // dense: [queries][nodes]; lists: one behind another.
+                                 // -infinity outside the query's range
+  std::vector<uint32_t> weight;  // [nodes] tokens per node; empty: one token each
+  std::vector<uint32_t> first;   // lists: [queries + 1], where each begins; dense: empty
+  std::vector<uint32_t> node;    // lists: the node of each score
+  uint64_t bytes = 0;            // of keys and index data read, shared reads counted once
+
+  bool dense() const { return first.empty(); }
+  // One query's scores, and the node of the i-th of them.
+  std::span<const float> Row(uint32_t query) const {
+    const std::span<const float> all(score);
+    return dense() ? all.subspan(size_t{query} * nodes, nodes)
+                   : all.subspan(first[query], first[query + 1] - first[query]);
+  }
+  uint32_t NodeOf(uint32_t query, size_t i) const {
+    return dense() ? static_cast<uint32_t>(i) : node[first[query] + i];
+  }
+  // Empty, with the memory kept.
+  void Clear() {
+    tokens = {};
+    nodes = 0;
+    bytes = 0;
+    score.clear();
+    weight.clear();
+    first.clear();
+    node.clear();
+  }
 };
 
-// What a budget allots one run: per query, the nodes with score > threshold are refined, and of
-// those equal to it the first `ties`.
+// What a budget allots one run: per query, of the nodes that have a score, those with score >
+// threshold are refined, and of those equal to it the first `ties`.
 struct RunAllotment {
   std::vector<float> threshold;  // [queries]
   std::vector<uint32_t> ties;    // [queries]
@@ -76,7 +102,8 @@ class KeyIndex {
   // First pass of a budgeted query.
   virtual void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const = 0;
 
-  // Second pass: exact attention over what was allotted; merged into acc.
+  // Second pass: exact attention over what was allotted; merged into acc. Its bytes are those of
+  // both passes.
   virtual void Refine(const KvView& run, const QueryBlock& queries, const CoarseScores& coarse,
                       const RunAllotment& allotment, std::span<Partial> acc) const = 0;
 };

@@ -42,15 +42,33 @@ struct Cut {
     shares.resize(runs.size());
   }
 
+  // The same as lists of the nodes that are not masked.
+  void MakeLists() {
+    for (CoarseScores& c : coarse) {
+      const CoarseScores dense = c;
+      c.score.clear();
+      c.first = {0};
+      for (uint32_t row = 0; row < 2; ++row) {
+        for (uint32_t i = 0; i < dense.nodes; ++i) {
+          if (dense.Row(row)[i] == kMasked) continue;
+          c.score.push_back(dense.Row(row)[i]);
+          c.node.push_back(i);
+        }
+        c.first.push_back(static_cast<uint32_t>(c.score.size()));
+      }
+    }
+  }
+
   // What a run takes, as KeyIndex::Refine does: above the threshold, and the first ties.
   std::set<uint32_t> Selected() const {
     std::set<uint32_t> out;
     for (size_t r = 0; r < runs.size(); ++r) {
       uint32_t ties = shares[r].ties;
-      for (uint32_t i = 0; i < coarse[r].nodes; ++i) {
-        const float s = coarse[r].score[coarse[r].nodes + i];
+      const std::span<const float> row = coarse[r].Row(1);
+      for (uint32_t i = 0; i < row.size(); ++i) {
+        const float s = row[i];
         if (s > shares[r].threshold || (s == shares[r].threshold && ties > 0 && ties-- > 0)) {
-          out.insert(coarse[r].tokens.lo + i);
+          out.insert(coarse[r].tokens.lo + coarse[r].NodeOf(1, i));
         }
       }
     }
@@ -153,6 +171,25 @@ TEST(BudgetTest, GroupsOfTokensAreTakenWholeUntilTheirTokensReachTheBudget) {
         Cut cut(score, weight, run_nodes);
         EXPECT_NEAR(AllocateBudget(budget, cut.runs, cut.shares), best.captured, 1e-5);
         ASSERT_EQ(cut.Selected(), best.nodes) << "k " << budget.k;
+      }
+    }
+  }
+}
+
+TEST(BudgetTest, ListsOfTheNodesInRangeShareOutLikeAllNodes) {
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  std::mt19937 random(Seed() + 3);
+  for (bool with_weights : {false, true}) {
+    const std::vector<float> score = RandomScores(700, 2.0f, true, &random);
+    std::vector<uint32_t> weight(with_weights ? score.size() : 0);
+    for (uint32_t& w : weight) w = 1 + random() % 32;
+    for (const Budget& budget : {Budget{}, FixedK(1), FixedK(64), FixedK(100000), TopP(0.9f)}) {
+      for (size_t run_nodes : {700u, 50u, 3u}) {
+        Cut dense(score, weight, run_nodes), lists(score, weight, run_nodes);
+        lists.MakeLists();
+        const double captured = AllocateBudget(budget, dense.runs, dense.shares);
+        EXPECT_EQ(AllocateBudget(budget, lists.runs, lists.shares), captured);
+        ASSERT_EQ(lists.Selected(), dense.Selected()) << "runs of " << run_nodes;
       }
     }
   }
