@@ -1,0 +1,101 @@
+#include "perf/retrieval/index_specs.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "cpu_index/baselines/baselines.h"
+
+namespace quarry::perf {
+namespace {
+
+Budget FixedK(uint32_t k) { return {Budget::Kind::kFixedK, k, 1.0f}; }
+Budget TopP(float mass, uint32_t cap = 0) { return {Budget::Kind::kTopP, cap, mass}; }
+
+// A search of a baseline for `k` tokens; codes that only approximate need more candidates.
+SearchSpec BaselineSpec(std::string name, uint32_t k, const BaselineSearch& search) {
+  return {std::move(name), FixedK(k), [search](KeyIndex* index) {
+            static_cast<BaselineIndex*>(index)->set_search(search);
+          }};
+}
+
+std::vector<SearchSpec> Searches(BaselineKind kind) {
+  std::vector<SearchSpec> out;
+  for (uint32_t k : {100u, 1000u}) {
+    if (kind == BaselineKind::kFaissFlat) out.push_back(BaselineSpec("", k, {.candidates = k}));
+    if (kind == BaselineKind::kFaissIvfFlat) {
+      for (uint32_t nprobe : {8u, 32u, 128u}) {
+        out.push_back(BaselineSpec(absl::StrCat("nprobe=", nprobe), k,
+                                   {.candidates = k, .nprobe = nprobe}));
+      }
+    }
+    if (kind == BaselineKind::kFaissIvfPq) {
+      for (uint32_t nprobe : {32u, 128u}) {
+        for (uint32_t factor : {2u, 8u}) {
+          out.push_back(BaselineSpec(absl::StrCat("nprobe=", nprobe, "/rerank=", factor), k,
+                                     {.candidates = factor * k, .nprobe = nprobe}));
+        }
+      }
+    }
+    if (kind == BaselineKind::kHnsw) {
+      for (uint32_t factor : {1u, 4u}) {
+        out.push_back(BaselineSpec(absl::StrCat("ef=", factor * k), k,
+                                   {.candidates = k, .ef_search = factor * k}));
+      }
+    }
+  }
+  return out;
+}
+
+IndexSpec Baseline(BaselineKind kind, std::string built, const BaselineOptions& options) {
+  IndexSpec spec;
+  spec.name = absl::StrCat(std::string(BaselineName(kind)), built.empty() ? "" : "/", built);
+  spec.build = [kind, options](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
+    absl::StatusOr<std::unique_ptr<BaselineIndex>> index = BuildBaseline(kind, input.run, options);
+    if (!index.ok()) return index.status();
+    const uint64_t bytes = (*index)->memory_bytes();
+    return BuiltIndex{std::move(*index), bytes};
+  };
+  spec.searches = Searches(kind);
+  return spec;
+}
+
+}  // namespace
+
+std::string BudgetName(const Budget& budget) {
+  switch (budget.kind) {
+    case Budget::Kind::kUnlimited:
+      return "all";
+    case Budget::Kind::kFixedK:
+      return absl::StrCat("top-", budget.k);
+    case Budget::Kind::kTopP:
+      return budget.k > 0 ? absl::StrCat("mass-", budget.mass, "-cap-", budget.k)
+                          : absl::StrCat("mass-", budget.mass);
+  }
+  return "unknown";
+}
+
+IndexSpec ExactSpec() {
+  IndexSpec spec;
+  spec.name = "exact";
+  spec.build = [](const BuildInput&) -> absl::StatusOr<BuiltIndex> { return BuiltIndex{}; };
+  for (const Budget& budget : {Budget{}, FixedK(100), FixedK(1000), TopP(0.9f), TopP(0.99f),
+                               TopP(0.99f, 4096)}) {
+    spec.searches.push_back({"", budget, nullptr, true});
+  }
+  return spec;
+}
+
+std::vector<IndexSpec> BaselineSpecs(uint32_t seed) {
+  std::vector<IndexSpec> out;
+  out.push_back(Baseline(BaselineKind::kFaissFlat, "", {.seed = seed}));
+  out.push_back(Baseline(BaselineKind::kFaissIvfFlat, "", {.seed = seed}));
+  out.push_back(Baseline(BaselineKind::kFaissIvfPq, "", {.seed = seed}));
+  out.push_back(Baseline(BaselineKind::kHnsw, "M=16/efc=100",
+                         {.seed = seed, .hnsw_m = 16, .ef_construction = 100}));
+  out.push_back(Baseline(BaselineKind::kHnsw, "M=32/efc=200",
+                         {.seed = seed, .hnsw_m = 32, .ef_construction = 200}));
+  return out;
+}
+
+}  // namespace quarry::perf

@@ -1,0 +1,139 @@
+#include "perf/retrieval/indexed_head.h"
+
+#include <algorithm>
+#include <ctime>
+#include <utility>
+
+#include "cpu_index/budget.h"
+#include "proto/check.h"
+
+namespace quarry::perf {
+namespace {
+
+double ProcessSeconds() {
+  timespec now{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+TokenRange Part(TokenRange whole, uint32_t i, uint32_t parts) {
+  const auto at = [&](uint32_t j) {
+    return whole.lo + static_cast<uint32_t>(uint64_t{whole.size()} * j / parts);
+  };
+  return {at(i), at(i + 1)};
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<IndexedHead>> IndexedHead::Build(const IndexSpec& spec,
+                                                                const HeadMemory& memory,
+                                                                TokenRange indexed, uint32_t end,
+                                                                uint32_t runs, BuildInput input) {
+  auto head = std::make_unique<IndexedHead>();
+  uint64_t bytes = 0;
+  head->units_.reserve(runs + 1);  // views keep pointing into the units
+  const auto add = [&](TokenRange tokens) -> Unit& {
+    Unit& unit = head->units_.emplace_back();
+    unit.index = &ExactScan();
+    unit.segments = memory.Segments(tokens);
+    unit.view = memory.View(unit.segments);
+    return unit;
+  };
+  const double before = ProcessSeconds();
+  for (uint32_t i = 0; i < runs; ++i) {
+    const TokenRange tokens = Part(indexed, i, runs);
+    if (tokens.empty()) continue;
+    Unit& unit = add(tokens);
+    input.run = unit.view;
+    absl::StatusOr<BuiltIndex> built = spec.build(input);
+    if (!built.ok()) return built.status();
+    bytes += built->memory_bytes;
+    if (built->index == nullptr) continue;
+    unit.index = built->index.get();
+    head->own_.push_back(std::move(built->index));
+  }
+  head->build_core_s_ = head->own_.empty() ? 0 : ProcessSeconds() - before;
+  head->bytes_per_token_ = static_cast<double>(bytes) / std::max(1u, indexed.size());
+  if (end > indexed.hi) add({indexed.hi, end});
+  return head;
+}
+
+void IndexedHead::Prepare(const SearchSpec& search) {
+  if (search.prepare == nullptr) return;
+  for (const std::unique_ptr<KeyIndex>& index : own_) search.prepare(index.get());
+}
+
+void HeadAnswer::Reset(const QueryBlock& queries, size_t units) {
+  acc_.assign(size_t{queries.queries} * queries.head_dim, 0.0f);
+  partials_.assign(queries.queries, Partial{});
+  lost_mass_.assign(queries.queries, 0.0);
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    partials_[i].acc = std::span(acc_).subspan(size_t{i} * queries.head_dim, queries.head_dim);
+  }
+  coarse_.resize(units);
+  allotments_.resize(units);
+  for (RunAllotment& allotment : allotments_) {
+    allotment.threshold.resize(queries.queries);
+    allotment.ties.resize(queries.queries);
+  }
+}
+
+void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries, const Budget& budget) {
+  const std::span<const IndexedHead::Unit> units = head.units();
+  Reset(queries, units.size());
+  all_ = budget.kind == Budget::Kind::kUnlimited;
+  if (all_) {
+    for (const auto& unit : units) unit.index->AttendAll(unit.view, queries, partials_);
+    return;
+  }
+  for (size_t u = 0; u < units.size(); ++u) {
+    units[u].index->Score(units[u].view, queries, &coarse_[u]);
+  }
+  std::vector<RunScores> scores(units.size());
+  std::vector<RunShare> shares(units.size());
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    for (size_t u = 0; u < units.size(); ++u) scores[u] = {&coarse_[u], i};
+    lost_mass_[i] = 1.0 - AllocateBudget(budget, scores, shares);
+    for (size_t u = 0; u < units.size(); ++u) {
+      allotments_[u].threshold[i] = shares[u].threshold;
+      allotments_[u].ties[i] = shares[u].ties;
+    }
+  }
+  for (size_t u = 0; u < units.size(); ++u) {
+    units[u].index->Refine(units[u].view, queries, coarse_[u], allotments_[u], partials_);
+  }
+}
+
+uint64_t HeadAnswer::bytes() const {
+  uint64_t bytes = 0;
+  for (const Partial& partial : partials_) bytes += partial.bytes;
+  return bytes;
+}
+
+std::vector<uint32_t> HeadAnswer::Attended(const IndexedHead& head, const QueryBlock& queries,
+                                           uint32_t query) const {
+  std::vector<uint32_t> out;
+  if (all_) {
+    for (const auto& unit : head.units()) {
+      const TokenRange range = Intersect(queries.ranges[query], unit.view.tokens());
+      for (uint32_t t = range.lo; t < range.hi; ++t) out.push_back(t);
+    }
+    return out;
+  }
+  for (size_t u = 0; u < coarse_.size(); ++u) {
+    const CoarseScores& coarse = coarse_[u];
+    QUARRY_CHECK(coarse.weight.empty());
+    const std::span<const float> row = coarse.Row(query);
+    uint32_t ties = allotments_[u].ties[query];
+    for (size_t i = 0; i < row.size(); ++i) {
+      const bool tie = row[i] == allotments_[u].threshold[query] && ties > 0;
+      if (row[i] > allotments_[u].threshold[query] || tie) {
+        out.push_back(coarse.tokens.lo + coarse.NodeOf(query, i));
+        if (tie) --ties;
+      }
+    }
+  }
+  return out;
+}
+
+}  // namespace quarry::perf

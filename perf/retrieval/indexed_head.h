@@ -1,0 +1,69 @@
+// One KV head cut into runs, each with its index, and answers from all of them together.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "cpu_index/key_index.h"
+#include "perf/retrieval/head_memory.h"
+#include "perf/retrieval/index_specs.h"
+
+namespace quarry::perf {
+
+// Immutable but for Prepare; what it was built from outlives it.
+class IndexedHead {
+ public:
+  struct Unit {
+    const KeyIndex* index;
+    std::vector<KvSegment> segments;
+    KvView view;
+  };
+
+  // `runs` runs of equal length over `indexed`, and a tail that is scanned up to `end`.
+  // input.run is set here.
+  static absl::StatusOr<std::unique_ptr<IndexedHead>> Build(const IndexSpec& spec,
+                                                            const HeadMemory& memory,
+                                                            TokenRange indexed, uint32_t end,
+                                                            uint32_t runs, BuildInput input);
+
+  void Prepare(const SearchSpec& search);  // not while answers are made
+  std::span<const Unit> units() const { return units_; }
+  double build_core_s() const { return build_core_s_; }  // of all threads that worked on it
+  double bytes_per_token() const { return bytes_per_token_; }
+
+ private:
+  std::vector<Unit> units_;
+  std::vector<std::unique_ptr<KeyIndex>> own_;
+  double build_core_s_ = 0;
+  double bytes_per_token_ = 0;
+};
+
+// Answers queries as the daemon does: every unit scores, the budget shares out, every unit refines.
+// Keeps its buffers from one answer to the next. For one thread.
+class HeadAnswer {
+ public:
+  // queries.ranges bound the units' tokens. Overwrites the last answer.
+  void Answer(const IndexedHead& head, const QueryBlock& queries, const Budget& budget);
+
+  std::span<const Partial> partials() const { return partials_; }  // by query
+  uint64_t bytes() const;                                          // of all queries together
+  double lost_mass(uint32_t query) const { return lost_mass_[query]; }
+  // The tokens that the query attended; of indexes whose nodes are single tokens.
+  std::vector<uint32_t> Attended(const IndexedHead& head, const QueryBlock& queries,
+                                 uint32_t query) const;
+
+ private:
+  void Reset(const QueryBlock& queries, size_t units);
+
+  bool all_ = false;  // everything was attended, without scores
+  std::vector<CoarseScores> coarse_;       // by unit
+  std::vector<RunAllotment> allotments_;   // by unit
+  std::vector<float> acc_;
+  std::vector<Partial> partials_;
+  std::vector<double> lost_mass_;
+};
+
+}  // namespace quarry::perf

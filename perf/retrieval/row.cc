@@ -1,0 +1,80 @@
+#include "perf/retrieval/row.h"
+
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+
+namespace quarry::perf {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+Json OrNull(const std::optional<double>& x) { return x.has_value() ? Json(*x) : Json(nullptr); }
+
+std::optional<double> FromNull(const Json& x) {
+  return x.is_null() ? std::nullopt : std::optional<double>(x.get<double>());
+}
+
+}  // namespace
+
+std::string RowToJson(const Row& row) {
+  return Json({{"index", row.index},
+               {"budget", row.budget},
+               {"trace", row.trace},
+               {"layer", row.layer},
+               {"head", row.head},
+               {"class", row.head_class},
+               {"n", row.n},
+               {"runs", row.runs},
+               {"threads", row.threads},
+               {"cache", row.cache},
+               {"build_core_s", row.build_core_s},
+               {"bytes_per_token", row.bytes_per_token},
+               {"recall_at_100", row.recall_at_100},
+               {"mass", row.mass},
+               {"rel_l2", row.rel_l2},
+               {"rel_l2_p95", row.rel_l2_p95},
+               {"partial_rel_l2", row.partial_rel_l2},
+               {"predicted_error", OrNull(row.predicted_error)},
+               {"tokens_retrieved", row.tokens_retrieved},
+               {"oracle_tokens", row.oracle_tokens},
+               {"bytes_read", row.bytes_read},
+               {"us_p50", OrNull(row.us_p50)},
+               {"us_p99", OrNull(row.us_p99)}})
+      .dump();
+}
+
+absl::StatusOr<Row> RowFromJson(const std::string& line) {
+  try {
+    const Json json = Json::parse(line);
+    Row row;
+    json.at("index").get_to(row.index);
+    json.at("budget").get_to(row.budget);
+    json.at("trace").get_to(row.trace);
+    json.at("layer").get_to(row.layer);
+    json.at("head").get_to(row.head);
+    json.at("class").get_to(row.head_class);
+    json.at("n").get_to(row.n);
+    json.at("runs").get_to(row.runs);
+    json.at("threads").get_to(row.threads);
+    json.at("cache").get_to(row.cache);
+    json.at("build_core_s").get_to(row.build_core_s);
+    json.at("bytes_per_token").get_to(row.bytes_per_token);
+    json.at("recall_at_100").get_to(row.recall_at_100);
+    json.at("mass").get_to(row.mass);
+    json.at("rel_l2").get_to(row.rel_l2);
+    json.at("rel_l2_p95").get_to(row.rel_l2_p95);
+    json.at("partial_rel_l2").get_to(row.partial_rel_l2);
+    row.predicted_error = FromNull(json.at("predicted_error"));
+    json.at("tokens_retrieved").get_to(row.tokens_retrieved);
+    json.at("oracle_tokens").get_to(row.oracle_tokens);
+    json.at("bytes_read").get_to(row.bytes_read);
+    row.us_p50 = FromNull(json.at("us_p50"));
+    row.us_p99 = FromNull(json.at("us_p99"));
+    return row;
+  } catch (const nlohmann::json::exception& e) {
+    return absl::InvalidArgumentError(absl::StrCat("not a row of results: ", e.what()));
+  }
+}
+
+}  // namespace quarry::perf

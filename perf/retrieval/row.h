@@ -1,0 +1,41 @@
+// One line of results: an index and a budget on one head.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+
+namespace quarry::perf {
+
+// Means are over the queries and the query heads of the KV head's group.
+struct Row {
+  std::string index;   // and its knobs
+  std::string budget;
+  std::string trace;
+  uint32_t layer = 0;
+  uint32_t head = 0;   // the KV head
+  std::string head_class;
+  uint32_t n = 0;      // tokens of the trace
+  uint32_t runs = 0;
+  uint32_t threads = 0;  // answering at once, each another KV head; 0: not timed
+  std::string cache;     // "cold": no answer finds anything of its head in a cache
+  double build_core_s = 0;
+  double bytes_per_token = 0;  // of the index, beside keys and values
+  double recall_at_100 = 0;
+  double mass = 0;
+  double rel_l2 = 0, partial_rel_l2 = 0;  // after and before the merge with the window
+  double rel_l2_p95 = 0;
+  std::optional<double> predicted_error;  // none: the index makes no prediction
+  double tokens_retrieved = 0;            // a query head
+  double oracle_tokens = 0;  // the fewest best tokens for an error of rel_l2, a query head
+  double bytes_read = 0;     // an answer to the whole group: every line touched
+  std::optional<double> us_p50, us_p99;   // an answer to the whole group
+};
+
+std::string RowToJson(const Row& row);
+// InvalidArgument says what is missing.
+absl::StatusOr<Row> RowFromJson(const std::string& line);
+
+}  // namespace quarry::perf

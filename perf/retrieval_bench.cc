@@ -1,0 +1,106 @@
+// Retrieval: every index under every budget, over the heads of traces, beside the exact scan and
+// the oracle.
+//
+// Workload: for each KV head of a trace, its decode queries with their whole group. Retrieved from
+// is what the window (first 128, last 512 tokens) leaves; tokens that every query sees are indexed
+// in `runs` equal runs, the few behind them are scanned.
+// Errors: against exact attention in double over the same rounded K, V and q, after the merge with
+// the exact window (rel_l2) and before it (partial_rel_l2). Heads are classed by exact replay of
+// training queries alone (perf/retrieval/head_class.h).
+// Time: one answer for a whole group. Before each, as much memory as the last-level cache holds is
+// read, out of 2 GiB with the heads', so that nothing is in a cache. Several threads answer at
+// once, each another KV head, and at most as many as a trace has.
+// Bytes: every line touched of centroids, codes, links, keys and values; what several queries of a
+// group share counts once.
+// Floor: the oracle, which knows all scores and reads only the best tokens' keys and values.
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+
+#include "cpu_index/simd.h"
+#include "perf/retrieval/index_specs.h"
+#include "perf/retrieval/random_trace.h"
+#include "perf/retrieval/row.h"
+#include "perf/retrieval/trace_bench.h"
+
+namespace quarry::perf {
+namespace {
+
+struct Settings {
+  std::vector<uint32_t> random;           // tokens of random traces
+  std::vector<std::string> indexes;       // beginnings of names; none: all
+  std::vector<uint32_t> runs = {1};
+  std::vector<uint32_t> threads = {1, 0};  // 0: all
+  uint32_t seed = 1;
+  BenchSettings bench;
+};
+
+std::vector<IndexSpec> ChosenSpecs(const Settings& settings) {
+  std::vector<IndexSpec> all = {ExactSpec()};
+  for (IndexSpec& spec : BaselineSpecs(settings.seed)) all.push_back(std::move(spec));
+  if (settings.indexes.empty()) return all;
+  std::erase_if(all, [&](const IndexSpec& spec) {
+    return std::none_of(settings.indexes.begin(), settings.indexes.end(),
+                        [&](const std::string& name) { return spec.name.starts_with(name); });
+  });
+  return all;
+}
+
+absl::Status MeasureTrace(const Trace& trace, const Settings& settings,
+                          const TraceBench::Sink& sink) {
+  absl::StatusOr<std::unique_ptr<TraceBench>> bench = TraceBench::Create(trace, settings.bench);
+  if (!bench.ok()) return bench.status();
+  (*bench)->MeasureOracle(sink);
+  for (const IndexSpec& spec : ChosenSpecs(settings)) {
+    for (uint32_t runs : settings.runs) {
+      if (absl::Status status = (*bench)->Measure(spec, runs, sink); !status.ok()) return status;
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Run(const Settings& settings) {
+  if (absl::Status status = ChooseSimdLevel().status(); !status.ok()) return status;
+  const TraceBench::Sink sink = [](const Row& row) {
+    std::printf("%s\n", RowToJson(row).c_str());
+    std::fflush(stdout);
+  };
+  for (uint32_t tokens : settings.random) {
+    const Trace trace = RandomTrace({.tokens = tokens, .seed = settings.seed});
+    if (absl::Status status = MeasureTrace(trace, settings, sink); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace quarry::perf
+
+int main(int argc, char** argv) {
+  quarry::perf::Settings settings;
+  CLI::App app("Indexes and budgets over traces, as JSON lines; QUARRY_SIMD chooses the level");
+  app.add_option("--random", settings.random, "tokens of random traces");
+  app.add_option("--indexes", settings.indexes, "only indexes whose names begin like these");
+  app.add_option("--runs", settings.runs, "runs that an index is cut into")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--threads", settings.threads, "answers at once; 0: as many as processors");
+  app.add_option("--queries", settings.bench.queries, "test queries a head");
+  app.add_option("--samples", settings.bench.samples, "timed answers a head; 0: no timing");
+  app.add_option("--kv-heads", settings.bench.kv_heads, "only the first KV heads; 0: all");
+  app.add_option("--working-set", settings.bench.working_set_bytes, "bytes");
+  app.add_option("--seed", settings.seed, "of random traces and of indexes");
+  CLI11_PARSE(app, argc, argv);
+  for (uint32_t& threads : settings.threads) {
+    if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
+  }
+  settings.bench.threads = settings.threads;
+  if (absl::Status status = quarry::perf::Run(settings); !status.ok()) {
+    std::fprintf(stderr, "retrieval_bench: %s\n", status.ToString().c_str());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,194 @@
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "perf/retrieval/head_class.h"
+#include "perf/retrieval/index_specs.h"
+#include "perf/retrieval/random_trace.h"
+#include "perf/retrieval/row.h"
+#include "perf/retrieval/trace_bench.h"
+
+namespace quarry::perf {
+namespace {
+
+uint32_t Seed() {
+  static const uint32_t seed = std::random_device{}();
+  return seed;
+}
+
+RandomTraceOptions Small() {
+  return {.tokens = 6000, .kv_heads = 2, .group = 2, .head_dim = 32, .queries = 6, .seed = Seed()};
+}
+
+BenchSettings Quick() {
+  BenchSettings settings;
+  settings.queries = 4;
+  settings.samples = 0;
+  settings.working_set_bytes = 1;
+  return settings;
+}
+
+std::vector<Row> RowsOf(const TraceBench& bench, const IndexSpec& spec, uint32_t runs) {
+  std::vector<Row> rows;
+  EXPECT_TRUE(bench.Measure(spec, runs, [&](const Row& row) { rows.push_back(row); }).ok());
+  return rows;
+}
+
+TEST(RetrievalBenchTest, RowsHaveTheirFieldsAndComeBackFromJson) {
+  Row row;
+  row.index = "hnsw/ef=9";
+  row.budget = "top-100";
+  row.trace = "t";
+  row.head_class = "medium";
+  row.cache = "cold";
+  row.rel_l2 = 0.125;
+  row.us_p50 = 7.5;
+  const std::string line = RowToJson(row);
+  const nlohmann::json json = nlohmann::json::parse(line);
+  for (const char* field :
+       {"index", "budget", "trace", "layer", "head", "class", "n", "runs", "threads", "cache",
+        "build_core_s", "bytes_per_token", "recall_at_100", "mass", "rel_l2", "partial_rel_l2",
+        "predicted_error", "tokens_retrieved", "oracle_tokens", "bytes_read", "us_p50", "us_p99"}) {
+    EXPECT_TRUE(json.contains(field)) << field;
+  }
+  EXPECT_TRUE(json["predicted_error"].is_null());
+  const absl::StatusOr<Row> back = RowFromJson(line);
+  ASSERT_TRUE(back.ok()) << back.status();
+  EXPECT_EQ(RowToJson(*back), line);
+  EXPECT_EQ(RowFromJson("{\"index\":\"x\"}").status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(RowFromJson("no json").status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST(RetrievalBenchTest, TheExactScanHasNoErrorAndReadsEverything) {
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  const Trace trace = RandomTrace(Small());
+  const auto bench = TraceBench::Create(trace, Quick());
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  for (uint32_t runs : {1u, 7u}) {
+    const std::vector<Row> rows = RowsOf(**bench, ExactSpec(), runs);
+    EXPECT_EQ(rows.size(), ExactSpec().searches.size() * trace.kv_heads);
+    for (const Row& row : rows) {
+      if (row.budget != "all") continue;
+      EXPECT_LT(row.rel_l2, 1e-5);
+      EXPECT_LT(row.partial_rel_l2, 1e-5);
+      EXPECT_EQ(row.recall_at_100, 1);
+      EXPECT_NEAR(row.mass, 1, 1e-4);
+      EXPECT_GT(row.tokens_retrieved, 6000 - 640 - 6);
+      EXPECT_NEAR(row.bytes_read, row.tokens_retrieved * 2 * 32 * 2, 6 * 2 * 32 * 2);
+    }
+  }
+}
+
+TEST(RetrievalBenchTest, ExactTopKIsTheOracleAndItsPredictionTheLostMass) {
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  const Trace trace = RandomTrace(Small());
+  const auto bench = TraceBench::Create(trace, Quick());
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  for (uint32_t runs : {1u, 16u}) {
+    for (const Row& row : RowsOf(**bench, ExactSpec(), runs)) {
+      if (row.budget != "top-100") continue;
+      EXPECT_EQ(row.tokens_retrieved, 100);
+      EXPECT_GE(row.recall_at_100, 0.99);  // but for ties within rounding
+      ASSERT_TRUE(row.predicted_error.has_value());
+      EXPECT_NEAR(*row.predicted_error, 1 - row.mass, 1e-3);
+      // Each query with as few as it needs for the mean error: near the same for all.
+      EXPECT_GT(row.oracle_tokens, 30);
+      EXPECT_LT(row.oracle_tokens, 300);
+    }
+  }
+}
+
+TEST(RetrievalBenchTest, RunsDoNotShowInAnExactBudget) {
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  const Trace trace = RandomTrace(Small());
+  const auto bench = TraceBench::Create(trace, Quick());
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  const std::vector<Row> one = RowsOf(**bench, ExactSpec(), 1);
+  for (uint32_t runs : {16u, 128u}) {
+    const std::vector<Row> cut = RowsOf(**bench, ExactSpec(), runs);
+    ASSERT_EQ(cut.size(), one.size());
+    for (size_t i = 0; i < cut.size(); ++i) {
+      EXPECT_NEAR(cut[i].rel_l2, one[i].rel_l2, 1e-3 * one[i].rel_l2 + 1e-6) << cut[i].budget;
+      EXPECT_NEAR(cut[i].tokens_retrieved, one[i].tokens_retrieved, 1) << cut[i].budget;
+    }
+  }
+}
+
+TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  const Trace trace = RandomTrace(Small());
+  BenchSettings settings = Quick();
+  settings.samples = 2;
+  settings.threads = {1, 2, 64};  // 64: as many as there are heads, so the same as 2
+  const auto bench = TraceBench::Create(trace, settings);
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  for (const IndexSpec& spec : BaselineSpecs(1)) {
+    if (spec.name.starts_with("hnsw/M=32")) continue;  // as the other, but slow to build
+    const std::vector<Row> rows = RowsOf(**bench, spec, 2);
+    EXPECT_EQ(rows.size(), spec.searches.size() * 2 * trace.kv_heads);
+    for (const Row& row : rows) {
+      EXPECT_TRUE(row.index.starts_with(spec.name));
+      EXPECT_FALSE(row.predicted_error.has_value());
+      EXPECT_GT(row.build_core_s, 0);
+      EXPECT_GT(row.bytes_per_token, 0);
+      EXPECT_GT(row.bytes_read, 0);
+      EXPECT_GT(row.rel_l2, 0);
+      EXPECT_LE(row.rel_l2, row.rel_l2_p95 * 4);
+      ASSERT_TRUE(row.us_p50.has_value() && row.us_p99.has_value());
+      EXPECT_GT(*row.us_p50, 0);
+      EXPECT_LE(*row.us_p50, *row.us_p99);
+      EXPECT_LE(row.threads, 2u);
+    }
+  }
+}
+
+TEST(RetrievalBenchTest, OracleRowsKeepTheirErrors) {
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  const Trace trace = RandomTrace(Small());
+  const auto bench = TraceBench::Create(trace, Quick());
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  std::map<std::string, int> budgets;
+  (*bench)->MeasureOracle([&](const Row& row) {
+    ++budgets[row.budget];
+    EXPECT_LE(row.rel_l2, std::stod(row.budget.substr(6)));
+    EXPECT_LE(row.bytes_read, row.tokens_retrieved * 2 * 2 * 32 * 2 + 1e-6);
+    EXPECT_FALSE(row.us_p50.has_value());
+  });
+  EXPECT_EQ(budgets.size(), 6u);
+}
+
+TEST(RetrievalBenchTest, ClassesComeFromTrainingQueriesAlone) {
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  Trace trace = RandomTrace(Small());
+  // Head 0's queries are small, so its attention is flat; head 1's are strong.
+  const auto bench = TraceBench::Create(trace, Quick());
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  EXPECT_EQ((*bench)->head_class(0), HeadClass::kDiffuse);
+  EXPECT_EQ((*bench)->head_class(1), HeadClass::kSharp);
+  Trace other = trace;
+  for (float& x : other.q) x = 0;  // flat for every test query
+  const auto same = TraceBench::Create(other, Quick());
+  ASSERT_TRUE(same.ok()) << same.status();
+  EXPECT_EQ((*same)->head_class(1), HeadClass::kSharp);
+  other.q_train.clear();
+  other.q_train_pos.clear();
+  const auto unknown = TraceBench::Create(other, Quick());
+  ASSERT_TRUE(unknown.ok()) << unknown.status();
+  EXPECT_EQ((*unknown)->head_class(1), HeadClass::kUnknown);
+}
+
+TEST(RetrievalBenchTest, ATraceWithinTheWindowIsRefused) {
+  RandomTraceOptions options = Small();
+  options.tokens = 600;
+  const Trace trace = RandomTrace(options);
+  EXPECT_EQ(TraceBench::Create(trace, Quick()).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace quarry::perf
