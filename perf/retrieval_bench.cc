@@ -7,9 +7,10 @@
 // Errors: against exact attention in double over the same rounded K, V and q, after the merge with
 // the exact window (rel_l2) and before it (partial_rel_l2). Heads are classed by exact replay of
 // training queries alone (perf/retrieval/head_class.h).
-// Time: one answer for a whole group. Before each, as much memory as the last-level cache holds is
-// read, out of 2 GiB with the heads', so that nothing is in a cache. Several threads answer at
-// once, each another KV head, and at most as many as a trace has.
+// Time: one answer for a whole group. The heads take turns, and before each turn as much memory as
+// the last-level cache holds is read, out of 2 GiB with the heads', so that no answer finds anything
+// of its head in a cache. Several threads answer at once, each another KV head, and at most as many
+// as a trace has.
 // Bytes: every line touched of centroids, codes, links, keys and values; what several queries of a
 // group share counts once.
 // Floor: the oracle, which knows all scores and reads only the best tokens' keys and values.

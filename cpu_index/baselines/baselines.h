@@ -63,8 +63,8 @@ class BaselineIndex : public KeyIndex {
 };
 
 // Reads the run's keys, on the calling thread; the values do not matter. InvalidArgument names the
-// option or the run that cannot be; ResourceExhausted: no memory. From the first call on, OpenBLAS,
-// which FAISS uses, keeps to one thread in this process.
+// option or the run that cannot be; ResourceExhausted: no memory. From the first call on, FAISS
+// uses OpenBLAS for any number of queries, and OpenBLAS keeps to one thread, in the whole process.
 absl::StatusOr<std::unique_ptr<BaselineIndex>> BuildBaseline(BaselineKind kind, const KvView& run,
                                                              const BaselineOptions& options);
 

@@ -90,9 +90,8 @@ uint64_t HnswIndex::memory_bytes() const {
 
 constexpr uint64_t kLineBytes = 64;
 
-// Bytes of the lines that [data, data + bytes) lies in.
-uint64_t LinesOf(const char* data, uint64_t bytes) {
-  const auto at = reinterpret_cast<uintptr_t>(data);
+// Bytes of the lines that [at, at + bytes) lies in.
+uint64_t LinesOf(uint64_t at, uint64_t bytes) {
   return ((at + bytes - 1) / kLineBytes - at / kLineBytes + 1) * kLineBytes;
 }
 
@@ -101,11 +100,12 @@ uint64_t LinesOf(const char* data, uint64_t bytes) {
 uint64_t HnswIndex::BytesOfSearch(const std::vector<const void*>& met, long hops) const {
   std::vector<bool> seen(tokens_.size());
   uint64_t bytes = 0;
-  const char* const first = graph_->getDataByInternalId(0);
   for (const void* key : met) {
-    const auto offset = static_cast<size_t>(static_cast<const char*>(key) - first);
+    // As if the library's memory began with a line.
+    const auto offset =
+        static_cast<uint64_t>(static_cast<const char*>(key) - graph_->data_level0_memory_);
     const size_t id = offset / graph_->size_data_per_element_;
-    if (!seen[id]) bytes += LinesOf(static_cast<const char*>(key), space_.get_data_size());
+    if (!seen[id]) bytes += LinesOf(offset, space_.get_data_size());
     seen[id] = true;
   }
   const uint64_t lines = (graph_->size_links_level0_ + kLineBytes - 1) / kLineBytes;

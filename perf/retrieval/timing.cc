@@ -1,4 +1,4 @@
-// Timing of answers: several threads at once, nothing in a cache.
+// Timing of answers: several threads at once, nothing of a head in a cache when its turn comes.
 #include <barrier>
 #include <thread>
 
@@ -10,21 +10,23 @@ namespace quarry::perf {
 TraceBench::Times TraceBench::Time(const Heads& heads, const Budget& budget,
                                    uint32_t threads) const {
   const auto count = static_cast<uint32_t>(heads_.size());
-  const uint32_t rounds = (settings_.samples * count + threads - 1) / threads;
   std::vector<Times> mine(threads, Times(count));
   std::vector<float> sinks(threads);
   std::barrier together(threads);
   const auto work = [&](uint32_t thread) {
     HeadAnswer answer;
-    for (uint32_t round = 0; round <= rounds; ++round) {
+    for (uint32_t round = 0; round <= settings_.samples; ++round) {
       sinks[thread] += working_set_->PushOut(thread, threads, round);
-      const uint32_t turn = round * threads + thread, h = turn % count;
-      const uint32_t query = turn / count % static_cast<uint32_t>(chosen_.size());
+      const uint32_t query = round % static_cast<uint32_t>(chosen_.size());
       const std::vector<TokenRange> ranges = Ranges(query);
-      const QueryBlock queries = Queries(heads_[h], query, ranges);
-      together.arrive_and_wait();
-      const double us = Microseconds([&] { answer.Answer(*heads[h], queries, budget); });
-      if (round > 0) mine[thread][h].push_back(us);  // the first warms up the thread's buffers
+      for (uint32_t first = 0; first < count; first += threads) {
+        together.arrive_and_wait();
+        const uint32_t h = first + thread;
+        if (h >= count) continue;
+        const QueryBlock queries = Queries(heads_[h], query, ranges);
+        const double us = Microseconds([&] { answer.Answer(*heads[h], queries, budget); });
+        if (round > 0) mine[thread][h].push_back(us);  // the first warms up the thread's buffers
+      }
       together.arrive_and_wait();
     }
   };
