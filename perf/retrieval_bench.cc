@@ -23,9 +23,11 @@
 
 #include <CLI/CLI.hpp>
 
+#include "absl/strings/str_cat.h"
 #include "cpu_index/simd.h"
 #include "perf/retrieval/index_specs.h"
 #include "perf/retrieval/random_trace.h"
+#include "perf/retrieval/report.h"
 #include "perf/retrieval/row.h"
 #include "perf/retrieval/trace_bench.h"
 
@@ -38,6 +40,10 @@ struct Settings {
   std::vector<uint32_t> runs = {1};
   std::vector<uint32_t> threads = {1, 0};  // 0: all
   uint32_t seed = 1;
+  std::vector<std::string> from;  // files of earlier results
+  std::string report;             // file
+  std::string commit = "unknown";
+  std::string command;
   BenchSettings bench;
 };
 
@@ -65,17 +71,60 @@ absl::Status MeasureTrace(const Trace& trace, const Settings& settings,
   return absl::OkStatus();
 }
 
+absl::Status ReadRows(const std::string& path, std::vector<Row>* rows) {
+  std::ifstream file(path);
+  if (!file) return absl::NotFoundError(absl::StrCat(path, " cannot be read"));
+  size_t number = 0;
+  for (std::string line; std::getline(file, line);) {
+    ++number;
+    absl::StatusOr<Row> row = RowFromJson(line);
+    if (!row.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ":", number, ": ", std::string(row.status().message())));
+    }
+    rows->push_back(std::move(*row));
+  }
+  return absl::OkStatus();
+}
+
+// The processor's name and how many of it, from the system.
+std::string Machine() {
+  std::ifstream file("/proc/cpuinfo");
+  std::string name = "unknown processor";
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with("model name")) continue;
+    name = line.substr(line.find(':') + 2);
+    break;
+  }
+  return absl::StrCat(name, ", ", std::thread::hardware_concurrency(), " processors, level ",
+                      Kernels().name);
+}
+
+absl::Status WriteReport(const Settings& settings, const std::vector<Row>& rows) {
+  if (settings.report.empty()) return absl::OkStatus();
+  std::ofstream file(settings.report);
+  file << HtmlReport({Machine(), settings.commit, settings.command}, rows);
+  file.close();
+  return file ? absl::OkStatus()
+              : absl::UnavailableError(absl::StrCat(settings.report, " cannot be written"));
+}
+
 absl::Status Run(const Settings& settings) {
   if (absl::Status status = ChooseSimdLevel().status(); !status.ok()) return status;
-  const TraceBench::Sink sink = [](const Row& row) {
+  std::vector<Row> rows;
+  for (const std::string& path : settings.from) {
+    if (absl::Status status = ReadRows(path, &rows); !status.ok()) return status;
+  }
+  const TraceBench::Sink sink = [&rows](const Row& row) {
     std::printf("%s\n", RowToJson(row).c_str());
     std::fflush(stdout);
+    rows.push_back(row);
   };
   for (uint32_t tokens : settings.random) {
     const Trace trace = RandomTrace({.tokens = tokens, .seed = settings.seed});
     if (absl::Status status = MeasureTrace(trace, settings, sink); !status.ok()) return status;
   }
-  return absl::OkStatus();
+  return WriteReport(settings, rows);
 }
 
 }  // namespace
@@ -94,7 +143,11 @@ int main(int argc, char** argv) {
   app.add_option("--kv-heads", settings.bench.kv_heads, "only the first KV heads; 0: all");
   app.add_option("--working-set", settings.bench.working_set_bytes, "bytes");
   app.add_option("--seed", settings.seed, "of random traces and of indexes");
+  app.add_option("--report", settings.report, "HTML file to write");
+  app.add_option("--from", settings.from, "results of earlier runs, for the report");
+  app.add_option("--commit", settings.commit, "what is measured, for the report");
   CLI11_PARSE(app, argc, argv);
+  for (int i = 0; i < argc; ++i) absl::StrAppend(&settings.command, i > 0 ? " " : "", argv[i]);
   for (uint32_t& threads : settings.threads) {
     if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
   }
