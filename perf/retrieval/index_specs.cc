@@ -19,22 +19,24 @@ SearchSpec BaselineSpec(std::string name, uint32_t k, const BaselineSearch& sear
           }};
 }
 
-std::vector<SearchSpec> Searches(BaselineKind kind) {
+std::vector<SearchSpec> Searches(BaselineKind kind, const BaselineOptions& options) {
   std::vector<SearchSpec> out;
-  for (uint32_t k : {100u, 1000u}) {
+  for (uint32_t k : {100u, 1000u, 4000u}) {
     if (kind == BaselineKind::kFaissFlat) out.push_back(BaselineSpec("", k, {.candidates = k}));
     if (kind == BaselineKind::kFaissIvfFlat) {
-      for (uint32_t nprobe : {8u, 32u, 128u}) {
+      for (uint32_t nprobe : {8u, 32u, 128u, 512u}) {
         out.push_back(BaselineSpec(absl::StrCat("nprobe=", nprobe), k,
                                    {.candidates = k, .nprobe = nprobe}));
       }
     }
-    if (kind == BaselineKind::kFaissIvfPq) {
-      for (uint32_t nprobe : {32u, 128u}) {
-        for (uint32_t factor : {2u, 8u}) {
-          out.push_back(BaselineSpec(absl::StrCat("nprobe=", nprobe, "/rerank=", factor), k,
-                                     {.candidates = factor * k, .nprobe = nprobe}));
-        }
+    if (kind == BaselineKind::kFaissIvfPq && options.nlist == 1) {
+      for (uint32_t factor : {2u, 8u}) {
+        out.push_back(BaselineSpec(absl::StrCat("rerank=", factor), k, {.candidates = factor * k}));
+      }
+    } else if (kind == BaselineKind::kFaissIvfPq) {
+      for (uint32_t nprobe : {32u, 128u, 512u}) {
+        out.push_back(BaselineSpec(absl::StrCat("nprobe=", nprobe, "/rerank=4"), k,
+                                   {.candidates = 4 * k, .nprobe = nprobe}));
       }
     }
     if (kind == BaselineKind::kHnsw) {
@@ -56,7 +58,8 @@ IndexSpec Baseline(BaselineKind kind, std::string built, const BaselineOptions& 
     const uint64_t bytes = (*index)->memory_bytes();
     return BuiltIndex{std::move(*index), bytes};
   };
-  spec.searches = Searches(kind);
+  spec.searches = Searches(kind, options);
+  spec.builds_on_one_thread = true;
   return spec;
 }
 
@@ -91,6 +94,8 @@ std::vector<IndexSpec> BaselineSpecs(uint32_t seed) {
   out.push_back(Baseline(BaselineKind::kFaissFlat, "", {.seed = seed}));
   out.push_back(Baseline(BaselineKind::kFaissIvfFlat, "", {.seed = seed}));
   out.push_back(Baseline(BaselineKind::kFaissIvfPq, "", {.seed = seed}));
+  // One cluster: all codes are scanned, as without clusters.
+  out.push_back(Baseline(BaselineKind::kFaissIvfPq, "nlist=1", {.seed = seed, .nlist = 1}));
   out.push_back(Baseline(BaselineKind::kHnsw, "M=16/efc=100",
                          {.seed = seed, .hnsw_m = 16, .ef_construction = 100}));
   out.push_back(Baseline(BaselineKind::kHnsw, "M=32/efc=200",

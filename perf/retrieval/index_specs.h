@@ -42,6 +42,7 @@ struct IndexSpec {
   std::string name;  // and how it is built: "hnsw/M=32/ef=200"
   std::function<absl::StatusOr<BuiltIndex>(const BuildInput&)> build;
   std::vector<SearchSpec> searches;
+  bool builds_on_one_thread = false;  // so several heads are built at once, each timed alone
 };
 
 // "all", "top-100", "mass-0.95", "mass-0.95-cap-4096".

@@ -10,9 +10,9 @@
 namespace quarry::perf {
 namespace {
 
-double ProcessSeconds() {
+double CoreSeconds(clockid_t clock) {
   timespec now{};
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  clock_gettime(clock, &now);
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
@@ -39,7 +39,9 @@ absl::StatusOr<std::unique_ptr<IndexedHead>> IndexedHead::Build(const IndexSpec&
     unit.view = memory.View(unit.segments);
     return unit;
   };
-  const double before = ProcessSeconds();
+  const clockid_t clock =
+      spec.builds_on_one_thread ? CLOCK_THREAD_CPUTIME_ID : CLOCK_PROCESS_CPUTIME_ID;
+  const double before = CoreSeconds(clock);
   for (uint32_t i = 0; i < runs; ++i) {
     const TokenRange tokens = Part(indexed, i, runs);
     if (tokens.empty()) continue;
@@ -52,7 +54,7 @@ absl::StatusOr<std::unique_ptr<IndexedHead>> IndexedHead::Build(const IndexSpec&
     unit.index = built->index.get();
     head->own_.push_back(std::move(built->index));
   }
-  head->build_core_s_ = head->own_.empty() ? 0 : ProcessSeconds() - before;
+  head->build_core_s_ = head->own_.empty() ? 0 : CoreSeconds(clock) - before;
   head->bytes_per_token_ = static_cast<double>(bytes) / std::max(1u, indexed.size());
   if (end > indexed.hi) add({indexed.hi, end});
   return head;

@@ -23,7 +23,7 @@ class IndexedHead {
   };
 
   // `runs` runs of equal length over `indexed`, and a tail that is scanned up to `end`.
-  // input.run is set here.
+  // input.run is set here. Time counts this thread alone, or the whole process, as the spec says.
   static absl::StatusOr<std::unique_ptr<IndexedHead>> Build(const IndexSpec& spec,
                                                             const HeadMemory& memory,
                                                             TokenRange indexed, uint32_t end,

@@ -30,6 +30,17 @@ void RoundTo(DType dtype, std::span<float> x) {
   }
 }
 
+uint32_t Processors() { return std::max(1u, std::thread::hardware_concurrency()); }
+
+// f(thread, threads) on each of them, this one included.
+template <typename F>
+void OnThreads(uint32_t threads, F&& f) {
+  std::vector<std::thread> others;
+  for (uint32_t t = 1; t < threads; ++t) others.emplace_back(f, t, threads);
+  f(0u, threads);
+  for (std::thread& t : others) t.join();
+}
+
 // Means and a quantile over the query heads of one KV head.
 class QualityMeans {
  public:
@@ -110,39 +121,45 @@ void TraceBench::ComputeTruths(uint32_t kv_head, Head* head) const {
   const std::vector<float> v = Widen(trace_.Values(kv_head), trace_.dtype);
   const WideHead wide{k.data(), v.data(), trace_.head_dim};
   head->truth.resize(chosen_.size() * trace_.group());
-  const uint32_t threads = std::max(1u, std::thread::hardware_concurrency());
-  std::vector<std::thread> workers;
-  for (uint32_t t = 0; t < threads; ++t) {
-    workers.emplace_back([&, t] {
-      for (size_t i = t; i < head->truth.size(); i += threads) {
-        const uint32_t visible = trace_.q_pos[chosen_[i / trace_.group()]] + 1;
-        head->truth[i] = ComputeTruth(
-            wide, std::span(head->q).subspan(i * trace_.head_dim, trace_.head_dim), trace_.scale,
-            visible, settings_.window);
-      }
-    });
+  OnThreads(Processors(), [&](uint32_t thread, uint32_t threads) {
+    for (size_t i = thread; i < head->truth.size(); i += threads) {
+      const uint32_t visible = trace_.q_pos[chosen_[i / trace_.group()]] + 1;
+      head->truth[i] = ComputeTruth(
+          wide, std::span(head->q).subspan(i * trace_.head_dim, trace_.head_dim), trace_.scale,
+          visible, settings_.window);
+    }
+  });
+}
+
+absl::StatusOr<std::unique_ptr<IndexedHead>> TraceBench::BuildHead(const IndexSpec& spec,
+                                                                   uint32_t runs,
+                                                                   uint32_t kv_head) const {
+  std::vector<float> train;
+  for (uint32_t i = 0; i < trace_.q_train_pos.size(); ++i) {
+    const std::span<const float> q = trace_.Queries(trace_.q_train, i, kv_head);
+    train.insert(train.end(), q.begin(), q.end());
   }
-  for (std::thread& worker : workers) worker.join();
+  BuildInput input;
+  input.train_queries = train;
+  input.train_positions = trace_.q_train_pos;
+  input.group = trace_.group();
+  input.scale = trace_.scale;
+  return IndexedHead::Build(spec, heads_[kv_head].memory, indexed_, end_, runs, input);
 }
 
 absl::StatusOr<TraceBench::Heads> TraceBench::BuildAll(const IndexSpec& spec,
                                                        uint32_t runs) const {
-  Heads out;
-  for (uint32_t h = 0; h < heads_.size(); ++h) {
-    BuildInput input;
-    std::vector<float> train;
-    for (uint32_t i = 0; i < trace_.q_train_pos.size(); ++i) {
-      const std::span<const float> q = trace_.Queries(trace_.q_train, i, h);
-      train.insert(train.end(), q.begin(), q.end());
+  Heads out(heads_.size());
+  std::vector<absl::Status> statuses(heads_.size());
+  OnThreads(spec.builds_on_one_thread ? Processors() : 1, [&](uint32_t thread, uint32_t threads) {
+    for (uint32_t h = thread; h < heads_.size(); h += threads) {
+      absl::StatusOr<std::unique_ptr<IndexedHead>> built = BuildHead(spec, runs, h);
+      statuses[h] = built.status();
+      if (built.ok()) out[h] = std::move(*built);
     }
-    input.train_queries = train;
-    input.train_positions = trace_.q_train_pos;
-    input.group = trace_.group();
-    input.scale = trace_.scale;
-    absl::StatusOr<std::unique_ptr<IndexedHead>> built =
-        IndexedHead::Build(spec, heads_[h].memory, indexed_, end_, runs, input);
-    if (!built.ok()) return built.status();
-    out.push_back(std::move(*built));
+  });
+  for (const absl::Status& status : statuses) {
+    if (!status.ok()) return status;
   }
   return out;
 }

@@ -59,6 +59,8 @@ class TraceBench {
   void ChooseQueries();
   void AddHead(uint32_t kv_head);
   void ComputeTruths(uint32_t kv_head, Head* head) const;
+  absl::StatusOr<std::unique_ptr<IndexedHead>> BuildHead(const IndexSpec& spec, uint32_t runs,
+                                                         uint32_t kv_head) const;
   absl::StatusOr<Heads> BuildAll(const IndexSpec& spec, uint32_t runs) const;
   QueryBlock Queries(const Head& head, uint32_t query, std::span<const TokenRange> ranges) const;
   std::vector<TokenRange> Ranges(uint32_t query) const;
