@@ -1,0 +1,107 @@
+#include "cpu_index/query_basis.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "proto/half.h"
+
+namespace quarry {
+namespace {
+
+using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using RowVector = Eigen::RowVectorXf;
+
+// Of the mean of the queries' second moment, in every direction: directions that no sampled query
+// has are coded coarsely, not lost.
+constexpr float kUnseen = 1e-3f;
+
+// [keys][head_dim], every so many tokens.
+Matrix SampleKeys(const KvView& run) {
+  const uint32_t tokens = run.tokens().size();
+  const uint32_t step = (tokens + kBasisKeys - 1) / kBasisKeys;
+  Matrix keys((tokens + step - 1) / step, run.head_dim);
+  const uint32_t first = run.tokens().lo;
+  for (const KvSegment& segment : run.segments) {
+    for (uint32_t t = segment.tokens.lo; t < segment.tokens.hi; ++t) {
+      if ((t - first) % step != 0) continue;
+      float* const row = keys.row((t - first) / step).data();
+      const size_t at = size_t{t - segment.tokens.lo} * run.head_dim;
+      for (uint32_t d = 0; d < run.head_dim; ++d) row[d] = LoadAsFloat(segment.k, at + d, run.dtype);
+    }
+  }
+  return keys;
+}
+
+// The lower Cholesky factor of the queries' second moment.
+Matrix QueryFactor(std::span<const float> queries, uint32_t head_dim) {
+  if (queries.empty()) return Matrix::Identity(head_dim, head_dim);
+  const Eigen::Index rows = static_cast<Eigen::Index>(queries.size() / head_dim);
+  const Eigen::Map<const Matrix> q(queries.data(), rows, head_dim);
+  Matrix moment = q.transpose() * q / static_cast<float>(rows);
+  const float mean = std::max(moment.trace() / static_cast<float>(head_dim), 1e-12f);
+  moment.diagonal().array() += kUnseen * mean;
+  return moment.llt().matrixL();
+}
+
+void Apply(std::span<const float> map, std::span<const float> x, std::span<float> out) {
+  for (size_t r = 0; r < out.size(); ++r) {
+    float sum = 0;
+    for (size_t d = 0; d < x.size(); ++d) sum += map[r * x.size() + d] * x[d];
+    out[r] = sum;
+  }
+}
+
+}  // namespace
+
+void QueryBasis::EncodeKey(std::span<const float> key, std::span<float> out) const {
+  std::vector<float> centred(head_dim);
+  for (uint32_t d = 0; d < head_dim; ++d) centred[d] = key[d] - mean[d];
+  Apply(key_map, centred, out);
+}
+
+void QueryBasis::EncodeQuery(std::span<const float> query, std::span<float> out) const {
+  Apply(query_map, query, out);
+}
+
+absl::StatusOr<QueryBasis> FitQueryBasis(const KvView& run, std::span<const float> queries,
+                                         uint32_t rank) {
+  const uint32_t head_dim = run.head_dim;
+  if (run.tokens().empty()) return absl::InvalidArgumentError("a basis of no keys");
+  if (rank == 0 || rank > head_dim) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a basis of rank ", rank, " of head_dim ", head_dim));
+  }
+  if (queries.size() % head_dim != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(queries.size(), " numbers are no queries of ",
+                                                   head_dim));
+  }
+  Matrix keys = SampleKeys(run);
+  const RowVector mean = keys.colwise().mean();
+  keys.rowwise() -= mean;
+  const Matrix factor = QueryFactor(queries, head_dim);
+  const Matrix white = keys * factor;  // rows: factor^T (k - mean)
+  const Matrix covariance = white.transpose() * white / static_cast<float>(keys.rows());
+  const Eigen::SelfAdjointEigenSolver<Matrix> eigen(covariance);
+  // Rising eigenvalues: the last columns are the basis, the last of them first.
+  Matrix directions(rank, head_dim);
+  QueryBasis basis;
+  for (uint32_t r = 0; r < rank; ++r) {
+    directions.row(r) = eigen.eigenvectors().col(head_dim - 1 - r).transpose();
+    basis.variance.push_back(std::max(0.0f, eigen.eigenvalues()(head_dim - 1 - r)));
+  }
+  // y = U^T F^T (k - mean), and U^T F^-1 q: their product over all directions is q.(k - mean).
+  const Matrix key_map = directions * factor.transpose();
+  const Matrix query_map = factor.triangularView<Eigen::Lower>().solve<Eigen::OnTheRight>(directions);
+  basis.head_dim = head_dim;
+  basis.rank = rank;
+  basis.mean.assign(mean.data(), mean.data() + head_dim);
+  basis.key_map.assign(key_map.data(), key_map.data() + key_map.size());
+  basis.query_map.assign(query_map.data(), query_map.data() + query_map.size());
+  for (uint32_t d = 0; d < head_dim - rank; ++d) {
+    basis.lost_variance += std::max(0.0f, eigen.eigenvalues()(d));
+  }
+  return basis;
+}
+
+}  // namespace quarry

@@ -1,0 +1,41 @@
+// The coordinates in which keys are coded and clustered: those that queries tell apart.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "cpu_index/key_index.h"
+
+namespace quarry {
+
+// A linear map of keys, and its dual of queries, with
+//   q.k = q.mean + EncodeQuery(q).EncodeKey(k) + what the directions left out would add.
+// The map makes a query of the sample's second moment white, then takes the principal directions of
+// the keys: distances between encoded keys are differences of scores, for a typical query, and a
+// bit spent on a coordinate of larger variance saves more error. Immutable; thread-safe.
+struct QueryBasis {
+  uint32_t head_dim = 0;
+  uint32_t rank = 0;
+  std::vector<float> mean;       // [head_dim], of the keys
+  std::vector<float> key_map;    // [rank][head_dim]
+  std::vector<float> query_map;  // [rank][head_dim]
+  std::vector<float> variance;   // [rank] of each coordinate over the keys, falling
+  float lost_variance = 0;       // of the scores, for a typical query, outside the rank
+
+  // out: [rank]. The key is [head_dim], the query is scaled as its scores are.
+  void EncodeKey(std::span<const float> key, std::span<float> out) const;
+  void EncodeQuery(std::span<const float> query, std::span<float> out) const;
+};
+
+// Fits a basis of `rank` (at most head_dim) to the keys of `run`, of which at most kBasisKeys are
+// read, evenly spread, and to `queries` [n][head_dim], scaled as their scores are. With no queries
+// every direction counts alike: the keys' principal components.
+// InvalidArgument: no keys, a rank above head_dim, queries that are no whole rows.
+// Cost: keys * head_dim^2 + queries * head_dim^2, and one eigendecomposition of head_dim^2.
+inline constexpr uint32_t kBasisKeys = 2048;
+absl::StatusOr<QueryBasis> FitQueryBasis(const KvView& run, std::span<const float> queries,
+                                         uint32_t rank);
+
+}  // namespace quarry
