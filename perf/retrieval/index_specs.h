@@ -43,6 +43,11 @@ struct IndexSpec {
   std::function<absl::StatusOr<BuiltIndex>(const BuildInput&)> build;
   std::vector<SearchSpec> searches;
   bool builds_on_one_thread = false;  // so several heads are built at once, each timed alone
+  // Adds the tokens that one query attends exactly of what it was allotted, in any order. Null:
+  // nodes are single tokens.
+  std::function<void(const KeyIndex&, const CoarseScores&, const RunAllotment&, uint32_t query,
+                     std::vector<uint32_t>*)>
+      attended;
 };
 
 // "all", "top-100", "mass-0.95", "mass-0.95-cap-4096".

@@ -39,6 +39,7 @@ absl::StatusOr<std::unique_ptr<IndexedHead>> IndexedHead::Build(const IndexSpec&
     unit.view = memory.View(unit.segments);
     return unit;
   };
+  head->attended_ = spec.attended;
   const clockid_t clock =
       spec.builds_on_one_thread ? CLOCK_THREAD_CPUTIME_ID : CLOCK_PROCESS_CPUTIME_ID;
   const double before = CoreSeconds(clock);
@@ -58,6 +59,24 @@ absl::StatusOr<std::unique_ptr<IndexedHead>> IndexedHead::Build(const IndexSpec&
   head->bytes_per_token_ = static_cast<double>(bytes) / std::max(1u, indexed.size());
   if (end > indexed.hi) add({indexed.hi, end});
   return head;
+}
+
+void IndexedHead::Attended(const Unit& unit, const CoarseScores& coarse,
+                           const RunAllotment& allotment, uint32_t query,
+                           std::vector<uint32_t>* out) const {
+  if (attended_ != nullptr && unit.index != &ExactScan()) {
+    attended_(*unit.index, coarse, allotment, query, out);
+    return;
+  }
+  QUARRY_CHECK(coarse.weight.empty());
+  const std::span<const float> row = coarse.Row(query);
+  uint32_t ties = allotment.ties[query];
+  for (size_t i = 0; i < row.size(); ++i) {
+    const bool tie = row[i] == allotment.threshold[query] && ties > 0;
+    if (row[i] <= allotment.threshold[query] && !tie) continue;
+    out->push_back(coarse.tokens.lo + coarse.NodeOf(query, i));
+    if (tie) --ties;
+  }
 }
 
 void IndexedHead::Prepare(const SearchSpec& search) {
@@ -123,17 +142,7 @@ std::vector<uint32_t> HeadAnswer::Attended(const IndexedHead& head, const QueryB
     return out;
   }
   for (size_t u = 0; u < coarse_.size(); ++u) {
-    const CoarseScores& coarse = coarse_[u];
-    QUARRY_CHECK(coarse.weight.empty());
-    const std::span<const float> row = coarse.Row(query);
-    uint32_t ties = allotments_[u].ties[query];
-    for (size_t i = 0; i < row.size(); ++i) {
-      const bool tie = row[i] == allotments_[u].threshold[query] && ties > 0;
-      if (row[i] > allotments_[u].threshold[query] || tie) {
-        out.push_back(coarse.tokens.lo + coarse.NodeOf(query, i));
-        if (tie) --ties;
-      }
-    }
+    head.Attended(head.units()[u], coarse_[u], allotments_[u], query, &out);
   }
   return out;
 }

@@ -31,12 +31,16 @@ class IndexedHead {
 
   void Prepare(const SearchSpec& search);  // not while answers are made
   std::span<const Unit> units() const { return units_; }
+  // What one query attends of a unit, as IndexSpec::attended.
+  void Attended(const Unit& unit, const CoarseScores& coarse, const RunAllotment& allotment,
+                uint32_t query, std::vector<uint32_t>* out) const;
   double build_core_s() const { return build_core_s_; }  // of all threads that worked on it
   double bytes_per_token() const { return bytes_per_token_; }
 
  private:
   std::vector<Unit> units_;
   std::vector<std::unique_ptr<KeyIndex>> own_;
+  decltype(IndexSpec::attended) attended_;
   double build_core_s_ = 0;
   double bytes_per_token_ = 0;
 };
@@ -51,7 +55,7 @@ class HeadAnswer {
   std::span<const Partial> partials() const { return partials_; }  // by query
   uint64_t bytes() const;                                          // of all queries together
   double lost_mass(uint32_t query) const { return lost_mass_[query]; }
-  // The tokens that the query attended; of indexes whose nodes are single tokens.
+  // The tokens that the query attended exactly.
   std::vector<uint32_t> Attended(const IndexedHead& head, const QueryBlock& queries,
                                  uint32_t query) const;
 

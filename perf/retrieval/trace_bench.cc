@@ -83,6 +83,7 @@ absl::StatusOr<std::unique_ptr<TraceBench>> TraceBench::Create(const Trace& trac
       settings.kv_heads == 0 ? trace.kv_heads : std::min(settings.kv_heads, trace.kv_heads);
   bench->heads_.reserve(heads);
   for (uint32_t h = 0; h < heads; ++h) bench->AddHead(h);
+  if (settings.samples == 0) return bench;
   size_t bytes = 0;
   for (const Head& head : bench->heads_) bytes += head.memory.bytes();
   bench->working_set_ = std::make_unique<WorkingSet>(bytes, settings.working_set_bytes);

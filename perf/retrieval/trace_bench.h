@@ -75,7 +75,7 @@ class TraceBench {
   TokenRange indexed_;            // what every chosen query sees beside its window
   uint32_t end_ = 0;              // one past the last token that some query retrieves from
   std::vector<Head> heads_;
-  std::unique_ptr<WorkingSet> working_set_;
+  std::unique_ptr<WorkingSet> working_set_;  // null: no timing
 };
 
 }  // namespace quarry::perf
