@@ -67,6 +67,20 @@ struct AttendRun {
   void* scratch;  // of attend_scratch_bytes, 64-byte aligned
 };
 
+// Sums of weighted coordinates of coded keys. A block holds kCodeBlockKeys keys in four vectors of
+// 64 bytes, byte j of lane t (4 bytes) belonging to key t: vectors v = 0 and 1 hold coordinates
+// 8 v + j and 8 v + 4 + j in the low and high 4 bits, vectors 2 and 3 coordinates
+// 16 + 16 (v - 2) + 4 s + j in bits 2 s and 2 s + 1.
+inline constexpr uint32_t kCodeCoordinates = 48, kCodeBlockKeys = 16;
+struct CodeTile {
+  const uint8_t* codes;   // [blocks][256]
+  uint32_t blocks;
+  const int8_t* weights;  // [queries][kCodeCoordinates]
+  uint32_t queries;
+  int32_t* out;           // out[i * ld_out + key]
+  size_t ld_out;
+};
+
 struct Table {
   const char* name;
   size_t (*attend_scratch_bytes)(const AttendRun&);
@@ -76,6 +90,7 @@ struct Table {
   float (*max)(const float* x, size_t n);             // -infinity for n = 0
   float (*exp_sum)(float* x, size_t n, float shift);  // x = e^(x - shift) in place; their sum
   void (*scale)(float* x, size_t n, float factor);
+  void (*sum_codes)(const CodeTile&);
 };
 
 // Each defined in its own file, compiled for that instruction set alone.

@@ -1,5 +1,6 @@
 // AMX tiles for bf16 and fp16 keys and values; all else as AVX-512.
 #include "cpu_index/attend_amx.h"
+#include "cpu_index/codes_avx512.h"
 
 namespace quarry::kernels {
 namespace {
@@ -89,6 +90,7 @@ const Table& AmxTable() {
       .max = Max<Vector>,
       .exp_sum = ExpSum<Vector>,
       .scale = Scale<Vector>,
+      .sum_codes = SumCodesAvx512,
   };
   return kTable;
 }

@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C: eight floats.
 #include <immintrin.h>
 
+#include "cpu_index/codes_scalar.h"
 #include "cpu_index/kernels_vector.h"
 
 namespace quarry::kernels {
@@ -82,6 +83,7 @@ const Table& Avx2Table() {
       .max = Max<Vector>,
       .exp_sum = ExpSum<Vector>,
       .scale = Scale<Vector>,
+      .sum_codes = SumCodesScalar,
   };
   return kTable;
 }

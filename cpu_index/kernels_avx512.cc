@@ -1,4 +1,5 @@
 // AVX-512 with BF16.
+#include "cpu_index/codes_avx512.h"
 #include "cpu_index/vector_avx512.h"
 
 namespace quarry::kernels {
@@ -13,6 +14,7 @@ const Table& Avx512Table() {
       .max = Max<Vector>,
       .exp_sum = ExpSum<Vector>,
       .scale = Scale<Vector>,
+      .sum_codes = SumCodesAvx512,
   };
   return kTable;
 }

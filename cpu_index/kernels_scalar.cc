@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu_index/codes_scalar.h"
 #include "cpu_index/kernels.h"
 
 namespace quarry::kernels {
@@ -145,6 +146,7 @@ const Table& ScalarTable() {
       .max = Max,
       .exp_sum = ExpSum,
       .scale = Scale,
+      .sum_codes = SumCodesScalar,
   };
   return kTable;
 }

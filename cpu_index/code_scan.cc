@@ -1,0 +1,82 @@
+#include "cpu_index/code_scan.h"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "cpu_index/candidates.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+// The keys of [lo, hi) with the `count` largest sums, and whatever ties with or lies close to the
+// last of them: one histogram, no sort.
+void TakeLargest(std::span<const int32_t> sums, TokenRange keys, uint32_t count,
+                 const KeyCodes::Query& query, uint32_t first_token,
+                 std::vector<Candidate>* out) {
+  out->clear();
+  if (keys.empty() || count == 0) return;
+  const auto [least, most] =
+      std::minmax_element(sums.begin() + keys.lo, sums.begin() + keys.hi);
+  const int32_t lowest = *least;
+  int shift = 0;
+  while ((*most - lowest) >> shift >= 2048) ++shift;
+  std::array<uint32_t, 2048> histogram{};
+  for (uint32_t t = keys.lo; t < keys.hi; ++t) ++histogram[(sums[t] - lowest) >> shift];
+  uint32_t taken = 0;
+  int bin = static_cast<int>(histogram.size());
+  while (bin > 0 && taken < count) taken += histogram[--bin];
+  const int32_t threshold = lowest + (bin << shift);
+  out->reserve(taken);
+  for (uint32_t t = keys.lo; t < keys.hi; ++t) {
+    if (sums[t] < threshold) continue;
+    out->push_back({first_token + t, query.scale * static_cast<float>(sums[t]) + query.offset});
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CodeScan>> CodeScan::Build(const KvView& run,
+                                                          std::span<const float> queries) {
+  const uint32_t rank = std::min(run.head_dim, KeyCodes::kCoordinates);
+  QUARRY_ASSIGN_OR_RETURN(QueryBasis basis, FitQueryBasis(run, queries, rank));
+  QUARRY_ASSIGN_OR_RETURN(KeyCodes codes, KeyCodes::Encode(run, std::move(basis)));
+  return std::unique_ptr<CodeScan>(new CodeScan(std::move(codes)));
+}
+
+void CodeScan::AttendAll(const KvView& run, const QueryBlock& queries,
+                         std::span<Partial> acc) const {
+  ExactScan().AttendAll(run, queries, acc);
+}
+
+void CodeScan::Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const {
+  const uint32_t head_dim = queries.head_dim;
+  std::vector<KeyCodes::Query> prepared;
+  std::vector<float> scaled(head_dim);
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    for (uint32_t d = 0; d < head_dim; ++d) scaled[d] = queries.q[i * head_dim + d] * queries.scale;
+    prepared.push_back(codes_.Prepare(scaled));
+  }
+  std::vector<int32_t> sums(size_t{queries.queries} * codes_.keys_padded());
+  codes_.Sum(prepared, sums);
+  const uint32_t first = run.tokens().lo;
+  std::vector<std::vector<Candidate>> found(queries.queries);
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    const TokenRange range = Intersect(queries.ranges[i], run.tokens());
+    const TokenRange keys =
+        range.empty() ? TokenRange{} : TokenRange{range.lo - first, range.hi - first};
+    TakeLargest(std::span(sums).subspan(size_t{i} * codes_.keys_padded(), codes_.keys()), keys,
+                candidates_, prepared[i], first, &found[i]);
+  }
+  ListCandidates(run.tokens(), queries.ranges, found, out);
+  out->bytes = codes_.code_bytes();
+  RescoreCandidates(run, queries, out);
+}
+
+void CodeScan::Refine(const KvView& run, const QueryBlock& queries, const CoarseScores& coarse,
+                      const RunAllotment& allotment, std::span<Partial> acc) const {
+  AttendCandidates(run, queries, coarse, allotment, acc);
+}
+
+}  // namespace quarry

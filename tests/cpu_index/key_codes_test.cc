@@ -1,0 +1,180 @@
+#include "cpu_index/key_codes.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu_index/code_scan.h"
+#include "cpu_index/kernels.h"
+#include "cpu_index/simd.h"
+#include "proto/half.h"
+
+namespace quarry {
+namespace {
+
+using ::testing::HasSubstr;
+
+uint32_t Seed() {
+  static const uint32_t seed = [] {
+    const uint32_t s = std::random_device{}();
+    std::printf("seed %u\n", s);
+    return s;
+  }();
+  return seed;
+}
+
+// Keys whose dimensions differ in strength, cut into segments of odd lengths.
+struct Head {
+  Head(uint32_t n, uint32_t d) : head_dim(d), values(n * d), keys(n * d), queries(64 * d) {
+    std::mt19937 random(Seed());
+    std::normal_distribution<float> normal;
+    for (uint32_t i = 0; i < n * d; ++i) {
+      keys[i] = FloatToBf16(0.5f + normal(random) * std::exp(-2.0f * static_cast<float>(i % d) /
+                                                             static_cast<float>(d)));
+      values[i] = FloatToBf16(normal(random));
+    }
+    for (float& q : queries) q = Bf16ToFloat(FloatToBf16(normal(random)));
+    for (uint32_t lo = 0; lo < n;) {
+      const uint32_t hi = std::min(n, lo + 77);
+      segments.push_back({keys.data() + lo * d, values.data() + lo * d, {300 + lo, 300 + hi}});
+      lo = hi;
+    }
+    view.segments = segments;
+    view.head_dim = d;
+    scale = 1.0f / std::sqrt(static_cast<float>(d));
+    for (const float q : queries) scaled.push_back(q * scale);
+  }
+  double Score(uint32_t query, uint32_t key) const {
+    double sum = 0;
+    for (uint32_t d = 0; d < head_dim; ++d) {
+      sum += double{scaled[query * head_dim + d]} * Bf16ToFloat(keys[key * head_dim + d]);
+    }
+    return sum;
+  }
+  std::span<const float> Query(uint32_t i) const {
+    return std::span(scaled).subspan(size_t{i} * head_dim, head_dim);
+  }
+
+  uint32_t head_dim;
+  float scale = 1;
+  std::vector<uint16_t> values, keys;
+  std::vector<float> queries, scaled;
+  std::vector<KvSegment> segments;
+  KvView view;
+};
+
+KeyCodes CodesOf(const Head& head) {
+  auto basis = FitQueryBasis(head.view, head.scaled, std::min(head.head_dim, 48u));
+  EXPECT_TRUE(basis.ok()) << basis.status();
+  auto codes = KeyCodes::Encode(head.view, *std::move(basis));
+  EXPECT_TRUE(codes.ok()) << codes.status();
+  return *std::move(codes);
+}
+
+TEST(KeyCodesTest, ScoresMissTheExactOnesByLessThanAThirdOfTheirSpread) {
+  for (const uint32_t head_dim : {16u, 64u, 96u, 128u}) {
+    const Head head(1003, head_dim);
+    const KeyCodes codes = CodesOf(head);
+    double spread = 0, error = 0;
+    for (uint32_t i = 0; i < 64; i += 7) {
+      const KeyCodes::Query query = codes.Prepare(head.Query(i));
+      std::vector<int32_t> sums(codes.keys_padded());
+      codes.Sum({&query, 1}, sums);
+      double mean = 0;
+      for (uint32_t t = 0; t < 1003; ++t) mean += head.Score(i, t) / 1003;
+      for (uint32_t t = 0; t < 1003; ++t) {
+        spread += std::pow(head.Score(i, t) - mean, 2);
+        error += std::pow(head.Score(i, t) - query.scale * sums[t] - query.offset, 2);
+      }
+    }
+    EXPECT_LT(error, spread / 9) << head_dim;
+    EXPECT_GT(error, 0);
+  }
+}
+
+TEST(KeyCodesTest, EverySimdLevelGivesTheSameSums) {
+  std::mt19937 random(Seed());
+  constexpr uint32_t kBlocks = 37, kQueries = 5;
+  std::vector<uint8_t> codes(kBlocks * 256);
+  std::vector<int8_t> weights(kQueries * kernels::kCodeCoordinates);
+  for (uint8_t& c : codes) c = static_cast<uint8_t>(random());
+  for (int8_t& w : weights) w = static_cast<int8_t>(random());
+  const uint32_t n = kBlocks * kernels::kCodeBlockKeys;
+  const auto sums = [&](SimdLevel level) {
+    std::vector<int32_t> out(kQueries * n, -1);
+    KernelsOf(level).sum_codes({codes.data(), kBlocks, weights.data(), kQueries, out.data(), n});
+    return out;
+  };
+  const std::vector<int32_t> expected = sums(SimdLevel::kScalar);
+  for (const SimdLevel level : SupportedSimdLevels()) {
+    EXPECT_EQ(sums(level), expected) << SimdLevelName(level);
+  }
+  // One key by hand, from the layout's description.
+  int32_t by_hand = 0;
+  const uint8_t* lane = codes.data() + 4 * 3;
+  for (uint32_t j = 0; j < 4; ++j) {
+    for (uint32_t v = 0; v < 2; ++v) {
+      by_hand += weights[8 * v + j] * (lane[64 * v + j] & 15);
+      by_hand += weights[8 * v + 4 + j] * (lane[64 * v + j] >> 4);
+      for (uint32_t s = 0; s < 4; ++s) {
+        by_hand += weights[16 + 16 * v + 4 * s + j] * (lane[128 + 64 * v + j] >> (2 * s) & 3);
+      }
+    }
+  }
+  EXPECT_EQ(expected[3], by_hand);
+}
+
+TEST(KeyCodesTest, ABasisThatDoesNotFitIsNamed) {
+  const Head head(100, 64);
+  const auto basis = FitQueryBasis(head.view, {}, 64);
+  ASSERT_TRUE(basis.ok());
+  const auto codes = KeyCodes::Encode(head.view, *basis);
+  EXPECT_THAT(std::string(codes.status().message()), HasSubstr("64 coordinates"));
+}
+
+TEST(CodeScanTest, ItsCandidatesHoldTheBestKeysWithExactScores) {
+  const Head head(3000, 128);
+  auto index = CodeScan::Build(head.view, head.scaled);
+  ASSERT_TRUE(index.ok()) << index.status();
+  (*index)->set_candidates(300);
+  constexpr uint32_t kQueries = 4;
+  const std::vector<TokenRange> ranges = {{300, 3300}, {300, 3300}, {1000, 1500}, {3300, 3300}};
+  QueryBlock block;
+  block.q = head.queries.data();
+  block.q_dtype = DType::kBf16;
+  block.queries = kQueries;
+  block.head_dim = 128;
+  block.scale = head.scale;
+  block.ranges = ranges;
+  CoarseScores scores;
+  (*index)->Score(head.view, block, &scores);
+  ASSERT_FALSE(scores.dense());
+  for (uint32_t i = 0; i < kQueries; ++i) {
+    const std::span<const float> row = scores.Row(i);
+    EXPECT_GE(row.size(), std::min<size_t>(300, ranges[i].size()));
+    EXPECT_LE(row.size(), std::min<size_t>(330, ranges[i].size()));
+    std::vector<std::pair<double, uint32_t>> best;
+    for (uint32_t t = ranges[i].lo; t < ranges[i].hi; ++t) {
+      best.emplace_back(-head.Score(i, t - 300), t - 300);
+    }
+    std::sort(best.begin(), best.end());
+    uint32_t missed = 0;
+    for (uint32_t b = 0; b < std::min<size_t>(30, best.size()); ++b) {
+      bool there = false;
+      for (size_t n = 0; n < row.size(); ++n) there |= scores.NodeOf(i, n) == best[b].second;
+      missed += !there;
+    }
+    EXPECT_LE(missed, 1u) << "query " << i;
+    for (size_t n = 0; n < row.size(); ++n) {
+      ASSERT_NEAR(row[n], head.Score(i, scores.NodeOf(i, n)), 1e-4);
+    }
+  }
+  EXPECT_GE(scores.bytes, 3008u * 16);
+}
+
+}  // namespace
+}  // namespace quarry
