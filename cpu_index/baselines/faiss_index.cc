@@ -124,7 +124,7 @@ void FaissIndex::BuildIvf(const KeyCopy& copy, const BaselineOptions& options, u
   }
 }
 
-// What a search of the list reads: codes, and where each is compared with the best, its id.
+// What a search of the list reads: codes, and the ids that lie beside whole keys.
 uint64_t FaissIndex::ListBytes(Idx list) const {
   const uint64_t size = ivf_->invlists->list_size(list);
   if (kind_ == BaselineKind::kFaissIvfFlat) return size * (ivf_->code_size + sizeof(Idx));
@@ -134,9 +134,13 @@ uint64_t FaissIndex::ListBytes(Idx list) const {
 
 uint64_t FaissIndex::BytesOfSearch(uint64_t results) const {
   if (ivf_ == nullptr) return memory_bytes_;
-  uint64_t bytes = ivf_->nlist * ivf_->d * sizeof(float);
-  for (Idx list : Centroids::Given()) bytes += ListBytes(list);
-  return bytes + (kind_ == BaselineKind::kFaissIvfPq ? results * kLineBytes : 0);
+  uint64_t bytes = ivf_->nlist * ivf_->d * sizeof(float), ids = 0;
+  for (Idx list : Centroids::Given()) {
+    bytes += ListBytes(list);
+    ids += ivf_->invlists->list_size(list) * sizeof(Idx);
+  }
+  // The fast scan looks up the ids of what it returns, a line each unless that is all of them.
+  return bytes + (kind_ == BaselineKind::kFaissIvfPq ? std::min(results * kLineBytes, ids) : 0);
 }
 
 void FaissIndex::Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const {
