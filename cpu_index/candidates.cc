@@ -22,7 +22,9 @@ size_t RowBytes(const KvView& run) { return size_t{run.head_dim} * DTypeBytes(ru
 class TokenSet {
  public:
   explicit TokenSet(TokenRange tokens) : first_(tokens.lo), words_((tokens.size() + 63) / 64) {}
-  void Add(uint32_t token) { words_[(token - first_) / 64] |= uint64_t{1} << (token - first_) % 64; }
+  void Add(uint32_t token) {
+    words_[(token - first_) / 64] |= uint64_t{1} << (token - first_) % 64;
+  }
   uint64_t size() const {
     uint64_t n = 0;
     for (uint64_t word : words_) n += static_cast<uint64_t>(std::popcount(word));

@@ -22,8 +22,8 @@ using testing::KvData;
 constexpr uint32_t kHeadDim = 64;
 constexpr uint32_t kFirst = 128;  // the run's first token
 
-// hnswlib takes its nodes' locks in any order while a graph is built: harmless on the one thread that
-// we build with, but ThreadSanitizer reports it hundreds of times, as a lock-order inversion.
+// hnswlib takes its nodes' locks in any order while a graph is built: harmless on the one thread
+// that we build with, but ThreadSanitizer reports it hundreds of times, as a lock-order inversion.
 #ifdef __SANITIZE_THREAD__
 constexpr bool kWithHnsw = false;
 #else
@@ -78,7 +78,9 @@ struct Case {
   }
   std::set<uint32_t> Best(uint32_t query, size_t k) const {
     std::vector<std::pair<double, uint32_t>> all;
-    for (uint32_t t = ranges[query].lo; t < ranges[query].hi; ++t) all.push_back({-Score(query, t), t});
+    for (uint32_t t = ranges[query].lo; t < ranges[query].hi; ++t) {
+      all.push_back({-Score(query, t), t});
+    }
     std::sort(all.begin(), all.end());
     std::set<uint32_t> out;
     for (size_t i = 0; i < std::min(k, all.size()); ++i) out.insert(all[i].second);

@@ -151,7 +151,9 @@ TEST(CandidatesTest, AttentionIsOverExactlyWhatWasAllotted) {
       }
       std::vector<float> acc(3 * kHeadDim, 0.0f);
       std::vector<Partial> partials(3);
-      for (size_t i = 0; i < 3; ++i) partials[i].acc = std::span(acc).subspan(i * kHeadDim, kHeadDim);
+      for (size_t i = 0; i < 3; ++i) {
+        partials[i].acc = std::span(acc).subspan(i * kHeadDim, kHeadDim);
+      }
       AttendCandidates(c.view, c.queries, c.lists, allotment, partials);
       std::set<uint32_t> touched;
       for (uint32_t i = 0; i < 3; ++i) {

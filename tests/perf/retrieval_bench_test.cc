@@ -16,8 +16,8 @@
 namespace quarry::perf {
 namespace {
 
-// hnswlib takes its nodes' locks in any order while a graph is built: harmless on the one thread that
-// we build with, but ThreadSanitizer reports it hundreds of times, as a lock-order inversion.
+// hnswlib takes its nodes' locks in any order while a graph is built: harmless on the one thread
+// that we build with, but ThreadSanitizer reports it hundreds of times, as a lock-order inversion.
 #ifdef __SANITIZE_THREAD__
 constexpr bool kWithHnsw = false;
 #else
@@ -121,8 +121,8 @@ TEST(RetrievalBenchTest, RunsDoNotShowInAnExactBudget) {
     const std::vector<Row> cut = RowsOf(**bench, ExactSpec(), runs);
     ASSERT_EQ(cut.size(), one.size());
     for (size_t i = 0; i < cut.size(); ++i) {
-      // A mass that lands on the sought one within rounding may take a token more or less; the exact
-      // scan itself rounds by some 1e-6.
+      // A mass that lands on the sought one within rounding may take a token more or less; the
+      // exact scan itself rounds by some 1e-6.
       EXPECT_NEAR(cut[i].rel_l2, one[i].rel_l2, 0.02 * one[i].rel_l2 + 1e-5) << cut[i].budget;
       EXPECT_NEAR(cut[i].tokens_retrieved, one[i].tokens_retrieved, 1) << cut[i].budget;
     }
