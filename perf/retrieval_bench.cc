@@ -27,6 +27,7 @@
 #include "cpu_index/simd.h"
 #include "perf/retrieval/index_specs.h"
 #include "perf/retrieval/random_trace.h"
+#include "perf/retrieval/own_specs.h"
 #include "perf/retrieval/report.h"
 #include "perf/retrieval/row.h"
 #include "perf/retrieval/trace_bench.h"
@@ -49,6 +50,7 @@ struct Settings {
 
 std::vector<IndexSpec> ChosenSpecs(const Settings& settings) {
   std::vector<IndexSpec> all = {ExactSpec()};
+  for (IndexSpec& spec : OwnSpecs()) all.push_back(std::move(spec));
   for (IndexSpec& spec : BaselineSpecs(settings.seed)) all.push_back(std::move(spec));
   if (settings.indexes.empty()) return all;
   std::erase_if(all, [&](const IndexSpec& spec) {

@@ -1,0 +1,49 @@
+#include "perf/retrieval/own_specs.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "cpu_index/code_scan.h"
+
+namespace quarry::perf {
+namespace {
+
+std::vector<float> Scaled(const BuildInput& input) {
+  std::vector<float> out(input.train_queries.begin(), input.train_queries.end());
+  for (float& q : out) q *= input.scale;
+  return out;
+}
+
+// `aware`: built with the sampled queries; else from the keys alone.
+IndexSpec CodeScanSpec(bool aware) {
+  IndexSpec spec;
+  spec.name = aware ? "codes" : "codes/keys-only";
+  spec.build = [aware](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
+    const std::vector<float> queries = aware ? Scaled(input) : std::vector<float>();
+    absl::StatusOr<std::unique_ptr<CodeScan>> index = CodeScan::Build(input.run, queries);
+    if (!index.ok()) return index.status();
+    const uint64_t bytes = (*index)->memory_bytes();
+    return BuiltIndex{std::move(*index), bytes};
+  };
+  for (const uint32_t k : {100u, 1000u, 4000u}) {
+    for (const uint32_t factor : {1u, 4u}) {
+      spec.searches.push_back({absl::StrCat("rerank=", factor), Budget{Budget::Kind::kFixedK, k, 1},
+                               [k, factor](KeyIndex* index) {
+                                 static_cast<CodeScan*>(index)->set_candidates(factor * k);
+                               }});
+    }
+  }
+  spec.builds_on_one_thread = true;
+  return spec;
+}
+
+}  // namespace
+
+std::vector<IndexSpec> OwnSpecs() {
+  std::vector<IndexSpec> out;
+  out.push_back(CodeScanSpec(true));
+  out.push_back(CodeScanSpec(false));
+  return out;
+}
+
+}  // namespace quarry::perf
