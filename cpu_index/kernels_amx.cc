@@ -4,11 +4,11 @@
 namespace quarry::kernels {
 namespace {
 
-// Up to this many queries the vector kernels are faster than tiles that are mostly empty: at five
-// queries over bf16, 0.71 of the read bandwidth against 0.79 with tiles. fp16 is split into two
-// parts first: at eight, 0.68 against 0.48; at sixteen, 0.39 against 0.45.
-constexpr uint32_t kVectorQueriesBf16 = 4;
-constexpr uint32_t kVectorQueriesFp16 = 12;
+// Up to this many queries the vector kernels are faster than tiles that are mostly empty. fp16 is
+// split into two parts first: at eight queries, 0.58 of the read bandwidth against 0.52 with tiles;
+// at twelve, 0.44 against 0.49.
+constexpr uint32_t kVectorQueriesBf16 = 1;
+constexpr uint32_t kVectorQueriesFp16 = 8;
 
 bool UsesTiles(const AttendRun& a) {
   if (a.dtype == kFp32) return false;
@@ -68,9 +68,10 @@ void ScoreAmx(const ScoreTile& a) {
       const size_t half = next == nullptr || q0 > 0 ? 0 : size_t{kTileTokens} * a.head_dim;
       const auto next_at = reinterpret_cast<uintptr_t>(next);
       Fetcher fetcher{{next_at, next_at + half}, half};
-      ScoreTokens(ChunksOf(a.head_dim), q_parts, 1, KeysOf<kBf16>(at, a.head_dim, tokens, staging),
-                  queries, scores, &fetcher);
-      while (fetcher.left > 0) fetcher.Step<2>();
+      ScoreTokens(ChunksOf(a.head_dim), q_parts,
+                  KeysOf<kBf16, kTileTokens / 16>(at, a.head_dim, tokens, staging), queries, scores,
+                  &fetcher);
+      fetcher.Rest();
       StoreTile(a, scores, t0, q0);
     }
   }
