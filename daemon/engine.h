@@ -23,6 +23,7 @@ struct EngineOptions {
   uint32_t max_contexts = 1024;
   uint32_t max_sessions = 256;
   uint64_t max_pinned_bytes_per_tenant = 1ull << 30;
+  uint32_t max_pins_per_tenant = 4096;
   uint32_t executor_threads = 0;   // 0: one less than the cores, at least 1
   uint32_t run_tokens = 8192;      // of one index; a multiple of kBlockTokens
   uint32_t first_run_token = 128;  // the grid's origin: the static window's first part
