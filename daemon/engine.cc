@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <limits>
 #include <thread>
 #include <utility>
 
-#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "daemon/attend_batch.h"
@@ -250,8 +248,6 @@ class EngineImpl final : public Engine {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(session_id));
     return contexts_.Find(session->tenant(), context);
   }
-  // Bytes of those blocks of the tenant that are published.
-  uint64_t BytesOf(std::string_view tenant, std::span<const BlockId> blocks) const;
 
   // In order of use: what stands below may hold blocks, contexts or jobs of what stands above.
   const EngineOptions options_;
@@ -289,16 +285,7 @@ absl::StatusOr<uint64_t> EngineImpl::Pin(SessionId id, const PinRequest& request
   const absl::Time expires = request.ttl_ms == 0 ? absl::InfiniteFuture()
                                                  : absl::Now() + absl::Milliseconds(request.ttl_ms);
   QUARRY_RETURN_IF_ERROR(store_->Pin(session->tenant(), request.name, blocks, expires));
-  return BytesOf(session->tenant(), blocks);
-}
-
-uint64_t EngineImpl::BytesOf(std::string_view tenant, std::span<const BlockId> blocks) const {
-  const absl::flat_hash_set<BlockId> wanted(blocks.begin(), blocks.end());
-  uint64_t bytes = 0;
-  for (const BlockInfo& info : store_->List(tenant, std::numeric_limits<uint32_t>::max())) {
-    if (wanted.contains(info.id)) bytes += info.bytes;
-  }
-  return bytes;
+  return store_->PublishedBytes(session->tenant(), blocks);
 }
 
 absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& request) {
