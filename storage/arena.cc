@@ -328,7 +328,7 @@ ArenaStats Arena::Stats() const {
   stats.capacity_bytes = options_.capacity_bytes;
   stats.extent_bytes = extent_bytes_;
   stats.used_bytes = used_bytes_;
-  stats.extents = static_cast<uint32_t>(extents_.size());
+  stats.extents = extents_.size();
   stats.huge_page_bytes = huge_page_bytes_;
   stats.spare_bytes = spare_bytes_;
   stats.huge_page_fallbacks = huge_page_fallbacks_;

@@ -51,7 +51,7 @@ struct ExtentInfo {
 
 struct ArenaStats {
   uint64_t capacity_bytes = 0, extent_bytes = 0, used_bytes = 0;
-  uint32_t extents = 0;
+  uint64_t extents = 0;
   uint64_t huge_page_bytes = 0;
   uint64_t spare_bytes = 0;          // of extents in which nothing is used
   uint64_t huge_page_fallbacks = 0;  // extents that asked for huge pages and got small ones

@@ -118,6 +118,7 @@ TEST(MetricsTest, ThePageShowsWhatFlatShows) {
   EXPECT_THAT(page, HasSubstr("# TYPE quarry_shm_attend_latency_seconds histogram"));
   EXPECT_THAT(page, HasSubstr("quarry_shm_attend_latency_seconds_count 1"));
   EXPECT_THAT(page, HasSubstr("# TYPE quarry_store_hits_total counter"));
+  EXPECT_THAT(page, HasSubstr("# TYPE quarry_arena_used_bytes gauge"));
 }
 
 TEST(MetricsTest, APortInUseIsRefusedNamingIt) {
