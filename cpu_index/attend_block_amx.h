@@ -20,11 +20,11 @@ constexpr float kEmpty = -std::numeric_limits<float>::infinity();
 constexpr uint32_t kAttendTileTokens = 32;
 constexpr uint32_t kRows = 16;  // of a tile
 
-// Lines of the next tile's keys, and as many of its values, fetched at every step: as even in time
-// as can be, and together the tile's 128 at head_dim 128 and 16 queries.
-constexpr uint32_t kLinesPerKeyTile = 4;
-constexpr uint32_t kLinesPerPairOfRows = 2;
-constexpr uint32_t kLinesPerPairOfValues = 1;
+// Units of work for Fetcher, near the share of the time that each takes.
+constexpr uint32_t kKeyTileWork = 4;       // a tile of keys
+constexpr uint32_t kRegisterPairWork = 4;  // two registers of scores to weights
+constexpr uint32_t kStagePairWork = 1;     // a chunk of two tokens' values
+constexpr uint32_t kThirdOfAddWork = 2;    // a third of a chunk's products with values
 
 struct Shape {
   uint32_t chunks;    // of 32 dimensions
@@ -38,6 +38,14 @@ inline Shape ShapeOf(const AttendRun& a) {
   const uint32_t columns = a.queries <= 8 ? 8 : 16;
   return {ChunksOf(a.head_dim), a.q_parts, KvParts(a.dtype), columns,
           (a.queries + columns - 1) / columns};
+}
+
+// Units of work of one tile.
+inline size_t WorkOf(const Shape& s) {
+  const size_t score = 2 * s.chunks * s.kv_parts * kKeyTileWork;
+  const size_t weigh = s.columns * kRegisterPairWork;
+  const size_t add = 3 * s.chunks * s.kv_parts * kThirdOfAddWork;
+  return s.blocks * (score + weigh + add) + s.chunks * kAttendTileTokens / 2 * kStagePairWork;
 }
 
 // Registers 0 and 1 hold scores, 2 and 3 outputs, 4 and 5 keys or values, 6 queries, 7 weights.
@@ -206,7 +214,7 @@ inline void WeighRows(const float* scores, __m512 shift, __m512* sum, __m512i* h
   const __m512i half = _mm512_set1_epi32(0x8000);
 #pragma GCC unroll 8
   for (uint32_t i = 0; i < kRows / 2; ++i) {
-    fetcher->Step<kLinesPerPairOfRows>();
+    fetcher->Step<kRegisterPairWork>();
     __m512i top[2], rest[2];
 #pragma GCC unroll 2
     for (uint32_t j = 0; j < 2; ++j) {

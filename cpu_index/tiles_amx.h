@@ -152,29 +152,36 @@ TileKeys KeysOf(const uint16_t* k, uint32_t head_dim, uint32_t tokens, char* sta
   return keys;
 }
 
-// Memory that is wanted soon, fetched a few lines at a time beside the arithmetic. Fetches that
-// come in bursts would wait for each other, and the arithmetic for them.
-struct Fetcher {
-  uintptr_t at[2];  // two streams; may be the same
-  size_t left = 0;  // bytes of each
+// Memory that is wanted soon, fetched a few lines at a time beside the arithmetic, as evenly in
+// time as can be: few fetches can be under way, so those that come in bursts wait for each other
+// and the arithmetic for them, and memory that idles meanwhile never makes up for it. Two streams
+// (which may be halves of one) of `lines` lines each are spread over `units` of work.
+class Fetcher {
+ public:
+  Fetcher(const void* first, const void* second, size_t lines, size_t units)
+      : at_{reinterpret_cast<uintptr_t>(first), reinterpret_cast<uintptr_t>(second)},
+        pace_(static_cast<uint32_t>((lines * kOne + units - 1) / units)) {}
 
-  template <uint32_t kLines>  // of each stream; inlined as RowStream::FetchAhead
+  // After kUnits of work. Inlined as RowStream::FetchAhead.
+  template <uint32_t kUnits>
   [[gnu::always_inline]] void Step() {
-    if (left == 0) return;
-#pragma GCC unroll 2
-    for (uintptr_t& p : at) {
-#pragma GCC unroll 4
-      for (uint32_t i = 0; i < kLines; ++i) {
-        __builtin_prefetch(reinterpret_cast<const char*>(p + i * 64));
+    due_ += kUnits * pace_;
+    for (; due_ >= kOne; due_ -= kOne) {
+      for (uintptr_t& at : at_) {
+        __builtin_prefetch(reinterpret_cast<const char*>(at));
+        at += 64;
       }
-      p += kLines * 64;
     }
-    left = left > kLines * 64 ? left - kLines * 64 : 0;
   }
-  [[gnu::always_inline]] void Rest() {
-    while (left > 0) Step<2>();
-  }
+
+ private:
+  static constexpr uint32_t kOne = 256;  // a line
+  uintptr_t at_[2];
+  const uint32_t pace_;  // per unit
+  uint32_t due_ = 0;
 };
+
+constexpr uint32_t kScoreWork = 4;  // units per chunk
 
 // One chunk and part of the keys with kParts parts of the queries, for four groups of 16 tokens.
 template <int kParts>
@@ -183,7 +190,7 @@ inline void AddScores(const TileKeys& keys, const char* k, const char* q, Fetche
   if constexpr (kParts > 1) _tile_loadd(6, q + kTileBytes, 64);
   if constexpr (kParts > 2) _tile_loadd(7, q + 2 * kTileBytes, 64);
 #define QUARRY_ADD_GROUP(group)                             \
-  fetcher->Step<2>();                                       \
+  fetcher->Step<1>();                                       \
   _tile_loadd(4, k + (group)*keys.group_step, keys.stride); \
   _tile_dpbf16ps(group, 4, 5);                              \
   if constexpr (kParts > 1) _tile_dpbf16ps(group, 4, 6);    \
