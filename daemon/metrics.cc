@@ -34,6 +34,14 @@ constexpr Figure<ArenaStats> kArena[] = {
     {"quarry_arena_extent_bytes", "RAM in extents now", &ArenaStats::extent_bytes},
     {"quarry_arena_used_bytes", "RAM in slots in use", &ArenaStats::used_bytes},
     {"quarry_arena_huge_page_bytes", "extent bytes on huge pages", &ArenaStats::huge_page_bytes},
+    {"quarry_arena_committed_bytes", "RAM of extents, those being made and those on their way back",
+     &ArenaStats::committed_bytes},
+    {"quarry_arena_spare_bytes", "RAM in extents in which nothing is used",
+     &ArenaStats::spare_bytes},
+    {"quarry_arena_given_back_bytes_total", "bytes of extents given back to the system",
+     &ArenaStats::given_back_bytes},
+    {"quarry_arena_huge_page_fallbacks_total", "extents that got small pages for huge ones",
+     &ArenaStats::huge_page_fallbacks},
     {"quarry_arena_extents_count", "extents now", &ArenaStats::extents},
 };
 

@@ -106,6 +106,41 @@ std::string Scrape(int port) {
   return page;
 }
 
+class EngineWithArena : public FakeEngine {
+ public:
+  EngineStats Stats() const override {
+    EngineStats stats;
+    stats.store.arena = {.capacity_bytes = 1,
+                         .extent_bytes = 2,
+                         .used_bytes = 3,
+                         .extents = 4,
+                         .huge_page_bytes = 5,
+                         .spare_bytes = 6,
+                         .committed_bytes = 7,
+                         .given_back_bytes = 8,
+                         .huge_page_fallbacks = 9};
+    return stats;
+  }
+};
+
+TEST(MetricsTest, EveryFigureOfTheArenaIsShownUnderItsName) {
+  EngineWithArena engine;
+  const auto flat = Metrics(engine, [] { return 1.0; }).Flat();
+  std::map<std::string, double> arena;
+  for (const auto& [name, value] : flat) {
+    if (name.starts_with("quarry_arena_")) arena[name.substr(sizeof("quarry_arena_") - 1)] = value;
+  }
+  EXPECT_EQ(arena, (std::map<std::string, double>{{"capacity_bytes", 1},
+                                                  {"extent_bytes", 2},
+                                                  {"used_bytes", 3},
+                                                  {"extents_count", 4},
+                                                  {"huge_page_bytes", 5},
+                                                  {"spare_bytes", 6},
+                                                  {"committed_bytes", 7},
+                                                  {"given_back_bytes_total", 8},
+                                                  {"huge_page_fallbacks_total", 9}}));
+}
+
 TEST(MetricsTest, ThePageShowsWhatFlatShows) {
   FakeEngine engine;
   Metrics metrics(engine, [] { return 1.0; });
