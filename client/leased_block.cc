@@ -144,8 +144,9 @@ absl::StatusOr<std::unique_ptr<PendingLease>> AskForLease(const std::shared_ptr<
   QUARRY_ASSIGN_OR_RETURN(const ClientChannel::Slot slot, channel.Take());
   std::byte* at = channel.payload(slot);
   std::memcpy(at, &header, sizeof(header));
-  std::memcpy(at + sizeof(header), name_space.data(), name_space.size());
-  std::memcpy(at + sizeof(header) + name_space.size(), key.data(), key.size());
+  char* const names = reinterpret_cast<char*>(at + sizeof(header));
+  name_space.copy(names, name_space.size());  // memcpy would not take the null of an empty name
+  key.copy(names + name_space.size(), key.size());
   channel.Submit(slot, shm::Opcode::kLease, bytes);
   return std::make_unique<ShmPendingLease>(home, slot, verify);
 }
