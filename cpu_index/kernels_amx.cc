@@ -4,15 +4,16 @@
 namespace quarry::kernels {
 namespace {
 
-// Up to this many queries the vector kernels are faster than tiles that are mostly empty. fp16 is
-// split into two parts first: at eight queries, 0.58 of the read bandwidth against 0.52 with tiles;
-// at twelve, 0.44 against 0.49.
+// Up to this many queries the vector kernels are faster than tiles where keys have to be staged.
+// One query over bf16 at head_dim 48: 0.93 of the read bandwidth against 0.78 with tiles. fp16 is
+// split into two parts: at eight queries, 0.58 against 0.52; at twelve, 0.44 against 0.49.
 constexpr uint32_t kVectorQueriesBf16 = 1;
 constexpr uint32_t kVectorQueriesFp16 = 8;
 
 bool UsesTiles(const AttendRun& a) {
   if (a.dtype == kFp32) return false;
-  return a.queries > (a.dtype == kBf16 ? kVectorQueriesBf16 : kVectorQueriesFp16);
+  if (a.dtype == kFp16) return a.queries > kVectorQueriesFp16;
+  return a.queries > kVectorQueriesBf16 || a.head_dim % kChunkDims == 0;
 }
 
 size_t AttendScratchBytes(const AttendRun& a) {
