@@ -1,5 +1,6 @@
 #include "client/leased_block.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -11,10 +12,10 @@ namespace quarry {
 namespace {
 
 absl::Status WrongDigest(const ByteDigest& want, const ByteDigest& got, uint64_t bytes) {
-  return absl::DataLossError(absl::StrCat(
-      "block of ", bytes, " bytes has digest ", absl::Hex(got.high, absl::kZeroPad16),
-      absl::Hex(got.low, absl::kZeroPad16), ", expected ", absl::Hex(want.high, absl::kZeroPad16),
-      absl::Hex(want.low, absl::kZeroPad16)));
+  return absl::DataLossError(
+      absl::StrCat("block of ", bytes, " bytes has digest ", absl::Hex(got.high, absl::kZeroPad16),
+                   absl::Hex(got.low, absl::kZeroPad16), ", expected ",
+                   absl::Hex(want.high, absl::kZeroPad16), absl::Hex(want.low, absl::kZeroPad16)));
 }
 
 void Release(ClientChannel& channel, uint64_t lease) {
@@ -54,7 +55,7 @@ class ShmLeasedBlock final : public LeasedBlock {
     }
     const bool whole = out.size() == bytes_.size();
     if (!whole || verify_ == ClientOptions::Verify::kNever) {
-      std::memcpy(out.data(), bytes_.data() + offset, out.size());
+      std::copy_n(bytes_.begin() + static_cast<ptrdiff_t>(offset), out.size(), out.begin());
       return absl::OkStatus();
     }
     const ByteDigest got = CopyAndDigest(out.data(), bytes_.data(), out.size());
