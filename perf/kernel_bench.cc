@@ -5,7 +5,7 @@
 // m queries share the pass: the group of a KV head times the rows of a batch.
 // Floor: 2 * tokens * head_dim * element bytes over the read bandwidth. At head_dim 128 of bf16 a
 // token's 512 bytes take one core 34 ns from 15 GB/s; with AMX its arithmetic takes 16 ns for up to
-// 8 queries, 20 for 16 and 38 for 32 (from the second cache level). Prediction: at least 85% of the
+// 8 queries, 20 for 16 and 38 for 32 (from the second cache level). Expected: at least 85% of the
 // roof up to 16 queries, if fetches go on beside all of the arithmetic; not with 32.
 // Roof: the maximum over the same memory, 64 bytes a load. Ratios are of interleaved pairs. Times
 // are processor time of the slowest thread, so that other work on the machine's cores does not
