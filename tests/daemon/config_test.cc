@@ -243,6 +243,14 @@ TEST(ConfigTest, AMissingFileIsNotFound) {
   EXPECT_EQ(ReadConfig("/nonexistent/quarryd.toml").status().code(), absl::StatusCode::kNotFound);
 }
 
+TEST(ConfigTest, ADirectoryOrAFileWithoutEndIsRefusedByName) {
+  for (const std::string path : {"/", "/dev/zero"}) {
+    const absl::Status status = ReadConfig(path).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << path;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("the configuration file " + path));
+  }
+}
+
 TEST(ConfigTest, TheExampleNamesEveryKeyAndHoldsTheDefaults) {
   const std::string path = QUARRY_SOURCE_DIR "/deploy/quarryd.toml";
   const auto example = ReadConfig(path);
