@@ -24,16 +24,16 @@ static_assert(kGroups == 2, "scores and weights of a tile are laid out for two g
 // What the blocks share, behind them.
 struct Staging {
   char* k;        // for KeysOf
-  char* v;        // [2 chunks][part][even, odd], a tile each
+  char* v;        // a chunk's, [part][even, odd], a tile each
   float* scores;  // [32 * queries / 16][16 lanes]
 
   Staging(const AttendRun& a, char* at)
       : k(at),
         v(k + StagedKeyBytes(a.head_dim, a.dtype, kGroups)),
-        scores(reinterpret_cast<float*>(v + 2 * ChunkBytes(a.dtype))) {}
+        scores(reinterpret_cast<float*>(v + ChunkBytes(a.dtype))) {}
   static size_t ChunkBytes(uint8_t dtype) { return KvParts(dtype) * 2 * kTileBytes; }
   static size_t Bytes(const AttendRun& a) {
-    return StagedKeyBytes(a.head_dim, a.dtype, kGroups) + 2 * ChunkBytes(a.dtype) + 2 * kTileBytes;
+    return StagedKeyBytes(a.head_dim, a.dtype, kGroups) + ChunkBytes(a.dtype) + 2 * kTileBytes;
   }
 };
 
@@ -185,12 +185,11 @@ void AttendTile(const AttendRun& a, const Tile& tile, const Blocks& blocks, cons
     WeighTile<kColumns>(staging.scores, shift, block, fetcher);
   }
   for (uint32_t c = 0; c < s.chunks; ++c) {
-    char* v = staging.v + c % 2 * Staging::ChunkBytes(kDtype);
-    StageChunk<kDtype>(tile.v, a.head_dim, tile.tokens, c, v, fetcher);
+    StageChunk<kDtype>(tile.v, a.head_dim, tile.tokens, c, staging.v, fetcher);
     for (uint32_t b = 0; b < s.blocks; ++b) {
       Block* block = blocks[b];
       if (!block->wanted) continue;
-      AddChunk<kDtype == kFp16 ? 2 : 1>(block->weights(), v, block->o(s, 2 * c),
+      AddChunk<kDtype == kFp16 ? 2 : 1>(block->weights(), staging.v, block->o(s, 2 * c),
                                         block->o(s, 2 * c + 1), fetcher);
     }
   }

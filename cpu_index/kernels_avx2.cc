@@ -1,7 +1,7 @@
 // AVX2 with FMA and F16C: eight floats.
 #include <immintrin.h>
 
-#include "cpu_index/kernels_vector.h"
+#include "cpu_index/attend_vector.h"
 
 namespace quarry::kernels {
 namespace {
