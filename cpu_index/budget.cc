@@ -19,8 +19,8 @@ struct Node {
 };
 
 std::span<const float> RowOf(const RunScores& run) {
-  return std::span(run.coarse->score).subspan(size_t{run.query} * run.coarse->nodes,
-                                              run.coarse->nodes);
+  return std::span(run.coarse->score)
+      .subspan(size_t{run.query} * run.coarse->nodes, run.coarse->nodes);
 }
 
 uint32_t WeightOf(const CoarseScores& coarse, size_t node) {
