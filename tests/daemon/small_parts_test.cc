@@ -89,13 +89,19 @@ TEST(MetricsTest, FlatNamesFollowTheScheme) {
 }
 
 // What a scraper reads over HTTP.
-std::string Scrape(int port) {
-  const FileDescriptor fd(socket(AF_INET, SOCK_STREAM, 0));
+FileDescriptor ConnectTo(int port) {
+  FileDescriptor fd(socket(AF_INET, SOCK_STREAM, 0));
   sockaddr_in address{};
   address.sin_family = AF_INET;
   address.sin_port = htons(static_cast<uint16_t>(port));
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  if (connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) return "";
+  if (connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) fd.Reset();
+  return fd;
+}
+
+std::string Scrape(int port) {
+  const FileDescriptor fd = ConnectTo(port);
+  if (!fd.valid()) return "";
   const std::string get = "GET /metrics HTTP/1.0\r\n\r\n";
   if (send(fd.get(), get.data(), get.size(), 0) < 0) return "";
   std::string page;
@@ -154,6 +160,18 @@ TEST(MetricsTest, ThePageShowsWhatFlatShows) {
   EXPECT_THAT(page, HasSubstr("quarry_shm_attend_latency_seconds_count 1"));
   EXPECT_THAT(page, HasSubstr("# TYPE quarry_store_hits_total counter"));
   EXPECT_THAT(page, HasSubstr("# TYPE quarry_arena_used_bytes gauge"));
+}
+
+TEST(MetricsTest, SilentConnectionsHoldThePageUpForSecondsAtMost) {
+  FakeEngine engine;
+  Metrics metrics(engine, [] { return 1.0; });
+  auto server = MetricsServer::Start({"127.0.0.1:0", false}, metrics);
+  ASSERT_TRUE(server.ok()) << server.status();
+  std::vector<FileDescriptor> silent;
+  for (int i = 0; i < 6; ++i) silent.push_back(ConnectTo((*server)->port()));
+  const absl::Time start = absl::Now();
+  EXPECT_THAT(Scrape((*server)->port()), HasSubstr("quarry_arena_used_bytes"));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(20));
 }
 
 TEST(MetricsTest, APortInUseIsRefusedNamingIt) {
