@@ -103,13 +103,7 @@ class ShmClient final : public Client {
 
   absl::Status Append(const AppendRequest& request) override {
     QUARRY_ASSIGN_OR_RETURN(KvShape shape, Shape(request.context));
-    if (request.new_token_ids.empty() || request.new_token_ids.size() == request.range.size()) {
-      return SendAppend(channel_, shape, request);
-    }
-    QUARRY_RETURN_IF_ERROR(DeclareTokens(request.context, request.new_token_ids));
-    AppendRequest without_ids = request;
-    without_ids.new_token_ids = {};
-    return SendAppend(channel_, shape, without_ids);
+    return SendAppend(channel_, shape, request);
   }
 
   absl::StatusOr<ContextInfo> Seal(ContextId context) override {
