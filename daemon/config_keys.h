@@ -27,6 +27,8 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Count("engine.first_run_token", c.engine.first_run_token, 0, 1u << 20);
   v.Count("engine.task_tokens", c.engine.task_tokens, 256, 1u << 20);
   v.Bytes("engine.inline_bytes", c.engine.inline_bytes, 0, 1024 * kMiB);
+  v.Bytes("engine.max_attend_scratch_bytes", c.engine.max_attend_scratch_bytes, 16 * kMiB,
+          kTiB);
   v.Count("engine.max_queued_batches", c.engine.max_queued_batches, 1, 1u << 20);
   v.Count("engine.max_leases_per_session", c.engine.max_leases_per_session, 1, 1u << 24);
   v.Count("engine.max_context_tokens", c.engine.max_context_tokens, 256, 1u << 30);

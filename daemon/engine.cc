@@ -252,6 +252,7 @@ class EngineImpl final : public Engine {
   // In order of use: what stands below may hold blocks, contexts or jobs of what stands above.
   const EngineOptions options_;
   EngineCounters counters_;
+  std::atomic<uint64_t> scratch_bytes_{0};  // of attends in flight
   std::atomic<bool> draining_{false};
   const std::unique_ptr<BlockStore> store_;
   RunRegistry runs_;
@@ -315,7 +316,8 @@ void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
   }
   const auto batch = std::make_shared<AttendBatch>(
       AttendBatch::Params{*std::move(session), rows, answers, std::move(done), options_.task_tokens,
-                          options_.inline_bytes, &counters_},
+                          options_.inline_bytes, options_.max_attend_scratch_bytes,
+                          &scratch_bytes_, &counters_},
       contexts_);
   batch->Start(executor_);
 }

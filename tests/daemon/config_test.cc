@@ -112,6 +112,7 @@ TEST(ConfigTest, EveryWrongValueIsRefusedNamingKeyAndValue) {
       {"engine", "task_tokens", "1"},
       {"engine", "task_tokens", "300"},
       {"engine", "inline_bytes", "\"2GiB\""},
+      {"engine", "max_attend_scratch_bytes", "\"1MiB\""},
       {"engine", "max_queued_batches", "0"},
       {"engine", "max_leases_per_session", "0"},
       {"engine", "max_context_tokens", "1"},

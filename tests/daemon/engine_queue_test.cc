@@ -39,5 +39,33 @@ TEST_F(EngineQueueTest, AnAttendThatMeetsAFullQueueIsRefusedAndLaterOnesAreServe
   EXPECT_LE(WorstError(data, *later), 1e-3);
 }
 
+TEST_F(EngineQueueTest, ARowWhoseScratchPassesTheLimitStoresNoTokenAndSmallerOnesAreServed) {
+  EngineOptions options = SmallOptions();
+  options.max_attend_scratch_bytes = 64 << 10;
+  Start(options);
+  const KvData data(SmallShape(), 5001, TestSeed());
+  const ContextId context =
+      OpenAndFill(session_, OpenFor(SmallModel(), Tokens(5000), 5001), data).context;
+  OwnedRow row(SmallShape(), context, 0, {0, 5001}, TestSeed());
+  row.row.budget = {Budget::Kind::kFixedK, 10, 1.0f};  // scores of every token
+  row.row.has_token = true;
+  row.row.token_position = 5000;
+  row.row.k = data.k(0, 5000);
+  row.row.v = data.v(0, 5000);
+  for (int i = 0; i < 2; ++i) {  // what was charged is given back
+    absl::Notification done;
+    engine_->Attend(session_, {&row.row, 1}, {&row.answer, 1}, [&] { done.Notify(); });
+    done.WaitForNotification();
+    EXPECT_TRUE(absl::IsResourceExhausted(row.answer.status)) << row.answer.status;
+    EXPECT_THAT(std::string(row.answer.status.message()),
+                ::testing::HasSubstr("max_attend_scratch_bytes is 65536"));
+  }
+  const auto beyond = AttendOne(*engine_, session_, SmallShape(), context, 0, {0, 5001}, 3);
+  EXPECT_TRUE(absl::IsInvalidArgument(beyond->answer.status)) << "no token was stored";
+  const auto exact = AttendOne(*engine_, session_, SmallShape(), context, 0, {0, 5000}, 2);
+  ASSERT_TRUE(exact->answer.status.ok()) << exact->answer.status;
+  EXPECT_LE(WorstError(data, *exact), 1e-3);
+}
+
 }  // namespace
 }  // namespace quarry
