@@ -29,9 +29,15 @@ class Piece {
     end_ = Align(shm::kSlotPayload + sizeof(header_));
     header_.k_offset = Place(kv);
     header_.v_offset = Place(kv);
-    if (!request.new_token_ids.empty()) {
-      header_.new_token_ids = hi - lo;
-      header_.ids_offset = Place(uint64_t{hi - lo} * 4);
+    // The ids end where the range does, and begin where the daemon's knowledge ends, which may be
+    // before the range: the first piece brings those as well.
+    const auto ids = static_cast<uint32_t>(request.new_token_ids.size());
+    const uint32_t ids_lo = request.range.hi - ids;
+    const uint32_t from = lo == request.range.lo ? ids_lo : std::max(ids_lo, lo);
+    if (from < hi) {
+      first_id_ = from - ids_lo;
+      header_.new_token_ids = hi - from;
+      header_.ids_offset = Place(uint64_t{header_.new_token_ids} * 4);
     }
     if (lo == request.range.lo && !request.query_positions.empty()) {
       header_.query_samples = static_cast<uint32_t>(request.query_positions.size());
@@ -52,7 +58,8 @@ class Piece {
     copy(header_.k_offset, request_.k, first * token_bytes_, tokens * token_bytes_);
     copy(header_.v_offset, request_.v, first * token_bytes_, tokens * token_bytes_);
     if (header_.new_token_ids > 0) {
-      copy(header_.ids_offset, request_.new_token_ids.data(), first * 4, tokens * 4);
+      copy(header_.ids_offset, request_.new_token_ids.data(), uint64_t{first_id_} * 4,
+           uint64_t{header_.new_token_ids} * 4);
     }
     if (header_.query_samples > 0) {
       copy(header_.samples_offset, request_.query_samples, 0, sample_bytes_);
@@ -70,6 +77,7 @@ class Piece {
   const AppendRequest& request_;
   const uint32_t lo_, hi_;
   shm::AppendHeader header_{};
+  uint32_t first_id_ = 0;
   uint64_t token_bytes_ = 0, sample_bytes_ = 0, end_ = 0;
 };
 
@@ -83,9 +91,10 @@ absl::Status SendAppend(ClientChannel& channel, const KvShape& shape,
         "append of tokens [", request.range.lo, ", ", request.range.hi, ") and ",
         request.kv_heads, " KV heads of ", shape.kv_heads, " without data or with wrong sizes"));
   }
-  if (!request.new_token_ids.empty() && request.new_token_ids.size() != request.range.size()) {
-    return absl::InvalidArgumentError(absl::StrCat(request.new_token_ids.size(), " token ids for ",
-                                                   request.range.size(), " tokens"));
+  if (request.new_token_ids.size() > request.range.hi) {
+    return absl::InvalidArgumentError(absl::StrCat(request.new_token_ids.size(),
+                                                   " token ids for tokens up to ",
+                                                   request.range.hi));
   }
   for (uint32_t lo = request.range.lo; lo < request.range.hi;) {
     uint32_t hi = request.range.hi;

@@ -115,7 +115,9 @@ void AttendMessage::ReadAnswers(const std::byte* slot_start, uint32_t generation
                                                           pod.generation, ", not ", generation));
     } else if (pod.status != 0) {
       answer.status = absl::Status(static_cast<absl::StatusCode>(pod.status),
-                                   absl::StrCat("attend row ", i, " was refused by the daemon"));
+                                   absl::StrCat("attend row ", i, " was refused by the daemon: ",
+                                                absl::StatusCodeToString(
+                                                    static_cast<absl::StatusCode>(pod.status))));
     } else if (answer.o.size_bytes() != b.o_bytes || answer.lse.size_bytes() != b.lse_bytes) {
       answer.status = absl::InvalidArgumentError(absl::StrCat(
           "attend row ", i, " has ", answer.o.size_bytes(), " and ", answer.lse.size_bytes(),

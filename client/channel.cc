@@ -207,7 +207,10 @@ void ClientChannel::RingIfParked() {
 }
 
 void ClientChannel::Arm(bool armed) {
-  channel_->armed.store(armed ? 1 : 0, std::memory_order_relaxed);
+  absl::MutexLock lock(&submit_mutex_);
+  if (!armed && armed_by_ == 0) return;
+  armed_by_ += armed ? 1 : -1;
+  channel_->armed.store(armed_by_ > 0 ? 1 : 0, std::memory_order_relaxed);
   if (armed) RingIfParked();
 }
 

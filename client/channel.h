@@ -110,6 +110,7 @@ class ClientChannel {
   std::vector<uint32_t> generations_ ABSL_GUARDED_BY(mutex_);  // last one of each slot
   absl::Mutex submit_mutex_;
   uint64_t cursor_ ABSL_GUARDED_BY(submit_mutex_) = 0;
+  int armed_by_ ABSL_GUARDED_BY(submit_mutex_) = 0;  // threads with a token in flight
 };
 
 }  // namespace quarry

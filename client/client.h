@@ -125,7 +125,8 @@ class Client {
   // PermissionDenied unless the caller is the daemon's own user or an administrator.
   virtual absl::Status Drain() = 0;
 
-  // Arms the daemon's poller for one token: it spins until Disarm.
+  // Arms the daemon's poller for one token: it spins until Disarm. Counted: several threads'
+  // tokens may be in flight.
   virtual void Arm() = 0;
   virtual void Disarm() = 0;
   // Buffers of rows and answers are the caller's and are copied through the slot.

@@ -1,5 +1,6 @@
 #include "client/leased_block.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -11,10 +12,10 @@ namespace quarry {
 namespace {
 
 absl::Status WrongDigest(const ByteDigest& want, const ByteDigest& got, uint64_t bytes) {
-  return absl::DataLossError(absl::StrCat(
-      "block of ", bytes, " bytes has digest ", absl::Hex(got.high, absl::kZeroPad16),
-      absl::Hex(got.low, absl::kZeroPad16), ", expected ", absl::Hex(want.high, absl::kZeroPad16),
-      absl::Hex(want.low, absl::kZeroPad16)));
+  return absl::DataLossError(
+      absl::StrCat("block of ", bytes, " bytes has digest ", absl::Hex(got.high, absl::kZeroPad16),
+                   absl::Hex(got.low, absl::kZeroPad16), ", expected ",
+                   absl::Hex(want.high, absl::kZeroPad16), absl::Hex(want.low, absl::kZeroPad16)));
 }
 
 void Release(ClientChannel& channel, uint64_t lease) {
@@ -54,7 +55,7 @@ class ShmLeasedBlock final : public LeasedBlock {
     }
     const bool whole = out.size() == bytes_.size();
     if (!whole || verify_ == ClientOptions::Verify::kNever) {
-      std::memcpy(out.data(), bytes_.data() + offset, out.size());
+      std::copy_n(bytes_.begin() + static_cast<ptrdiff_t>(offset), out.size(), out.begin());
       return absl::OkStatus();
     }
     const ByteDigest got = CopyAndDigest(out.data(), bytes_.data(), out.size());
@@ -144,8 +145,9 @@ absl::StatusOr<std::unique_ptr<PendingLease>> AskForLease(const std::shared_ptr<
   QUARRY_ASSIGN_OR_RETURN(const ClientChannel::Slot slot, channel.Take());
   std::byte* at = channel.payload(slot);
   std::memcpy(at, &header, sizeof(header));
-  std::memcpy(at + sizeof(header), name_space.data(), name_space.size());
-  std::memcpy(at + sizeof(header) + name_space.size(), key.data(), key.size());
+  char* const names = reinterpret_cast<char*>(at + sizeof(header));
+  name_space.copy(names, name_space.size());  // memcpy would not take the null of an empty name
+  key.copy(names + name_space.size(), key.size());
   channel.Submit(slot, shm::Opcode::kLease, bytes);
   return std::make_unique<ShmPendingLease>(home, slot, verify);
 }

@@ -38,7 +38,7 @@ typedef struct {
   size_t struct_bytes; /* sizeof(quarry_model): tells versions of this structure apart */
   const char* name;    /* for people */
   uint32_t layers, heads, kv_heads, head_dim;
-  quarry_dtype kv_dtype;
+  uint32_t kv_dtype;   /* quarry_dtype */
   uint8_t weights_digest[32];
   uint8_t tokenizer_digest[32]; /* all zero: none */
   /* The rotary embedding as applied; its digest is part of every block's identity. */
@@ -56,10 +56,10 @@ typedef struct {
   uint32_t layer;
   uint32_t token_lo, token_hi;  /* what is attended */
   uint32_t first_head, heads;   /* query heads, whole groups of a KV head */
-  quarry_budget_kind budget_kind;
+  uint32_t budget_kind;         /* quarry_budget_kind */
   uint32_t budget_k;
   float budget_mass;
-  quarry_dtype q_dtype;
+  uint32_t q_dtype;             /* quarry_dtype */
   const void* q;                /* [heads][head_dim], after RoPE */
   int has_token;                /* the new token's K and V are stored first */
   uint32_t token_position;

@@ -43,8 +43,8 @@ absl::Status Wrong(const char* what, uint64_t value) {
 }
 
 // Numbers that are narrower inside are checked while they are wide: 258 is no fp16.
-absl::StatusOr<quarry::DType> DTypeOf(const char* what, int64_t value) {
-  if (value < 1 || value > 3) return Wrong(what, static_cast<uint64_t>(value));
+absl::StatusOr<quarry::DType> DTypeOf(const char* what, uint32_t value) {
+  if (value < 1 || value > 3) return Wrong(what, value);
   return static_cast<quarry::DType>(value);
 }
 
@@ -85,8 +85,7 @@ absl::StatusOr<quarry::ModelSpec> SpecOf(const quarry_model* m) {
 
 absl::StatusOr<quarry::AttendRow> RowOf(const quarry_row& r) {
   if (r.struct_bytes != sizeof(quarry_row)) return Wrong("quarry_row.struct_bytes", r.struct_bytes);
-  const int64_t kind = r.budget_kind;
-  if (kind < 0 || kind > 2) return Wrong("quarry_row.budget_kind", static_cast<uint64_t>(kind));
+  if (r.budget_kind > 2) return Wrong("quarry_row.budget_kind", r.budget_kind);
   absl::StatusOr<quarry::DType> q_dtype = DTypeOf("quarry_row.q_dtype", r.q_dtype);
   if (!q_dtype.ok()) return q_dtype.status();
   quarry::AttendRow row;

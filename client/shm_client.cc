@@ -103,13 +103,7 @@ class ShmClient final : public Client {
 
   absl::Status Append(const AppendRequest& request) override {
     QUARRY_ASSIGN_OR_RETURN(KvShape shape, Shape(request.context));
-    if (request.new_token_ids.empty() || request.new_token_ids.size() == request.range.size()) {
-      return SendAppend(channel_, shape, request);
-    }
-    QUARRY_RETURN_IF_ERROR(DeclareTokens(request.context, request.new_token_ids));
-    AppendRequest without_ids = request;
-    without_ids.new_token_ids = {};
-    return SendAppend(channel_, shape, without_ids);
+    return SendAppend(channel_, shape, request);
   }
 
   absl::StatusOr<ContextInfo> Seal(ContextId context) override {
@@ -225,8 +219,9 @@ class ShmClient final : public Client {
     }
     QUARRY_ASSIGN_OR_RETURN(ClientChannel::Slot slot, channel_.Take());
     std::byte* start = channel_.slot_start(slot);
-    std::memcpy(start + names, engine_namespace.data(), engine_namespace.size());
-    std::memcpy(start + names + engine_namespace.size(), key.data(), key.size());
+    char* const names_at = reinterpret_cast<char*>(start + names);
+    engine_namespace.copy(names_at, engine_namespace.size());
+    key.copy(names_at + engine_namespace.size(), key.size());
     if (options_.verify == ClientOptions::Verify::kAlways) {
       const ByteDigest digest =
           CopyAndDigest(start + header.data_offset, bytes.data(), bytes.size());
@@ -234,7 +229,7 @@ class ShmClient final : public Client {
       header.digest_high = digest.high;
       header.has_digest = 1;
     } else {
-      std::memcpy(start + header.data_offset, bytes.data(), bytes.size());
+      std::copy(bytes.begin(), bytes.end(), start + header.data_offset);
     }
     std::memcpy(start + shm::kSlotPayload, &header, sizeof(header));
     channel_.Submit(slot, shm::Opcode::kPut, request_bytes);

@@ -5,15 +5,16 @@
 namespace quarry::kernels {
 namespace {
 
-// Up to this many queries the vector kernels are faster than tiles that are mostly empty: at five
-// queries over bf16, 0.71 of the read bandwidth against 0.79 with tiles. fp16 is split into two
-// parts first: at eight, 0.68 against 0.48; at sixteen, 0.39 against 0.45.
-constexpr uint32_t kVectorQueriesBf16 = 4;
-constexpr uint32_t kVectorQueriesFp16 = 12;
+// Up to this many queries the vector kernels are faster than tiles where keys have to be staged.
+// One query over bf16 at head_dim 48: 0.93 of the read bandwidth against 0.78 with tiles. fp16 is
+// split into two parts: at eight queries, 0.58 against 0.52; at twelve, 0.44 against 0.49.
+constexpr uint32_t kVectorQueriesBf16 = 1;
+constexpr uint32_t kVectorQueriesFp16 = 8;
 
 bool UsesTiles(const AttendRun& a) {
   if (a.dtype == kFp32) return false;
-  return a.queries > (a.dtype == kBf16 ? kVectorQueriesBf16 : kVectorQueriesFp16);
+  if (a.dtype == kFp16) return a.queries > kVectorQueriesFp16;
+  return a.queries > kVectorQueriesBf16 || a.head_dim % kChunkDims == 0;
 }
 
 size_t AttendScratchBytes(const AttendRun& a) {
@@ -26,9 +27,11 @@ void AttendAmx(const AttendRun& a) {
   AttendWithTiles<kFp16>(a);
 }
 
+constexpr uint32_t kStoreWork = 4;  // units of work per 16 tokens
+
 // Scores [64 tokens][16 queries] of tokens from `first` on, scaled, into the rows of a.out.
-void StoreTile(const ScoreTile& a, const float* scores, uint32_t first_token,
-               uint32_t first_query) {
+void StoreTile(const ScoreTile& a, const float* scores, uint32_t first_token, uint32_t first_query,
+               Fetcher* fetcher) {
   const __m512 scale = _mm512_set1_ps(a.scale);
   const uint32_t queries = a.queries - first_query < 16 ? a.queries - first_query : 16;
   for (uint32_t t = first_token; t < a.tokens && t < first_token + kTileTokens; t += 16) {
@@ -36,6 +39,7 @@ void StoreTile(const ScoreTile& a, const float* scores, uint32_t first_token,
     for (uint32_t i = 0; i < 16; ++i) {
       rows[i] = _mm512_load_si512(scores + (t - first_token + i) * 16);
     }
+    fetcher->Step<kStoreWork>();
     Transpose16(rows, columns);
     const uint32_t tokens = a.tokens - t < 16 ? a.tokens - t : 16;
     const __mmask16 mask = static_cast<__mmask16>((1u << tokens) - 1);
@@ -48,7 +52,7 @@ void StoreTile(const ScoreTile& a, const float* scores, uint32_t first_token,
 
 // Always tiles for bf16 keys, however few the queries, and never for others: a score must not
 // depend on what else is in the batch, as budgets compare scores of different batches. One query
-// loses little (0.85 against 0.88 of the read bandwidth), eight gain (0.79 against 0.57); fp16 keys
+// loses little (0.85 against 0.88 of the read bandwidth), eight gain (0.84 against 0.57); fp16 keys
 // gain nothing before sixteen.
 void ScoreAmx(const ScoreTile& a) {
   if (a.dtype != kBf16) return ScoreAvx512(a);
@@ -67,12 +71,12 @@ void ScoreAmx(const ScoreTile& a) {
       const void* next = t0 + tokens < a.tokens ? at + size_t{tokens} * a.head_dim : a.next;
       // One stream, as halves.
       const size_t half = next == nullptr || q0 > 0 ? 0 : size_t{kTileTokens} * a.head_dim;
-      const auto next_at = reinterpret_cast<uintptr_t>(next);
-      Fetcher fetcher{{next_at, next_at + half}, half};
-      ScoreTokens(ChunksOf(a.head_dim), q_parts, 1, KeysOf<kBf16>(at, a.head_dim, tokens, staging),
-                  queries, scores, &fetcher);
-      while (fetcher.left > 0) fetcher.Step<2>();
-      StoreTile(a, scores, t0, q0);
+      Fetcher fetcher(next, static_cast<const char*>(next) + half, half / 64,
+                      ChunksOf(a.head_dim) * kScoreWork + kTileTokens / 16 * kStoreWork);
+      ScoreTokens(ChunksOf(a.head_dim), q_parts,
+                  KeysOf<kBf16, kTileTokens / 16>(at, a.head_dim, tokens, staging), queries, scores,
+                  &fetcher);
+      StoreTile(a, scores, t0, q0, &fetcher);
     }
   }
   _tile_release();

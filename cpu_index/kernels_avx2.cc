@@ -1,8 +1,8 @@
 // AVX2 with FMA and F16C: eight floats.
 #include <immintrin.h>
 
+#include "cpu_index/attend_vector.h"
 #include "cpu_index/codes_scalar.h"
-#include "cpu_index/kernels_vector.h"
 
 namespace quarry::kernels {
 namespace {

@@ -52,10 +52,14 @@ std::vector<SimdLevel> DetectLevels() {
 
 std::string_view SimdLevelName(SimdLevel level) {
   switch (level) {
-    case SimdLevel::kScalar: return "scalar";
-    case SimdLevel::kAvx2: return "avx2";
-    case SimdLevel::kAvx512: return "avx512";
-    case SimdLevel::kAmx: return "amx";
+    case SimdLevel::kScalar:
+      return "scalar";
+    case SimdLevel::kAvx2:
+      return "avx2";
+    case SimdLevel::kAvx512:
+      return "avx512";
+    case SimdLevel::kAmx:
+      return "amx";
   }
   return "unknown";
 }
@@ -82,16 +86,20 @@ absl::StatusOr<SimdLevel> ChooseSimdLevel() {
 
 const kernels::Table& KernelsOf(SimdLevel level) {
   switch (level) {
-    case SimdLevel::kScalar: return kernels::ScalarTable();
-    case SimdLevel::kAvx2: return kernels::Avx2Table();
-    case SimdLevel::kAvx512: return kernels::Avx512Table();
-    case SimdLevel::kAmx: return kernels::AmxTable();
+    case SimdLevel::kScalar:
+      return kernels::ScalarTable();
+    case SimdLevel::kAvx2:
+      return kernels::Avx2Table();
+    case SimdLevel::kAvx512:
+      return kernels::Avx512Table();
+    case SimdLevel::kAmx:
+      return kernels::AmxTable();
   }
   return kernels::ScalarTable();
 }
 
 const kernels::Table& Kernels() {
-  static const kernels::Table& table = [] () -> const kernels::Table& {
+  static const kernels::Table& table = []() -> const kernels::Table& {
     absl::StatusOr<SimdLevel> level = ChooseSimdLevel();
     QUARRY_CHECK(level.ok());
     return KernelsOf(*level);

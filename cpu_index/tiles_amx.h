@@ -111,29 +111,31 @@ inline void SplitParts(__m512i x, __m512i* parts) {
   }
 }
 
-// The keys of 64 tokens for tile loads: rows `stride` bytes apart; chunks of dimensions, groups of
-// 16 tokens and parts by their own steps.
+// The keys of some groups of 16 tokens for tile loads: rows `stride` bytes apart; chunks of
+// dimensions, groups of 16 tokens and parts by their own steps.
 struct TileKeys {
   const char* at;
   size_t stride, chunk_step, group_step, part_step;
 };
 
-// Bytes to stage the keys of a tile.
-inline size_t StagedKeyBytes(uint32_t head_dim, uint8_t dtype) {
-  return size_t{KvParts(dtype)} * ChunksOf(head_dim) * 4 * kTileBytes;
+// Bytes to stage the keys of some groups of 16 tokens.
+inline size_t StagedKeyBytes(uint32_t head_dim, uint8_t dtype, uint32_t groups) {
+  return size_t{KvParts(dtype)} * ChunksOf(head_dim) * groups * kTileBytes;
 }
 
 // Where all rows are whole chunks of bf16, tiles are loaded from the keys as they lie. Else they
 // are staged; tokens past the end and dimensions past head_dim are 0.
-template <uint8_t kDtype>
+template <uint8_t kDtype, uint32_t kGroupsOf16>
 TileKeys KeysOf(const uint16_t* k, uint32_t head_dim, uint32_t tokens, char* staging) {
-  if (kDtype == kBf16 && tokens == kTileTokens && head_dim % kChunkDims == 0) {
+  constexpr uint32_t kAll = kGroupsOf16 * 16;
+  if (kDtype == kBf16 && tokens == kAll && head_dim % kChunkDims == 0) {
     return {reinterpret_cast<const char*>(k), size_t{head_dim} * 2, 64, size_t{head_dim} * 32, 0};
   }
   constexpr uint32_t kParts = kDtype == kFp16 ? 2 : 1;
   const uint32_t chunks = ChunksOf(head_dim);
-  const TileKeys keys = {staging, 64, kTileBytes, chunks * kTileBytes, 4 * chunks * kTileBytes};
-  for (uint32_t t = 0; t < kTileTokens; ++t) {
+  const TileKeys keys = {staging, 64, kTileBytes, chunks * kTileBytes,
+                         kGroupsOf16 * chunks * kTileBytes};
+  for (uint32_t t = 0; t < kAll; ++t) {
     const bool there = t < tokens;
     const uint16_t* row = k + size_t{there ? t : 0} * head_dim;
     char* at = staging + t / 16 * keys.group_step + t % 16 * 64;
@@ -150,26 +152,36 @@ TileKeys KeysOf(const uint16_t* k, uint32_t head_dim, uint32_t tokens, char* sta
   return keys;
 }
 
-// Memory that is wanted soon, fetched a few lines at a time beside the arithmetic. Fetches that
-// come in bursts would wait for each other, and the arithmetic for them.
-struct Fetcher {
-  uintptr_t at[2];  // two streams; may be the same
-  size_t left = 0;  // bytes of each
+// Memory that is wanted soon, fetched a few lines at a time beside the arithmetic, as evenly in
+// time as can be: few fetches can be under way, so those that come in bursts wait for each other
+// and the arithmetic for them, and memory that idles meanwhile never makes up for it. Two streams
+// (which may be halves of one) of `lines` lines each are spread over `units` of work.
+class Fetcher {
+ public:
+  Fetcher(const void* first, const void* second, size_t lines, size_t units)
+      : at_{reinterpret_cast<uintptr_t>(first), reinterpret_cast<uintptr_t>(second)},
+        pace_(static_cast<uint32_t>((lines * kOne + units - 1) / units)) {}
 
-  template <uint32_t kLines>  // of each stream; inlined as RowStream::FetchAhead
+  // After kUnits of work. Inlined as RowStream::FetchAhead.
+  template <uint32_t kUnits>
   [[gnu::always_inline]] void Step() {
-    if (left == 0) return;
-#pragma GCC unroll 2
-    for (uintptr_t& p : at) {
-#pragma GCC unroll 4
-      for (uint32_t i = 0; i < kLines; ++i) {
-        __builtin_prefetch(reinterpret_cast<const char*>(p + i * 64));
+    due_ += kUnits * pace_;
+    for (; due_ >= kOne; due_ -= kOne) {
+      for (uintptr_t& at : at_) {
+        __builtin_prefetch(reinterpret_cast<const char*>(at));
+        at += 64;
       }
-      p += kLines * 64;
     }
-    left = left > kLines * 64 ? left - kLines * 64 : 0;
   }
+
+ private:
+  static constexpr uint32_t kOne = 256;  // a line
+  uintptr_t at_[2];
+  const uint32_t pace_;  // per unit
+  uint32_t due_ = 0;
 };
+
+constexpr uint32_t kScoreWork = 4;  // units per chunk
 
 // One chunk and part of the keys with kParts parts of the queries, for four groups of 16 tokens.
 template <int kParts>
@@ -178,7 +190,7 @@ inline void AddScores(const TileKeys& keys, const char* k, const char* q, Fetche
   if constexpr (kParts > 1) _tile_loadd(6, q + kTileBytes, 64);
   if constexpr (kParts > 2) _tile_loadd(7, q + 2 * kTileBytes, 64);
 #define QUARRY_ADD_GROUP(group)                             \
-  fetcher->Step<2>();                                       \
+  fetcher->Step<1>();                                       \
   _tile_loadd(4, k + (group)*keys.group_step, keys.stride); \
   _tile_dpbf16ps(group, 4, 5);                              \
   if constexpr (kParts > 1) _tile_dpbf16ps(group, 4, 6);    \
@@ -191,23 +203,21 @@ inline void AddScores(const TileKeys& keys, const char* k, const char* q, Fetche
 }
 
 // Products of a tile's keys with a block of packed queries: out [64 tokens][16 queries].
-inline void ScoreTokens(uint32_t chunks, uint32_t q_parts, uint32_t kv_parts, const TileKeys& keys,
+inline void ScoreTokens(uint32_t chunks, uint32_t q_parts, const TileKeys& keys,
                         const char* queries, float* out, Fetcher* fetcher) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (uint32_t p = 0; p < kv_parts; ++p) {
-    for (uint32_t c = 0; c < chunks; ++c) {
-      const char* k = keys.at + p * keys.part_step + c * keys.chunk_step;
-      const char* q = queries + size_t{c} * q_parts * kTileBytes;
-      if (q_parts == 1) {
-        AddScores<1>(keys, k, q, fetcher);
-      } else if (q_parts == 2) {
-        AddScores<2>(keys, k, q, fetcher);
-      } else {
-        AddScores<3>(keys, k, q, fetcher);
-      }
+  for (uint32_t c = 0; c < chunks; ++c) {
+    const char* k = keys.at + c * keys.chunk_step;
+    const char* q = queries + size_t{c} * q_parts * kTileBytes;
+    if (q_parts == 1) {
+      AddScores<1>(keys, k, q, fetcher);
+    } else if (q_parts == 2) {
+      AddScores<2>(keys, k, q, fetcher);
+    } else {
+      AddScores<3>(keys, k, q, fetcher);
     }
   }
   _tile_stored(0, out, 64);

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "cpu_index/kernels_vector.h"
+#include "cpu_index/attend_vector.h"
 
 namespace quarry::kernels {
 namespace {

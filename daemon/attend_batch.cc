@@ -123,7 +123,7 @@ void AttendBatch::Start(Executor& executor) {
 
   PlanLanes();
   uint64_t bytes = 0;
-  for (const AttendLane& lane : lanes_) bytes += lane.scan_bytes();
+  for (const AttendLane& lane : lanes_) bytes += std::max(lane.scan_bytes(), lane.work_bytes());
   lanes_left_.store(static_cast<uint32_t>(lanes_.size()), std::memory_order_relaxed);
   set_tasks(static_cast<uint32_t>(tasks_.size()));
   if (bytes > params_.inline_bytes) {
@@ -159,7 +159,11 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
   }
   admitted->kind = KindOf(row);
   admitted->q_offset = q_.size();
-  absl::Status status = row.range.empty() ? absl::OkStatus() : TakeQueries(row, q_floats);
+  absl::Status status;
+  if (!row.range.empty()) {
+    QUARRY_RETURN_IF_ERROR(ChargeScratch(row, s));
+    status = TakeQueries(row, q_floats);
+  }
   if (status.ok() && row.has_token) {
     // Last, so that a row that fails stores no token.
     status =
@@ -167,6 +171,22 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
   }
   if (!status.ok()) q_.resize(admitted->q_offset);
   return status;
+}
+
+// What the row's answer will need beside the arena, before any of it is allocated.
+absl::Status AttendBatch::ChargeScratch(const AttendRow& row, const KvShape& shape) {
+  const uint64_t tokens = row.range.size();
+  const uint64_t units = tokens / params_.task_tokens + 2;
+  uint64_t query = 4 * shape.head_dim + units * (4 * shape.head_dim + sizeof(Partial));
+  if (KindOf(row) == ScanKind::kIndexed) query += 4 * tokens;  // scores
+  const uint64_t bytes = row.heads * query;
+  const uint64_t used = params_.scratch_bytes->fetch_add(bytes) + bytes;
+  charged_ += bytes;
+  if (used <= params_.max_scratch_bytes) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("attends in flight and this row of ", tokens, " tokens and ", row.heads,
+                   " heads need ", used, " bytes, engine.max_attend_scratch_bytes is ",
+                   params_.max_scratch_bytes));
 }
 
 absl::Status AttendBatch::TakeQueries(const AttendRow& row, size_t floats) {
@@ -312,6 +332,7 @@ void AttendBatch::Finish() {
   c.attend.Add(std::chrono::steady_clock::now() - start_);
   // What the rows read is given back before anybody learns that they are answered.
   admitted_.clear();
+  params_.scratch_bytes->fetch_sub(charged_);
   params_.done();
 }
 

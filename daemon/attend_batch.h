@@ -36,6 +36,8 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
     std::function<void()> done;
     uint32_t task_tokens = 0;
     uint64_t inline_bytes = 0;
+    uint64_t max_scratch_bytes = 0;
+    std::atomic<uint64_t>* scratch_bytes = nullptr;  // of all batches in flight
     EngineCounters* counters = nullptr;
   };
   AttendBatch(Params params, const ContextTable& contexts);
@@ -68,6 +70,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   };
 
   absl::Status Admit(const AttendRow& row, AttendAnswer& answer, AdmittedRow* admitted);
+  absl::Status ChargeScratch(const AttendRow& row, const KvShape& shape);
   absl::Status TakeQueries(const AttendRow& row, size_t floats);
   void PlanLanes();
   std::vector<LaneSeat> Seats() const;
@@ -90,6 +93,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   std::deque<AttendLane> lanes_;
   std::vector<std::vector<uint32_t>> lane_rows_;  // per lane, of admitted_
   std::vector<Task> tasks_;
+  uint64_t charged_ = 0;  // of *params_.scratch_bytes
   Executor* executor_ = nullptr;  // null: answered by the caller alone
 
   std::atomic<uint32_t> lanes_left_{0};

@@ -105,6 +105,15 @@ uint64_t AttendLane::scan_bytes() const {
   return tokens * 2 * key_.shape->vector_bytes();
 }
 
+uint64_t AttendLane::work_bytes() const {
+  constexpr uint64_t kQueriesPerScan = 16;
+  uint64_t tokens = 0;  // over the queries
+  for (const ScanUnit& unit : units_) {
+    tokens += uint64_t{unit.tokens.size()} * unit.members.size() * group_;
+  }
+  return tokens * 2 * key_.shape->vector_bytes() / kQueriesPerScan;
+}
+
 std::span<Partial> AttendLane::UnitPartials(uint32_t unit) {
   return std::span(partials_).subspan(first_slot_[unit], first_slot_[unit + 1] - first_slot_[unit]);
 }

@@ -48,6 +48,9 @@ class AttendLane {
 
   const LaneKey& key() const { return key_; }
   uint64_t scan_bytes() const;
+  // Its arithmetic, as the bytes that can be read meanwhile: more than scan_bytes() where many
+  // queries share a scan.
+  uint64_t work_bytes() const;
 
   // Of the current phase.
   uint32_t tasks() const;

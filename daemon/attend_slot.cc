@@ -36,6 +36,8 @@ class SlotBuffers {
     return slot_ + offset;
   }
 
+  uint64_t size() const { return slot_bytes_; }
+
  private:
   std::byte* const slot_;
   const uint64_t slot_bytes_;
@@ -76,6 +78,13 @@ absl::Status AddRow(Engine& engine, Channel& channel, const SlotBuffers& buffers
   QUARRY_ASSIGN_OR_RETURN(const KvShape shape, ShapeOf(engine, channel, row.context));
   QUARRY_ASSIGN_OR_RETURN(const AttendRowBytes bytes, BytesOfRow(row, shape));
   AttendAnswer answer;
+  // Rows that share their buffers could ask for more than any slot holds.
+  state->claimed_bytes += bytes.q + 2 * bytes.kv + bytes.o + bytes.lse;
+  if (state->claimed_bytes > buffers.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the buffers of the message's rows have ", state->claimed_bytes,
+        " bytes in a slot of ", buffers.size(), ": they must not overlap"));
+  }
   if (!row.range.empty()) {  // else the client knows the answer, and neither q nor o is moved
     QUARRY_ASSIGN_OR_RETURN(row.q, buffers.At("q", pod.q_offset, bytes.q));
     QUARRY_ASSIGN_OR_RETURN(std::byte* const o, buffers.At("o", pod.o_offset, bytes.o));
@@ -135,6 +144,7 @@ void ServeAttend(Engine& engine, TransportCounters& counters, std::shared_ptr<Ch
   state.rows.clear();
   state.answers.clear();
   state.answer_index.clear();
+  state.claimed_bytes = 0;
   state.replies.assign(header.rows, shm::AttendAnswerPod{});
   const SlotBuffers buffers(slot, slot_bytes, rows_end);
   for (uint32_t i = 0; i < header.rows; ++i) {

@@ -137,7 +137,7 @@ void Channel::Answer(const Submission& request, absl::StatusCode code, uint64_t 
 void Channel::AnswerError(const Submission& request, const absl::Status& status) {
   const std::span<std::byte> out = payload(request.slot);
   const size_t bytes = std::min(out.size(), status.message().size());
-  std::memcpy(out.data(), status.message().data(), bytes);
+  std::copy_n(status.message().data(), bytes, reinterpret_cast<char*>(out.data()));
   Answer(request, status.code(), bytes);
 }
 

@@ -43,6 +43,7 @@ struct SlotState {
   std::vector<AttendRow> rows;
   std::vector<AttendAnswer> answers;
   std::vector<uint32_t> answer_index;  // engine row -> message row
+  uint64_t claimed_bytes = 0;          // by the rows' buffers
   std::vector<shm::AttendAnswerPod> replies;
 };
 

@@ -15,16 +15,20 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
 
   v.Bytes("engine.arena_bytes", c.engine.arena.capacity_bytes, 16 * kMiB, 64 * kTiB);
   v.Bytes("engine.extent_bytes", c.engine.arena.extent_bytes, 2 * kMiB, kTiB);
+  v.Bytes("engine.spare_bytes", c.engine.arena.spare_bytes, 0, 64 * kTiB);
   v.Choice("engine.huge_pages", c.engine.arena.huge_pages, {"never", "try"});
   v.Flag("engine.prefault", c.engine.arena.prefault);
   v.Count("engine.max_contexts", c.engine.max_contexts, 1, 1u << 20);
   v.Count("engine.max_sessions", c.engine.max_sessions, 1, 1u << 16);
   v.Bytes("engine.max_pinned_bytes_per_tenant", c.engine.max_pinned_bytes_per_tenant, 0, 64 * kTiB);
+  v.Count("engine.max_pins_per_tenant", c.engine.max_pins_per_tenant, 0, 1u << 20);
   v.Count("engine.executor_threads", c.engine.executor_threads, 0, 1024);
   v.Count("engine.run_tokens", c.engine.run_tokens, 256, 1u << 20);
   v.Count("engine.first_run_token", c.engine.first_run_token, 0, 1u << 20);
   v.Count("engine.task_tokens", c.engine.task_tokens, 256, 1u << 20);
   v.Bytes("engine.inline_bytes", c.engine.inline_bytes, 0, 1024 * kMiB);
+  v.Bytes("engine.max_attend_scratch_bytes", c.engine.max_attend_scratch_bytes, 16 * kMiB,
+          kTiB);
   v.Count("engine.max_queued_batches", c.engine.max_queued_batches, 1, 1u << 20);
   v.Count("engine.max_leases_per_session", c.engine.max_leases_per_session, 1, 1u << 24);
   v.Count("engine.max_context_tokens", c.engine.max_context_tokens, 256, 1u << 30);

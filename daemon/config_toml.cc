@@ -15,6 +15,8 @@
 namespace quarry {
 namespace {
 
+constexpr size_t kMaxConfigBytes = size_t{1} << 20;
+
 absl::string_view View(std::string_view s) { return {s.data(), s.size()}; }
 
 std::string Shown(const toml::node& node) {
@@ -210,9 +212,19 @@ absl::StatusOr<Config> ReadConfig(const std::string& path) {
   if (!file) {
     return absl::NotFoundError(absl::StrCat("cannot read the configuration file ", path));
   }
-  std::ostringstream text;
-  text << file.rdbuf();
-  return ParseConfig(text.str(), path);
+  // A directory opens too, and only reading fails; a device may never end.
+  std::string text(kMaxConfigBytes + 1, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  if (file.bad() || (file.fail() && !file.eof())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("cannot read the configuration file ", path, ": not a regular file?"));
+  }
+  text.resize(static_cast<size_t>(file.gcount()));
+  if (text.size() > kMaxConfigBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("the configuration file ", path,
+                                                   " has more than ", kMaxConfigBytes, " bytes"));
+  }
+  return ParseConfig(text, path);
 }
 
 }  // namespace quarry

@@ -11,6 +11,8 @@ namespace {
 
 // Each accepted recipe may cost a hash per block: a bound on what one Open can ask for.
 constexpr size_t kMaxAcceptedRecipes = 64;
+// They stay with the context and with its first block, outside the arena.
+constexpr size_t kMaxInputs = 1024;
 
 uint32_t BlocksFor(uint32_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 
@@ -94,6 +96,10 @@ absl::Status ContextFactory::CheckOpen(const OpenRequest& request) const {
     return absl::InvalidArgumentError(absl::StrCat(request.accepts.size(),
                                                    " accepted recipes; at most ",
                                                    kMaxAcceptedRecipes, " are allowed"));
+  }
+  if (request.inputs.size() > kMaxInputs) {
+    return absl::InvalidArgumentError(absl::StrCat(request.inputs.size(), " inputs; at most ",
+                                                   kMaxInputs, " are allowed"));
   }
   return absl::OkStatus();
 }

@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <limits>
 #include <thread>
 #include <utility>
 
-#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "daemon/attend_batch.h"
@@ -250,12 +248,11 @@ class EngineImpl final : public Engine {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(session_id));
     return contexts_.Find(session->tenant(), context);
   }
-  // Bytes of those blocks of the tenant that are published.
-  uint64_t BytesOf(std::string_view tenant, std::span<const BlockId> blocks) const;
 
   // In order of use: what stands below may hold blocks, contexts or jobs of what stands above.
   const EngineOptions options_;
   EngineCounters counters_;
+  std::atomic<uint64_t> scratch_bytes_{0};  // of attends in flight
   std::atomic<bool> draining_{false};
   const std::unique_ptr<BlockStore> store_;
   RunRegistry runs_;
@@ -289,16 +286,7 @@ absl::StatusOr<uint64_t> EngineImpl::Pin(SessionId id, const PinRequest& request
   const absl::Time expires = request.ttl_ms == 0 ? absl::InfiniteFuture()
                                                  : absl::Now() + absl::Milliseconds(request.ttl_ms);
   QUARRY_RETURN_IF_ERROR(store_->Pin(session->tenant(), request.name, blocks, expires));
-  return BytesOf(session->tenant(), blocks);
-}
-
-uint64_t EngineImpl::BytesOf(std::string_view tenant, std::span<const BlockId> blocks) const {
-  const absl::flat_hash_set<BlockId> wanted(blocks.begin(), blocks.end());
-  uint64_t bytes = 0;
-  for (const BlockInfo& info : store_->List(tenant, std::numeric_limits<uint32_t>::max())) {
-    if (wanted.contains(info.id)) bytes += info.bytes;
-  }
-  return bytes;
+  return store_->PublishedBytes(session->tenant(), blocks);
 }
 
 absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& request) {
@@ -328,7 +316,8 @@ void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
   }
   const auto batch = std::make_shared<AttendBatch>(
       AttendBatch::Params{*std::move(session), rows, answers, std::move(done), options_.task_tokens,
-                          options_.inline_bytes, &counters_},
+                          options_.inline_bytes, options_.max_attend_scratch_bytes,
+                          &scratch_bytes_, &counters_},
       contexts_);
   batch->Start(executor_);
 }
@@ -401,6 +390,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   BlockStoreOptions store_options;
   store_options.arena = options.arena;
   store_options.max_pinned_bytes_per_tenant = options.max_pinned_bytes_per_tenant;
+  store_options.max_pins_per_tenant = options.max_pins_per_tenant;
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<BlockStore> store, BlockStore::Create(store_options));
   return std::make_unique<EngineImpl>(options, std::move(store));
 }

@@ -23,11 +23,13 @@ struct EngineOptions {
   uint32_t max_contexts = 1024;
   uint32_t max_sessions = 256;
   uint64_t max_pinned_bytes_per_tenant = 1ull << 30;
+  uint32_t max_pins_per_tenant = 4096;
   uint32_t executor_threads = 0;   // 0: one less than the cores, at least 1
   uint32_t run_tokens = 8192;      // of one index; a multiple of kBlockTokens
   uint32_t first_run_token = 128;  // the grid's origin: the static window's first part
   uint32_t task_tokens = 4096;     // tokens one executor task scans; a multiple of kBlockTokens
   uint64_t inline_bytes = 512ull << 10;  // a batch that reads no more is answered by its caller
+  uint64_t max_attend_scratch_bytes = 4ull << 30;  // of all attends in flight, beside the arena
   uint32_t max_queued_batches = 1024;    // attend batches waiting; more are ResourceExhausted
   uint32_t max_leases_per_session = 65536;
   uint32_t max_context_tokens = 1u << 24;  // Open and Fork refuse a larger max_tokens

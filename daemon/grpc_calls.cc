@@ -60,6 +60,8 @@ absl::StatusOr<Admission> Admit(const GrpcShared& shared,
   shared.counters.grpc_calls.fetch_add(1, std::memory_order_relaxed);
   Admission admission;
   QUARRY_ASSIGN_OR_RETURN(admission.caller, CallerOf(shared, context, policy));
+  // Who is at the limit must be able to ask why; the pool bounds these calls.
+  if (policy == SessionPolicy::kOptional) return admission;
   admission.ticket = shared.calls.Take(admission.caller.peer.tenant);
   if (!admission.ticket.valid()) {
     shared.counters.grpc_calls_refused.fetch_add(1, std::memory_order_relaxed);

@@ -94,7 +94,12 @@ class PutStream : public ReadStream<v1::PutRequest> {
 
  private:
   absl::Status Handle() override {
-    if (!begun_) QUARRY_RETURN_IF_ERROR(Begin());
+    if (!begun_) {
+      QUARRY_RETURN_IF_ERROR(Begin());
+    } else if (Differs(request_.key(), key_) ||
+               Differs(request_.engine_namespace(), name_space_)) {
+      return absl::InvalidArgumentError("a later message names another key or namespace");
+    }
     if (request_.data().size() > total_bytes_ - data_.size()) {
       return absl::InvalidArgumentError(absl::StrCat("data of ",
                                                      data_.size() + request_.data().size(),
@@ -102,6 +107,11 @@ class PutStream : public ReadStream<v1::PutRequest> {
     }
     data_.append(request_.data());
     return absl::OkStatus();
+  }
+
+  // Only the first message has to say it.
+  static bool Differs(const std::string& said, const std::string& first) {
+    return !said.empty() && said != first;
   }
 
   absl::Status Begin() {

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "daemon/config.h"
 #include "daemon/daemon.h"
@@ -49,12 +50,17 @@ absl::StatusOr<Config> ConfigOf(const Arguments& arguments) {
   return config;
 }
 
-// Every connection, extent and channel is a descriptor.
-void RaiseDescriptorLimit() {
+// Every connection, extent and channel is a descriptor; gRPC aborts where it cannot get its own.
+absl::Status RaiseDescriptorLimit() {
+  constexpr rlim_t kNeeded = 256;
   rlimit limit{};
-  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return ErrnoStatus(errno, "getrlimit of open files");
   limit.rlim_cur = limit.rlim_max;
   setrlimit(RLIMIT_NOFILE, &limit);
+  if (limit.rlim_max >= kNeeded) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "the limit of open files (ulimit -n) is ", limit.rlim_max, ", at least ", kNeeded,
+      " are needed"));
 }
 
 // Blocks the signals we wait for, in this thread and all it starts.
@@ -81,7 +87,10 @@ std::string AwaitStop(int signal_fd, int drain_fd) {
 }
 
 int Serve(const Config& config) {
-  RaiseDescriptorLimit();
+  if (absl::Status status = RaiseDescriptorLimit(); !status.ok()) {
+    std::fprintf(stderr, "quarryd: %s\n", std::string(status.message()).c_str());
+    return kCannotStart;
+  }
   const FileDescriptor signals = TakeSignals();
   const FileDescriptor drain(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (absl::Status status = StartLog(config.log); !status.ok()) {

@@ -1,5 +1,7 @@
 // The only file that knows prometheus-cpp.
 #include <exception>
+#include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "daemon/metrics.h"
@@ -67,7 +69,7 @@ class Collector : public prometheus::Collectable {
 class PrometheusServer : public MetricsServer {
  public:
   PrometheusServer(const std::string& listen, const Metrics& metrics)
-      : collector_(std::make_shared<Collector>(metrics)), exposer_(listen, /*num_threads=*/1) {
+      : collector_(std::make_shared<Collector>(metrics)), exposer_(Options(listen)) {
     exposer_.RegisterCollectable(collector_);
   }
   int port() const override {
@@ -76,6 +78,11 @@ class PrometheusServer : public MetricsServer {
   }
 
  private:
+  // A connection occupies a thread until its request has come: silent ones must not last.
+  static std::vector<std::string> Options(const std::string& listen) {
+    return {"listening_ports", listen, "num_threads", "4", "request_timeout_ms", "1000"};
+  }
+
   const std::shared_ptr<Collector> collector_;
   prometheus::Exposer exposer_;
 };

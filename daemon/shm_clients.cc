@@ -23,6 +23,7 @@ namespace {
 // What an epoll event belongs to: the low bits of its data; the rest is the client's id.
 enum Source : uint64_t { kWake = 0, kListener = 1, kSocket = 2, kDoorbell = 3 };
 constexpr int kEventsAtOnce = 64;
+constexpr int kAcceptsAtOnce = 16;   // before the rings get a turn
 constexpr int kMessagesAtOnce = 8;  // of one socket before others get a turn
 constexpr uint32_t kMaxUngreeted = 64;
 constexpr int kMaxUngreetedPerUser = 16;  // so that no user keeps the others out
@@ -89,7 +90,7 @@ void ShmClients::HandleEvents(int timeout_ms, uint64_t now_ns) {
   for (int i = 0; i < n; ++i) {
     const uint64_t data = events[i].data.u64;
     const auto source = static_cast<Source>(data & 3);
-    if (source == kListener) AcceptAll(now_ns);
+    if (source == kListener) AcceptSome(now_ns);
     const auto it = clients_.find(data >> 2);
     if (it == clients_.end()) continue;  // closed by an earlier event of this batch
     if (source == kSocket) HandleSocket(it->second.get(), events[i].events);
@@ -105,8 +106,9 @@ void ShmClients::HandleEvents(int timeout_ms, uint64_t now_ns) {
   if (ungreeted_ > 0) CloseSilent(now_ns);
 }
 
-void ShmClients::AcceptAll(uint64_t now_ns) {
-  while (true) {
+void ShmClients::AcceptSome(uint64_t now_ns) {
+  // The listener is level-triggered: who is left is found at the next look.
+  for (int i = 0; i < kAcceptsAtOnce; ++i) {
     FileDescriptor socket(parts_.listener.Accept());
     if (!socket.valid()) {
       if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) {

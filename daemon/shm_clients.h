@@ -57,7 +57,7 @@ class ShmClients {
 
  private:
   ShmClients(const ShmOptions& options, Parts parts);
-  void AcceptAll(uint64_t now_ns);
+  void AcceptSome(uint64_t now_ns);
   void HandleSocket(ShmClient* client, uint32_t events);
   void Greet(ShmClient* client, std::span<const std::byte> message);
   absl::StatusOr<std::shared_ptr<Channel>> Admit(const ShmClient& client,

@@ -50,6 +50,24 @@ class Payload {
     return std::string(reinterpret_cast<const char*>(at), bytes);
   }
 
+  // The namespace and the key behind a header, of lengths that the header says: checked before
+  // they are copied.
+  struct Names {
+    std::string name_space, key;
+  };
+  absl::StatusOr<Names> NamesAt(uint64_t offset, uint32_t namespace_bytes,
+                                uint32_t key_bytes) const {
+    if (namespace_bytes > shm::kMaxNameBytes || key_bytes > shm::kMaxNameBytes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("engine namespace of ", namespace_bytes, " bytes and key of ", key_bytes,
+                       "; at most ", shm::kMaxNameBytes, " each are allowed"));
+    }
+    Names names;
+    QUARRY_ASSIGN_OR_RETURN(names.name_space, Text("namespace", offset, namespace_bytes));
+    QUARRY_ASSIGN_OR_RETURN(names.key, Text("key", offset + namespace_bytes, key_bytes));
+    return names;
+  }
+
   uint64_t end() const { return end_; }
 
  private:
@@ -138,16 +156,14 @@ Reply RunPut(const SlotServices& services, Channel& channel, const Submission& r
   const Payload payload(channel, request);
   QUARRY_ASSIGN_OR_RETURN(const auto header, payload.HeaderOf<shm::PutHeader>("put"));
   constexpr uint64_t kNames = shm::kSlotPayload + sizeof(shm::PutHeader);
-  QUARRY_ASSIGN_OR_RETURN(const std::string name_space,
-                          payload.Text("namespace", kNames, header.namespace_bytes));
-  QUARRY_ASSIGN_OR_RETURN(const std::string key,
-                          payload.Text("key", kNames + header.namespace_bytes, header.key_bytes));
+  QUARRY_ASSIGN_OR_RETURN(const Payload::Names names,
+                          payload.NamesAt(kNames, header.namespace_bytes, header.key_bytes));
   QUARRY_ASSIGN_OR_RETURN(const std::byte* data,
                           payload.At("data", header.data_offset, header.data_bytes, 1, 1));
   std::optional<ByteDigest> digest;
   if (header.has_digest != 0) digest = ByteDigest{header.digest_low, header.digest_high};
   QUARRY_ASSIGN_OR_RETURN(const PutResult result,
-                          services.parts.engine.Put(channel.owner().session, name_space, key,
+                          services.parts.engine.Put(channel.owner().session, names.name_space, names.key,
                                                     {data, header.data_bytes}, digest));
   shm::PutReply reply{};
   std::memcpy(reply.block_id, result.id.bytes.data(), sizeof(reply.block_id));
@@ -168,11 +184,9 @@ Reply RunLease(const SlotServices& services, Channel& channel, const Submission&
     lease = engine.LeaseContextBlock(session, {header.context}, header.block);
   } else if (header.kind == static_cast<uint32_t>(shm::LeaseKind::kEngineKey)) {
     constexpr uint64_t kNames = shm::kSlotPayload + sizeof(shm::LeaseHeader);
-    QUARRY_ASSIGN_OR_RETURN(const std::string name_space,
-                            payload.Text("namespace", kNames, header.namespace_bytes));
-    QUARRY_ASSIGN_OR_RETURN(const std::string key,
-                            payload.Text("key", kNames + header.namespace_bytes, header.key_bytes));
-    lease = engine.LeaseEngineBlock(session, name_space, key);
+    QUARRY_ASSIGN_OR_RETURN(const Payload::Names names,
+                            payload.NamesAt(kNames, header.namespace_bytes, header.key_bytes));
+    lease = engine.LeaseEngineBlock(session, names.name_space, names.key);
   }
   QUARRY_RETURN_IF_ERROR(lease.status());
   shm::LeaseReply reply{};

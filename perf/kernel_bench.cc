@@ -3,12 +3,15 @@
 // Workload: K and V of one KV head in blocks of 256 tokens, as the arena holds them, over at least
 // 2 GiB that are walked through so that no pass finds its keys in a cache; 131,072 tokens a pass.
 // m queries share the pass: the group of a KV head times the rows of a batch.
-// Floor: 2 * tokens * head_dim * element bytes over the read bandwidth. Prediction for bf16 at
-// head_dim 128 and m <= 8: memory-bound, at least 85% of the roof, since a token's 512 bytes take
-// 110 cycles from DRAM on one core and the arithmetic of 4 queries about 75; at m = 16 and above
-// the values' multiply-adds (8 per query and token) are the bound.
-// Roof: the maximum over the same memory, 64 bytes a load. Ratios are of interleaved pairs.
+// Floor: 2 * tokens * head_dim * element bytes over the read bandwidth. At head_dim 128 of bf16 a
+// token's 512 bytes take one core 34 ns from 15 GB/s; with AMX its arithmetic takes 16 ns for up to
+// 8 queries, 20 for 16 and 38 for 32 (from the second cache level). Expected: at least 85% of the
+// roof up to 16 queries, if fetches go on beside all of the arithmetic; not with 32.
+// Roof: the maximum over the same memory, 64 bytes a load. Ratios are of interleaved pairs. Times
+// are processor time of the slowest thread, so that other work on the machine's cores does not
+// count.
 #include <sys/mman.h>
+#include <time.h>
 
 #include <algorithm>
 #include <cmath>
@@ -93,11 +96,25 @@ class Memory {
   size_t at_ = 0;
 };
 
-void OnThreads(uint32_t threads, const std::function<void(uint32_t)>& f) {
+double ThreadMicroseconds() {
+  timespec t;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) / 1e3;
+}
+
+// Processor time of the slowest thread, microseconds.
+double OnThreads(uint32_t threads, const std::function<void(uint32_t)>& f) {
+  std::vector<double> us(threads);
+  const auto timed = [&](uint32_t i) {
+    const double start = ThreadMicroseconds();
+    f(i);
+    us[i] = ThreadMicroseconds() - start;
+  };
   std::vector<std::thread> others;
-  for (uint32_t i = 1; i < threads; ++i) others.emplace_back(f, i);
-  f(0);
+  for (uint32_t i = 1; i < threads; ++i) others.emplace_back(timed, i);
+  timed(0);
   for (std::thread& t : others) t.join();
+  return *std::max_element(us.begin(), us.end());
 }
 
 std::span<const KvSegment> PartOf(const std::vector<KvSegment>& all, uint32_t i, uint32_t n) {
@@ -116,15 +133,18 @@ void ReadAll(std::span<const KvSegment> segments, const Shape& shape, float* sin
 
 void Scan(std::span<const KvSegment> segments, const Shape& shape, const std::vector<float>& q,
           uint32_t queries) {
-  std::vector<TokenRange> ranges(queries,
-                                 {segments.front().tokens.lo, segments.back().tokens.hi});
+  std::vector<TokenRange> ranges(queries, {segments.front().tokens.lo, segments.back().tokens.hi});
   std::vector<float> acc(q.size());
   std::vector<Partial> partials(queries);
   for (uint32_t i = 0; i < queries; ++i) {
     partials[i].acc = std::span(acc).subspan(size_t{i} * shape.head_dim, shape.head_dim);
   }
-  const QueryBlock block{q.data(), DType::kBf16, queries, shape.head_dim,
-                         1.0f / std::sqrt(static_cast<float>(shape.head_dim)), ranges};
+  const QueryBlock block{q.data(),
+                         DType::kBf16,
+                         queries,
+                         shape.head_dim,
+                         1.0f / std::sqrt(static_cast<float>(shape.head_dim)),
+                         ranges};
   ExactScan().AttendAll({segments, shape.head_dim, shape.dtype}, block, partials);
 }
 
@@ -138,15 +158,12 @@ void Measure(const Settings& settings, Memory* memory, const Shape& shape, uint3
   std::vector<float> sinks(threads * 16, -1.0f);
   for (uint32_t pair = 0; pair <= settings.pairs; ++pair) {
     const auto roof_pass = memory->NextPass(shape, settings.pass_tokens);
-    const double roof = perf::Microseconds([&] {
-      OnThreads(threads, [&](uint32_t i) {
-        ReadAll(PartOf(roof_pass, i, threads), shape, &sinks[i * 16]);
-      });
+    const double roof = OnThreads(threads, [&](uint32_t i) {
+      ReadAll(PartOf(roof_pass, i, threads), shape, &sinks[i * 16]);
     });
     const auto scan_pass = memory->NextPass(shape, settings.pass_tokens);
-    const double scan = perf::Microseconds([&] {
-      OnThreads(threads, [&](uint32_t i) { Scan(PartOf(scan_pass, i, threads), shape, q, queries); });
-    });
+    const double scan = OnThreads(
+        threads, [&](uint32_t i) { Scan(PartOf(scan_pass, i, threads), shape, q, queries); });
     if (pair == 0) continue;  // warms up threads and pages
     ratio.push_back(roof / scan);
     scan_us.push_back(scan);
@@ -156,20 +173,27 @@ void Measure(const Settings& settings, Memory* memory, const Shape& shape, uint3
   const auto gb = perf::QuantilesOf(roof_gb);
   const std::string dtype(DTypeName(shape.dtype));
   if (settings.json) {
-    std::printf("%s\n", nlohmann::json({{"bench", "exact_scan"}, {"level", Kernels().name},
-                                        {"dtype", dtype}, {"head_dim", shape.head_dim},
-                                        {"queries", queries}, {"threads", threads},
-                                        {"tokens", settings.pass_tokens}, {"us", us.p50},
+    std::printf("%s\n", nlohmann::json({{"bench", "exact_scan"},
+                                        {"level", Kernels().name},
+                                        {"dtype", dtype},
+                                        {"head_dim", shape.head_dim},
+                                        {"queries", queries},
+                                        {"threads", threads},
+                                        {"tokens", settings.pass_tokens},
+                                        {"us", us.p50},
                                         {"gb_per_s", bytes / us.p50 / 1e3},
-                                        {"roof_gb_per_s", gb.p50}, {"share_of_roof", r.p50},
-                                        {"share_p10", r.p10}, {"share_p90", r.p90}})
+                                        {"roof_gb_per_s", gb.p50},
+                                        {"share_of_roof", r.p50},
+                                        {"share_p10", r.p10},
+                                        {"share_p90", r.p90}})
                             .dump()
                             .c_str());
   } else {
-    std::printf("%-6s %-4s d %3u  m %2u  threads %u  %8.0f us  %5.1f GB/s  roof %5.1f  "
-                "share %.2f [%.2f, %.2f]\n",
-                Kernels().name, dtype.c_str(), shape.head_dim, queries, threads, us.p50,
-                bytes / us.p50 / 1e3, gb.p50, r.p50, r.p10, r.p90);
+    std::printf(
+        "%-6s %-4s d %3u  m %2u  threads %u  %8.0f us  %5.1f GB/s  roof %5.1f  "
+        "share %.2f [%.2f, %.2f]\n",
+        Kernels().name, dtype.c_str(), shape.head_dim, queries, threads, us.p50,
+        bytes / us.p50 / 1e3, gb.p50, r.p50, r.p10, r.p90);
   }
   std::fflush(stdout);
 }

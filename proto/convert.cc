@@ -407,8 +407,8 @@ absl::Status FromProto(const wire::AttendAnswer& message, AttendAnswer* answer) 
   answer->tokens_attended = message.tokens_attended();
   answer->bytes_touched = message.bytes_touched();
   answer->error_estimate = message.error_estimate();
-  std::memcpy(answer->o.data(), message.o().data(), message.o().size());
-  std::memcpy(answer->lse.data(), message.lse().data(), message.lse().size());
+  message.o().copy(reinterpret_cast<char*>(answer->o.data()), message.o().size());
+  message.lse().copy(reinterpret_cast<char*>(answer->lse.data()), message.lse().size());
   return absl::OkStatus();
 }
 

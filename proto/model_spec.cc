@@ -10,6 +10,8 @@ namespace {
 constexpr uint32_t kMaxLayers = 1024;
 constexpr uint32_t kMaxHeads = 1024;
 constexpr uint32_t kMaxHeadDim = 512;
+constexpr size_t kMaxNameBytes = 256;
+constexpr size_t kMaxAdapters = 1024;
 
 absl::Status OutOfRange(const char* field, uint64_t value, uint64_t low, uint64_t high) {
   return absl::InvalidArgumentError(
@@ -42,6 +44,12 @@ absl::Status ValidateShape(const KvShape& s) {
 
 absl::Status ValidateModelSpec(const ModelSpec& spec) {
   if (absl::Status s = ValidateShape(spec.shape); !s.ok()) return s;
+  if (spec.name.size() > kMaxNameBytes) {
+    return OutOfRange("name's length", spec.name.size(), 0, kMaxNameBytes);
+  }
+  if (spec.adapters.size() > kMaxAdapters) {
+    return OutOfRange("number of adapters", spec.adapters.size(), 0, kMaxAdapters);
+  }
   const RopeSpec& rope = spec.rope;
   if (rope.rotary_dim > spec.shape.head_dim || rope.rotary_dim != 2 * rope.inv_freq.size()) {
     return absl::InvalidArgumentError(

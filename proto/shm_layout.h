@@ -10,6 +10,8 @@
 
 namespace quarry::shm {
 
+// Bytes of an engine key, and of its namespace.
+inline constexpr uint32_t kMaxNameBytes = 256;
 inline constexpr uint32_t kMagic = 0x31595251;  // "QRY1"
 inline constexpr uint16_t kMinVersion = 1;
 inline constexpr uint16_t kMaxVersion = 1;

@@ -203,6 +203,7 @@ void Arena::SizeExtents(uint64_t room_bytes, ArenaClaim* claim) const {
 }
 
 absl::Status Arena::Build(ArenaClaim* claim) {
+  const uint64_t given_back = claim->emptied.bytes;
   claim->emptied = EmptyExtents();
   absl::Status status;
   for (uint32_t slots : claim->extent_slots) {
@@ -213,6 +214,7 @@ absl::Status Arena::Build(ArenaClaim* claim) {
   }
   if (!status.ok()) claim->built.clear();
   absl::MutexLock lock(&mutex_);
+  given_back_bytes_ += given_back;
   returning_bytes_ -= claim->held_bytes - claim->extent_bytes;
   held_bytes_ -= claim->held_bytes - (status.ok() ? claim->extent_bytes : 0);
   return status;
@@ -274,6 +276,7 @@ void Arena::GiveBack(EmptyExtents emptied) {
   absl::MutexLock lock(&mutex_);
   held_bytes_ -= emptied.bytes;
   returning_bytes_ -= emptied.bytes;
+  given_back_bytes_ += emptied.bytes;
 }
 
 // ---- What there is.
@@ -328,9 +331,11 @@ ArenaStats Arena::Stats() const {
   stats.capacity_bytes = options_.capacity_bytes;
   stats.extent_bytes = extent_bytes_;
   stats.used_bytes = used_bytes_;
-  stats.extents = static_cast<uint32_t>(extents_.size());
+  stats.extents = extents_.size();
   stats.huge_page_bytes = huge_page_bytes_;
   stats.spare_bytes = spare_bytes_;
+  stats.committed_bytes = held_bytes_;
+  stats.given_back_bytes = given_back_bytes_;
   stats.huge_page_fallbacks = huge_page_fallbacks_;
   return stats;
 }

@@ -51,9 +51,11 @@ struct ExtentInfo {
 
 struct ArenaStats {
   uint64_t capacity_bytes = 0, extent_bytes = 0, used_bytes = 0;
-  uint32_t extents = 0;
+  uint64_t extents = 0;
   uint64_t huge_page_bytes = 0;
   uint64_t spare_bytes = 0;          // of extents in which nothing is used
+  uint64_t committed_bytes = 0;      // extents, those being made and those on their way back
+  uint64_t given_back_bytes = 0;     // to the system, since the start
   uint64_t huge_page_fallbacks = 0;  // extents that asked for huge pages and got small ones
 };
 
@@ -166,6 +168,7 @@ class Arena {
   uint64_t used_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t spare_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t huge_page_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t given_back_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t huge_page_fallbacks_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 

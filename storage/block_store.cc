@@ -302,7 +302,11 @@ absl::Status RamBlockStore::Pin(std::string_view tenant, std::string_view name,
       return absl::NotFoundError(
           absl::StrCat("pin ", std::string(name), ": block ", id.Hex(), " is not cached"));
     }
-    if (distinct.insert(id).second) wanted.push_back({id, records_.at(block).memory.bytes});
+    // A block keeps its ancestors: they count, or a pin of leaves would hold the arena for nothing.
+    for (uint32_t b = block; b != kNoBlock; b = records_.at(b).parent) {
+      if (!distinct.insert(records_.at(b).key.id).second) break;
+      wanted.push_back({records_.at(b).key.id, records_.at(b).memory.bytes});
+    }
   }
   QUARRY_ASSIGN_OR_RETURN(const PinTable::Change change, pins_.Set(owner, name, wanted, expires));
   CountPins(owner, change);

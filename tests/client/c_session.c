@@ -233,7 +233,7 @@ const char* c_gets_codes_and_texts_for_errors(const char* socket) {
   EXPECT(quarry_open(client, &model, ids, kTokens, kMaxTokens, &context, &reused) == 3);
   EXPECT(strstr(quarry_last_error(), "struct_bytes") != NULL);
   model = fill();
-  model.kv_dtype = (quarry_dtype)258; /* fp16 in its low byte */
+  model.kv_dtype = 258; /* fp16 in its low byte */
   EXPECT(quarry_open(client, &model, ids, kTokens, kMaxTokens, &context, &reused) == 3);
   EXPECT(strstr(quarry_last_error(), "kv_dtype is 258") != NULL);
   model = fill();
@@ -258,7 +258,7 @@ const char* c_gets_codes_and_texts_for_errors(const char* socket) {
   answer.lse = lse;
   EXPECT(quarry_attend_rows(client, &row, 1, &answer) == 0 && answer.code == 0);
   EXPECT(lse[0] == -INFINITY && o[0] == 0); /* nothing attended */
-  row.budget_kind = (quarry_budget_kind)256; /* unlimited in its low byte */
+  row.budget_kind = 256; /* unlimited in its low byte */
   EXPECT(quarry_attend_rows(client, &row, 1, &answer) == 3);
   EXPECT(strstr(quarry_last_error(), "budget_kind is 256") != NULL);
   row.budget_kind = QUARRY_UNLIMITED;

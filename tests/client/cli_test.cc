@@ -83,6 +83,12 @@ TEST_F(CliTest, StatusTellsWhoAnswers) {
   EXPECT_EQ(status["draining"], false);
   EXPECT_EQ(status["statistics"]["quarry_arena_capacity_bytes"], 128 << 20);
   EXPECT_THAT(Run("status").out, HasSubstr("quarry_arena_capacity_bytes"));
+  Fill();
+  const json filled = Json("status")["statistics"];
+  EXPECT_GE(filled["quarry_arena_committed_bytes"], filled["quarry_arena_used_bytes"]);
+  EXPECT_GT(filled["quarry_arena_extents_count"], 0);
+  EXPECT_TRUE(filled.contains("quarry_arena_spare_bytes"));
+  EXPECT_TRUE(filled.contains("quarry_arena_given_back_bytes_total"));
 }
 
 TEST_F(CliTest, OptionsStandBeforeOrBehindTheCommand) {

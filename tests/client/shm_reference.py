@@ -331,9 +331,10 @@ def main():
     random.seed(seed)
     with tempfile.TemporaryDirectory(prefix="quarry-shm-") as directory:
         path = os.path.join(directory, "q.sock")
+        log = open(os.path.join(directory, "log"), "w+")
         daemon = subprocess.Popen([sys.argv[1], "--socket", path, "--grpc-socket",
                                    os.path.join(directory, "g.sock"), "--metrics", "off",
-                                   "--arena-bytes", "64MiB"], stderr=subprocess.DEVNULL)
+                                   "--arena-bytes", "64MiB"], stderr=log)
         try:
             end = time.monotonic() + 30
             while not os.path.exists(path):
@@ -349,6 +350,10 @@ def main():
             daemon.terminate()
             check(client.socket.recv(1) == b"", "the daemon's end hangs up")
             check(daemon.wait(20) == 0, "the daemon ends with 0")
+        except SystemExit:
+            log.seek(0)
+            sys.stderr.write(log.read())
+            raise
         finally:
             daemon.kill()
             daemon.wait()

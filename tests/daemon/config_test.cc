@@ -22,6 +22,12 @@ std::string ErrorOf(const std::string& toml) {
   return config.ok() ? "" : std::string(config.status().message());
 }
 
+// toml++ and we quote differently.
+std::string Unquoted(std::string text) {
+  std::erase_if(text, [](char c) { return c == '"' || c == '\''; });
+  return text;
+}
+
 TEST(ConfigTest, EmptyTextGivesTheDefaultsAndTheyAreValid) {
   const auto config = ParseConfig("", "test.toml");
   ASSERT_TRUE(config.ok()) << config.status();
@@ -51,6 +57,20 @@ TEST(ConfigTest, PrintedConfigurationReadsBackToTheSame) {
   EXPECT_EQ(read->shm.socket, config.shm.socket);
 }
 
+TEST(ConfigTest, LimitsOfSpareMemoryAndPinsAreReadAndMayBeZero) {
+  auto config = ParseConfig(
+      "[engine]\narena_bytes = \"128MiB\"\nspare_bytes = \"64MiB\"\nmax_pins_per_tenant = 3\n",
+      "t");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->engine.arena.spare_bytes, 64ull << 20);
+  EXPECT_EQ(config->engine.max_pins_per_tenant, 3u);
+  config = ParseConfig("[engine]\nspare_bytes = 0\nmax_pins_per_tenant = 0\n", "t");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->engine.arena.spare_bytes, 0u);
+  EXPECT_EQ(config->engine.max_pins_per_tenant, 0u);
+  EXPECT_THAT(ErrorOf("[engine]\nspare_bytes = \"65TiB\"\n"), HasSubstr("0B\" to \"64TiB"));
+}
+
 TEST(ConfigTest, SizesAreStringsWithUnitsOrIntegers) {
   const auto config =
       ParseConfig("[engine]\narena_bytes = \"2GiB\"\nextent_bytes = 33554432\n", "test.toml");
@@ -70,23 +90,29 @@ TEST(ConfigTest, SizesAreStringsWithUnitsOrIntegers) {
 TEST(ConfigTest, EveryWrongValueIsRefusedNamingKeyAndValue) {
   struct Case {
     const char *section, *key, *value;
+    const char* shown = nullptr;  // of the value, where that is only a part or is normalised
   };
   const std::vector<Case> cases = {
       {"engine", "arena_bytes", "\"4GB\""},
       {"engine", "arena_bytes", "\"1KiB\""},
       {"engine", "arena_bytes", "-1"},
       {"engine", "extent_bytes", "\"1MiB\""},
+      {"engine", "spare_bytes", "\"65TiB\""},
+      {"engine", "spare_bytes", "-1"},
       {"engine", "huge_pages", "\"always\""},
       {"engine", "prefault", "\"yes\""},
       {"engine", "max_contexts", "0"},
       {"engine", "max_sessions", "70000"},
       {"engine", "max_pinned_bytes_per_tenant", "true"},
+      {"engine", "max_pins_per_tenant", "-1"},
+      {"engine", "max_pins_per_tenant", "1048577"},
       {"engine", "executor_threads", "-2"},
       {"engine", "run_tokens", "8191"},
       {"engine", "first_run_token", "\"x\""},
       {"engine", "task_tokens", "1"},
       {"engine", "task_tokens", "300"},
       {"engine", "inline_bytes", "\"2GiB\""},
+      {"engine", "max_attend_scratch_bytes", "\"1MiB\""},
       {"engine", "max_queued_batches", "0"},
       {"engine", "max_leases_per_session", "0"},
       {"engine", "max_context_tokens", "1"},
@@ -95,7 +121,7 @@ TEST(ConfigTest, EveryWrongValueIsRefusedNamingKeyAndValue) {
       {"shm", "socket", "\"relative.sock\""},
       {"shm", "socket_mode", "660"},
       {"shm", "socket_mode", "\"0888\""},
-      {"shm", "socket_mode", "\"0066\""},
+      {"shm", "socket_mode", "\"0066\"", "066"},
       {"shm", "max_channels", "0"},
       {"shm", "max_total_bytes", "\"16MiB\""},
       {"shm", "default_slots", "65"},
@@ -125,12 +151,12 @@ TEST(ConfigTest, EveryWrongValueIsRefusedNamingKeyAndValue) {
       {"grpc", "max_connections", "0"},
       {"grpc", "max_sessions_per_tenant", "0"},
       {"tenants", "users", "3"},
-      {"tenants", "users", "{ alice = \"alice\" }"},
-      {"tenants", "users", "{ \"1000\" = \"uid-7\" }"},
-      {"tenants", "users", "{ \"1000\" = \"a/b\" }"},
+      {"tenants", "users", "{ alice = \"alice\" }", "alice"},
+      {"tenants", "users", "{ \"1000\" = \"uid-7\" }", "uid-7"},
+      {"tenants", "users", "{ \"1000\" = \"a/b\" }", "a/b"},
       {"tenants", "refuse_unknown_users", "1"},
       {"admin", "users", "\"root\""},
-      {"admin", "users", "[-1]"},
+      {"admin", "users", "[-1]", "-1"},
       {"metrics", "listen", "\"here\""},
       {"metrics", "listen", "\"0.0.0.0:9464\""},
       {"metrics", "allow_remote", "\"no\""},
@@ -143,6 +169,8 @@ TEST(ConfigTest, EveryWrongValueIsRefusedNamingKeyAndValue) {
     const std::string error = ErrorOf(toml);
     EXPECT_THAT(error, HasSubstr("test.toml")) << toml;
     EXPECT_THAT(error, HasSubstr(std::string(c.section) + "." + c.key)) << toml;
+    const std::string value = c.shown != nullptr ? c.shown : c.value;
+    EXPECT_THAT(Unquoted(error), HasSubstr(" = " + Unquoted(value))) << toml;
   }
 }
 
@@ -214,6 +242,14 @@ TEST(ConfigTest, BothSocketsCannotShareAPath) {
 
 TEST(ConfigTest, AMissingFileIsNotFound) {
   EXPECT_EQ(ReadConfig("/nonexistent/quarryd.toml").status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST(ConfigTest, ADirectoryOrAFileWithoutEndIsRefusedByName) {
+  for (const std::string path : {"/", "/dev/zero"}) {
+    const absl::Status status = ReadConfig(path).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << path;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("the configuration file " + path));
+  }
 }
 
 TEST(ConfigTest, TheExampleNamesEveryKeyAndHoldsTheDefaults) {

@@ -159,7 +159,9 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
     std::mt19937_64 random(seed);
     ContextId fork{};
     uint32_t fork_at = 0, fork_tokens = 0;
-    while (stored.load(std::memory_order_acquire) < kTokens || answers.load() < 400) {
+    const absl::Time end = absl::Now() + absl::Seconds(60);
+    const auto swapped = [&] { return engine_->Stats().runs_indexed > 0 || absl::Now() > end; };
+    while (stored.load(std::memory_order_acquire) < kTokens || answers.load() < 400 || !swapped()) {
       const uint32_t tokens = stored.load(std::memory_order_acquire);
       if (tokens > 0 && random() % 8 == 0) {
         if (fork.value != 0) EXPECT_OK(engine_->Close(session_, fork));

@@ -369,6 +369,7 @@ TEST_F(EngineContextTest, ReadReturnsTheBytesAppended) {
   for (const TokenRange range : {TokenRange{0, 600}, {255, 257}, {599, 600}, {7, 7}}) {
     std::vector<std::byte> k(range.size() * data_.token_bytes()), v(k.size());
     ASSERT_OK(engine_->Read(session_, c, 1, range, k, v));
+    if (range.empty()) continue;  // no buffers either
     EXPECT_EQ(std::memcmp(k.data(), data_.k(1, range.lo), k.size()), 0);
     EXPECT_EQ(std::memcmp(v.data(), data_.v(1, range.lo), v.size()), 0);
   }

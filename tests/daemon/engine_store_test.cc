@@ -142,6 +142,46 @@ TEST_F(EngineStoreTest, PinnedContextsSurvivePressureAndOutliveTheirSession) {
   EXPECT_EQ(Reused(session_, pinned), 0u);
 }
 
+TEST_F(EngineStoreTest, APinsBytesAreThoseOfItsDistinctBlocksAlone) {
+  const auto small = engine_->Put(session_, "n", "small", Bytes(value_), {});
+  const std::string large_value(20000, 'y');
+  const auto large = engine_->Put(session_, "n", "large", Bytes(large_value), {});
+  ASSERT_TRUE(small.ok() && large.ok());
+  // Not pinned: another of the tenant's, and another tenant's of the same key.
+  ASSERT_TRUE(engine_->Put(session_, "n", "other", Bytes(large_value), {}).ok());
+  ASSERT_TRUE(engine_->Put(NewSession("bob"), "n", "small", Bytes(value_), {}).ok());
+  PinRequest pin;
+  pin.name = "p";
+  pin.blocks = {small->id, large->id, small->id};
+  auto bytes = engine_->Pin(session_, pin);
+  ASSERT_TRUE(bytes.ok()) << bytes.status();
+  EXPECT_EQ(*bytes, value_.size() + large_value.size());
+  pin.blocks = {small->id, BlockId{}};
+  EXPECT_TRUE(absl::IsNotFound(engine_->Pin(session_, pin).status()));
+}
+
+TEST_F(EngineStoreTest, PinsAreCountedByNameAndTheirLimitIsConfigured) {
+  EngineOptions options = SmallOptions();
+  options.max_pins_per_tenant = 2;
+  Start(options);
+  const auto put = engine_->Put(session_, "n", "k", Bytes(value_), {});
+  ASSERT_TRUE(put.ok()) << put.status();
+  PinRequest pin;
+  pin.blocks = {put->id};
+  const auto set = [&](SessionId session, const char* name) {
+    pin.name = name;
+    return engine_->Pin(session, pin).status();
+  };
+  EXPECT_OK(set(session_, "a"));
+  EXPECT_OK(set(session_, "b"));
+  const absl::Status third = set(session_, "c");
+  EXPECT_TRUE(absl::IsResourceExhausted(third)) << third;
+  EXPECT_THAT(std::string(third.message()), ::testing::HasSubstr("2 pins of 2"));
+  EXPECT_OK(set(session_, "a"));  // replaced, not added
+  EXPECT_OK(engine_->Unpin(session_, "b"));
+  EXPECT_OK(set(session_, "c"));
+}
+
 TEST_F(EngineStoreTest, ListedBlocksAreTheTenantsOwn) {
   Cache(session_, OpenFor(SmallModel(), Tokens(600), 600), KvData(SmallShape(), 600, 1));
   ASSERT_TRUE(engine_->Put(session_, "n", "k", Bytes(value_), {}).ok());

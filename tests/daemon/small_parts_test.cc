@@ -89,13 +89,19 @@ TEST(MetricsTest, FlatNamesFollowTheScheme) {
 }
 
 // What a scraper reads over HTTP.
-std::string Scrape(int port) {
-  const FileDescriptor fd(socket(AF_INET, SOCK_STREAM, 0));
+FileDescriptor ConnectTo(int port) {
+  FileDescriptor fd(socket(AF_INET, SOCK_STREAM, 0));
   sockaddr_in address{};
   address.sin_family = AF_INET;
   address.sin_port = htons(static_cast<uint16_t>(port));
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  if (connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) return "";
+  if (connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) fd.Reset();
+  return fd;
+}
+
+std::string Scrape(int port) {
+  const FileDescriptor fd = ConnectTo(port);
+  if (!fd.valid()) return "";
   const std::string get = "GET /metrics HTTP/1.0\r\n\r\n";
   if (send(fd.get(), get.data(), get.size(), 0) < 0) return "";
   std::string page;
@@ -104,6 +110,41 @@ std::string Scrape(int port) {
     page.append(buffer, static_cast<size_t>(n));
   }
   return page;
+}
+
+class EngineWithArena : public FakeEngine {
+ public:
+  EngineStats Stats() const override {
+    EngineStats stats;
+    stats.store.arena = {.capacity_bytes = 1,
+                         .extent_bytes = 2,
+                         .used_bytes = 3,
+                         .extents = 4,
+                         .huge_page_bytes = 5,
+                         .spare_bytes = 6,
+                         .committed_bytes = 7,
+                         .given_back_bytes = 8,
+                         .huge_page_fallbacks = 9};
+    return stats;
+  }
+};
+
+TEST(MetricsTest, EveryFigureOfTheArenaIsShownUnderItsName) {
+  EngineWithArena engine;
+  const auto flat = Metrics(engine, [] { return 1.0; }).Flat();
+  std::map<std::string, double> arena;
+  for (const auto& [name, value] : flat) {
+    if (name.starts_with("quarry_arena_")) arena[name.substr(sizeof("quarry_arena_") - 1)] = value;
+  }
+  EXPECT_EQ(arena, (std::map<std::string, double>{{"capacity_bytes", 1},
+                                                  {"extent_bytes", 2},
+                                                  {"used_bytes", 3},
+                                                  {"extents_count", 4},
+                                                  {"huge_page_bytes", 5},
+                                                  {"spare_bytes", 6},
+                                                  {"committed_bytes", 7},
+                                                  {"given_back_bytes_total", 8},
+                                                  {"huge_page_fallbacks_total", 9}}));
 }
 
 TEST(MetricsTest, ThePageShowsWhatFlatShows) {
@@ -118,6 +159,19 @@ TEST(MetricsTest, ThePageShowsWhatFlatShows) {
   EXPECT_THAT(page, HasSubstr("# TYPE quarry_shm_attend_latency_seconds histogram"));
   EXPECT_THAT(page, HasSubstr("quarry_shm_attend_latency_seconds_count 1"));
   EXPECT_THAT(page, HasSubstr("# TYPE quarry_store_hits_total counter"));
+  EXPECT_THAT(page, HasSubstr("# TYPE quarry_arena_used_bytes gauge"));
+}
+
+TEST(MetricsTest, SilentConnectionsHoldThePageUpForSecondsAtMost) {
+  FakeEngine engine;
+  Metrics metrics(engine, [] { return 1.0; });
+  auto server = MetricsServer::Start({"127.0.0.1:0", false}, metrics);
+  ASSERT_TRUE(server.ok()) << server.status();
+  std::vector<FileDescriptor> silent;
+  for (int i = 0; i < 6; ++i) silent.push_back(ConnectTo((*server)->port()));
+  const absl::Time start = absl::Now();
+  EXPECT_THAT(Scrape((*server)->port()), HasSubstr("quarry_arena_used_bytes"));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(20));
 }
 
 TEST(MetricsTest, APortInUseIsRefusedNamingIt) {

@@ -30,10 +30,11 @@ absl::StatusOr<std::unique_ptr<DaemonProcess>> Start(DaemonOptions options = {})
 }
 
 // Exit status of a quarryd that ends by itself, its standard error in *error.
-int RunToEnd(const std::vector<std::string>& arguments, std::string* error) {
+int RunToEnd(const std::vector<std::string>& arguments, std::string* error,
+             const std::string& before = "") {
   char name[] = "/tmp/quarry-lifecycle-XXXXXX";
   const int log = mkstemp(name);
-  std::string command = testing::DefaultDaemonBinary();
+  std::string command = before + testing::DefaultDaemonBinary();
   for (const std::string& argument : arguments) command += " '" + argument + "'";
   command += " >/dev/null 2>" + std::string(name) + " </dev/null";
   const int status = std::system(command.c_str());
@@ -42,6 +43,12 @@ int RunToEnd(const std::vector<std::string>& arguments, std::string* error) {
   close(log);
   unlink(name);
   return WEXITSTATUS(status);
+}
+
+TEST(DaemonLifecycleTest, TooFewDescriptorsAreRefusedWithTheirNumber) {
+  std::string error;
+  EXPECT_EQ(RunToEnd({"--arena-bytes", "64MiB"}, &error, "ulimit -n 40; exec "), 1);
+  EXPECT_THAT(error, HasSubstr("open files (ulimit -n) is 40"));
 }
 
 TEST(DaemonLifecycleTest, ASecondStartIsRefusedNamingSocketAndPid) {

@@ -93,6 +93,32 @@ class EndToEndTest : public ::testing::Test {
   std::unique_ptr<Client> client_;
 };
 
+TEST_F(EndToEndTest, ARefusedAppendDeclaresNoIdsSoThatItCanBeRetried) {
+  OpenRequest open = testing::OpenFor(spec_, data_, 2048);
+  const std::vector<uint32_t> ids = open.tokens;
+  open.tokens.resize(1);  // the prompt's first id is known, the others come with the append
+  open.inputs.clear();
+  const auto opened = client_->Open(open);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  const size_t bytes = kTokens * spec_.shape.kv_heads * spec_.shape.vector_bytes();
+  std::vector<char> bad(data_.k[0].begin(), data_.k[0].begin() + static_cast<ptrdiff_t>(bytes));
+  std::memset(bad.data() + bytes / 2, 0xFF, 64);  // NaN
+  AppendRequest append;
+  append.context = opened->context;
+  append.kv_heads = spec_.shape.kv_heads;
+  append.range = {0, kTokens};
+  append.k = bad.data();
+  append.v = data_.v[0].data();
+  append.new_token_ids = std::span(ids).subspan(1);
+  EXPECT_EQ(client_->Append(append).code(), absl::StatusCode::kInvalidArgument);
+  append.k = data_.k[0].data();
+  const absl::Status again = client_->Append(append);
+  EXPECT_TRUE(again.ok()) << again;
+  const auto contexts = client_->ListContexts();
+  ASSERT_TRUE(contexts.ok() && contexts->size() == 1);
+  EXPECT_EQ(contexts->front().known_tokens, kTokens);
+}
+
 TEST_F(EndToEndTest, AContextIsAppendedAttendedReadForkedSealedAndClosed) {
   const ContextId context = Fill(client_.get());
   for (const TokenRange range : {TokenRange{0, kTokens}, {0, 1}, {128, 488}, {999, 1000}}) {

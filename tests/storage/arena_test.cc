@@ -199,6 +199,8 @@ TEST(ArenaTest, WhollyFreeExtentsGoBackToTheSystem) {
   const ArenaStats stats = arena->Stats();
   EXPECT_EQ(stats.extent_bytes, 0u);
   EXPECT_EQ(stats.extents, 0u);
+  EXPECT_EQ(stats.committed_bytes, 0u);
+  EXPECT_EQ(stats.given_back_bytes, 16 * kMiB);
   EXPECT_EQ(stats.used_bytes, 0u);
   EXPECT_EQ(arena->SupplyOf("t", kMiB).room_bytes, 16 * kMiB);
 }
@@ -218,6 +220,9 @@ TEST(ArenaTest, SparesAreReusedByTheirTenantAndGivenUpToOthers) {
   // 14 MiB are not in use; another tenant can have them all, spares included.
   for (int i = 0; i < 7; ++i) Take(*arena, "other", 2 * kMiB);
   EXPECT_EQ(arena->Stats().spare_bytes, 0u);
+  EXPECT_EQ(arena->Stats().committed_bytes, 16 * kMiB);
+  // 12 MiB beyond the spares, and the spare extent that made room for the other tenant.
+  EXPECT_EQ(arena->Stats().given_back_bytes, 14 * kMiB);
   EXPECT_TRUE(absl::IsResourceExhausted(arena->Allocate("other", 2 * kMiB).status()));
 }
 

@@ -1,4 +1,5 @@
 // Random operations against simple models of the store. The seed is printed; QUARRY_SEED sets it.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -188,16 +189,17 @@ class ExactPropertyTest : public StoreTest {
     const ModelBlock& block = model_.published[n];
     if (block.leases.empty()) --model_.used;
     for (BlockHandle lease : block.leases) model_.retiring.push_back(lease);
-    if (block.pins > 0) pins_.erase(n);
+    for (auto& [name, blocks] : pins_) blocks.erase(n);
+    std::erase_if(pins_, [](const auto& pin) { return pin.second.empty(); });
     model_.published.erase(n);
   }
-  // Pins are named after their only block.
+  // Pins are named after the block they were set for; they hold its ancestors too.
   void TogglePin() {
     const uint64_t n = 1 + Pick(kIds);
     if (pins_.contains(n)) {
       ASSERT_TRUE(store_->Unpin("t", std::to_string(n)).ok());
+      for (uint64_t block : pins_[n]) --model_.published[block].pins;
       pins_.erase(n);
-      model_.published[n].pins = 0;
       return;
     }
     const std::vector<BlockId> ids = {IdOf(n)};
@@ -205,8 +207,10 @@ class ExactPropertyTest : public StoreTest {
         store_->Pin("t", std::to_string(n), ids, absl::InfiniteFuture());
     ASSERT_EQ(status.ok(), model_.published.contains(n)) << status;
     if (!status.ok()) return;
-    pins_.insert(n);
-    model_.published[n].pins = 1;
+    for (uint64_t b = n; model_.published.contains(b); b = model_.published[b].parent) {
+      pins_[n].insert(b);
+      ++model_.published[b].pins;
+    }
   }
   void Check() {
     const BlockStoreStats stats = store_->Stats();
@@ -214,7 +218,9 @@ class ExactPropertyTest : public StoreTest {
     ASSERT_EQ(stats.blocks, model_.used);
     ASSERT_EQ(stats.reserved_bytes, model_.reserved * kBytes);
     ASSERT_EQ(stats.evictions, model_.evictions);
-    ASSERT_EQ(stats.pinned, pins_.size());
+    const auto is_pinned = [](const auto& block) { return block.second.pins > 0; };
+    ASSERT_EQ(stats.pinned, static_cast<uint64_t>(std::count_if(model_.published.begin(),
+                                                                model_.published.end(), is_pinned)));
     ASSERT_EQ(stats.arena.used_bytes, (model_.used + model_.reserved) * kBytes);
     ASSERT_LE(stats.arena.extent_bytes, kSlots * kBytes);
     for (uint64_t n = 1; n <= kIds; ++n) {
@@ -224,7 +230,7 @@ class ExactPropertyTest : public StoreTest {
 
   std::mt19937 random_;
   ExactModel model_{kSlots};
-  std::set<uint64_t> pins_;
+  std::map<uint64_t, std::set<uint64_t>> pins_;  // by name
 };
 
 TEST_F(ExactPropertyTest, TheStoreDoesExactlyWhatTheModelDoes) {

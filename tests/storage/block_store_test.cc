@@ -303,6 +303,18 @@ TEST_F(BlockStoreTest, PinsOverTheQuotaAreRefusedAndChangeNothing) {
   EXPECT_TRUE(absl::IsResourceExhausted(store_->Pin("t", "c", first, absl::InfiniteFuture())));
 }
 
+TEST_F(BlockStoreTest, APinnedLeafIsChargedWithTheAncestorsItKeeps) {
+  BlockStoreOptions options = SmallOptions();
+  options.max_pinned_bytes_per_tenant = 10000;
+  Start(options);
+  for (uint64_t n : {1, 2, 3}) Cached("t", n, 4096, n - 1);
+  const std::vector<BlockId> leaf = {IdOf(3)};
+  EXPECT_TRUE(absl::IsResourceExhausted(store_->Pin("t", "leaf", leaf, absl::InfiniteFuture())));
+  EXPECT_EQ(store_->Stats().pinned, 0u);
+  Pin("t", "middle", {2});
+  EXPECT_EQ(store_->Stats().pinned, 2u);  // with its parent
+}
+
 TEST_F(BlockStoreTest, ListShowsPublishedBlocksOfTheTenant) {
   Cached("t", 1, 4096);
   Leased("t", 2, 5000, 1);
