@@ -39,13 +39,22 @@ uint64_t ElementBytes(TensorDType dtype) {
   return 0;
 }
 
+constexpr std::pair<std::string_view, TensorDType> kDTypeNames[] = {
+    {"BF16", TensorDType::kBf16},  {"F16", TensorDType::kFp16},  {"F32", TensorDType::kFp32},
+    {"I32", TensorDType::kInt32},  {"I64", TensorDType::kInt64}};
+
 std::optional<TensorDType> DTypeOf(std::string_view name) {
-  if (name == "BF16") return TensorDType::kBf16;
-  if (name == "F16") return TensorDType::kFp16;
-  if (name == "F32") return TensorDType::kFp32;
-  if (name == "I32") return TensorDType::kInt32;
-  if (name == "I64") return TensorDType::kInt64;
+  for (const auto& [known, dtype] : kDTypeNames) {
+    if (name == known) return dtype;
+  }
   return std::nullopt;
+}
+
+std::string_view NameOf(TensorDType dtype) {
+  for (const auto& [name, known] : kDTypeNames) {
+    if (dtype == known) return name;
+  }
+  return "?";
 }
 
 absl::Status Bad(const std::string& path, const std::string& what) {
@@ -127,18 +136,22 @@ float TensorView::at(uint64_t i) const {
       return LoadAsFloat(bytes.data(), i, DType::kFp16);
     case TensorDType::kFp32:
       return LoadAsFloat(bytes.data(), i, DType::kFp32);
-    case TensorDType::kInt32: {
-      int32_t x;
-      std::memcpy(&x, bytes.data() + i * 4, 4);
-      return static_cast<float>(x);
-    }
-    case TensorDType::kInt64: {
-      int64_t x;
-      std::memcpy(&x, bytes.data() + i * 8, 8);
-      return static_cast<float>(x);
-    }
+    case TensorDType::kInt32:
+    case TensorDType::kInt64:
+      return static_cast<float>(integer(i));
   }
   return 0;
+}
+
+int64_t TensorView::integer(uint64_t i) const {
+  if (dtype == TensorDType::kInt32) {
+    int32_t x;
+    std::memcpy(&x, bytes.data() + i * sizeof(x), sizeof(x));
+    return x;
+  }
+  int64_t x;
+  std::memcpy(&x, bytes.data() + i * sizeof(x), sizeof(x));
+  return x;
 }
 
 absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std::string& path) {
@@ -209,6 +222,42 @@ absl::StatusOr<TensorView> SafetensorsFile::Find(std::string_view name) const {
     return absl::NotFoundError(absl::StrCat(path_, ": no tensor ", std::string(name)));
   }
   return it->second;
+}
+
+absl::Status WriteSafetensors(const std::string& path,
+                              std::span<const std::pair<std::string, TensorView>> tensors,
+                              const std::map<std::string, std::string>& metadata) {
+  nlohmann::json header = {{"__metadata__", metadata}};
+  uint64_t end = 0;
+  for (const auto& [name, tensor] : tensors) {
+    const uint64_t bytes = tensor.elements() * ElementBytes(tensor.dtype);
+    if (bytes != tensor.bytes.size()) {
+      return Bad(path, absl::StrCat("tensor ", name, ": ", tensor.bytes.size(), " bytes for ",
+                                    tensor.elements(), " elements"));
+    }
+    header[name] = {{"dtype", NameOf(tensor.dtype)},
+                    {"shape", tensor.shape},
+                    {"data_offsets", {end, end + bytes}}};
+    end += bytes;
+  }
+  // Bytes that are no UTF-8 are replaced rather than thrown at.
+  std::string text = header.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // tensors begin at a multiple of 8
+  const uint64_t header_bytes = text.size();
+  const std::string part = path + ".part";
+  std::ofstream out(part, std::ios::binary);
+  out.write(reinterpret_cast<const char*>(&header_bytes), sizeof(header_bytes));
+  out << text;
+  for (const auto& [name, tensor] : tensors) {
+    out.write(reinterpret_cast<const char*>(tensor.bytes.data()),
+              static_cast<std::streamsize>(tensor.bytes.size()));
+  }
+  out.close();
+  std::error_code error;
+  if (out) std::filesystem::rename(part, path, error);
+  if (out && !error) return absl::OkStatus();
+  std::filesystem::remove(part, error);
+  return absl::UnavailableError(absl::StrCat(path, ": cannot be written, ", end, " bytes"));
 }
 
 absl::StatusOr<WeightFiles> WeightFiles::Open(const std::string& directory) {

@@ -8,8 +8,10 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
 namespace quarry {
@@ -24,6 +26,7 @@ struct TensorView {
   uint64_t elements() const;
   // Element i widened to fp32; integers are cast.
   float at(uint64_t i) const;
+  int64_t integer(uint64_t i) const;  // element i of integers, exactly
 };
 
 // One file. InvalidArgument names the file, the tensor and the numbers: a header longer than the
@@ -52,6 +55,13 @@ class SafetensorsFile {
   std::map<std::string, TensorView> tensors_;
   std::map<std::string, std::string> metadata_;
 };
+
+// Writes a file of this format, the tensors in the order given. A reader sees the whole file or the
+// one before it. InvalidArgument names a tensor whose bytes do not fit its shape;
+// Unavailable a file that cannot be written.
+absl::Status WriteSafetensors(const std::string& path,
+                              std::span<const std::pair<std::string, TensorView>> tensors,
+                              const std::map<std::string, std::string>& metadata);
 
 // A model's tensors: model.safetensors, or the shards that model.safetensors.index.json names.
 class WeightFiles {
