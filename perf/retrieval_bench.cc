@@ -31,11 +31,14 @@
 #include "perf/retrieval/report.h"
 #include "perf/retrieval/row.h"
 #include "perf/retrieval/trace_bench.h"
+#include "perf/trace.h"
+#include "proto/status_macros.h"
 
 namespace quarry::perf {
 namespace {
 
 struct Settings {
+  std::vector<std::string> traces;        // directories
   std::vector<uint32_t> random;           // tokens of random traces
   std::vector<std::string> indexes;       // beginnings of names; none: all
   std::vector<uint32_t> runs = {1};
@@ -69,6 +72,17 @@ absl::Status MeasureTrace(const Trace& trace, const Settings& settings,
     for (uint32_t runs : settings.runs) {
       if (absl::Status status = (*bench)->Measure(spec, runs, sink); !status.ok()) return status;
     }
+  }
+  return absl::OkStatus();
+}
+
+// One file in memory at a time.
+absl::Status MeasureDirectory(const std::string& directory, const Settings& settings,
+                              const TraceBench::Sink& sink) {
+  QUARRY_ASSIGN_OR_RETURN(const std::vector<std::string> paths, ListTraces(directory));
+  for (const std::string& path : paths) {
+    QUARRY_ASSIGN_OR_RETURN(const Trace trace, ReadTrace(path));
+    QUARRY_RETURN_IF_ERROR(MeasureTrace(trace, settings, sink));
   }
   return absl::OkStatus();
 }
@@ -122,6 +136,9 @@ absl::Status Run(const Settings& settings) {
     std::fflush(stdout);
     rows.push_back(row);
   };
+  for (const std::string& directory : settings.traces) {
+    QUARRY_RETURN_IF_ERROR(MeasureDirectory(directory, settings, sink));
+  }
   for (uint32_t tokens : settings.random) {
     const Trace trace = RandomTrace({.tokens = tokens, .seed = settings.seed});
     if (absl::Status status = MeasureTrace(trace, settings, sink); !status.ok()) return status;
@@ -135,6 +152,7 @@ absl::Status Run(const Settings& settings) {
 int main(int argc, char** argv) {
   quarry::perf::Settings settings;
   CLI::App app("Indexes and budgets over traces, as JSON lines; QUARRY_SIMD chooses the level");
+  app.add_option("--traces", settings.traces, "directories of traces, *.safetensors");
   app.add_option("--random", settings.random, "tokens of random traces");
   app.add_option("--indexes", settings.indexes, "only indexes whose names begin like these");
   app.add_option("--runs", settings.runs, "runs that an index is cut into")
