@@ -1,6 +1,7 @@
 #include "cpu_index/budget.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -22,7 +23,9 @@ std::span<const float> RowOf(const RunScores& run) { return run.coarse->Row(run.
 
 // Tokens of the row's i-th node.
 uint32_t WeightOf(const RunScores& run, size_t i) {
-  return run.coarse->weight.empty() ? 1 : run.coarse->weight[run.coarse->NodeOf(run.query, i)];
+  const CoarseScores& coarse = *run.coarse;
+  if (coarse.weight.empty()) return 1;
+  return coarse.dense() ? coarse.weight[i] : coarse.weight[coarse.first[run.query] + i];
 }
 
 float LargestScore(std::span<const RunScores> runs) {
@@ -93,12 +96,94 @@ Cut FindCut(std::vector<Node>* nodes, uint64_t tokens, double mass) {
   return cut;
 }
 
+// Under Budget::kError: runs without doubts are attended whole, and of the others the nodes of the
+// largest scores are refined, until the doubts of those left add up to at most what is allowed. A
+// histogram of the scores: no sort, and the cut is true to kBinNats.
+class ErrorCut {
+ public:
+  // top: a log near the largest of all scores and lengths.
+  explicit ErrorCut(float top) : top_(top) {}
+
+  void Add(const RunScores& run) {
+    const std::span<const float> row = RowOf(run);
+    const auto first = run.coarse->doubt.begin() + run.coarse->first[run.query];
+    doubt_.assign(first, first + static_cast<ptrdiff_t>(row.size()));
+    Kernels().exp_sum(doubt_.data(), doubt_.size(), top_);
+    for (size_t i = 0; i < row.size(); ++i) {
+      if (row[i] == kMasked) continue;
+      const uint32_t weight = WeightOf(run, i);
+      Bin& bin = bins_[std::clamp(static_cast<int>((top_ - row[i]) / kBinNats), 0, kBins - 1)];
+      bin.tokens += weight;
+      if (weight == 1) {
+        bin.squares += double{doubt_[i]} * doubt_[i];
+      } else {
+        bin.groups += doubt_[i];
+      }
+    }
+  }
+
+  // Returns the threshold, and the error that is left: as lengths relative to e^top.
+  float Find(double allowed, uint64_t most_tokens, double* error) const {
+    double squares = 0, groups = 0;
+    for (const Bin& bin : bins_) {
+      squares += bin.squares;
+      groups += bin.groups;
+    }
+    uint64_t tokens = 0;
+    int cut = 0;  // the first bin that is not refined
+    for (; cut < kBins && squares + groups * groups > allowed * allowed; ++cut) {
+      if (tokens + bins_[cut].tokens > most_tokens) break;
+      tokens += bins_[cut].tokens;
+      squares -= bins_[cut].squares;
+      groups -= bins_[cut].groups;
+    }
+    *error = std::sqrt(std::max(0.0, squares) + groups * groups);
+    return cut == kBins ? kMasked : top_ - static_cast<float>(cut) * kBinNats;
+  }
+
+ private:
+  static constexpr int kBins = 256;
+  static constexpr float kBinNats = 0.125f;
+  struct Bin {
+    double squares = 0, groups = 0;
+    uint64_t tokens = 0;
+  };
+  const float top_;
+  Bin bins_[kBins];
+  std::vector<float> doubt_;
+};
+
+double AllocateByError(const Budget& budget, std::span<const RunScores> runs,
+                       std::span<RunShare> shares, float other_length) {
+  float top = LargestScore(runs);
+  for (const RunScores& run : runs) {
+    if (!run.coarse->length.empty()) top = std::max(top, run.coarse->length[run.query]);
+  }
+  ErrorCut cut(top);
+  double length = 0;
+  for (const RunScores& run : runs) {
+    if (run.coarse->doubt.empty()) continue;
+    cut.Add(run);
+    length += std::exp(double{run.coarse->length[run.query]} - top);
+  }
+  // What is merged with points elsewhere.
+  length = std::hypot(length, std::exp(double{other_length} - top));
+  double error = 0;
+  const uint64_t most = budget.k > 0 ? budget.k : std::numeric_limits<uint64_t>::max();
+  const float threshold = cut.Find(budget.error * length, most, &error);
+  for (size_t r = 0; r < runs.size(); ++r) {
+    if (!runs[r].coarse->doubt.empty()) shares[r].threshold = threshold;
+  }
+  return length > 0 ? error / length : 0;
+}
+
 }  // namespace
 
 double AllocateBudget(const Budget& budget, std::span<const RunScores> runs,
-                      std::span<RunShare> shares) {
+                      std::span<RunShare> shares, float other_length) {
   QUARRY_CHECK(runs.size() == shares.size());
   std::fill(shares.begin(), shares.end(), RunShare{kMasked, 0});
+  if (budget.kind == Budget::Kind::kError) return 1.0 - AllocateByError(budget, runs, shares, other_length);
   std::vector<Node> nodes = NodesInRange(runs, LargestScore(runs));
   if (nodes.empty()) return 1.0;
   uint64_t available = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 
 #include "cpu_index/key_index.h"
@@ -26,10 +27,12 @@ struct RunShare {
 // tokens cut differently give the same selection. Ties go to the lowest tokens. A group of tokens
 // is taken whole, so a budget may be overrun by part of one group. Returns the share of the
 // softmax mass over all the runs' tokens that the selection holds: 1 if that is everything, also
-// for no tokens at all. Of a run with lists only the nodes in them are known, so the share is of
+// for no tokens at all; under Budget::kError 1 less the predicted error of the answer. Of a run with lists only the nodes in them are known, so the share is of
 // these.
 // Cost: a few passes over the scores; no full sort.
+// other_length: as QueryBlock's, of this query; only Budget::kError uses it.
 double AllocateBudget(const Budget& budget, std::span<const RunScores> runs,
-                      std::span<RunShare> shares);
+                      std::span<RunShare> shares,
+                      float other_length = -std::numeric_limits<float>::infinity());
 
 }  // namespace quarry

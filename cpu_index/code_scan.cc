@@ -51,12 +51,10 @@ void CodeScan::AttendAll(const KvView& run, const QueryBlock& queries,
 }
 
 void CodeScan::Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const {
-  const uint32_t head_dim = queries.head_dim;
+  const QueryBasis::Coordinates coordinates = codes_.basis().EncodeQueries(queries);
   std::vector<KeyCodes::Query> prepared;
-  std::vector<float> scaled(head_dim);
   for (uint32_t i = 0; i < queries.queries; ++i) {
-    for (uint32_t d = 0; d < head_dim; ++d) scaled[d] = queries.q[i * head_dim + d] * queries.scale;
-    prepared.push_back(codes_.Prepare(scaled));
+    prepared.push_back(codes_.Prepare(coordinates.Row(i), coordinates.mean_score[i]));
   }
   std::vector<int32_t> sums(size_t{queries.queries} * codes_.keys_padded());
   codes_.Sum(prepared, sums);

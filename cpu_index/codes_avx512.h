@@ -32,27 +32,106 @@ struct UnpackedCodes {
   }
 };
 
+// About the latency of DRAM at its bandwidth.
+constexpr uint32_t kBlocksAhead = 8;
+
+// Of the b-th block that the tile takes; of the last one for those behind it.
+template <typename Tile>
+size_t BlockAt(const Tile& tile, uint32_t b) {
+  b = b < tile.blocks ? b : tile.blocks - 1;
+  return tile.which == nullptr ? b : tile.which[b];
+}
+
+template <size_t kBytes>
+void PrefetchBlock(const uint8_t* block) {
+  for (size_t line = 0; line < kBytes; line += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(block) + line, _MM_HINT_T0);
+  }
+}
+
+// [16 keys] of one query.
+__m512i WeightedSum(const __m512i* part, const int8_t* weights) {
+  __m512i even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
+  for (uint32_t p = 0; p < kCodeCoordinates / 4; p += 2) {
+    int32_t four[2];
+    std::memcpy(four, weights + 4 * p, sizeof(four));
+    even = _mm512_dpbusd_epi32(even, part[p], _mm512_set1_epi32(four[0]));
+    odd = _mm512_dpbusd_epi32(odd, part[p + 1], _mm512_set1_epi32(four[1]));
+  }
+  return _mm512_add_epi32(even, odd);
+}
+
+constexpr size_t kCodeBlockBytes = 256;
+
 void SumCodesAvx512(const CodeTile& tile) {
-  constexpr size_t kBlockBytes = 256;
-  // Eight blocks ahead: 2 KiB, about the latency of DRAM at its bandwidth.
-  constexpr size_t kAhead = 8 * kBlockBytes;
   for (uint32_t b = 0; b < tile.blocks; ++b) {
-    const uint8_t* const block = tile.codes + b * kBlockBytes;
-    for (size_t line = 0; line < kBlockBytes; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(block) + kAhead + line, _MM_HINT_T0);
-    }
-    const UnpackedCodes codes(block);
+    PrefetchBlock<kCodeBlockBytes>(tile.codes + BlockAt(tile, b + kBlocksAhead) * kCodeBlockBytes);
+    const UnpackedCodes codes(tile.codes + BlockAt(tile, b) * kCodeBlockBytes);
     for (uint32_t i = 0; i < tile.queries; ++i) {
-      const int8_t* const weights = tile.weights + size_t{i} * kCodeCoordinates;
-      __m512i even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
-      for (uint32_t p = 0; p < kCodeCoordinates / 4; p += 2) {
-        int32_t four[2];
-        std::memcpy(four, weights + 4 * p, sizeof(four));
-        even = _mm512_dpbusd_epi32(even, codes.part[p], _mm512_set1_epi32(four[0]));
-        odd = _mm512_dpbusd_epi32(odd, codes.part[p + 1], _mm512_set1_epi32(four[1]));
-      }
       _mm512_storeu_si512(tile.out + i * tile.ld_out + size_t{b} * kCodeBlockKeys,
-                          _mm512_add_epi32(even, odd));
+                          WeightedSum(codes.part, tile.weights + size_t{i} * kCodeCoordinates));
+    }
+  }
+}
+
+uint64_t FindCodesAvx512(const CodeTile& tile, const int32_t* least) {
+  uint64_t found = 0;
+  for (uint32_t b = 0; b < tile.blocks; ++b) {
+    // Tiles follow one another, so what lies behind this one is wanted next.
+    const size_t ahead = tile.which == nullptr ? b + kBlocksAhead : BlockAt(tile, b + kBlocksAhead);
+    PrefetchBlock<kCodeBlockBytes>(tile.codes + ahead * kCodeBlockBytes);
+    const UnpackedCodes codes(tile.codes + BlockAt(tile, b) * kCodeBlockBytes);
+    uint32_t hits = 0;
+    for (uint32_t i = 0; i < tile.queries; ++i) {
+      hits |= _mm512_cmpge_epi32_mask(
+          WeightedSum(codes.part, tile.weights + size_t{i} * kCodeCoordinates),
+          _mm512_set1_epi32(least[i * tile.ld_out + b]));
+    }
+    found |= uint64_t{hits != 0} << b;
+  }
+  return found;
+}
+
+void AddValuesAvx512(const ValueTile& tile) {
+  const __m512i pair = _mm512_set1_epi8(3);
+  const size_t bytes = size_t{tile.head_dim} * 4;
+  for (uint32_t b = 0; b < tile.blocks; ++b) {
+    const uint8_t* const block = tile.codes + tile.which[b] * bytes;
+    const uint8_t* const ahead = tile.codes + BlockAt(tile, b + kBlocksAhead / 2) * bytes;
+    for (uint32_t g = 0; g < tile.head_dim / 16; ++g) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead) + g * 64, _MM_HINT_T0);
+      const __m512i packed = _mm512_loadu_si512(block + g * 64);
+      const __m512i code[4] = {_mm512_and_si512(packed, pair),
+                               _mm512_and_si512(_mm512_srli_epi16(packed, 2), pair),
+                               _mm512_and_si512(_mm512_srli_epi16(packed, 4), pair),
+                               _mm512_and_si512(_mm512_srli_epi16(packed, 6), pair)};
+      for (uint32_t i = 0; i < tile.queries; ++i) {
+        const size_t at = size_t{i} * tile.blocks + b;
+        int32_t four[4];
+        std::memcpy(four, tile.weights + at * kCodeBlockKeys, sizeof(four));
+        __m512i sum = _mm512_setzero_si512();
+        for (int s = 0; s < 4; ++s) {
+          sum = _mm512_dpbusd_epi32(sum, code[s], _mm512_set1_epi32(four[s]));
+        }
+        float* const acc = tile.acc + size_t{i} * tile.head_dim + g * 16;
+        _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(tile.unit[at]),
+                                              _mm512_loadu_ps(acc)));
+      }
+    }
+  }
+}
+
+void SumCentroidsAvx512(const CentroidTile& tile) {
+  constexpr uint32_t kVectors = kCodeCoordinates / 4;
+  for (uint32_t b = 0; b < tile.blocks; ++b) {
+    const uint8_t* const block = tile.centroids + BlockAt(tile, b) * kCentroidBlockBytes;
+    PrefetchBlock<kCentroidBlockBytes>(tile.centroids + BlockAt(tile, b + kBlocksAhead) *
+                                                            kCentroidBlockBytes);
+    __m512i part[kVectors];
+    for (uint32_t v = 0; v < kVectors; ++v) part[v] = _mm512_loadu_si512(block + 64 * v);
+    for (uint32_t i = 0; i < tile.queries; ++i) {
+      _mm512_storeu_si512(tile.out + i * tile.ld_out + size_t{b} * kCodeBlockKeys,
+                          WeightedSum(part, tile.weights + size_t{i} * kCodeCoordinates));
     }
   }
 }

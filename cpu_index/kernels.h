@@ -73,12 +73,40 @@ struct AttendRun {
 // 16 + 16 (v - 2) + 4 s + j in bits 2 s and 2 s + 1.
 inline constexpr uint32_t kCodeCoordinates = 48, kCodeBlockKeys = 16;
 struct CodeTile {
-  const uint8_t* codes;   // [blocks][256]
+  const uint8_t* codes;   // [][256]
+  const uint32_t* which;  // [blocks] of them to take; null: the first ones
   uint32_t blocks;
   const int8_t* weights;  // [queries][kCodeCoordinates]
   uint32_t queries;
-  int32_t* out;           // out[i * ld_out + key]
+  int32_t* out;           // out[i * ld_out + key], keys of what is taken one behind another
   size_t ld_out;
+};
+
+// The same for centroids: a block is kCodeBlockKeys nodes in twelve vectors of 64 bytes, byte j of
+// lane t (4 bytes) of vector v being coordinate 4 v + j of node t, plus 128.
+inline constexpr uint32_t kCentroidBlockBytes = kCodeCoordinates * kCodeBlockKeys;
+struct CentroidTile {
+  const uint8_t* centroids;  // [][kCentroidBlockBytes]
+  const uint32_t* which;     // as in CodeTile
+  uint32_t blocks;
+  const int8_t* weights;     // [queries][kCodeCoordinates]
+  uint32_t queries;
+  int32_t* out;              // as in CodeTile
+  size_t ld_out;
+};
+
+// acc[i * head_dim + d] += sum over blocks b and tokens t of unit[i * blocks + b] *
+// weights[(i * blocks + b) * 16 + t] * code(b, t, d). A block is 16 tokens in head_dim / 16 vectors
+// of 64 bytes, a dimension in each lane of 4 bytes: byte j has token 4 s + j in bits 2 s, 2 s + 1.
+struct ValueTile {
+  const uint8_t* codes;   // [][head_dim * 4]
+  const uint32_t* which;  // [blocks] to take
+  uint32_t blocks;
+  uint32_t head_dim;      // a multiple of 16
+  const int8_t* weights;
+  const float* unit;
+  uint32_t queries;
+  float* acc;
 };
 
 struct Table {
@@ -91,6 +119,11 @@ struct Table {
   float (*exp_sum)(float* x, size_t n, float shift);  // x = e^(x - shift) in place; their sum
   void (*scale)(float* x, size_t n, float factor);
   void (*sum_codes)(const CodeTile&);
+  // A bit for each of at most 64 blocks b in which some key's sum for some query i is at least
+  // least[i * ld_out + b]; the tile's `out` is not used.
+  uint64_t (*find_codes)(const CodeTile&, const int32_t* least);
+  void (*add_values)(const ValueTile&);
+  void (*sum_centroids)(const CentroidTile&);
 };
 
 // Each defined in its own file, compiled for that instruction set alone.

@@ -95,6 +95,9 @@ const Table& AmxTable() {
       .exp_sum = ExpSum<Vector>,
       .scale = Scale<Vector>,
       .sum_codes = SumCodesAvx512,
+      .find_codes = FindCodesAvx512,
+      .add_values = AddValuesAvx512,
+      .sum_centroids = SumCentroidsAvx512,
   };
   return kTable;
 }

@@ -84,6 +84,9 @@ const Table& Avx2Table() {
       .exp_sum = ExpSum<Vector>,
       .scale = Scale<Vector>,
       .sum_codes = SumCodesScalar,
+      .find_codes = FindCodesScalar,
+      .add_values = AddValuesScalar,
+      .sum_centroids = SumCentroidsScalar,
   };
   return kTable;
 }

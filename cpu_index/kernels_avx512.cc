@@ -15,6 +15,9 @@ const Table& Avx512Table() {
       .exp_sum = ExpSum<Vector>,
       .scale = Scale<Vector>,
       .sum_codes = SumCodesAvx512,
+      .find_codes = FindCodesAvx512,
+      .add_values = AddValuesAvx512,
+      .sum_centroids = SumCentroidsAvx512,
   };
   return kTable;
 }

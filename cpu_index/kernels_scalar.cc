@@ -147,6 +147,9 @@ const Table& ScalarTable() {
       .exp_sum = ExpSum,
       .scale = Scale,
       .sum_codes = SumCodesScalar,
+      .find_codes = FindCodesScalar,
+      .add_values = AddValuesScalar,
+      .sum_centroids = SumCentroidsScalar,
   };
   return kTable;
 }

@@ -1,13 +1,13 @@
 #include "cpu_index/key_codes.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
-#include "proto/half.h"
 
 namespace quarry {
 namespace {
@@ -38,6 +38,7 @@ KeyCodes::KeyCodes(QueryBasis basis, uint32_t keys)
     : basis_(std::move(basis)), keys_(keys), codes_(size_t{keys_padded()} * kBytes) {
   for (uint32_t c = 0; c < basis_.rank; ++c) {
     step_.push_back(std::sqrt(basis_.variance[c]) * (IsFine(c) ? kFineStep : kCoarseStep));
+    inverse_step_.push_back(step_[c] > 0 ? 1 / step_[c] : 0);
   }
 }
 
@@ -47,43 +48,70 @@ absl::StatusOr<KeyCodes> KeyCodes::Encode(const KvView& run, QueryBasis basis) {
         absl::StrCat("a basis of ", basis.rank, " coordinates for head_dim ", basis.head_dim,
                      "; codes hold ", kCoordinates, ", the run has head_dim ", run.head_dim));
   }
-  KeyCodes codes(std::move(basis), run.tokens().size());
-  std::vector<float> key(run.head_dim), coordinates(codes.basis_.rank);
-  for (const KvSegment& segment : run.segments) {
-    for (uint32_t t = segment.tokens.lo; t < segment.tokens.hi; ++t) {
-      const size_t at = size_t{t - segment.tokens.lo} * run.head_dim;
-      for (uint32_t d = 0; d < run.head_dim; ++d) key[d] = LoadAsFloat(segment.k, at + d, run.dtype);
-      codes.basis_.EncodeKey(key, coordinates);
-      codes.Store(t - run.tokens().lo, coordinates);
-    }
+  const std::vector<float> coordinates = ProjectKeys(run, basis, kCoordinates);
+  return Encode(coordinates, std::move(basis));
+}
+
+KeyCodes KeyCodes::Encode(std::span<const float> coordinates, QueryBasis basis) {
+  const auto keys = static_cast<uint32_t>(coordinates.size() / kCoordinates);
+  KeyCodes codes(std::move(basis), keys);
+  for (uint32_t t = 0; t < keys; ++t) {
+    codes.Store(t, coordinates.subspan(size_t{t} * kCoordinates, codes.basis_.rank));
   }
   return codes;
+}
+
+uint32_t KeyCodes::Level(uint32_t c, float coordinate) const {
+  const float half = static_cast<float>(Levels(c) / 2);
+  // Shifted above zero first: a conversion rounds towards it.
+  return static_cast<uint32_t>(std::clamp(coordinate * inverse_step_[c], -half, half - 0.5f) + half);
 }
 
 void KeyCodes::Store(uint32_t key, std::span<const float> coordinates) {
   uint8_t* const block = codes_.data() + size_t{key / kBlockKeys} * kBlockKeys * kBytes;
   const uint32_t lane = key % kBlockKeys * 4;
   for (uint32_t c = 0; c < coordinates.size(); ++c) {
-    const float level = step_[c] > 0 ? std::floor(coordinates[c] / step_[c]) : 0;
-    const int half = Levels(c) / 2;
-    const int code = static_cast<int>(
-        std::clamp(level, static_cast<float>(-half), static_cast<float>(half - 1)));
     const Place place = PlaceOf(c);
-    block[place.byte + lane] |= static_cast<uint8_t>((code + half) << place.shift);
+    block[place.byte + lane] |= static_cast<uint8_t>(Level(c, coordinates[c]) << place.shift);
   }
 }
 
-KeyCodes::Query KeyCodes::Prepare(std::span<const float> query) const {
-  std::vector<float> weight(basis_.rank);
-  basis_.EncodeQuery(query, weight);
-  Query out{};
-  float largest = 0;
+void KeyCodes::Decode(uint32_t key, std::span<float> coordinates) const {
+  const uint8_t* const block = codes_.data() + size_t{key / kBlockKeys} * kBlockKeys * kBytes;
   for (uint32_t c = 0; c < basis_.rank; ++c) {
-    weight[c] *= step_[c];
+    const Place place = PlaceOf(c);
+    const int level = block[place.byte + key % kBlockKeys * 4] >> place.shift & (Levels(c) - 1);
+    coordinates[c] =
+        (static_cast<float>(level) + 0.5f - static_cast<float>(Levels(c)) / 2) * step_[c];
+  }
+}
+
+std::vector<float> KeyCodes::ErrorVariance(std::span<const float> coordinates) const {
+  constexpr uint32_t kKeys = 4096;
+  const uint32_t step = keys_ / kKeys + 1;
+  std::vector<float> squares(basis_.rank);
+  uint32_t taken = 0;
+  for (uint32_t t = 0; t < keys_; t += step, ++taken) {
+    for (uint32_t c = 0; c < basis_.rank; ++c) {
+      const float y = coordinates[size_t{t} * kCoordinates + c];
+      const float middle = (static_cast<float>(Level(c, y)) + 0.5f -
+                            static_cast<float>(Levels(c)) / 2) * step_[c];
+      squares[c] += (y - middle) * (y - middle);
+    }
+  }
+  for (float& s : squares) s /= static_cast<float>(std::max(1u, taken));
+  return squares;
+}
+
+KeyCodes::Query KeyCodes::Prepare(std::span<const float> coordinates, float mean_score) const {
+  float weight[kCoordinates], largest = 0;
+  for (uint32_t c = 0; c < basis_.rank; ++c) {
+    weight[c] = coordinates[c] * step_[c];
     largest = std::max(largest, std::fabs(weight[c]));
   }
+  Query out{};
   out.scale = largest / 127;
-  for (uint32_t d = 0; d < basis_.head_dim; ++d) out.offset += query[d] * basis_.mean[d];
+  out.offset = mean_score;
   if (largest == 0) return out;
   for (uint32_t c = 0; c < basis_.rank; ++c) {
     out.weight[c] = static_cast<int8_t>(std::lround(weight[c] / out.scale));
@@ -94,20 +122,56 @@ KeyCodes::Query KeyCodes::Prepare(std::span<const float> query) const {
   return out;
 }
 
-void KeyCodes::Sum(std::span<const Query> queries, std::span<int32_t> sums) const {
-  QUARRY_CHECK(sums.size() == queries.size() * keys_padded());
+void KeyCodes::Run(std::span<const Query> queries, const uint32_t* which, uint32_t blocks,
+                   std::span<int32_t> sums) const {
+  QUARRY_CHECK(sums.size() == queries.size() * blocks * kBlockKeys);
+  if (blocks == 0) return;
   std::vector<int8_t> weights;
   for (const Query& query : queries) {
     weights.insert(weights.end(), query.weight, query.weight + kCoordinates);
   }
   kernels::CodeTile tile{};
   tile.codes = codes_.data();
-  tile.blocks = keys_padded() / kBlockKeys;
+  tile.which = which;
+  tile.blocks = blocks;
   tile.weights = weights.data();
   tile.queries = static_cast<uint32_t>(queries.size());
   tile.out = sums.data();
-  tile.ld_out = keys_padded();
+  tile.ld_out = size_t{blocks} * kBlockKeys;
   Kernels().sum_codes(tile);
+}
+
+void KeyCodes::Sum(std::span<const Query> queries, std::span<int32_t> sums) const {
+  Run(queries, nullptr, keys_padded() / kBlockKeys, sums);
+}
+
+void KeyCodes::SumBlocks(std::span<const Query> queries, std::span<const uint32_t> which,
+                         std::span<int32_t> sums) const {
+  Run(queries, which.data(), static_cast<uint32_t>(which.size()), sums);
+}
+
+std::vector<uint32_t> KeyCodes::FindBlocks(std::span<const Query> queries,
+                                           std::span<const int32_t> least) const {
+  constexpr uint32_t kTileBlocks = 64;
+  std::vector<int8_t> weights;
+  for (const Query& query : queries) {
+    weights.insert(weights.end(), query.weight, query.weight + kCoordinates);
+  }
+  std::vector<uint32_t> found;
+  kernels::CodeTile tile{};
+  tile.weights = weights.data();
+  tile.queries = static_cast<uint32_t>(queries.size());
+  const uint32_t blocks = keys_padded() / kBlockKeys;
+  QUARRY_CHECK(least.size() == queries.size() * blocks);
+  tile.ld_out = blocks;
+  for (uint32_t first = 0; first < blocks; first += kTileBlocks) {
+    tile.codes = codes_.data() + size_t{first} * kBlockKeys * kBytes;
+    tile.blocks = std::min(kTileBlocks, blocks - first);
+    for (uint64_t hits = Kernels().find_codes(tile, least.data() + first); hits != 0; hits &= hits - 1) {
+      found.push_back(first + static_cast<uint32_t>(std::countr_zero(hits)));
+    }
+  }
+  return found;
 }
 
 uint64_t KeyCodes::memory_bytes() const {

@@ -22,17 +22,33 @@ class KeyCodes {
 
   // The basis may have fewer coordinates than kCoordinates, not more.
   static absl::StatusOr<KeyCodes> Encode(const KvView& run, QueryBasis basis);
+  // Of keys whose coordinates are known: [keys][kCoordinates], 0 beyond the basis' rank.
+  static KeyCodes Encode(std::span<const float> coordinates, QueryBasis basis);
+
+  // [rank] what a key's code stands for.
+  void Decode(uint32_t key, std::span<float> coordinates) const;
 
   // A query made ready: integer weights of the coordinates, and what turns sums into scores.
   struct Query {
     int8_t weight[kCoordinates];
     float scale = 0, offset = 0;  // score = scale * sum + offset
   };
-  Query Prepare(std::span<const float> query) const;  // [head_dim], scaled as its scores are
+  // coordinates: [rank] of the query; mean_score: of the keys' mean.
+  Query Prepare(std::span<const float> coordinates, float mean_score) const;
 
   // sums[i * keys_padded() + t]: query i and the run's t-th key. Every code is read once for all
   // queries.
   void Sum(std::span<const Query> queries, std::span<int32_t> sums) const;
+  // The same of the blocks `which` alone: sums [queries][which.size() * kBlockKeys].
+  void SumBlocks(std::span<const Query> queries, std::span<const uint32_t> which,
+                 std::span<int32_t> sums) const;
+  // Blocks b with a key whose sum for some query i is at least least[i * blocks + b], rising.
+  std::vector<uint32_t> FindBlocks(std::span<const Query> queries,
+                                   std::span<const int32_t> least) const;
+
+  // [rank] mean square of what the codes miss of each coordinate, over some of the keys, given
+  // their coordinates [keys][kCoordinates].
+  std::vector<float> ErrorVariance(std::span<const float> coordinates) const;
 
   uint32_t keys() const { return keys_; }
   uint32_t keys_padded() const { return (keys_ + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
@@ -42,11 +58,14 @@ class KeyCodes {
 
  private:
   KeyCodes(QueryBasis basis, uint32_t keys);
+  uint32_t Level(uint32_t c, float coordinate) const;
   void Store(uint32_t key, std::span<const float> coordinates);
+  void Run(std::span<const Query> queries, const uint32_t* which, uint32_t blocks,
+           std::span<int32_t> sums) const;
 
   QueryBasis basis_;
   uint32_t keys_ = 0;
-  std::vector<float> step_;     // [rank]
+  std::vector<float> step_, inverse_step_;  // [rank]; 0 where keys do not vary
   std::vector<uint8_t> codes_;  // blocks of kBlockKeys * kBytes, 64-byte lines
 };
 

@@ -41,17 +41,30 @@ struct QueryBlock {
   uint32_t head_dim = 0;
   float scale = 1.0f;
   std::span<const TokenRange> ranges;  // [queries]
+  // How much of the answer's length may be in error: indexes look closely enough for that. 0: as
+  // closely as they can.
+  float tolerance = 0;
+  // [queries] log of the length of the sum of e^score * value over the tokens that this answer will
+  // be merged with, as far as it is known: it makes errors here matter less. Empty: nothing is.
+  std::span<const float> other_length = {};
 };
 
-// Coarse scores of one run: of nodes (tokens, or groups of tokens) in token order, per query.
-// Dense: every node has a score; the exact scan has one node per token with its exact score.
+// Coarse scores of one run: of nodes (tokens, or groups of tokens), per query.
+// Dense: every node has a score; the exact scan has one node per token with its exact score, in
+// token order.
 // Lists: each query has only the nodes that an index found for it, in rising order.
+// What is not refined is either dropped, or estimated: then its doubts are known.
 struct CoarseScores {
   TokenRange tokens;             // nodes cover exactly these
   uint32_t nodes = 0;
   std::vector<float> score;      // dense: [queries][nodes]; lists: one behind another.
                                  // -infinity outside the query's range
-  std::vector<uint32_t> weight;  // [nodes] tokens per node; empty: one token each
+  std::vector<uint32_t> weight;  // [nodes], or as the lists: tokens per node; empty: one each
+  std::vector<float> doubt;      // as the lists: log of the length of the error that estimating
+                                 // the node makes in the sum of e^score * value. Errors of single
+                                 // tokens are independent, those of groups add up. Empty: what is
+                                 // not refined is dropped
+  std::vector<float> length;     // [queries] if there are doubts: log of the length of that sum
   std::vector<uint32_t> first;   // lists: [queries + 1], where each begins; dense: empty
   std::vector<uint32_t> node;    // lists: the node of each score
   uint64_t bytes = 0;            // of keys and index data read, shared reads counted once
@@ -73,6 +86,8 @@ struct CoarseScores {
     bytes = 0;
     score.clear();
     weight.clear();
+    doubt.clear();
+    length.clear();
     first.clear();
     node.clear();
   }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "cpu_index/simd.h"
 #include "proto/half.h"
 
 namespace quarry {
@@ -62,6 +63,64 @@ void QueryBasis::EncodeKey(std::span<const float> key, std::span<float> out) con
 
 void QueryBasis::EncodeQuery(std::span<const float> query, std::span<float> out) const {
   Apply(query_map, query, out);
+}
+
+QueryBasis::Coordinates QueryBasis::EncodeQueries(const QueryBlock& queries) const {
+  Coordinates out;
+  out.of.resize(size_t{queries.queries} * rank);
+  out.mean_score.resize(queries.queries);
+  kernels::ScoreTile tile{};
+  tile.q = queries.q;
+  tile.queries = queries.queries;
+  tile.head_dim = head_dim;
+  tile.dtype = kernels::kFp32;
+  tile.scale = queries.scale;
+  tile.k = query_map.data();
+  tile.tokens = rank;
+  tile.out = out.of.data();
+  tile.ld_out = rank;
+  Kernels().score(tile);
+  tile.k = mean.data();
+  tile.tokens = 1;
+  tile.out = out.mean_score.data();
+  tile.ld_out = 1;
+  Kernels().score(tile);
+  return out;
+}
+
+std::vector<float> ProjectKeys(const KvView& run, const QueryBasis& basis, uint32_t width) {
+  constexpr uint32_t kTileKeys = 256;
+  std::vector<uint16_t> map_bf16(basis.key_map.size());
+  std::vector<float> map(basis.key_map.size()), offset(basis.rank);
+  for (size_t i = 0; i < map.size(); ++i) {
+    map_bf16[i] = FloatToBf16(basis.key_map[i]);
+    map[i] = Bf16ToFloat(map_bf16[i]);
+    offset[i / basis.head_dim] += map[i] * basis.mean[i % basis.head_dim];
+  }
+  std::vector<float> out(size_t{run.tokens().size()} * width), columns(kTileKeys * basis.rank);
+  kernels::ScoreTile tile{};
+  tile.q = map.data();
+  tile.q_bf16 = map_bf16.data();
+  tile.queries = basis.rank;
+  tile.head_dim = basis.head_dim;
+  tile.dtype = static_cast<uint8_t>(run.dtype);
+  tile.scale = 1;
+  tile.out = columns.data();
+  tile.ld_out = kTileKeys;
+  for (const KvSegment& segment : run.segments) {
+    for (uint32_t lo = segment.tokens.lo; lo < segment.tokens.hi; lo += kTileKeys) {
+      tile.tokens = std::min(kTileKeys, segment.tokens.hi - lo);
+      tile.k = static_cast<const std::byte*>(segment.k) +
+               size_t{lo - segment.tokens.lo} * run.head_dim * DTypeBytes(run.dtype);
+      Kernels().score(tile);
+      float* const rows = out.data() + size_t{lo - run.tokens().lo} * width;
+      for (uint32_t c = 0; c < basis.rank; ++c) {
+        const float* const column = columns.data() + size_t{c} * kTileKeys;
+        for (uint32_t t = 0; t < tile.tokens; ++t) rows[t * width + c] = column[t] - offset[c];
+      }
+    }
+  }
+  return out;
 }
 
 absl::StatusOr<QueryBasis> FitQueryBasis(const KvView& run, std::span<const float> queries,

@@ -27,7 +27,22 @@ struct QueryBasis {
   // out: [rank]. The key is [head_dim], the query is scaled as its scores are.
   void EncodeKey(std::span<const float> key, std::span<float> out) const;
   void EncodeQuery(std::span<const float> query, std::span<float> out) const;
+
+  // All queries of a block: their coordinates [queries][rank], and the mean key's scores.
+  struct Coordinates {
+    std::vector<float> of;          // [queries][rank]
+    std::vector<float> mean_score;  // [queries]
+    std::span<const float> Row(uint32_t query) const {
+      return std::span(of).subspan(of.size() / mean_score.size() * query,
+                                   of.size() / mean_score.size());
+    }
+  };
+  Coordinates EncodeQueries(const QueryBlock& queries) const;
 };
+
+// The keys' coordinates, [keys][width], 0 beyond the rank (at most width); width a multiple of 16.
+// The map is rounded to bf16, which is far finer than what coordinates are used for.
+std::vector<float> ProjectKeys(const KvView& run, const QueryBasis& basis, uint32_t width);
 
 // Fits a basis of `rank` (at most head_dim) to the keys of `run`, of which at most kBasisKeys are
 // read, evenly spread, and to `queries` [n][head_dim], scaled as their scores are. With no queries

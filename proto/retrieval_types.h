@@ -18,11 +18,13 @@ struct Budget {
   enum class Kind : uint8_t {
     kUnlimited = 0,  // every token of the range: exact attention
     kFixedK = 1,     // the k tokens of largest score
+    kError = 3,      // the fewest tokens with which the answer's predicted relative error is <= error
     kTopP = 2,       // the fewest tokens whose softmax mass over the range is >= mass, at most k if k > 0
   };
   Kind kind = Kind::kUnlimited;
   uint32_t k = 0;
   float mass = 1.0f;
+  float error = 0;
   friend bool operator==(const Budget&, const Budget&) = default;
 };
 

@@ -74,6 +74,8 @@ std::string BudgetName(const Budget& budget) {
     case Budget::Kind::kTopP:
       return budget.k > 0 ? absl::StrCat("mass-", budget.mass, "-cap-", budget.k)
                           : absl::StrCat("mass-", budget.mass);
+    case Budget::Kind::kError:
+      return absl::StrCat("error-", budget.error);
   }
   return "unknown";
 }

@@ -50,7 +50,7 @@ struct IndexSpec {
       attended;
 };
 
-// "all", "top-100", "mass-0.95", "mass-0.95-cap-4096".
+// "all", "top-100", "mass-0.95", "mass-0.95-cap-4096", "error-0.02".
 std::string BudgetName(const Budget& budget);
 
 // The exact scan of everything, and under budgets.

@@ -107,8 +107,10 @@ void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries, cons
     for (const auto& unit : units) unit.index->AttendAll(unit.view, queries, partials_);
     return;
   }
+  QueryBlock tolerant = queries;
+  tolerant.tolerance = budget.error;
   for (size_t u = 0; u < units.size(); ++u) {
-    units[u].index->Score(units[u].view, queries, &coarse_[u]);
+    units[u].index->Score(units[u].view, tolerant, &coarse_[u]);
   }
   std::vector<RunScores> scores(units.size());
   std::vector<RunShare> shares(units.size());

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "cpu_index/cluster_index.h"
 #include "cpu_index/code_scan.h"
 
 namespace quarry::perf {
@@ -37,12 +38,42 @@ IndexSpec CodeScanSpec(bool aware) {
   return spec;
 }
 
+IndexSpec ClusterSpec(bool open_all) {
+  IndexSpec spec;
+  spec.name = open_all ? "clusters/open" : "clusters";
+  spec.build = [open_all](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
+    absl::StatusOr<std::unique_ptr<ClusterIndex>> index =
+        ClusterIndex::Build(input.run, Scaled(input));
+    if (!index.ok()) return index.status();
+    (*index)->set_open_all(open_all);
+    const uint64_t bytes = (*index)->memory_bytes();
+    return BuiltIndex{std::move(*index), bytes};
+  };
+  for (const float error : {0.1f, 0.05f, 0.02f, 0.01f}) {
+    SearchSpec search;
+    search.budget.kind = Budget::Kind::kError;
+    search.budget.error = error;
+    search.predicts = true;
+    spec.searches.push_back(std::move(search));
+  }
+  spec.builds_on_one_thread = true;
+  spec.attended = [](const KeyIndex& index, const CoarseScores& coarse,
+                     const RunAllotment& allotment, uint32_t query, std::vector<uint32_t>* out) {
+    const size_t before = out->size();
+    static_cast<const ClusterIndex&>(index).Selected(coarse, allotment, query, out);
+    for (size_t i = before; i < out->size(); ++i) (*out)[i] += coarse.tokens.lo;
+  };
+  return spec;
+}
+
 }  // namespace
 
 std::vector<IndexSpec> OwnSpecs() {
   std::vector<IndexSpec> out;
   out.push_back(CodeScanSpec(true));
   out.push_back(CodeScanSpec(false));
+  out.push_back(ClusterSpec(false));
+  out.push_back(ClusterSpec(true));
   return out;
 }
 

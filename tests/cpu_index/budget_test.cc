@@ -47,12 +47,14 @@ struct Cut {
     for (CoarseScores& c : coarse) {
       const CoarseScores dense = c;
       c.score.clear();
+      c.weight.clear();
       c.first = {0};
       for (uint32_t row = 0; row < 2; ++row) {
         for (uint32_t i = 0; i < dense.nodes; ++i) {
           if (dense.Row(row)[i] == kMasked) continue;
           c.score.push_back(dense.Row(row)[i]);
           c.node.push_back(i);
+          if (!dense.weight.empty()) c.weight.push_back(dense.weight[i]);
         }
         c.first.push_back(static_cast<uint32_t>(c.score.size()));
       }
