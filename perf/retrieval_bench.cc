@@ -24,12 +24,14 @@
 #include <CLI/CLI.hpp>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "cpu_index/simd.h"
 #include "perf/retrieval/index_specs.h"
 #include "perf/retrieval/random_trace.h"
 #include "perf/retrieval/own_specs.h"
 #include "perf/retrieval/report.h"
 #include "perf/retrieval/row.h"
+#include "perf/retrieval/synthetic_trace.h"
 #include "perf/retrieval/trace_bench.h"
 #include "perf/trace.h"
 #include "proto/status_macros.h"
@@ -40,6 +42,8 @@ namespace {
 struct Settings {
   std::vector<std::string> traces;        // directories
   std::vector<uint32_t> random;           // tokens of random traces
+  std::vector<std::string> synthetic;     // families
+  std::vector<uint32_t> tokens = {32768};  // of synthetic traces
   std::vector<std::string> indexes;       // beginnings of names; none: all
   std::vector<uint32_t> runs = {1};
   std::vector<uint32_t> threads = {1, 0};  // 0: all
@@ -139,6 +143,13 @@ absl::Status Run(const Settings& settings) {
   for (const std::string& directory : settings.traces) {
     QUARRY_RETURN_IF_ERROR(MeasureDirectory(directory, settings, sink));
   }
+  for (const std::string& family : settings.synthetic) {
+    for (uint32_t tokens : settings.tokens) {
+      QUARRY_ASSIGN_OR_RETURN(const Trace trace,
+                              SyntheticTrace(family, {.tokens = tokens, .seed = settings.seed}));
+      QUARRY_RETURN_IF_ERROR(MeasureTrace(trace, settings, sink));
+    }
+  }
   for (uint32_t tokens : settings.random) {
     const Trace trace = RandomTrace({.tokens = tokens, .seed = settings.seed});
     if (absl::Status status = MeasureTrace(trace, settings, sink); !status.ok()) return status;
@@ -154,6 +165,11 @@ int main(int argc, char** argv) {
   CLI::App app("Indexes and budgets over traces, as JSON lines; QUARRY_SIMD chooses the level");
   app.add_option("--traces", settings.traces, "directories of traces, *.safetensors");
   app.add_option("--random", settings.random, "tokens of random traces");
+  app.add_option("--synthetic", settings.synthetic,
+                 absl::StrCat("families of hard heads: ",
+                              absl::StrJoin(quarry::perf::SyntheticFamilies(), ", ")))
+      ->delimiter(',');
+  app.add_option("--tokens", settings.tokens, "of synthetic traces")->delimiter(',');
   app.add_option("--indexes", settings.indexes, "only indexes whose names begin like these");
   app.add_option("--runs", settings.runs, "runs that an index is cut into")
       ->check(CLI::PositiveNumber);
@@ -162,7 +178,7 @@ int main(int argc, char** argv) {
   app.add_option("--samples", settings.bench.samples, "timed answers a head; 0: no timing");
   app.add_option("--kv-heads", settings.bench.kv_heads, "only the first KV heads; 0: all");
   app.add_option("--working-set", settings.bench.working_set_bytes, "bytes");
-  app.add_option("--seed", settings.seed, "of random traces and of indexes");
+  app.add_option("--seed", settings.seed, "of random and synthetic traces and of indexes");
   app.add_option("--report", settings.report, "HTML file to write");
   app.add_option("--from", settings.from, "results of earlier runs, for the report");
   app.add_option("--commit", settings.commit, "what is measured, for the report");

@@ -27,12 +27,8 @@ void FillQueries(const RandomTraceOptions& options, uint32_t count, std::mt19937
 
 }  // namespace
 
-Trace RandomTrace(const RandomTraceOptions& options) {
-  std::mt19937 random(options.seed);
-  std::normal_distribution<float> normal;
+Trace TraceOfShape(const RandomTraceOptions& options) {
   Trace trace;
-  trace.name = absl::StrCat("random-", options.tokens, "-", options.seed);
-  trace.model = "random";
   trace.scale = 1.0f / std::sqrt(static_cast<float>(options.head_dim));
   trace.tokens = options.tokens;
   trace.kv_heads = options.kv_heads;
@@ -42,12 +38,7 @@ Trace RandomTrace(const RandomTraceOptions& options) {
   const size_t elements = size_t{options.tokens} * options.kv_heads * options.head_dim;
   for (std::vector<std::byte>* part : {&trace.k, &trace.v}) {
     part->resize(elements * DTypeBytes(options.dtype));
-    for (size_t i = 0; i < elements; ++i) {
-      StoreFromFloat(part->data(), i, options.dtype, normal(random) + 0.5f);
-    }
   }
-  FillQueries(options, options.train_queries, &random, &trace.q_train);
-  FillQueries(options, options.queries, &random, &trace.q);
   for (uint32_t i = 0; i < options.train_queries; ++i) {
     const uint64_t end = uint64_t{options.tokens} * (i + 1) / options.train_queries;
     trace.q_train_pos.push_back(static_cast<uint32_t>(end) - 1);
@@ -56,6 +47,22 @@ Trace RandomTrace(const RandomTraceOptions& options) {
     trace.q_pos.push_back(options.tokens - std::min(options.tokens, options.queries) +
                           std::min(i, options.tokens - 1));
   }
+  return trace;
+}
+
+Trace RandomTrace(const RandomTraceOptions& options) {
+  std::mt19937 random(options.seed);
+  std::normal_distribution<float> normal;
+  Trace trace = TraceOfShape(options);
+  trace.name = absl::StrCat("random-", options.tokens, "-", options.seed);
+  trace.model = "random";
+  for (std::vector<std::byte>* part : {&trace.k, &trace.v}) {
+    for (size_t i = 0; i < part->size() / DTypeBytes(options.dtype); ++i) {
+      StoreFromFloat(part->data(), i, options.dtype, normal(random) + 0.5f);
+    }
+  }
+  FillQueries(options, options.train_queries, &random, &trace.q_train);
+  FillQueries(options, options.queries, &random, &trace.q);
   return trace;
 }
 

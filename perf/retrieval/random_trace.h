@@ -18,6 +18,10 @@ struct RandomTraceOptions {
   uint32_t seed = 1;
 };
 
+// What every such trace has: sizes, zeroed keys and values, and positions; training queries are
+// spread evenly over the tokens. Without names and queries.
+Trace TraceOfShape(const RandomTraceOptions& options);
+
 // Normal keys around a mean of their own; the scores of head h are normal with a standard deviation
 // of 1 + 5 h / (kv_heads - 1), so that the first heads are diffuse and the last ones sharp.
 Trace RandomTrace(const RandomTraceOptions& options);

@@ -94,6 +94,16 @@ class RetrievalBenchTest(unittest.TestCase):
         # Others than the whole have an error, so that the trace is what is measured.
         self.assertTrue(any(row["rel_l2"] > 1e-3 for row in rows if row["index"] == "exact"))
 
+    def test_families_of_hard_heads_are_measured(self):
+        rows = self.rows("--synthetic", "rope,mass-300", "--tokens", "4096", "--seed", "5",
+                         "--kv-heads", "1", "--indexes", "exact")
+        self.assertEqual(list(dict.fromkeys(row["trace"] for row in rows)),
+                         ["rope-4096-5", "mass-300-4096-5"])
+        result = self.bench("--synthetic", "mass-31", "--tokens", "4096")
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("mass-31", result.stderr)
+        self.assertIn("mean-key", result.stderr)
+
     def test_says_which_file_is_wrong(self):
         self.write("good.safetensors", trace(1, 0))
         self.write("wrong.safetensors", trace(1, 0, {"scale": "0.25", "model": "m"}))
