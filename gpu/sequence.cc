@@ -1,6 +1,7 @@
 #include "gpu/sequence.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -110,6 +111,9 @@ absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> to
   if (tokens.empty()) return absl::InvalidArgumentError("no tokens to run");
   QUARRY_RETURN_IF_ERROR(CheckTokens(tokens));
   QUARRY_RETURN_IF_ERROR(CheckDeclared(tokens));
+  if (options_.recorder != nullptr && role == Role::kPrompt) {
+    options_.recorder->BeginPrompt({tokens_, tokens_ + static_cast<uint32_t>(tokens.size())});
+  }
   absl::StatusOr<std::vector<float>> logits = Run(tokens, role);
   if (logits.ok()) return logits;
   broken_ = true;
@@ -132,14 +136,55 @@ absl::StatusOr<DeviceBuffer> Sequence::Embed(std::span<const uint32_t> tokens) {
   return x;
 }
 
+absl::Status Sequence::Record(uint32_t layer, uint32_t first, uint32_t rows,
+                              const LayerScratch& scratch) {
+  if (options_.recorder == nullptr) return absl::OkStatus();
+  return options_.recorder->Take(layer, first, rows, scratch.q.floats(), device_);
+}
+
+absl::Status Sequence::ReadKv(uint32_t layer, std::span<std::byte> k, std::span<std::byte> v) {
+  if (service_ == nullptr) return ReadLocalKv(layer, k, v);
+  const size_t token_bytes = shape_.kv_heads * shape_.vector_bytes();
+  const uint32_t step = std::max(1u, options_.prefill_rows);
+  for (uint32_t lo = 0; lo < tokens_; lo += step) {
+    const TokenRange piece{lo, lo + std::min(step, tokens_ - lo)};
+    const size_t at = lo * token_bytes, bytes = piece.size() * token_bytes;
+    QUARRY_RETURN_IF_ERROR(
+        service_->Read(context_, layer, piece, k.subspan(at, bytes), v.subspan(at, bytes)));
+  }
+  return absl::OkStatus();
+}
+
+// Here the tokens of one head lie together.
+absl::Status Sequence::ReadLocalKv(uint32_t layer, std::span<std::byte> k,
+                                   std::span<std::byte> v) {
+  const size_t vector = shape_.vector_bytes();
+  for (const DeviceKv& part : local_[layer].Parts()) {
+    std::vector<std::byte> head(part.tokens.size() * vector);
+    for (uint32_t h = 0; h < shape_.kv_heads; ++h) {
+      for (const auto& [to, from] : {std::pair{k, part.k}, {v, part.v}}) {
+        QUARRY_RETURN_IF_ERROR(device_.Download(
+            head, static_cast<const std::byte*>(from) + h * part.head_stride));
+        for (uint32_t i = 0; i < part.tokens.size(); ++i) {
+          const size_t row = (size_t{part.tokens.lo} + i) * shape_.kv_heads + h;
+          std::memcpy(to.data() + row * vector, head.data() + i * vector, vector);
+        }
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork() {
   if (broken_) return absl::FailedPreconditionError("the sequence has failed before");
   if (service_ != nullptr) QUARRY_RETURN_IF_ERROR(LoadWindow());
   ModelSpec spec;
   spec.shape = shape_;
   spec.rope = rope_;
+  SequenceOptions options = options_;
+  options.recorder = nullptr;
   auto out = std::unique_ptr<Sequence>(
-      new Sequence(model_, device_, service_, options_, spec, max_tokens_));
+      new Sequence(model_, device_, service_, options, spec, max_tokens_));
   out->recipe_ = recipe_;
   out->settled_budget_ = settled_budget_;
   out->tokens_ = tokens_;

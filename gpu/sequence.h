@@ -12,6 +12,7 @@
 #include "gpu/layer_math.h"
 #include "gpu/local_kv.h"
 #include "gpu/model.h"
+#include "gpu/query_recorder.h"
 #include "proto/retrieval_types.h"
 
 namespace quarry {
@@ -32,6 +33,8 @@ struct SequenceOptions {
   uint32_t rows_per_message = 64;  // fewer where a model's rows are large
   uint32_t prefill_rows = 4096;    // of a layer in work at a time
   uint32_t query_samples = 64;     // per layer of a prefill, for index building; 0: none
+  // Takes the sequence's queries, not those of its forks; outlives it. Null: nobody.
+  QueryRecorder* recorder = nullptr;
 };
 
 // What attention cost, summed over rows, layers and heads. Rows of a prefill (the first, or one of
@@ -74,6 +77,11 @@ class Sequence {
   // A sequence that goes on from here by itself.
   absl::StatusOr<std::unique_ptr<Sequence>> Fork();
 
+  // K and V of all tokens of a layer, [token][kv_head][head_dim] each, in the context's dtype, from
+  // the service or from here. The spans have that size.
+  absl::Status ReadKv(uint32_t layer, std::span<std::byte> k, std::span<std::byte> v);
+
+  const KvShape& shape() const { return shape_; }
   uint32_t tokens() const { return tokens_; }
   uint32_t reused_tokens() const { return reused_; }
   uint32_t max_tokens() const { return max_tokens_; }
@@ -92,6 +100,8 @@ class Sequence {
   absl::Status DeclareNew(std::span<const uint32_t> tokens);
   absl::StatusOr<std::vector<float>> Run(std::span<const uint32_t> tokens, Role role);
   absl::StatusOr<DeviceBuffer> Embed(std::span<const uint32_t> tokens);
+  absl::Status Record(uint32_t layer, uint32_t first, uint32_t rows, const LayerScratch& scratch);
+  absl::Status ReadLocalKv(uint32_t layer, std::span<std::byte> k, std::span<std::byte> v);
 
   // sequence_prefill.cc: many tokens, a layer at a time, the layer's K/V in one buffer.
   absl::StatusOr<std::vector<float>> Prefill(std::span<const uint32_t> tokens);

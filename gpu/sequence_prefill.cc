@@ -74,6 +74,7 @@ absl::Status Sequence::PrefillLayer(uint32_t layer, float* x, uint32_t rows, Lay
     const TokenRange chunk{lo, std::min(lo + scratch->max_rows, prefill.hi)};
     float* states = x + size_t{lo - prefill.lo} * model_.config().hidden;
     math_.Project(layer, states, lo, chunk.size(), scratch);
+    QUARRY_RETURN_IF_ERROR(Record(layer, lo, chunk.size(), *scratch));
     if (service_ != nullptr) {
       QUARRY_RETURN_IF_ERROR(buffer->Append(lo, chunk.size(), scratch->k.raw(), scratch->v.raw()));
       QUARRY_RETURN_IF_ERROR(SendChunk(layer, chunk, prefill, *scratch, appender));

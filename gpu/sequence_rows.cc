@@ -87,6 +87,7 @@ absl::StatusOr<std::vector<float>> Sequence::RunRows(std::span<const uint32_t> t
   const Armed armed(service_);
   for (uint32_t l = 0; l < shape_.layers; ++l) {
     math_.Project(l, x.floats(), tokens_, rows, &scratch);
+    QUARRY_RETURN_IF_ERROR(Record(l, tokens_, rows, scratch));
     QUARRY_RETURN_IF_ERROR(AttendLayer(l, rows, budget, &scratch));
     math_.Finish(l, x.floats(), rows, &scratch);
   }

@@ -24,6 +24,8 @@ class WorkerSession {
 
   // One request and its answer; never throws, every failure is an answer.
   nlohmann::json Answer(const nlohmann::json& request);
+  // The sequence that a request names. NotFound if it is not open.
+  absl::StatusOr<Sequence*> Find(const nlohmann::json& request);
   // Until the end of the input; each answer is flushed.
   void Serve(std::istream& in, std::ostream& out);
 
@@ -34,7 +36,6 @@ class WorkerSession {
   absl::StatusOr<nlohmann::json> Fork(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Close(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Stats();
-  absl::StatusOr<Sequence*> Find(const nlohmann::json& request);
   void AddCost(const Sequence& sequence, const AttendCost& before, nlohmann::json* out);
 
   const Model& model_;

@@ -3,9 +3,11 @@
 #include <charconv>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <optional>
 #include <string>
 
 #include <CLI/CLI.hpp>
@@ -18,6 +20,7 @@
 #include "gpu/sequence.h"
 #include "gpu/serve.h"
 #include "gpu/tokenizer.h"
+#include "gpu/trace_dump.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -25,7 +28,7 @@ namespace {
 
 struct Arguments {
   std::string model, socket = "/run/quarry/quarryd.sock", attention = "daemon", kv_dtype;
-  std::string prompt, prompt_ids;
+  std::string prompt, prompt_ids, gold_ids;
   bool serve = false, json = false, ignore_end = false;
   uint32_t max_tokens = 0, max_new_tokens = 16, threads = 0, deadline_ms = 10000;
   uint32_t window_first = 128, window_last = 512;
@@ -33,6 +36,8 @@ struct Arguments {
   double budget_share = 0, budget_mass = 0;
   uint64_t device_bytes = 16ull << 30;
   SamplerOptions sampling;
+  std::string dump_directory;
+  QueryRecorderOptions dump;
 };
 
 void Describe(CLI::App* app, Arguments* a) {
@@ -42,6 +47,8 @@ void Describe(CLI::App* app, Arguments* a) {
       ->check(CLI::IsMember({"daemon", "full"}));
   app->add_option("--prompt", a->prompt, "text, if the model has a tokenizer.model");
   app->add_option("--prompt-ids", a->prompt_ids, "token ids, or @FILE with them");
+  app->add_option("--gold-ids", a->gold_ids,
+                  "token ids, or @FILE, to go on with in place of the generated ones");
   app->add_option("--max-new-tokens", a->max_new_tokens, "tokens to generate");
   app->add_option("--max-tokens", a->max_tokens, "room of the context; pins the rope regime");
   app->add_option("--kv-dtype", a->kv_dtype, "bf16, fp16 or fp32; the model's by default")
@@ -60,6 +67,12 @@ void Describe(CLI::App* app, Arguments* a) {
   app->add_option("--seed", a->sampling.seed, "of the sampling");
   app->add_option("--threads", a->threads, "0: all cores");
   app->add_option("--device-bytes", a->device_bytes, "budget of the worker's memory");
+  app->add_option("--dump-kv", a->dump_directory,
+                  "write layers as traces, to measure retrieval on, to this directory");
+  app->add_option("--dump-layers", a->dump.layers, "of the traces; all by default")
+      ->delimiter(',');
+  app->add_option("--dump-queries", a->dump.prompt_queries, "of the prompt, in each trace");
+  app->add_option("--dump-seed", a->dump.seed, "of the places of these queries");
   app->add_flag("--serve", a->serve, "JSON lines on standard input and output");
   app->add_flag("--json", a->json, "print one JSON object");
 }
@@ -135,10 +148,34 @@ absl::Status Print(const Arguments& a, const Tokenizer* tokenizer, const nlohman
   return absl::OkStatus();
 }
 
+// The folder's name.
+std::string ModelName(const std::string& folder) {
+  const std::filesystem::path path = std::filesystem::path(folder).lexically_normal();
+  return (path.has_filename() ? path : path.parent_path()).filename().string();
+}
+
+// A recorder if traces are to be written, and the directory for them.
+absl::StatusOr<std::optional<QueryRecorder>> MakeRecorder(const Arguments& a,
+                                                          const ModelConfig& config) {
+  if (a.dump_directory.empty()) return std::nullopt;
+  if (a.serve) return absl::InvalidArgumentError("--dump-kv and --serve do not go together");
+  QUARRY_ASSIGN_OR_RETURN(QueryRecorder recorder, QueryRecorder::Create(config, a.dump));
+  std::error_code error;
+  std::filesystem::create_directories(a.dump_directory, error);
+  if (error) {
+    return absl::InvalidArgumentError(absl::StrCat(a.dump_directory, ": ", error.message()));
+  }
+  return recorder;
+}
+
+// `recorder` takes the sequence's queries, if there is one; then its layers are written.
 absl::Status Generate(const Arguments& a, const Model& model, const Tokenizer* tokenizer,
-                      WorkerSession* session) {
+                      const std::optional<QueryRecorder>& recorder, WorkerSession* session) {
   QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> ids, PromptIds(a, tokenizer));
-  const uint64_t wanted = uint64_t{ids.size()} + a.max_new_tokens;
+  QUARRY_ASSIGN_OR_RETURN(const std::vector<uint32_t> gold, ParseIds(a.gold_ids));
+  const uint32_t new_tokens =
+      gold.empty() ? a.max_new_tokens : static_cast<uint32_t>(gold.size());
+  const uint64_t wanted = uint64_t{ids.size()} + new_tokens;
   const uint32_t max_tokens =
       a.max_tokens != 0
           ? a.max_tokens
@@ -153,13 +190,18 @@ absl::Status Generate(const Arguments& a, const Model& model, const Tokenizer* t
       session->Answer({{"op", "ask"},
                        {"sequence", opened["sequence"]},
                        {"tokens", {last}},
-                       {"new", a.max_new_tokens},
+                       {"new", new_tokens},
+                       {"gold", gold},
                        {"stop", a.ignore_end ? std::vector<uint32_t>() : model.config().end_tokens},
                        {"temperature", a.sampling.temperature},
                        {"top_p", a.sampling.top_p},
                        {"seed", a.sampling.seed}});
   answer["prefill_ms"] = opened["ttft_ms"];
   answer["reused_tokens"] = opened["reused_tokens"];
+  if (recorder && answer["status"] == "OK") {
+    QUARRY_ASSIGN_OR_RETURN(Sequence * sequence, session->Find(opened));
+    QUARRY_RETURN_IF_ERROR(DumpTraces(*sequence, *recorder, ModelName(a.model), a.dump_directory));
+  }
   return Print(a, tokenizer, answer);
 }
 
@@ -181,8 +223,11 @@ absl::Status Run(const Arguments& a) {
     QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Client::Connect(options));
     service = MakeKvService(std::move(client));
   }
-  WorkerSession session(*model, *device, service.get(), OptionsOf(a, model->config()));
-  if (!a.serve) return Generate(a, *model, tokenizer.get(), &session);
+  QUARRY_ASSIGN_OR_RETURN(std::optional<QueryRecorder> recorder, MakeRecorder(a, model->config()));
+  SequenceOptions sequence_options = OptionsOf(a, model->config());
+  if (recorder) sequence_options.recorder = &*recorder;
+  WorkerSession session(*model, *device, service.get(), sequence_options);
+  if (!a.serve) return Generate(a, *model, tokenizer.get(), recorder, &session);
   const double load_ms =
       std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   std::cout << nlohmann::json({{"status", "OK"},

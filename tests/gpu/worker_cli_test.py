@@ -28,6 +28,13 @@ def golden(path):
     return tensors
 
 
+def header(path):
+    """The header of a safetensors file."""
+    with open(path, "rb") as file:
+        length, = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length))
+
+
 class WorkerTest(unittest.TestCase):
     def run_worker(self, *arguments, model=LLAMA, **options):
         return subprocess.run([WORKER, "--model", model, *arguments], capture_output=True, text=True,
@@ -63,6 +70,35 @@ class WorkerTest(unittest.TestCase):
         self.assertEqual(outputs[0], outputs[1])
         self.assertNotEqual(outputs[0], outputs[2])
 
+    def test_gold_tokens_take_the_place_of_generated_ones(self):
+        common = ["--attention", "full", "--prompt-ids", "1 5 9", "--ignore-eos", "--json"]
+        free = json.loads(self.run_worker(*common, "--max-new-tokens", "3").stdout)
+        gold = json.loads(self.run_worker(*common, "--gold-ids", "700,800,900").stdout)
+        self.assertEqual(gold["predicted"][0], free["predicted"][0])
+        self.assertEqual(len(gold["predicted"]), 3)
+        self.assertEqual(gold["tokens"], 6)  # the last one was fed, too
+
+    def test_writes_layers_as_traces(self):
+        with tempfile.TemporaryDirectory() as parent:
+            directory = os.path.join(parent, "new", "traces")
+            result = self.run_worker(
+                "--attention", "full", "--prompt-ids", ",".join(map(str, range(300, 400))),
+                "--gold-ids", "700,800,900", "--dump-kv", directory, "--dump-layers", "0,3",
+                "--dump-queries", "10")
+            self.assertEqual(result.returncode, 0, result)
+            self.assertEqual(sorted(os.listdir(directory)),
+                             ["layer-00.safetensors", "layer-03.safetensors"])
+            trace = header(os.path.join(directory, "layer-03.safetensors"))
+        self.assertEqual(trace["__metadata__"]["model"], "llama-a")
+        self.assertEqual(trace["__metadata__"]["layer"], "3")
+        self.assertAlmostEqual(float(trace["__metadata__"]["scale"]), 128 ** -0.5, 7)
+        shapes = {name: tensor["shape"] for name, tensor in trace.items() if name != "__metadata__"}
+        # The prompt's last token begins the decode: 99 of the prompt, 4 decoded.
+        self.assertEqual(shapes, {"k": [103, 2, 128], "v": [103, 2, 128],
+                                  "q_train": [74, 6, 128], "q_train_pos": [74],
+                                  "q": [4, 6, 128], "q_pos": [4]})
+        self.assertEqual(trace["k"]["dtype"], "BF16")
+
     def test_says_what_is_wrong(self):
         full = ("--attention", "full")
         self.assert_fails(self.run_worker(*full, "--prompt", "text"), "tokenizer.model", "token ids")
@@ -79,6 +115,11 @@ class WorkerTest(unittest.TestCase):
                           "1000000")
         self.assert_fails(self.run_worker("--socket", "/nonexistent/sock", "--prompt-ids", "1"),
                           "/nonexistent/sock")
+        dump = (*full, "--prompt-ids", "1,2", "--dump-kv")
+        self.assert_fails(self.run_worker(*dump, "/tmp", "--dump-layers", "1,5"), "layer 5", "5 layers")
+        self.assert_fails(self.run_worker(*dump, "/dev/null/traces"), "/dev/null/traces")
+        self.assert_fails(self.run_worker(*dump, "/tmp", "--serve"), "--serve")
+        self.assert_fails(self.run_worker(*dump, "/tmp", "--gold-ids", "7,x"), "token id 1")
         failed = self.run_worker(*full, "--json", "--prompt-ids", "1,2,3", "--max-tokens", "2")
         self.assert_fails(failed, "FAILED_PRECONDITION")
         self.assertEqual(json.loads(failed.stdout)["status"], "FAILED_PRECONDITION")
