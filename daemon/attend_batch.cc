@@ -22,6 +22,10 @@ absl::Status CheckBudget(const Budget& budget) {
       if (budget.mass > 0 && budget.mass <= 1) return absl::OkStatus();
       return absl::InvalidArgumentError(
           absl::StrCat("a budget's mass of ", budget.mass, " is not in (0, 1]"));
+    case Budget::Kind::kError:
+      if (budget.error >= 0 && budget.error < 1) return absl::OkStatus();
+      return absl::InvalidArgumentError(
+          absl::StrCat("a budget's error of ", budget.error, " is not in [0, 1)"));
   }
   return absl::InvalidArgumentError(
       absl::StrCat("unknown budget kind ", static_cast<int>(budget.kind)));
@@ -38,6 +42,8 @@ ScanKind KindOf(const AttendRow& row) {
     case Budget::Kind::kTopP:
       return row.budget.mass >= 1 && (row.budget.k == 0 || holds_all) ? ScanKind::kExact
                                                                       : ScanKind::kIndexed;
+    case Budget::Kind::kError:
+      return ScanKind::kExact;  // runs have no index yet that estimates
   }
   return ScanKind::kExact;
 }

@@ -106,7 +106,9 @@ NumericRecipe RecipeOf(const Budget& budget, uint32_t window_first, uint32_t win
   CanonicalHash h("quarry.recipe.budget.v1");
   h.U32(static_cast<uint32_t>(budget.kind));
   h.U32(budget.k);
-  h.F32(budget.kind == Budget::Kind::kTopP ? budget.mass : 0.0f);
+  h.F32(budget.kind == Budget::Kind::kTopP    ? budget.mass
+        : budget.kind == Budget::Kind::kError ? budget.error
+                                              : 0.0f);
   h.U32(window_first);
   h.U32(window_last);
   return {h.Finish<RecipeDigest>()};
