@@ -5,7 +5,8 @@
 # the machine it runs on: glibc, and CUDA's libraries where they are used.
 #   --build DIR   take the programs of this build (default: build/release, built if need be)
 #   --out DIR     put the archive there
-#   --smoke       afterwards unpack it elsewhere and start every program of it
+#   --smoke       afterwards unpack it elsewhere and start every program of it, and the daemon for
+#                 long enough to be asked for its status and to end on SIGTERM
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,6 +24,39 @@ while [ $# -gt 0 ]; do
   shift
 done
 say() { printf 'bundle: %s\n' "$*" >&2; }
+
+# Serves on sockets of its own until it is asked for its status, then ends it. Everything but the
+# bundle's own libraries is the machine's; nothing of the caller's environment reaches it.
+smoke_daemon() {  # BIN DIRECTORY
+  local bin=$1 directory=$2 status=0
+  env -i "$bin/quarryd" --socket "$directory/quarryd.sock" --grpc-socket "$directory/grpc.sock" \
+    --metrics off --arena-bytes 64MiB >"$directory/quarryd.log" 2>&1 &
+  daemon_pid=$!
+  for _ in $(seq 300); do
+    if [ -S "$directory/quarryd.sock" ] && [ -S "$directory/grpc.sock" ]; then break; fi
+    kill -0 "$daemon_pid" 2>/dev/null || break
+    sleep 0.1
+  done
+  if ! timeout 30 env -i "$bin/quarry" --socket "$directory/quarryd.sock" status \
+    >"$directory/status" ||
+    ! grep -q "^quarryd $version, pid $daemon_pid," "$directory/status"; then
+    say "no status of the bundle's quarryd $version, pid $daemon_pid; the answer and the log:"
+    cat "$directory/status" "$directory/quarryd.log" >&2
+    return 1
+  fi
+  kill -TERM "$daemon_pid"
+  timeout 30 tail --pid="$daemon_pid" -s 0.1 -f /dev/null || status=124
+  [ "$status" = 124 ] || { wait "$daemon_pid" || status=$?; daemon_pid=; }
+  if [ "$status" != 0 ]; then
+    say "quarryd's status after SIGTERM is $status (124: did not end within 30 s); its log:"
+    cat "$directory/quarryd.log" >&2
+    return 1
+  fi
+  if [ -e "$directory/quarryd.sock" ] || [ -e "$directory/grpc.sock" ]; then
+    say "the bundle's quarryd left its sockets in $directory"
+    return 1
+  fi
+}
 
 readonly programs=(daemon/quarryd client/quarry gpu/quarry-worker)
 readonly limit_bytes=$((64 << 20))
@@ -78,7 +112,12 @@ fi
 
 if [ "$smoke" = 1 ]; then
   elsewhere=$(mktemp -d)
-  trap 'rm -rf "$stage" "$elsewhere"' EXIT
+  daemon_pid=
+  finish() {
+    if [ -n "$daemon_pid" ]; then kill -KILL "$daemon_pid" 2>/dev/null || true; fi
+    rm -rf "$stage" "$elsewhere"
+  }
+  trap finish EXIT
   tar -C "$elsewhere" --zstd -xf "$archive"
   for program in "${programs[@]##*/}"; do
     (cd / && env -i LD_LIBRARY_PATH= "$elsewhere/$name/bin/$program" --help >/dev/null)
@@ -96,5 +135,8 @@ if [ "$smoke" = 1 ]; then
       exit 1
     fi
   done
-  say "smoke test passed: every program starts from $elsewhere with its own libraries"
+  mkdir "$elsewhere/sockets"
+  smoke_daemon "$elsewhere/$name/bin" "$elsewhere/sockets"
+  say "smoke test passed: every program starts from $elsewhere with its own libraries, and its" \
+    "daemon serves, answers and stops"
 fi
