@@ -59,6 +59,7 @@ smoke_daemon() {  # BIN DIRECTORY
 }
 
 readonly programs=(daemon/quarryd client/quarry gpu/quarry-worker)
+readonly modules=(gpu/libquarry_sentencepiece.so)  # loaded at run time
 readonly limit_bytes=$((64 << 20))
 # glibc must match the machine's kernel and loader, CUDA the machine's driver.
 readonly glibc='(ld-linux[-_0-9a-z]*|lib(c|m|mvec|dl|rt|pthread|resolv|util|anl|nss_[a-z]+))\.so'
@@ -79,10 +80,14 @@ mkdir -p "$root/bin" "$root/lib" "$root/share/licenses"
 for program in "${programs[@]}"; do
   install -s -m 755 "$build/$program" "$root/bin/"
 done
+for module in "${modules[@]}"; do
+  install -s -m 755 "$build/$module" "$root/lib/"
+done
 cp deploy/quarryd.toml LICENSE "$root/share/"
 
-# ldd names the whole closure, so one pass over the programs is enough.
-ldd "${programs[@]/#/$build/}" | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }' | sort -u |
+# ldd names the whole closure, so one pass over programs and modules is enough.
+readonly built=("${programs[@]/#/$build/}" "${modules[@]/#/$build/}")
+ldd "${built[@]}" | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }' | sort -u |
   while read -r soname path; do
     [[ $soname =~ $from_machine ]] && continue
     cp -L "$path" "$root/lib/$soname"
@@ -92,9 +97,9 @@ ldd "${programs[@]/#/$build/}" | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }'
       cp -L "/usr/share/doc/$package/copyright" "$root/share/licenses/$package"
     fi
   done
-if ldd "${programs[@]/#/$build/}" | grep -q 'not found'; then
+if ldd "${built[@]}" | grep -q 'not found'; then
   say "a library of the programs is not found:"
-  ldd "${programs[@]/#/$build/}" | grep 'not found' >&2
+  ldd "${built[@]}" | grep 'not found' >&2
   exit 1
 fi
 for file in "$root"/bin/*; do patchelf --set-rpath '$ORIGIN/../lib' "$file"; done
@@ -121,8 +126,10 @@ if [ "$smoke" = 1 ]; then
   tar -C "$elsewhere" --zstd -xf "$archive"
   for program in "${programs[@]##*/}"; do
     (cd / && env -i LD_LIBRARY_PATH= "$elsewhere/$name/bin/$program" --help >/dev/null)
+  done
+  for file in "${programs[@]/#*\//bin/}" "${modules[@]/#*\//lib/}"; do
     # Every library that is not glibc's must come from the bundle.
-    foreign=$(env -i LD_LIBRARY_PATH= /usr/bin/ldd "$elsewhere/$name/bin/$program" |
+    foreign=$(env -i LD_LIBRARY_PATH= /usr/bin/ldd "$elsewhere/$name/$file" |
       awk '$2 == "=>" { print $1, $3 }' | while read -r soname path; do
         [[ $soname =~ $from_machine ]] && continue
         case "$(realpath "$path" 2>/dev/null || echo "$path")" in
@@ -131,10 +138,16 @@ if [ "$smoke" = 1 ]; then
         esac
       done)
     if [ -n "$foreign" ]; then
-      say "$program takes from the machine: $foreign"
+      say "$file takes from the machine: $foreign"
       exit 1
     fi
   done
+  # The worker finds what it loads at run time: a model of random weights is given text.
+  mkdir "$elsewhere/model"
+  cp tests/models/tiny/llama3-rope/{config.json,model.safetensors} \
+    tests/models/tokenizer/tokenizer.model "$elsewhere/model/"
+  env -i "$elsewhere/$name/bin/quarry-worker" --model "$elsewhere/model" --attention full \
+    --prompt "The archive" --max-new-tokens 4 >"$elsewhere/answer"
   mkdir "$elsewhere/sockets"
   smoke_daemon "$elsewhere/$name/bin" "$elsewhere/sockets"
   say "smoke test passed: every program starts from $elsewhere with its own libraries, and its" \
