@@ -12,6 +12,9 @@
 namespace quarry {
 namespace {
 
+// Each question is a round trip on the socket.
+constexpr int kAskedAtOnce = 4;
+
 absl::StatusOr<std::shared_ptr<const MappedExtent>> Map(ClientChannel& channel, uint32_t extent) {
   uint64_t bytes = 0;
   QUARRY_ASSIGN_OR_RETURN(OwnedFd fd, channel.FetchExtent(extent, &bytes));
@@ -40,13 +43,15 @@ absl::StatusOr<std::shared_ptr<const MappedExtent>> ExtentMap::Find(uint32_t ext
 }
 
 void ExtentMap::DropGone() {
-  for (auto it = mappings_.begin(); it != mappings_.end();) {
-    auto current = it++;
-    if (current->second.use_count() > 1) continue;  // a block in it is leased
+  int asked = 0;
+  for (size_t left = mappings_.size(); left > 0 && asked < kAskedAtOnce; --left) {
+    auto it = mappings_.lower_bound(next_asked_);
+    if (it == mappings_.end()) it = mappings_.begin();
+    next_asked_ = it->first + 1;
+    if (it->second.use_count() > 1) continue;  // a block in it is leased
+    ++asked;
     uint64_t bytes = 0;
-    if (absl::IsNotFound(channel_.FetchExtent(current->first, &bytes).status())) {
-      mappings_.erase(current);
-    }
+    if (absl::IsNotFound(channel_.FetchExtent(it->first, &bytes).status())) mappings_.erase(it);
   }
 }
 

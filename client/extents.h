@@ -3,11 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "client/channel.h"
@@ -30,7 +30,7 @@ class MappedExtent {
 };
 
 // Thread-safe. A mapping stays while a block in it is leased, and after that as long as the daemon
-// has the extent: memory that the daemon gave back is let go when the next extent is mapped.
+// has the extent: memory that the daemon gave back is let go when further extents are mapped.
 class ExtentMap {
  public:
   explicit ExtentMap(ClientChannel& channel) : channel_(channel) {}
@@ -40,12 +40,13 @@ class ExtentMap {
   absl::StatusOr<std::shared_ptr<const MappedExtent>> Find(uint32_t extent);
 
  private:
+  // Asks about a few mappings without leases, the next ones in turn.
   void DropGone() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   ClientChannel& channel_;
   absl::Mutex mutex_;
-  absl::flat_hash_map<uint32_t, std::shared_ptr<const MappedExtent>> mappings_
-      ABSL_GUARDED_BY(mutex_);
+  std::map<uint32_t, std::shared_ptr<const MappedExtent>> mappings_ ABSL_GUARDED_BY(mutex_);
+  uint32_t next_asked_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace quarry

@@ -3,8 +3,12 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
-install(TARGETS quarryd quarry-cli quarry-worker
-  RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT daemon)
+install(TARGETS quarryd quarry-cli quarry-worker quarry_sentencepiece
+  RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT daemon
+  LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT daemon)
+# For what the worker loads at run time.
+set_target_properties(quarry-worker PROPERTIES
+  INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}")
 install(FILES deploy/quarryd.toml DESTINATION ${CMAKE_INSTALL_DATADIR}/quarry COMPONENT daemon)
 
 # A static client carries its own static parts along.

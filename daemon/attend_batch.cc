@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/finite.h"
+#include "proto/attend_shape.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -27,8 +28,7 @@ absl::Status CheckBudget(const Budget& budget) {
       return absl::InvalidArgumentError(
           absl::StrCat("a budget's error of ", budget.error, " is not in [0, 1)"));
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("unknown budget kind ", static_cast<int>(budget.kind)));
+  return absl::OkStatus();  // CheckRow knows the kinds
 }
 
 // A budget that every token of the range fits into is the exact answer.
@@ -61,28 +61,6 @@ void AnswerEmpty(const AttendRow& row, AttendAnswer& answer) {
 }
 
 }  // namespace
-
-absl::Status CheckRow(const AttendRow& row, const KvShape& s) {
-  if (row.layer >= s.layers) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("row of layer ", row.layer, " of ", s.layers, " layers"));
-  }
-  if (row.heads == 0 || row.first_head >= s.heads || row.heads > s.heads - row.first_head ||
-      row.first_head % s.group() != 0 || row.heads % s.group() != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "row of query heads [", row.first_head, ", ", uint64_t{row.first_head} + row.heads,
-        "): whole groups of ", s.group(), " within ", s.heads, " heads are wanted"));
-  }
-  if (!IsValid(row.q_dtype) || (row.q == nullptr && !row.range.empty())) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("row without queries or of unknown dtype ", static_cast<int>(row.q_dtype)));
-  }
-  if (row.range.lo > row.range.hi) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("row of tokens [", row.range.lo, ", ", row.range.hi, ")"));
-  }
-  return absl::OkStatus();
-}
 
 // A later phase of one lane.
 class AttendBatch::PhaseJob final : public Executor::Job {
@@ -146,6 +124,7 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
   Context& context = *admitted->context;
   const KvShape& s = context.shape();
   QUARRY_RETURN_IF_ERROR(CheckRow(row, s));
+  QUARRY_RETURN_IF_ERROR(CheckHasQueries(row));
   QUARRY_RETURN_IF_ERROR(CheckBudget(row.budget));
   const size_t q_floats = size_t{row.heads} * s.head_dim;
   if (!HasRoom(row, answer, q_floats)) {

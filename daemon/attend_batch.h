@@ -22,9 +22,6 @@
 
 namespace quarry {
 
-// Checks of a row that AttendRow and TopK share: layer, heads, dtype, range order, q present.
-absl::Status CheckRow(const AttendRow& row, const KvShape& shape);
-
 // The rows are admitted (checked, copied, their tokens stored) on the calling thread, planned as
 // lanes, and scanned by the executor or, small ones, by the calling thread.
 class AttendBatch final : public Executor::Job, public std::enable_shared_from_this<AttendBatch> {

@@ -1,24 +1,18 @@
 #include "daemon/attend_slot.h"
 
-#include <chrono>
 #include <cstring>
 #include <span>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "daemon/attend_shape.h"
+#include "daemon/steady_clock.h"
+#include "proto/attend_shape.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
 
 constexpr size_t kMaxCachedShapes = 4096;
-
-uint64_t NowNs() {
-  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                   std::chrono::steady_clock::now().time_since_epoch())
-                                   .count());
-}
 
 // Buffers of a message: whole, inside the slot, behind its rows, aligned.
 class SlotBuffers {
@@ -118,7 +112,7 @@ void Finish(TransportCounters& counters, SlotState& state) {
   const Submission request = state.submission;
   const size_t bytes = state.replies.size() * sizeof(shm::AttendAnswerPod);
   std::memcpy(keep->payload(request.slot).data(), state.replies.data(), bytes);
-  counters.shm_attend.Observe(NowNs() - request.seen_ns);
+  counters.shm_attend.Observe(SteadyNowNs() - request.seen_ns);
   keep->Answer(request, absl::StatusCode::kOk, bytes);
 }
 

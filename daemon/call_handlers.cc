@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "daemon/attend_shape.h"
+#include "proto/attend_shape.h"
 #include "proto/convert.h"
 #include "proto/shm_layout.h"
 #include "proto/status_macros.h"
@@ -23,15 +23,16 @@ absl::Status CheckReplyBytes(std::string_view what, uint64_t bytes, const Caller
                    " a message carries; ask for less at once"));
 }
 
-// Engine keys are 1 to 256 bytes; messages name the offending one by its place.
+// Messages name the offending key by its place.
 absl::Status CheckKeys(const google::protobuf::RepeatedPtrField<std::string>& keys) {
   if (keys.size() > kMaxListEntries) {
-    return absl::InvalidArgumentError(absl::StrCat(keys.size(), " keys in one request"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(keys.size(), " keys in one request, at most ", kMaxListEntries, " are taken"));
   }
   for (int i = 0; i < keys.size(); ++i) {
-    if (keys[i].empty() || keys[i].size() > 256) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("key ", i, " has ", keys[i].size(), " bytes; 1 to 256 are allowed"));
+    if (keys[i].empty() || keys[i].size() > shm::kMaxNameBytes) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "key ", i, " has ", keys[i].size(), " bytes; 1 to ", shm::kMaxNameBytes, " are allowed"));
     }
   }
   return absl::OkStatus();

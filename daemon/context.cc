@@ -32,6 +32,8 @@ Context::Context(const ContextServices& services, ContextParams params, ContextS
 
 absl::Status Context::Append(const AppendRequest& r) {
   const KvInput input{r.layer, r.first_kv_head, r.kv_heads, r.range, r.k, r.v, r.new_token_ids};
+  QUARRY_RETURN_IF_ERROR(CheckInput(input));
+  QUARRY_RETURN_IF_ERROR(CheckSamples(r));
   return Store(input, Caller::kAppend);
 }
 
@@ -44,11 +46,11 @@ absl::Status Context::AppendToken(uint32_t layer, uint32_t first_kv_head, uint32
                      " is not below max_tokens ", params_.max_tokens));
   }
   const KvInput input{layer, first_kv_head, kv_heads, {position, position + 1}, k, v, {}};
+  QUARRY_RETURN_IF_ERROR(CheckInput(input));
   return Store(input, Caller::kAttend);
 }
 
 absl::Status Context::Store(const KvInput& input, Caller caller) {
-  QUARRY_RETURN_IF_ERROR(CheckInput(input));
   QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, Claim(input, caller));
   return Commit(input, CopyIn(input, *table));
 }
@@ -77,6 +79,25 @@ absl::Status Context::CheckInput(const KvInput& input) const {
   if (input.k == nullptr || input.v == nullptr) {
     return absl::InvalidArgumentError(
         absl::StrCat("context ", params_.id.value, ": K or V is missing"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Context::CheckSamples(const AppendRequest& r) const {
+  const size_t floats = size_t{r.kv_heads} * shape().group() * shape().head_dim;
+  for (size_t i = 0; i < r.query_positions.size(); ++i) {
+    const uint32_t position = r.query_positions[i];
+    const auto refuse = [&](const std::string& what) {
+      return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value,
+                                                     ": query sample ", i, " at position ",
+                                                     position, " of layer ", r.layer, " ", what));
+    };
+    if (position >= params_.max_tokens) {
+      return refuse(absl::StrCat("is not below max_tokens ", params_.max_tokens));
+    }
+    if (!AllFinite(DType::kFp32, r.query_samples + i * floats, floats)) {
+      return refuse("has NaN or infinity");
+    }
   }
   return absl::OkStatus();
 }

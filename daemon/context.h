@@ -101,6 +101,7 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
 
   absl::Status Store(const KvInput& input, Caller caller);
   absl::Status CheckInput(const KvInput& input) const;
+  absl::Status CheckSamples(const AppendRequest& r) const;  // after CheckInput of its fields
   // The table it returns is the one to write to.
   absl::StatusOr<std::shared_ptr<const BlockTable>> Claim(const KvInput& input, Caller caller);
   absl::Status CopyIn(const KvInput& input, const BlockTable& table) const;

@@ -19,6 +19,7 @@
 #include "daemon/run_registry.h"
 #include "daemon/session_table.h"
 #include "daemon/top_k.h"
+#include "proto/attend_shape.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -332,6 +333,7 @@ TopKAnswer EngineImpl::TopK(SessionId id, const AttendRow& row, uint32_t k, bool
   if (!context.ok()) return failed(context.status());
   const KvShape& s = (*context)->shape();
   if (absl::Status status = CheckRow(row, s); !status.ok()) return failed(std::move(status));
+  if (absl::Status status = CheckHasQueries(row); !status.ok()) return failed(std::move(status));
   if (row.has_token) {
     return failed(absl::InvalidArgumentError("a top-k row carries no token"));
   }

@@ -29,10 +29,8 @@ bool Executor::Job::Claim(uint32_t* task) {
   return *task < tasks_;
 }
 
-bool Executor::Job::Help() {
-  bool ran = false;
-  for (uint32_t task; Claim(&task); ran = true) RunTask(task);
-  return ran;
+void Executor::Job::Help() {
+  for (uint32_t task; Claim(&task);) RunTask(task);
 }
 
 Executor::Executor(const ExecutorOptions& options) : options_(options) {
@@ -61,19 +59,28 @@ bool Executor::Submit(std::shared_ptr<Job> job) {
   return true;
 }
 
+Executor::Claimed Executor::ClaimNext() {
+  Claimed claimed;
+  while (claimed.job == nullptr && !jobs_.empty()) {
+    std::shared_ptr<Job> job = std::move(jobs_.front());
+    jobs_.pop_front();
+    if (!job->Claim(&claimed.task)) continue;
+    claimed.job = job;
+    if (job->HasUnclaimed()) jobs_.push_back(std::move(job));
+  }
+  queued_.store(jobs_.size(), std::memory_order_release);
+  return claimed;
+}
+
 bool Executor::RunOne() {
   if (queued_.load(std::memory_order_acquire) == 0) return false;
-  std::shared_ptr<Job> job;
-  uint32_t task = 0;
+  Claimed next;
   {
     absl::MutexLock lock(&mutex_);
-    // Jobs without tasks left are dropped by the executor's own threads.
-    const auto found = std::find_if(jobs_.begin(), jobs_.end(),
-                                    [&](const auto& queued) { return queued->Claim(&task); });
-    if (found == jobs_.end()) return false;
-    job = *found;
+    next = ClaimNext();
   }
-  job->RunTask(task);
+  if (next.job == nullptr) return false;
+  next.job->RunTask(next.task);
   return true;
 }
 
@@ -93,12 +100,12 @@ void Executor::SpinForWork() const {
   }
 }
 
-std::shared_ptr<Executor::Job> Executor::Take() {
+Executor::Claimed Executor::Take() {
   for (;;) {
     SpinForWork();
     absl::MutexLock lock(&mutex_);
-    if (!jobs_.empty()) return jobs_.front();
-    if (stopping_.load(std::memory_order_relaxed)) return nullptr;
+    if (Claimed next = ClaimNext(); next.job != nullptr) return next;
+    if (stopping_.load(std::memory_order_relaxed)) return {};
     if (armed_.load(std::memory_order_relaxed)) continue;
     ++parked_;
     wake_.Wait(&mutex_);
@@ -106,24 +113,8 @@ std::shared_ptr<Executor::Job> Executor::Take() {
   }
 }
 
-void Executor::Drop(const std::shared_ptr<Job>& job) {
-  absl::MutexLock lock(&mutex_);
-  // Several threads may find the same job exhausted; jobs leave in order, so it is the front or
-  // gone, or an earlier one is still to be dropped by whoever works on it.
-  for (auto it = jobs_.begin(); it != jobs_.end(); ++it) {
-    if (*it == job) {
-      jobs_.erase(it);
-      break;
-    }
-  }
-  queued_.store(jobs_.size(), std::memory_order_release);
-}
-
 void Executor::Loop() {
-  while (std::shared_ptr<Job> job = Take()) {
-    job->Help();
-    Drop(job);
-  }
+  for (Claimed next = Take(); next.job != nullptr; next = Take()) next.job->RunTask(next.task);
 }
 
 }  // namespace quarry

@@ -18,9 +18,9 @@ struct ExecutorOptions {
   uint32_t max_queued_jobs = 1024;
 };
 
-// Threads that run jobs of independent tasks in the order the jobs came. They spin while armed
-// and park otherwise: a wake across CPUs costs 65 us, so none may lie inside a token.
-// Thread-safe.
+// Threads that run jobs of independent tasks. Jobs take turns task by task, so that a small one
+// does not wait for the whole of a large one before it. The threads spin while armed and park
+// otherwise: a wake across CPUs costs 65 us, so none may lie inside a token. Thread-safe.
 class Executor {
  public:
   // Tasks [0, tasks), each run exactly once, on any thread. Held by shared_ptr: a thread may look
@@ -31,8 +31,8 @@ class Executor {
     virtual ~Job() = default;
     virtual void RunTask(uint32_t task) = 0;
 
-    // Runs unclaimed tasks until none is left; true if it ran any.
-    bool Help();
+    // Runs unclaimed tasks until none is left.
+    void Help();
 
    protected:
     void set_tasks(uint32_t tasks) { tasks_ = tasks; }
@@ -40,6 +40,7 @@ class Executor {
    private:
     friend class Executor;
     bool Claim(uint32_t* task);
+    bool HasUnclaimed() const { return next_.load(std::memory_order_relaxed) < tasks_; }
     uint32_t tasks_;
     std::atomic<uint32_t> next_{0};
   };
@@ -52,8 +53,8 @@ class Executor {
 
   // False when the queue is full: nothing was queued.
   bool Submit(std::shared_ptr<Job> job);
-  // Runs one task of the first job that has one on the calling thread; false if none has. For
-  // threads with other duties, which look to them between tasks.
+  // Runs one task, the next in turn, on the calling thread; false if there is none. For threads
+  // with other duties, which look to them between tasks.
   bool RunOne();
   void SetArmed(bool armed);
 
@@ -62,10 +63,15 @@ class Executor {
   uint32_t threads() const { return static_cast<uint32_t>(threads_.size()); }
 
  private:
+  struct Claimed {
+    std::shared_ptr<Job> job;  // null: there is none
+    uint32_t task = 0;
+  };
   void Loop();
-  // Null: stopping. Waits for a job.
-  std::shared_ptr<Job> Take();
-  void Drop(const std::shared_ptr<Job>& job);
+  // Waits for a task; none: stopping.
+  Claimed Take();
+  // The front job's next task; the job goes to the back while it has more.
+  Claimed ClaimNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void SpinForWork() const;
 
   const ExecutorOptions options_;
@@ -75,7 +81,7 @@ class Executor {
 
   absl::Mutex mutex_;
   absl::CondVar wake_;
-  std::deque<std::shared_ptr<Job>> jobs_ ABSL_GUARDED_BY(mutex_);
+  std::deque<std::shared_ptr<Job>> jobs_ ABSL_GUARDED_BY(mutex_);  // that may have unclaimed tasks
   uint32_t parked_ ABSL_GUARDED_BY(mutex_) = 0;
 
   std::vector<std::thread> threads_;  // last: they use everything above

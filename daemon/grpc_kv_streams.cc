@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/convert.h"
+#include "proto/shm_layout.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -120,9 +121,9 @@ class PutStream : public ReadStream<v1::PutRequest> {
     key_ = request_.key();
     total_bytes_ = request_.total_bytes();
     if (request_.has_digest()) digest_ = FromProto(request_.digest());
-    if (key_.empty() || key_.size() > 256) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("the key has ", key_.size(), " bytes; 1 to 256 are allowed"));
+    if (key_.empty() || key_.size() > shm::kMaxNameBytes) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "the key has ", key_.size(), " bytes; 1 to ", shm::kMaxNameBytes, " are allowed"));
     }
     if (total_bytes_ > shared_.options.max_put_bytes) {
       return absl::InvalidArgumentError(absl::StrCat("a block of ", total_bytes_,

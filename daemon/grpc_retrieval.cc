@@ -6,8 +6,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "daemon/attend_shape.h"
 #include "daemon/grpc_calls.h"
+#include "proto/attend_shape.h"
 #include "proto/convert.h"
 #include "proto/shm_layout.h"
 #include "proto/status_macros.h"

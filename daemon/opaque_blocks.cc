@@ -5,24 +5,22 @@
 #include "absl/strings/str_cat.h"
 #include "proto/byte_digest.h"
 #include "proto/identity.h"
+#include "proto/shm_layout.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
 
-constexpr size_t kMaxKeyBytes = 256;
-constexpr size_t kMaxNamespaceBytes = 256;
-
 // All tenants' engine blocks have no namespace digest and no parent.
 absl::StatusOr<BlockKey> KeyOf(std::string_view tenant, std::string_view name_space,
                                std::string_view key) {
-  if (key.empty() || key.size() > kMaxKeyBytes) {
+  if (key.empty() || key.size() > shm::kMaxNameBytes) {
     return absl::InvalidArgumentError(
-        absl::StrCat("engine key of ", key.size(), " bytes; 1 to ", kMaxKeyBytes, " are allowed"));
+        absl::StrCat("engine key of ", key.size(), " bytes; 1 to ", shm::kMaxNameBytes, " are allowed"));
   }
-  if (name_space.size() > kMaxNamespaceBytes) {
+  if (name_space.size() > shm::kMaxNameBytes) {
     return absl::InvalidArgumentError(absl::StrCat("engine namespace of ", name_space.size(),
-                                                   " bytes; at most ", kMaxNamespaceBytes,
+                                                   " bytes; at most ", shm::kMaxNameBytes,
                                                    " are allowed"));
   }
   BlockKey out;

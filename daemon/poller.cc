@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "daemon/log.h"
+#include "daemon/steady_clock.h"
 
 namespace quarry {
 namespace {

@@ -1,6 +1,5 @@
 #include "daemon/shm_clients.h"
 
-#include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -9,12 +8,12 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <chrono>
 #include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "daemon/log.h"
+#include "daemon/steady_clock.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -35,12 +34,6 @@ std::span<const std::byte> BytesOf(const T& value) {
 }
 
 }  // namespace
-
-uint64_t SteadyNowNs() {
-  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                   std::chrono::steady_clock::now().time_since_epoch())
-                                   .count());
-}
 
 ShmClients::ShmClients(const ShmOptions& options, Parts parts) : options_(options), parts_(parts) {}
 
@@ -258,19 +251,10 @@ bool ShmClients::PassExtent(ShmClient* client, std::span<const std::byte> messag
   if (!extent.ok()) {
     return SendWithDescriptors(client->socket.get(), BytesOf(reply), {}).ok();
   }
-  // The arena may close an extent that empties, and its descriptor's number may then be another
-  // tenant's. Indices are never reused, so an extent found before and after the copy was there,
-  // with its descriptor open, while it was made.
-  const FileDescriptor copy(fcntl(extent->fd, F_DUPFD_CLOEXEC, 0));
-  if (!copy.valid() ||
-      !parts_.engine.Extent(client->channel->owner().session, request.extent).ok()) {
-    reply.status = static_cast<uint32_t>(absl::StatusCode::kNotFound);
-    return SendWithDescriptors(client->socket.get(), BytesOf(reply), {}).ok();
-  }
   reply.numa_node = extent->numa_node;
   reply.bytes = extent->bytes;
   reply.page_bytes = extent->page_bytes;
-  const int descriptors[] = {copy.get()};
+  const int descriptors[] = {extent->fd};  // open: `extent` keeps it so
   return SendWithDescriptors(client->socket.get(), BytesOf(reply), descriptors).ok();
 }
 

@@ -81,6 +81,4 @@ class ShmClients {
   uint64_t accept_again_ns_ = 0;
 };
 
-uint64_t SteadyNowNs();
-
 }  // namespace quarry

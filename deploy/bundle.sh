@@ -5,7 +5,8 @@
 # the machine it runs on: glibc, and CUDA's libraries where they are used.
 #   --build DIR   take the programs of this build (default: build/release, built if need be)
 #   --out DIR     put the archive there
-#   --smoke       afterwards unpack it elsewhere and start every program of it
+#   --smoke       afterwards unpack it elsewhere and start every program of it, and the daemon for
+#                 long enough to be asked for its status and to end on SIGTERM
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +25,41 @@ while [ $# -gt 0 ]; do
 done
 say() { printf 'bundle: %s\n' "$*" >&2; }
 
+# Serves on sockets of its own until it is asked for its status, then ends it. Everything but the
+# bundle's own libraries is the machine's; nothing of the caller's environment reaches it.
+smoke_daemon() {  # BIN DIRECTORY
+  local bin=$1 directory=$2 status=0
+  env -i "$bin/quarryd" --socket "$directory/quarryd.sock" --grpc-socket "$directory/grpc.sock" \
+    --metrics off --arena-bytes 64MiB >"$directory/quarryd.log" 2>&1 &
+  daemon_pid=$!
+  for _ in $(seq 300); do
+    if [ -S "$directory/quarryd.sock" ] && [ -S "$directory/grpc.sock" ]; then break; fi
+    kill -0 "$daemon_pid" 2>/dev/null || break
+    sleep 0.1
+  done
+  if ! timeout 30 env -i "$bin/quarry" --socket "$directory/quarryd.sock" status \
+    >"$directory/status" ||
+    ! grep -q "^quarryd $version, pid $daemon_pid," "$directory/status"; then
+    say "no status of the bundle's quarryd $version, pid $daemon_pid; the answer and the log:"
+    cat "$directory/status" "$directory/quarryd.log" >&2
+    return 1
+  fi
+  kill -TERM "$daemon_pid"
+  timeout 30 tail --pid="$daemon_pid" -s 0.1 -f /dev/null || status=124
+  [ "$status" = 124 ] || { wait "$daemon_pid" || status=$?; daemon_pid=; }
+  if [ "$status" != 0 ]; then
+    say "quarryd's status after SIGTERM is $status (124: did not end within 30 s); its log:"
+    cat "$directory/quarryd.log" >&2
+    return 1
+  fi
+  if [ -e "$directory/quarryd.sock" ] || [ -e "$directory/grpc.sock" ]; then
+    say "the bundle's quarryd left its sockets in $directory"
+    return 1
+  fi
+}
+
 readonly programs=(daemon/quarryd client/quarry gpu/quarry-worker)
+readonly modules=(gpu/libquarry_sentencepiece.so)  # loaded at run time
 readonly limit_bytes=$((64 << 20))
 # glibc must match the machine's kernel and loader, CUDA the machine's driver.
 readonly glibc='(ld-linux[-_0-9a-z]*|lib(c|m|mvec|dl|rt|pthread|resolv|util|anl|nss_[a-z]+))\.so'
@@ -45,10 +80,14 @@ mkdir -p "$root/bin" "$root/lib" "$root/share/licenses"
 for program in "${programs[@]}"; do
   install -s -m 755 "$build/$program" "$root/bin/"
 done
+for module in "${modules[@]}"; do
+  install -s -m 755 "$build/$module" "$root/lib/"
+done
 cp deploy/quarryd.toml LICENSE "$root/share/"
 
-# ldd names the whole closure, so one pass over the programs is enough.
-ldd "${programs[@]/#/$build/}" | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }' | sort -u |
+# ldd names the whole closure, so one pass over programs and modules is enough.
+readonly built=("${programs[@]/#/$build/}" "${modules[@]/#/$build/}")
+ldd "${built[@]}" | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }' | sort -u |
   while read -r soname path; do
     [[ $soname =~ $from_machine ]] && continue
     cp -L "$path" "$root/lib/$soname"
@@ -58,9 +97,9 @@ ldd "${programs[@]/#/$build/}" | awk '$2 == "=>" && $3 ~ /^\// { print $1, $3 }'
       cp -L "/usr/share/doc/$package/copyright" "$root/share/licenses/$package"
     fi
   done
-if ldd "${programs[@]/#/$build/}" | grep -q 'not found'; then
+if ldd "${built[@]}" | grep -q 'not found'; then
   say "a library of the programs is not found:"
-  ldd "${programs[@]/#/$build/}" | grep 'not found' >&2
+  ldd "${built[@]}" | grep 'not found' >&2
   exit 1
 fi
 for file in "$root"/bin/*; do patchelf --set-rpath '$ORIGIN/../lib' "$file"; done
@@ -78,12 +117,19 @@ fi
 
 if [ "$smoke" = 1 ]; then
   elsewhere=$(mktemp -d)
-  trap 'rm -rf "$stage" "$elsewhere"' EXIT
+  daemon_pid=
+  finish() {
+    if [ -n "$daemon_pid" ]; then kill -KILL "$daemon_pid" 2>/dev/null || true; fi
+    rm -rf "$stage" "$elsewhere"
+  }
+  trap finish EXIT
   tar -C "$elsewhere" --zstd -xf "$archive"
   for program in "${programs[@]##*/}"; do
     (cd / && env -i LD_LIBRARY_PATH= "$elsewhere/$name/bin/$program" --help >/dev/null)
+  done
+  for file in "${programs[@]/#*\//bin/}" "${modules[@]/#*\//lib/}"; do
     # Every library that is not glibc's must come from the bundle.
-    foreign=$(env -i LD_LIBRARY_PATH= /usr/bin/ldd "$elsewhere/$name/bin/$program" |
+    foreign=$(env -i LD_LIBRARY_PATH= /usr/bin/ldd "$elsewhere/$name/$file" |
       awk '$2 == "=>" { print $1, $3 }' | while read -r soname path; do
         [[ $soname =~ $from_machine ]] && continue
         case "$(realpath "$path" 2>/dev/null || echo "$path")" in
@@ -92,9 +138,18 @@ if [ "$smoke" = 1 ]; then
         esac
       done)
     if [ -n "$foreign" ]; then
-      say "$program takes from the machine: $foreign"
+      say "$file takes from the machine: $foreign"
       exit 1
     fi
   done
-  say "smoke test passed: every program starts from $elsewhere with its own libraries"
+  # The worker finds what it loads at run time: a model of random weights is given text.
+  mkdir "$elsewhere/model"
+  cp tests/models/tiny/llama3-rope/{config.json,model.safetensors} \
+    tests/models/tokenizer/tokenizer.model "$elsewhere/model/"
+  env -i "$elsewhere/$name/bin/quarry-worker" --model "$elsewhere/model" --attention full \
+    --prompt "The archive" --max-new-tokens 4 >"$elsewhere/answer"
+  mkdir "$elsewhere/sockets"
+  smoke_daemon "$elsewhere/$name/bin" "$elsewhere/sockets"
+  say "smoke test passed: every program starts from $elsewhere with its own libraries, and its" \
+    "daemon serves, answers and stops"
 fi

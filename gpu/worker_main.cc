@@ -133,18 +133,22 @@ absl::StatusOr<std::vector<uint32_t>> PromptIds(const Arguments& a, const Tokeni
   return ids;
 }
 
-absl::Status Print(const Arguments& a, const Tokenizer* tokenizer, const nlohmann::json& answer) {
-  if (a.json) std::cout << answer.dump() << std::endl;
+absl::Status Print(const Arguments& a, const Tokenizer* tokenizer, nlohmann::json answer) {
+  std::string text;
+  if (answer["status"] == "OK") {
+    const auto ids = answer["predicted"].get<std::vector<uint32_t>>();
+    text = tokenizer != nullptr ? tokenizer->Decode(ids) : absl::StrJoin(ids, " ");
+  }
+  if (a.json) {
+    if (tokenizer != nullptr) answer["text"] = text;
+    // An answer may end inside a character.
+    std::cout << answer.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << std::endl;
+  }
   if (answer["status"] != "OK") {
     return absl::InternalError(absl::StrCat(answer["status"].get<std::string>(), ": ",
                                             answer["error"].get<std::string>()));
   }
-  if (a.json) return absl::OkStatus();
-  if (tokenizer != nullptr) {
-    std::cout << tokenizer->Decode(answer["predicted"].get<std::vector<uint32_t>>()) << std::endl;
-  } else {
-    std::cout << absl::StrJoin(answer["predicted"].get<std::vector<uint32_t>>(), " ") << std::endl;
-  }
+  if (!a.json) std::cout << text << std::endl;
   return absl::OkStatus();
 }
 

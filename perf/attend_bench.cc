@@ -57,6 +57,7 @@ struct Settings {
   std::vector<uint32_t> batches = {1, 8, 32};
   double seconds = 1.0;  // per configuration
   uint32_t seed = 1;
+  std::string config;  // of the daemon; empty: its defaults
   bool json = false;
 };
 
@@ -293,6 +294,9 @@ void PrintIdle(const Settings& settings, const testing::DaemonProcess& daemon) {
 int Run(const Settings& settings) {
   testing::DaemonOptions options;
   options.arguments = {"--arena-bytes", "2GiB"};
+  if (!settings.config.empty()) {
+    options.arguments.insert(options.arguments.begin(), {"--config", settings.config});
+  }
   absl::StatusOr<std::unique_ptr<testing::DaemonProcess>> daemon =
       testing::DaemonProcess::Start(options);
   if (!daemon.ok()) {
@@ -331,6 +335,7 @@ int main(int argc, char** argv) {
   app.add_option("--tokens", settings.tokens, "prefix lengths");
   app.add_option("--batches", settings.batches, "rows per request");
   app.add_option("--seconds", settings.seconds, "per configuration");
+  app.add_option("--config", settings.config, "the daemon's configuration file");
   app.add_option("--seed", settings.seed, "of the random K, V and queries");
   app.add_flag("--json", settings.json, "JSON lines");
   CLI11_PARSE(app, argc, argv);

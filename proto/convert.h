@@ -33,6 +33,9 @@ absl::StatusOr<D> DigestFromBytes(const std::string& bytes, const char* field, E
   return d;
 }
 
+absl::StatusOr<DType> DTypeFromWire(int value, const char* field);
+wire::TokenRange ToProto(const TokenRange& range);
+TokenRange FromProto(const wire::TokenRange& message);
 wire::ByteDigest ToProto(const ByteDigest& digest);
 ByteDigest FromProto(const wire::ByteDigest& message);
 

@@ -46,7 +46,7 @@ struct AppendRequest {
   // with unknown ids are not published.
   std::span<const uint32_t> new_token_ids;
   // Optional query samples for index building: [samples][heads of the KV heads][head_dim] fp32,
-  // with positions.
+  // finite, with positions below max_tokens.
   const float* query_samples = nullptr;
   std::span<const uint32_t> query_positions;
 };

@@ -17,6 +17,8 @@ namespace {
 // Blocks that one hold of the lock looks at when all are asked for.
 constexpr uint32_t kScanBlocks = 4096;
 constexpr size_t kMaxPinNameBytes = 256;
+// They are looked up, with their ancestors, under the lock.
+constexpr size_t kMaxPinnedIds = 1 << 16;
 
 std::string Hex(const ByteDigest& digest) {
   return absl::StrCat(absl::Hex(digest.high, absl::kZeroPad16),
@@ -29,7 +31,12 @@ RamBlockStore::RamBlockStore(const BlockStoreOptions& options, std::unique_ptr<A
     : options_(options),
       arena_(std::move(arena)),
       order_(records_, *arena_),
-      pins_({options.max_pinned_bytes_per_tenant, options.max_pins_per_tenant}) {}
+      pins_({options.max_pinned_bytes_per_tenant, options.max_pins_per_tenant}),
+      extent_return_([this](EmptyExtents emptied) {
+        arena_->GiveBack(std::move(emptied));
+        absl::MutexLock lock(&mutex_);
+        ++memory_changes_;
+      }) {}
 
 absl::StatusOr<std::unique_ptr<BlockStore>> BlockStore::Create(const BlockStoreOptions& options) {
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Arena> arena, Arena::Create(options.arena));
@@ -128,12 +135,6 @@ void RamBlockStore::Lease(uint32_t block) {
   if (record.leases++ == 0 && record.state == BlockState::kPublished) ++leased_;
   order_.Update(block);
   order_.Touch(block);
-}
-
-void RamBlockStore::AddLease(BlockHandle block) {
-  absl::MutexLock lock(&mutex_);
-  QUARRY_CHECK(records_.IsCurrent(block) && records_.at(block.slot).leases > 0);
-  Lease(block.slot);
 }
 
 void RamBlockStore::Release(BlockHandle block) {
@@ -290,6 +291,11 @@ absl::Status RamBlockStore::Pin(std::string_view tenant, std::string_view name,
   if (blocks.empty()) {
     return absl::InvalidArgumentError(
         absl::StrCat("pin ", std::string(name), " names no block"));
+  }
+  if (blocks.size() > kMaxPinnedIds) {
+    return absl::InvalidArgumentError(absl::StrCat("pin ", std::string(name), " names ",
+                                                   blocks.size(), " blocks; at most ",
+                                                   kMaxPinnedIds, " are allowed"));
   }
   absl::MutexLock lock(&mutex_);
   ExpirePins();

@@ -101,7 +101,6 @@ class BlockStore {
   // PUBLISHED blocks only; the lease is the caller's. NotFound = miss (also when full_key, parent,
   // namespace or tenant differ).
   virtual absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) = 0;
-  virtual void AddLease(BlockHandle block) = 0;
   // The last lease of a block that is not PUBLISHED frees it.
   virtual void Release(BlockHandle block) = 0;
   virtual bool Contains(std::string_view tenant, const BlockKey& key) const = 0;

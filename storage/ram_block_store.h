@@ -17,6 +17,7 @@
 #include "storage/block_records.h"
 #include "storage/block_store.h"
 #include "storage/eviction_order.h"
+#include "storage/extent_return.h"
 #include "storage/pin_table.h"
 
 namespace quarry {
@@ -31,7 +32,6 @@ class RamBlockStore final : public BlockStore {
   absl::StatusOr<BlockView> Publish(BlockHandle block, BlockKey key,
                                     std::optional<ByteDigest> digest, bool* existed) override;
   absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) override;
-  void AddLease(BlockHandle block) override;
   void Release(BlockHandle block) override;
   bool Contains(std::string_view tenant, const BlockKey& key) const override;
   absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) override;
@@ -66,8 +66,8 @@ class RamBlockStore final : public BlockStore {
 
   // reservations.cc
   absl::Status TakeRoom(Reservation* wanted) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  bool CouldMake(uint64_t slots, const ArenaSupply& supply, uint64_t more_room_bytes,
-                 const SlotClass& slot_class) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool CouldMake(uint64_t slots, const ArenaSupply& supply, const SlotClass& slot_class) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void MakeRoom(Reservation* wanted) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void TakeSlot(Reservation* wanted, ArenaSlot slot) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status BuildClaim(Reservation* wanted) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -80,8 +80,8 @@ class RamBlockStore final : public BlockStore {
   absl::Status Refuse(uint64_t bytes, uint32_t count) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void FreeSlots(std::span<const FreedSlot> freed, EmptyExtents* emptied)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Extents that became empty go back to the system: outside the lock.
-  void GiveBack(EmptyExtents emptied) ABSL_LOCKS_EXCLUDED(mutex_);
+  // Extents that became empty go back to the system, on the returning thread.
+  void GiveBack(EmptyExtents emptied);
 
   // block_store.cc
   absl::StatusOr<BlockView> PublishDigested(BlockHandle block, BlockKey key,
@@ -112,7 +112,7 @@ class RamBlockStore final : public BlockStore {
   PinTable pins_ ABSL_GUARDED_BY(mutex_);
   std::map<Pool, std::vector<ArenaSlot>> reserved_ ABSL_GUARDED_BY(mutex_);
   std::set<SlotClass> growing_ ABSL_GUARDED_BY(mutex_);  // new extents are on their way
-  uint64_t memory_changes_ ABSL_GUARDED_BY(mutex_) = 0;  // ended calls of Build and GiveBack
+  uint64_t memory_changes_ ABSL_GUARDED_BY(mutex_) = 0;  // extents made or unmapped
 
   uint64_t live_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t live_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
@@ -125,6 +125,8 @@ class RamBlockStore final : public BlockStore {
   uint64_t refused_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t digest_failures_ ABSL_GUARDED_BY(mutex_) = 0;
   uint64_t duplicate_publishes_ ABSL_GUARDED_BY(mutex_) = 0;
+
+  ExtentReturn extent_return_;  // last: its thread uses the arena and the lock
 };
 
 }  // namespace quarry

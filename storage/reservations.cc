@@ -50,10 +50,13 @@ absl::Status RamBlockStore::TakeRoom(Reservation* wanted) {
     const ArenaSupply supply = arena_->SupplyOf(*wanted->tenant, wanted->bytes);
     if (supply.free_slots >= wanted->count) break;
     const uint64_t missing = wanted->count - supply.free_slots;
-    const bool growing = growing_.contains(wanted->slot_class);
-    if (!growing && CouldMake(missing, supply, 0, wanted->slot_class)) break;
-    if (!growing && !CouldMake(missing, supply, supply.returning_bytes, wanted->slot_class)) {
-      return Refuse(wanted->bytes, wanted->count);
+    if (!growing_.contains(wanted->slot_class)) {
+      if (missing <= supply.SlotsIn(supply.room_bytes + supply.other_spare_bytes)) break;
+      // What is on its way back is waited for before anything is evicted.
+      if (supply.returning_bytes == 0) {
+        if (CouldMake(missing, supply, wanted->slot_class)) break;
+        return Refuse(wanted->bytes, wanted->count);
+      }
     }
     AwaitMemory();
   }
@@ -81,9 +84,9 @@ void RamBlockStore::TakeSlot(Reservation* wanted, ArenaSlot slot) {
   wanted->slots.push_back(slot);
 }
 
-bool RamBlockStore::CouldMake(uint64_t slots, const ArenaSupply& supply, uint64_t more_room_bytes,
+bool RamBlockStore::CouldMake(uint64_t slots, const ArenaSupply& supply,
                               const SlotClass& slot_class) const {
-  const uint64_t room = supply.room_bytes + supply.other_spare_bytes + more_room_bytes +
+  const uint64_t room = supply.room_bytes + supply.other_spare_bytes +
                         order_.EvictableExtentBytesExcept(slot_class);
   return slots <= supply.SlotsIn(room) + order_.EvictableSlots(slot_class);
 }
@@ -181,10 +184,7 @@ void RamBlockStore::FreeSlots(std::span<const FreedSlot> freed, EmptyExtents* em
 }
 
 void RamBlockStore::GiveBack(EmptyExtents emptied) {
-  if (emptied.bytes == 0) return;
-  arena_->GiveBack(std::move(emptied));
-  absl::MutexLock lock(&mutex_);
-  ++memory_changes_;
+  if (emptied.bytes > 0) extent_return_.Add(std::move(emptied));
 }
 
 void RamBlockStore::Unreserve(std::string_view tenant, uint64_t bytes, uint32_t count) {

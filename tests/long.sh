@@ -45,7 +45,7 @@ step() {
   say "$name: $*"
   "$@" >"$logs/$name.log" 2>&1 || status=$?
   record "" "### $name: status $status, $((SECONDS - began)) s" "\$ $*"
-  tail -n "$lines" "$logs/$name.log" >>"$results"
+  tail -n "$lines" "$logs/$name.log" | sed "s|$PWD|.|g" >>"$results"
   if [ "$status" -ne 0 ]; then
     failed+=("$name")
     say "$name FAILED with status $status; the log's end:"

@@ -103,6 +103,35 @@ TEST_F(EngineContextTest, TokenIdsMustAgreeWithThoseKnown) {
               IsStatus(kPrecondition, "576 token ids after 25 known pass max_tokens 600"));
 }
 
+TEST_F(EngineContextTest, ABadQuerySampleIsNamedAndAdvancesNothing) {
+  const KvShape shape = SmallShape();
+  const KvData data(shape, 40, TestSeed());
+  auto opened = engine_->Open(session_, OpenFor(SmallModel(shape), {}, 40));
+  ASSERT_TRUE(opened.ok());
+  const size_t floats = size_t{shape.kv_heads} * shape.group() * shape.head_dim;
+  std::vector<float> samples(3 * floats, 0.5f);
+  std::vector<uint32_t> positions = {0, 20, 39};
+  AppendRequest request;
+  request.context = opened->context;
+  request.kv_heads = shape.kv_heads;
+  request.range = {0, 20};
+  request.k = data.k(0, 0);
+  request.v = data.v(0, 0);
+  request.query_samples = samples.data();
+  request.query_positions = positions;
+  for (const float bad : {std::nanf(""), INFINITY, -INFINITY}) {
+    samples[2 * floats - 1] = bad;
+    EXPECT_THAT(engine_->Append(session_, request),
+                IsStatus(kInvalid, "query sample 1 at position 20 of layer 0 has NaN or infinity"));
+  }
+  samples[2 * floats - 1] = 0;
+  positions[2] = 40;
+  EXPECT_THAT(engine_->Append(session_, request),
+              IsStatus(kInvalid, "query sample 2 at position 40 of layer 0 is not below max_tokens"));
+  positions[2] = 39;  // of a later append's tokens: a client may split what it sends
+  EXPECT_OK(engine_->Append(session_, request));
+}
+
 TEST_F(EngineContextTest, NanInKOrVNamesLayerTokenAndHeadAndAdvancesNothing) {
   for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     for (const float bad : {std::nanf(""), INFINITY, -INFINITY}) {

@@ -6,7 +6,7 @@ namespace {
 
 using EngineQueueTest = EngineTest;
 
-// The one executor thread is kept in the first batch's `done`; that batch still fills the queue.
+// The one executor thread is kept in the first batch's `done`, so the second one fills the queue.
 TEST_F(EngineQueueTest, AnAttendThatMeetsAFullQueueIsRefusedAndLaterOnesAreServed) {
   EngineOptions options = SmallOptions();
   options.executor_threads = 1;
@@ -23,6 +23,11 @@ TEST_F(EngineQueueTest, AnAttendThatMeetsAFullQueueIsRefusedAndLaterOnesAreServe
     release.WaitForNotification();
   });
   answered.WaitForNotification();
+  EXPECT_EQ(engine_->Stats().queued_batches, 0u);
+  OwnedRow second(SmallShape(), context, 0, {0, 600}, TestSeed());
+  absl::Notification second_answered;
+  engine_->Attend(session_, {&second.row, 1}, {&second.answer, 1},
+                  [&] { second_answered.Notify(); });
   EXPECT_EQ(engine_->Stats().queued_batches, 1u);
   for (const uint64_t refused : {1u, 2u}) {
     const auto row = AttendOne(*engine_, session_, SmallShape(), context, 0, {0, 600}, 1);
@@ -32,8 +37,9 @@ TEST_F(EngineQueueTest, AnAttendThatMeetsAFullQueueIsRefusedAndLaterOnesAreServe
     EXPECT_EQ(engine_->Stats().refused_batches, refused);
   }
   release.Notify();
-  while (engine_->Stats().queued_batches > 0) absl::SleepFor(absl::Milliseconds(1));
+  second_answered.WaitForNotification();
   EXPECT_TRUE(first.answer.status.ok()) << first.answer.status;
+  EXPECT_TRUE(second.answer.status.ok()) << second.answer.status;
   const auto later = AttendOne(*engine_, session_, SmallShape(), context, 0, {0, 600}, 2);
   ASSERT_TRUE(later->answer.status.ok()) << later->answer.status;
   EXPECT_LE(WorstError(data, *later), 1e-3);

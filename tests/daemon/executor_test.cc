@@ -64,10 +64,12 @@ TEST(ExecutorTest, EveryTaskRunsOnceArmedOrNot) {
 TEST(ExecutorTest, AFullQueueRefuses) {
   Executor executor({.threads = 1, .max_queued_jobs = 2});
   auto blocking = std::make_shared<BlockingJob>();
-  ASSERT_TRUE(executor.Submit(blocking));  // stays in the queue while it runs
-  blocking->started.WaitForNotification();
+  ASSERT_TRUE(executor.Submit(blocking));
+  blocking->started.WaitForNotification();  // its only task is claimed: it has left the queue
+  EXPECT_EQ(executor.queued_jobs(), 0u);
   absl::Notification done;
   auto waiting = std::make_shared<CountingJob>(1, [&] { done.Notify(); });
+  EXPECT_TRUE(executor.Submit(std::make_shared<CountingJob>(1, [] {})));
   EXPECT_TRUE(executor.Submit(waiting));
   EXPECT_FALSE(executor.Submit(std::make_shared<CountingJob>(1, [] {})));
   EXPECT_EQ(executor.queued_jobs(), 2u);
@@ -90,6 +92,7 @@ TEST(ExecutorTest, AThreadWithOtherDutiesRunsOneTaskAtATime) {
   EXPECT_EQ(finished, 0);
   EXPECT_TRUE(executor.RunOne());
   EXPECT_EQ(finished, 1);
+  EXPECT_TRUE(second->EachRanOnce());  // it did not wait for both of the first one's tasks
   EXPECT_TRUE(executor.RunOne());
   EXPECT_EQ(finished, 2);
   EXPECT_FALSE(executor.RunOne());

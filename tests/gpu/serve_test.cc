@@ -8,7 +8,6 @@
 
 #include <nlohmann/json.hpp>
 
-#include "gpu/tokenizer.h"
 #include "tests/gpu/fake_service.h"
 
 namespace quarry {
@@ -172,12 +171,6 @@ TEST_F(ServeTest, AVoidedTokenIsAnErrorInTheAnswerAndOtherSequencesGoOn) {
   EXPECT_NE(failed["error"].get<std::string>().find("void"), std::string::npos) << failed;
   EXPECT_FALSE(failed.contains("predicted"));
   MustAnswer(&session, {{"op", "ask"}, {"sequence", 2}, {"tokens", {1, 2}}, {"new", 3}});
-}
-
-TEST_F(ServeTest, AFolderWithoutATokenizerSaysSo) {
-  const absl::Status status = Tokenizer::Load(kModel).status();
-  EXPECT_TRUE(absl::IsNotFound(status)) << status;
-  EXPECT_NE(std::string(status.message()).find("token ids"), std::string::npos);
 }
 
 }  // namespace

@@ -62,6 +62,24 @@ class WorkerTest(unittest.TestCase):
             self.assertEqual(answer["status"], "OK")
             self.assertEqual(answer["predicted"], tensors["greedy"][:5])
 
+    def test_takes_and_answers_text_where_the_model_has_a_tokenizer(self):
+        with open(os.path.join(MODELS, "tokenizer", "golden.json"), encoding="utf-8") as file:
+            case = json.load(file)["cases"][1]
+        with tempfile.TemporaryDirectory() as model:
+            tiny = os.path.join(MODELS, "tiny", "llama3-rope")
+            for path in (os.path.join(tiny, "config.json"), os.path.join(tiny, "model.safetensors"),
+                         os.path.join(MODELS, "tokenizer", "tokenizer.model")):
+                os.symlink(os.path.abspath(path), os.path.join(model, os.path.basename(path)))
+            common = ["--attention", "full", "--kv-dtype", "fp32", "--max-new-tokens", "8",
+                      "--ignore-eos", "--json"]
+            text = self.run_worker("--prompt", case["text"], *common, model=model)
+            ids = self.run_worker("--prompt-ids", " ".join(map(str, case["ids"])), *common,
+                                  model=model)
+        self.assertEqual(text.returncode, 0, text)
+        answer = json.loads(text.stdout)
+        self.assertEqual(answer["predicted"], json.loads(ids.stdout)["predicted"])
+        self.assertTrue(answer["text"])
+
     def test_sampling_repeats_with_its_seed(self):
         arguments = ["--attention", "full", "--prompt-ids", "1 5 9", "--max-new-tokens", "12",
                      "--temperature", "5", "--ignore-eos"]

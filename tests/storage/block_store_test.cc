@@ -111,8 +111,6 @@ TEST_F(BlockStoreTest, AnIdOfAnotherKeyIsNeverServed) {
 
 TEST_F(BlockStoreTest, AnAbandonedBlockIsFreedAndFoundByNobody) {
   const BlockView writing = Begin("t", 4096);
-  store_->AddLease(writing.handle);
-  store_->Release(writing.handle);
   EXPECT_EQ(store_->Stats().blocks, 1u);
   store_->Release(writing.handle);
   const BlockStoreStats stats = store_->Stats();
@@ -150,7 +148,6 @@ TEST_F(BlockStoreTest, StaleHandlesAreRefused) {
   EXPECT_TRUE(absl::IsFailedPrecondition(store_->CopyOut(old.handle, 0, out)));
   EXPECT_TRUE(absl::IsFailedPrecondition(store_->CopyOut({99, 1}, 0, out)));
   EXPECT_DEATH(store_->Release(old.handle), "QUARRY_CHECK");
-  EXPECT_DEATH(store_->AddLease(old.handle), "QUARRY_CHECK");
   Publish(reuse.handle, KeyOf(1));
 }
 
@@ -224,7 +221,7 @@ TEST_F(BlockStoreTest, GetAfterPurgeIsNotFound) {
 
 TEST_F(BlockStoreTest, APurgedBlockStaysReadableWhileItIsLeased) {
   const BlockView view = Leased("t", 1, 4096);
-  store_->AddLease(view.handle);
+  ASSERT_TRUE(store_->Acquire("t", KeyOf(1)).ok());
   EXPECT_EQ(store_->Purge("t", std::nullopt, {}), 1u);
   EXPECT_FALSE(Has("t", 1));
   EXPECT_EQ(store_->Purge("t", std::nullopt, {}), 0u);
@@ -287,6 +284,16 @@ TEST_F(BlockStoreTest, PinsAreOwnedAndNameWhatIsThere) {
   EXPECT_EQ(store_->Stats().pinned, 1u);
   EXPECT_TRUE(store_->Unpin("alice", "p").ok());
   EXPECT_TRUE(absl::IsNotFound(store_->Unpin("alice", "p")));
+}
+
+TEST_F(BlockStoreTest, APinOfTooManyIdsIsRefusedWithItsNumber) {
+  const std::vector<BlockId> ids((1 << 16) + 1, IdOf(1));
+  Leased("t", 1, 4096);
+  EXPECT_TRUE(store_->Pin("t", "p", std::span(ids).first(1 << 16), absl::InfiniteFuture()).ok());
+  EXPECT_EQ(store_->Stats().pinned, 1u);
+  const absl::Status status = store_->Pin("t", "p", ids, absl::InfiniteFuture());
+  EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("65537 blocks; at most 65536"));
 }
 
 TEST_F(BlockStoreTest, PinsOverTheQuotaAreRefusedAndChangeNothing) {

@@ -17,7 +17,11 @@ struct AttendRowBytes {
 };
 
 // InvalidArgument names the field and the numbers: heads outside the model or not whole groups,
-// a layer outside it, a range that ends before it starts, an unknown dtype or budget.
+// a layer outside it, a range that ends before it starts, an unknown dtype or kind of budget.
+absl::Status CheckRow(const AttendRow& row, const KvShape& shape);
+// InvalidArgument for a row over tokens whose q is null.
+absl::Status CheckHasQueries(const AttendRow& row);
+// Of a row that CheckRow accepts; else its error.
 absl::StatusOr<AttendRowBytes> BytesOfRow(const AttendRow& row, const KvShape& shape);
 
 }  // namespace quarry
