@@ -27,7 +27,7 @@ double SyntheticTarget(const std::string& family, uint32_t kv_head, uint32_t tok
 
 // One thread for each KV head. InvalidArgument names the families, or what of the shape is too
 // small: fewer than 2,048 tokens, an odd head_dim, or one below 16. With 131,072 tokens and 4 KV
-// heads 10 s or so on two cores, and 1 GiB at most.
+// heads of 128 dimensions some 20 s of processor time, and 1 GiB at most.
 absl::StatusOr<Trace> SyntheticTrace(const std::string& family, const RandomTraceOptions& shape);
 
 }  // namespace quarry::perf
