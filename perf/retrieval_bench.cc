@@ -1,9 +1,10 @@
 // Retrieval: every index under every budget, over the heads of traces, beside the exact scan and
 // the oracle.
 //
-// Workload: for each KV head of a trace, its decode queries with their whole group. Retrieved from
-// is what the window (first 128, last 512 tokens) leaves; tokens that every query sees are indexed
-// in `runs` equal runs, the few behind them are scanned.
+// Workload: traces from files (--traces), made heads with the structure of real ones (--synthetic),
+// or random numbers (--random). For each KV head of a trace, its decode queries with their whole
+// group. Retrieved from is what the window (first 128, last 512 tokens) leaves; tokens that every
+// query sees are indexed in `runs` equal runs, the few behind them are scanned.
 // Errors: against exact attention in double over the same rounded K, V and q, after the merge with
 // the exact window (rel_l2) and before it (partial_rel_l2). Heads are classed by exact replay of
 // training queries alone (perf/retrieval/head_class.h).

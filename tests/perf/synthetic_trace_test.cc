@@ -22,9 +22,9 @@ uint32_t Seed() {
   return seed;
 }
 
-RandomTraceOptions Shape(uint32_t tokens, uint32_t queries) {
+RandomTraceOptions Shape(uint32_t tokens, uint32_t queries, uint32_t kv_heads = 4) {
   return {.tokens = tokens,
-          .kv_heads = 4,
+          .kv_heads = kv_heads,
           .group = 2,
           .head_dim = 64,
           .train_queries = 32,
@@ -160,7 +160,7 @@ double QueriesStay(const Trace& t, uint32_t count) {
 TEST(SyntheticTraceTest, MassIsAsConcentratedAsAskedFor) {
   SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (const char* family : {"mass-30", "mass-300", "mass-3000", "mass-30000"}) {
-    const Trace t = TraceOf(family, Shape(16384, 64));
+    const Trace t = TraceOf(family, Shape(16384, 64, 2));
     for (uint32_t h = 0; h < t.kv_heads; ++h) {
       const double wanted = SyntheticTarget(family, h, t.tokens);
       EXPECT_NEAR(MedianTokens(t, h, 64), wanted, 0.25 * wanted) << family << ", head " << h;
@@ -187,7 +187,7 @@ TEST(SyntheticTraceTest, ClassesOfHeadsFollowFromTheMass) {
                                                    {"mass-300", HeadClass::kMedium},
                                                    {"mass-30000", HeadClass::kDiffuse}};
   for (const auto& [family, head_class] : wanted) {
-    const Trace t = TraceOf(family, Shape(16384, 4));
+    const Trace t = TraceOf(family, Shape(16384, 4, 2));
     for (uint32_t h = 0; h < t.kv_heads; ++h) {
       const KvSegment all{t.Keys(h).data(), t.Values(h).data(), {0, t.tokens}};
       EXPECT_EQ(Classify(t, h, {{&all, 1}, t.head_dim, t.dtype}, Window()), head_class)
@@ -250,7 +250,7 @@ TEST(SyntheticTraceTest, NeighboursAreAlikeAndQueriesAreFarFromKeys) {
 }
 
 TEST(SyntheticTraceTest, ASeedGivesOneTraceAndAnotherSeedAnother) {
-  RandomTraceOptions shape = Shape(2048, 4);
+  RandomTraceOptions shape = Shape(2048, 4, 2);
   const Trace a = TraceOf("needles", shape), b = TraceOf("needles", shape);
   shape.seed += 1;
   const Trace c = TraceOf("needles", shape);
