@@ -111,7 +111,7 @@ TEST(QueryBasisTest, WhatItLosesIsWhatItSaysAndLessThanWithoutQueries) {
     ASSERT_TRUE(aware.ok() && blind.ok());
     const double loss = MeanSquareLoss(s, *aware);
     EXPECT_LT(loss, MeanSquareLoss(s, *blind)) << rank;
-    EXPECT_NEAR(loss, aware->lost_variance, 0.15 * aware->lost_variance) << rank;
+    EXPECT_NEAR(loss, aware->lost_variance, 0.3 * aware->lost_variance) << rank;
   }
 }
 
@@ -128,7 +128,8 @@ TEST(QueryBasisTest, CoordinatesAreCentredAndTheirVarianceFalls) {
   for (uint32_t r = 0; r < 32; ++r) {
     const double deviation = std::sqrt(basis->variance[r]);
     EXPECT_NEAR(mean[r], 0, 1e-3 * deviation + 1e-5);
-    EXPECT_NEAR(square[r], basis->variance[r], 1e-2 * basis->variance[r] + 1e-7);
+    EXPECT_NEAR(square[r], basis->variance[r],
+                1e-2 * basis->variance[r] + 1e-6 * (1 + basis->variance[0]));
     if (r > 0) {
       EXPECT_LE(basis->variance[r], basis->variance[r - 1]);
     }
