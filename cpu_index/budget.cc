@@ -116,6 +116,7 @@ class ErrorCut {
       bin.tokens += weight;
       if (weight == 1) {
         bin.squares += double{doubt_[i]} * doubt_[i];
+        bin.groups += run.coarse->common_doubt * doubt_[i];
       } else {
         bin.groups += doubt_[i];
       }
@@ -145,7 +146,7 @@ class ErrorCut {
   static constexpr int kBins = 256;
   static constexpr float kBinNats = 0.125f;
   struct Bin {
-    double squares = 0, groups = 0;
+    double squares = 0, groups = 0;  // sums of squares; of what adds up
     uint64_t tokens = 0;
   };
   const float top_;
@@ -183,7 +184,8 @@ double AllocateBudget(const Budget& budget, std::span<const RunScores> runs,
                       std::span<RunShare> shares, float other_length) {
   QUARRY_CHECK(runs.size() == shares.size());
   std::fill(shares.begin(), shares.end(), RunShare{kMasked, 0});
-  if (budget.kind == Budget::Kind::kError) return 1.0 - AllocateByError(budget, runs, shares, other_length);
+  if (budget.kind == Budget::Kind::kError)
+    return 1.0 - AllocateByError(budget, runs, shares, other_length);
   std::vector<Node> nodes = NodesInRange(runs, LargestScore(runs));
   if (nodes.empty()) return 1.0;
   uint64_t available = 0;

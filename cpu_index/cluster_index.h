@@ -70,7 +70,12 @@ class ClusterIndex final : public KeyIndex {
   std::vector<double> AttendedShare(const KvView& run, std::span<const float> queries) const;
   void LearnSlopes(const KvView& run, std::span<const float> queries);
   void LearnDoubts(const KvView& run, std::span<const float> queries);
-  void Calibrate(const KvView& run, const QueryBlock& queries, std::span<const float> answers);
+  struct Sampled;
+  // Per query, the squared error of what is estimated where none but the `refined` best tokens of
+  // each query are read, by the square of the answer's length.
+  std::vector<double> Errors(const Sampled& sampled, const CoarseScores& coarse,
+                             uint32_t refined) const;
+  void Calibrate(const Sampled& sampled);
 
   // cluster_search.cc
   void Look(const KvView& run, const QueryBlock& queries, Depth depth, CoarseScores* out) const;
@@ -103,8 +108,9 @@ class ClusterIndex final : public KeyIndex {
   Inside inside_leaf_, inside_super_;
   std::vector<float> token_slope_;  // as Inside::slope, of codes
   std::vector<float> code_error_;   // [rank] variance of what codes miss of each coordinate
-  // Errors of estimates by the answer's length: of all supers, of all leaves, and of a token.
-  float super_doubt_ = 0.5f, leaf_doubt_ = 0.3f, token_doubt_ = 1.5f;
+  // Errors of estimates by the answer's length: of all supers, of all leaves, of all tokens what is
+  // common to them, and of a single token.
+  float super_doubt_ = 0.5f, leaf_doubt_ = 0.3f, common_doubt_ = 0.1f, token_doubt_ = 1.5f;
   float log_length_ = 0;  // of a typical answer
   bool open_all_ = false;
 };

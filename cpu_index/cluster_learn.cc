@@ -3,6 +3,8 @@
 #include <Eigen/Dense>
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <numeric>
 #include <vector>
 
 #include "cpu_index/balanced_tree.h"
@@ -23,6 +25,7 @@ constexpr uint32_t kAttendedBy = 32;      // sampled queries that say which toke
 constexpr double kEvenShare = 0.2;        // of them, whether attended or not
 // Codes may be right for most tokens; of one that holds much of the mass they are not believed.
 constexpr float kLeastTokenDoubt = 0.7f;
+constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
 constexpr uint32_t kToldQueries = 16;     // that say what estimates are worth
 
 // Some of the queries [][head_dim], evenly spread.
@@ -132,66 +135,100 @@ void ClusterIndex::LearnSlopes(const KvView& run, std::span<const float> queries
   keep(&inside_super_.slope);
 }
 
+// Sampled queries and their exact answers.
+struct ClusterIndex::Sampled {
+  const KvView& run;
+  std::vector<float> q;
+  std::vector<TokenRange> ranges;
+  QueryBlock queries;
+  std::vector<float> answers;  // [queries][head_dim]
+  double mean_square = 0;      // of the answers' lengths
+};
+
 void ClusterIndex::LearnDoubts(const KvView& run, std::span<const float> queries) {
-  const std::vector<float> q = Spread(queries, run.head_dim, kToldQueries);
-  const auto told = static_cast<uint32_t>(q.size() / run.head_dim);
+  Sampled s{run, Spread(queries, run.head_dim, kToldQueries), {}, {}, {}, 0};
+  const auto told = static_cast<uint32_t>(s.q.size() / run.head_dim);
   if (told == 0) return;
-  std::vector<float> acc(q.size()), answers(q.size());
-  const std::vector<TokenRange> ranges(told, run.tokens());
+  s.ranges.assign(told, run.tokens());
+  s.queries = {s.q.data(), DType::kFp32, told, run.head_dim, 1.0f, s.ranges};
+  s.answers.resize(s.q.size());
+  std::vector<float> acc(s.q.size());
   std::vector<Partial> partials(told);
   for (uint32_t i = 0; i < told; ++i) {
     partials[i].acc = std::span(acc).subspan(size_t{i} * run.head_dim, run.head_dim);
   }
-  const QueryBlock block{q.data(), DType::kFp32, told, run.head_dim, 1.0f, ranges};
-  ExactScan().AttendAll(run, block, partials);
+  ExactScan().AttendAll(run, s.queries, partials);
   for (uint32_t i = 0; i < told; ++i) {
-    partials[i].Finish(std::span(answers).subspan(size_t{i} * run.head_dim, run.head_dim));
+    partials[i].Finish(std::span(s.answers).subspan(size_t{i} * run.head_dim, run.head_dim));
   }
-  Calibrate(run, block, answers);
+  for (float x : s.answers) s.mean_square += double{x} * x / told;
+  Calibrate(s);
 }
 
-// What estimates are worth where nothing is refined: root mean squares over sampled queries of
-// errors by the answers' lengths; those of tokens also by the square root of the sum of their
-// weights' squares, since they are independent.
-void ClusterIndex::Calibrate(const KvView& run, const QueryBlock& queries,
-                             std::span<const float> answers) {
-  const uint32_t head_dim = queries.head_dim;
-  std::vector<float> acc(size_t{queries.queries} * head_dim), o(head_dim);
-  const RunAllotment none{std::vector<float>(queries.queries, HUGE_VALF),
-                          std::vector<uint32_t>(queries.queries, 0)};
-  CoarseScores coarse;
-  double lengths = 0;
-  const auto error_at = [&](Depth depth) {
-    Look(run, queries, depth, &coarse);
-    std::fill(acc.begin(), acc.end(), 0.0f);
-    std::vector<Partial> partials(queries.queries);
-    for (uint32_t i = 0; i < queries.queries; ++i) {
-      partials[i].acc = std::span(acc).subspan(size_t{i} * head_dim, head_dim);
+std::vector<double> ClusterIndex::Errors(const Sampled& sampled, const CoarseScores& coarse,
+                                         uint32_t refined) const {
+  const QueryBlock& queries = sampled.queries;
+  RunAllotment allotment{std::vector<float>(queries.queries, HUGE_VALF),
+                         std::vector<uint32_t>(queries.queries, 0)};
+  std::vector<float> acc(sampled.answers.size()), o(queries.head_dim), scores;
+  std::vector<Partial> partials(queries.queries);
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    partials[i].acc = std::span(acc).subspan(size_t{i} * queries.head_dim, queries.head_dim);
+    scores.assign(coarse.Row(i).begin(), coarse.Row(i).end());
+    if (refined == 0 || scores.size() <= refined) continue;
+    std::nth_element(scores.begin(), scores.begin() + refined, scores.end(), std::greater<>());
+    allotment.threshold[i] = scores[refined];
+  }
+  Refine(sampled.run, queries, coarse, allotment, partials);
+  std::vector<double> errors;
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    partials[i].Finish(o);
+    double difference = 0, length = 1e-20;
+    for (uint32_t d = 0; d < queries.head_dim; ++d) {
+      const double exact = sampled.answers[size_t{i} * queries.head_dim + d];
+      difference += (o[d] - exact) * (o[d] - exact);
+      length += exact * exact;
     }
-    Estimate(queries, coarse, none, partials);
-    double errors = 0;
-    lengths = 0;
-    for (uint32_t i = 0; i < queries.queries; ++i) {
-      const float lse = partials[i].Finish(o);
-      double difference = 0, length = 0, squares = 1;
-      for (uint32_t d = 0; d < head_dim; ++d) {
-        const double exact = answers[size_t{i} * head_dim + d];
-        difference += (o[d] - exact) * (o[d] - exact);
-        length += exact * exact;
-      }
-      if (depth == Depth::kTokens) {
-        squares = 0;
-        for (float z : coarse.Row(i)) squares += std::exp(2.0 * (z - lse));
-      }
-      lengths += length;
-      errors += difference / std::max(length * squares, 1e-20);
-    }
-    return static_cast<float>(std::sqrt(errors / queries.queries));
+    errors.push_back(difference / length);
+  }
+  return errors;
+}
+
+void ClusterIndex::Calibrate(const Sampled& sampled) {
+  const auto root_mean = [](std::span<const double> squares) {
+    return std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0) /
+                     static_cast<double>(squares.size()));
   };
-  super_doubt_ = std::clamp(error_at(Depth::kSupers), 1e-4f, 2.0f);
-  leaf_doubt_ = std::clamp(error_at(Depth::kLeaves), 1e-4f, 2.0f);
-  token_doubt_ = std::clamp(error_at(Depth::kTokens), kLeastTokenDoubt, 20.0f);
-  log_length_ = static_cast<float>(0.5 * std::log(lengths / queries.queries + 1e-30));
+  log_length_ = static_cast<float>(0.5 * std::log(sampled.mean_square + 1e-30));
+  CoarseScores coarse;
+  Look(sampled.run, sampled.queries, Depth::kSupers, &coarse);
+  super_doubt_ = std::clamp<float>(root_mean(Errors(sampled, coarse, 0)), 1e-4f, 2.0f);
+  Look(sampled.run, sampled.queries, Depth::kLeaves, &coarse);
+  leaf_doubt_ = std::clamp<float>(root_mean(Errors(sampled, coarse, 0)), 1e-4f, 2.0f);
+
+  // Without the best tokens, what is common to the others is left; the rest is the single tokens'.
+  Look(sampled.run, sampled.queries, Depth::kTokens, &coarse);
+  const std::vector<double> all = Errors(sampled, coarse, 0);
+  std::vector<double> common = Errors(sampled, coarse, kRefinedTokens), single;
+  std::vector<float> shares;
+  for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
+    shares.assign(coarse.Row(i).begin(), coarse.Row(i).end());
+    std::sort(shares.begin(), shares.end(), std::greater<>());
+    double mass = 0, squares = 0, tail = 0;
+    for (size_t t = 0; t < shares.size(); ++t) {
+      const double w = std::exp(double{shares[t]} - shares[0]);
+      mass += w;
+      squares += w * w;
+      tail += t < kRefinedTokens ? 0 : w;
+    }
+    common[i] = tail > 0 ? common[i] * (mass / tail) * (mass / tail) : 0;
+    single.push_back(squares / (mass * mass));
+  }
+  common_doubt_ = std::clamp<float>(root_mean(common), 1e-4f, 2.0f);
+  for (size_t i = 0; i < single.size(); ++i) {
+    single[i] = std::max(0.0, all[i] - common_doubt_ * common_doubt_) / single[i];
+  }
+  token_doubt_ = std::clamp<float>(root_mean(single), kLeastTokenDoubt, 20.0f);
 }
 
 }  // namespace quarry

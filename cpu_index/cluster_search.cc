@@ -262,6 +262,7 @@ void ClusterIndex::List(const KvView& run, const QueryBlock& queries, const Sear
   out->tokens = run.tokens();
   out->nodes = first_super() + supers_.nodes();
   out->bytes = s.bytes;
+  out->common_doubt = common_doubt_ / token_doubt_;
   out->first.push_back(0);
   const size_t super_row = size_t{supers_.blocks()} * NodeLevel::kBlockNodes;
   const size_t leaf_row = s.opened_supers.size() * kLeavesPerSuper;

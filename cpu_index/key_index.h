@@ -61,9 +61,10 @@ struct CoarseScores {
                                  // -infinity outside the query's range
   std::vector<uint32_t> weight;  // [nodes], or as the lists: tokens per node; empty: one each
   std::vector<float> doubt;      // as the lists: log of the length of the error that estimating
-                                 // the node makes in the sum of e^score * value. Errors of single
-                                 // tokens are independent, those of groups add up. Empty: what is
-                                 // not refined is dropped
+                                 // the node makes in the sum of e^score * value. Errors of groups
+                                 // add up, those of single tokens are independent but for a part.
+                                 // Empty: what is not refined is dropped
+  float common_doubt = 0;        // that part: it adds up, by the tokens' doubts
   std::vector<float> length;     // [queries] if there are doubts: log of the length of that sum
   std::vector<uint32_t> first;   // lists: [queries + 1], where each begins; dense: empty
   std::vector<uint32_t> node;    // lists: the node of each score
@@ -88,6 +89,7 @@ struct CoarseScores {
     weight.clear();
     doubt.clear();
     length.clear();
+    common_doubt = 0;
     first.clear();
     node.clear();
   }
