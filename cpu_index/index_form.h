@@ -1,0 +1,76 @@
+// The bytes that an index is kept as: what it is, its version, its data, a checksum.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace quarry {
+
+// "QRYINDEX", the kind in 16 bytes filled up with 0, the version (u32), 0 (u32), how many bytes of
+// data follow (u64), the data, and the XXH3-128 of everything before it. Little-endian.
+inline constexpr size_t kIndexFormHeaderBytes = 40, kIndexFormDigestBytes = 16;
+
+class IndexWriter {
+ public:
+  // kind: at most 16 bytes.
+  IndexWriter(std::string_view kind, uint32_t version);
+
+  template <typename T>
+  void Put(const T& value) {
+    PutAll(std::span<const T>(&value, 1));
+  }
+  template <typename T>
+  void PutAll(std::span<const T> values) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    const auto* const data = reinterpret_cast<const std::byte*>(values.data());
+    bytes_.insert(bytes_.end(), data, data + values.size_bytes());
+  }
+
+  std::vector<std::byte> Finish() &&;
+
+ private:
+  std::vector<std::byte> bytes_;
+};
+
+// Reads what an IndexWriter wrote, in the same order. The bytes outlive it.
+class IndexReader {
+ public:
+  // DataLoss: cut off, altered, or not an index's bytes. InvalidArgument: of another kind, or of a
+  // version that is not `version`.
+  static absl::StatusOr<IndexReader> Open(std::string_view kind, uint32_t version,
+                                          std::span<const std::byte> bytes);
+
+  // DataLoss if the data end before.
+  template <typename T>
+  absl::Status Get(T* value) {
+    return GetAll(std::span<T>(value, 1));
+  }
+  template <typename T>
+  absl::Status GetAll(std::span<T> values) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    if (values.size() > left_.size() / sizeof(T)) return Short(values.size() * sizeof(T));
+    if (!values.empty()) std::memcpy(values.data(), left_.data(), values.size_bytes());
+    left_ = left_.subspan(values.size_bytes());
+    return absl::OkStatus();
+  }
+  // Bytes not yet read; look at them before memory is made for what a number read promises.
+  size_t left() const { return left_.size(); }
+  // DataLoss if anything was not read.
+  absl::Status Finish() const;
+
+ private:
+  explicit IndexReader(std::span<const std::byte> data) : left_(data) {}
+  absl::Status Short(size_t wanted) const;
+
+  std::span<const std::byte> left_;
+};
+
+}  // namespace quarry
