@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "cpu_index/cluster_index.h"
 #include "cpu_index/code_scan.h"
+#include "cpu_index/graph_index.h"
 
 namespace quarry::perf {
 namespace {
@@ -66,6 +67,31 @@ IndexSpec ClusterSpec(bool open_all) {
   return spec;
 }
 
+// `aware`: as of CodeScanSpec.
+IndexSpec GraphSpec(bool aware) {
+  IndexSpec spec;
+  spec.name = aware ? "graph" : "graph/keys-only";
+  spec.build = [aware](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
+    const std::vector<float> queries = aware ? Scaled(input) : std::vector<float>();
+    absl::StatusOr<std::unique_ptr<GraphIndex>> index =
+        GraphIndex::Build(input.run, queries, GraphOptions{});
+    if (!index.ok()) return index.status();
+    const uint64_t bytes = (*index)->memory_bytes();
+    return BuiltIndex{std::move(*index), bytes};
+  };
+  const auto add = [&spec](uint32_t queue, uint32_t k) {
+    spec.searches.push_back({absl::StrCat("L=", queue), Budget{Budget::Kind::kFixedK, k, 1},
+                             [queue](KeyIndex* index) {
+                               static_cast<GraphIndex*>(index)->set_queue(queue);
+                             }});
+  };
+  for (const uint32_t queue : {32u, 64u, 128u, 256u, 512u}) add(queue, 100);
+  for (const uint32_t queue : {128u, 256u, 512u, 1024u}) add(queue, 1000);
+  for (const uint32_t queue : {512u, 1024u, 2048u}) add(queue, 4000);
+  spec.builds_on_one_thread = true;
+  return spec;
+}
+
 }  // namespace
 
 std::vector<IndexSpec> OwnSpecs() {
@@ -74,6 +100,8 @@ std::vector<IndexSpec> OwnSpecs() {
   out.push_back(CodeScanSpec(false));
   out.push_back(ClusterSpec(false));
   out.push_back(ClusterSpec(true));
+  out.push_back(GraphSpec(true));
+  out.push_back(GraphSpec(false));
   return out;
 }
 
