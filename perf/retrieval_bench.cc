@@ -48,6 +48,7 @@ struct Settings {
   std::vector<std::string> indexes;       // beginnings of names; none: all
   std::vector<uint32_t> runs = {1};
   std::vector<uint32_t> threads = {1, 0};  // 0: all
+  uint32_t train_queries = 64;    // positions, of random and synthetic traces
   uint32_t seed = 1;
   std::vector<std::string> from;  // files of earlier results
   std::string report;             // file
@@ -147,12 +148,15 @@ absl::Status Run(const Settings& settings) {
   for (const std::string& family : settings.synthetic) {
     for (uint32_t tokens : settings.tokens) {
       QUARRY_ASSIGN_OR_RETURN(const Trace trace,
-                              SyntheticTrace(family, {.tokens = tokens, .seed = settings.seed}));
+                              SyntheticTrace(family, {.tokens = tokens,
+                                                     .train_queries = settings.train_queries,
+                                                     .seed = settings.seed}));
       QUARRY_RETURN_IF_ERROR(MeasureTrace(trace, settings, sink));
     }
   }
   for (uint32_t tokens : settings.random) {
-    const Trace trace = RandomTrace({.tokens = tokens, .seed = settings.seed});
+    const Trace trace = RandomTrace(
+        {.tokens = tokens, .train_queries = settings.train_queries, .seed = settings.seed});
     if (absl::Status status = MeasureTrace(trace, settings, sink); !status.ok()) return status;
   }
   return WriteReport(settings, rows);
@@ -175,6 +179,9 @@ int main(int argc, char** argv) {
   app.add_option("--runs", settings.runs, "runs that an index is cut into")
       ->check(CLI::PositiveNumber);
   app.add_option("--threads", settings.threads, "answers at once; 0: as many as processors");
+  app.add_option("--train-queries", settings.train_queries,
+                 "positions whose queries are sampled, of random and synthetic traces")
+      ->check(CLI::PositiveNumber);
   app.add_option("--queries", settings.bench.queries, "test queries a head");
   app.add_option("--samples", settings.bench.samples, "timed answers a head; 0: no timing");
   app.add_option("--kv-heads", settings.bench.kv_heads, "only the first KV heads; 0: all");
