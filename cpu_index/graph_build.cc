@@ -1,6 +1,7 @@
 #include "cpu_index/graph_build.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -117,15 +118,19 @@ void NearestAmong(std::span<const uint32_t> keys, uint32_t most, KeyDistances* d
                   Near&& near) {
   const std::span<const float> among = distances->Among(keys);
   const size_t taken = std::min<size_t>(most, keys.size() - 1);
-  std::vector<std::pair<float, uint32_t>> others;
+  std::vector<std::pair<float, uint32_t>> best;
   for (size_t i = 0; i < keys.size(); ++i) {
-    others.clear();
+    best.clear();
+    const float* const row = among.data() + i * keys.size();
+    float bound = std::numeric_limits<float>::infinity();
     for (size_t j = 0; j < keys.size(); ++j) {
-      if (j != i) others.push_back({among[i * keys.size() + j], keys[j]});
+      if (row[j] > bound || j == i) continue;
+      const std::pair<float, uint32_t> other(row[j], keys[j]);
+      best.insert(std::upper_bound(best.begin(), best.end(), other), other);
+      if (best.size() > taken) best.pop_back();
+      if (best.size() == taken) bound = best.back().first;
     }
-    std::partial_sort(others.begin(), others.begin() + static_cast<ptrdiff_t>(taken),
-                      others.end());
-    for (size_t j = 0; j < taken; ++j) near(i, j, others[j].second);
+    for (size_t j = 0; j < best.size(); ++j) near(i, j, best[j].second);
   }
 }
 
@@ -208,13 +213,27 @@ void Builder::AddReverse() {
   });
 }
 
-// Pivots of queries at even steps of all; without queries, keys at even steps.
+// Half of them pivots of queries at even steps of all. The others one by one, each the key farthest
+// from all before it: keys that lie apart, which perhaps no sampled query sought, and to which few
+// links lead.
 void Builder::ChooseEntries(std::span<const uint32_t> pivots) {
-  const size_t from = pivots.empty() ? out_.keys() : pivots.size();
-  const size_t n = std::min<size_t>(options_.entries, from);
-  for (size_t i = 0; i < n; ++i) {
-    const size_t at = (2 * i + 1) * from / (2 * n);
-    out_.entries.push_back(pivots.empty() ? static_cast<uint32_t>(at) : pivots[at]);
+  const size_t n = std::min<size_t>(options_.entries, out_.keys());
+  std::vector<uint32_t> order(out_.keys());
+  std::iota(order.begin(), order.end(), 0);
+  std::vector<float> nearest(out_.keys(), std::numeric_limits<float>::max());
+  const auto add = [&](uint32_t entry) {
+    out_.entries.push_back(entry);
+    ParallelFor(options_.threads, order.size(), 8192, [&](size_t lo, size_t hi) {
+      KeyDistances distances(metric_);
+      const std::span<const float> from =
+          distances.From(entry, std::span(order).subspan(lo, hi - lo));
+      for (size_t i = lo; i < hi; ++i) nearest[i] = std::min(nearest[i], from[i - lo]);
+    });
+  };
+  const size_t sought = std::min((n + 1) / 2, pivots.size());
+  for (size_t i = 0; i < sought; ++i) add(pivots[(2 * i + 1) * pivots.size() / (2 * sought)]);
+  for (size_t i = sought; i < n; ++i) {
+    add(static_cast<uint32_t>(std::max_element(nearest.begin(), nearest.end()) - nearest.begin()));
   }
   std::sort(out_.entries.begin(), out_.entries.end());
   out_.entries.erase(std::unique(out_.entries.begin(), out_.entries.end()), out_.entries.end());

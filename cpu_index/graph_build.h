@@ -13,7 +13,7 @@ namespace quarry {
 struct GraphOptions {
   uint32_t query_keys = 100;  // N_q: nearest keys of a training query that it ties together
   uint32_t links = 31;        // M: with their number, two lines of memory a key
-  uint32_t entries = 128;     // keys where a search begins
+  uint32_t entries = 256;     // keys where a search begins
   uint32_t threads = 1;       // of the build; any number gives the same graph
 };
 
