@@ -108,7 +108,8 @@ class Search {
         rows_(run),
         met_(graph.keys()),
         followed_(graph.keys()),
-        gathered_(kBatchKeys * rows_.row_bytes()) {
+        gathered_(kBatchKeys * rows_.row_bytes()),
+        batch_(queries.queries * kBatchKeys) {
     if (queries.q_dtype == DType::kBf16) {
       bf16_.resize(size_t{queries.queries} * queries.head_dim);
       for (size_t i = 0; i < bf16_.size(); ++i) bf16_[i] = FloatToBf16(queries.q[i]);
@@ -138,6 +139,7 @@ class Search {
   size_t scored_ = 0;                        // of them
   std::vector<std::vector<float>> scores_;   // [queries][scored]
   std::vector<char> gathered_;               // keys of one batch
+  std::vector<float> batch_;                 // [queries][kBatchKeys] their scores
   uint64_t link_bytes_ = 0;
 };
 
@@ -174,8 +176,7 @@ void Search::ScoreBatch() {
   tile.k = gathered_.data();
   tile.dtype = static_cast<uint8_t>(dtype_);
   tile.scale = queries_.scale;
-  std::vector<float> out(size_t{n} * kBatchKeys);
-  tile.out = out.data();
+  tile.out = batch_.data();
   tile.ld_out = kBatchKeys;
   while (scored_ < order_.size()) {
     tile.tokens = static_cast<uint32_t>(std::min(kBatchKeys, order_.size() - scored_));
@@ -185,7 +186,7 @@ void Search::ScoreBatch() {
     }
     Kernels().score(tile);
     for (uint32_t i = 0; i < n; ++i) {
-      const float* const row = out.data() + size_t{i} * kBatchKeys;
+      const float* const row = batch_.data() + size_t{i} * kBatchKeys;
       scores_[i].insert(scores_[i].end(), row, row + tile.tokens);
       if (queues_[i].closed()) continue;
       for (uint32_t t = 0; t < tile.tokens; ++t) queues_[i].Add(row[t], keys[t]);
