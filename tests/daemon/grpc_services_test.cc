@@ -219,20 +219,36 @@ TEST_F(GrpcServicesTest, SessionsAndCallsOfATenantAreLimited) {
   Peer c(grpc_path(), geteuid());
   EXPECT_FALSE(c.OpenSession());
   EXPECT_EQ(c.session_status.error_code(), grpc::RESOURCE_EXHAUSTED);
-  // Two idle streams take both places; they hold no thread.
-  auto c1 = a->Context(), c2 = a->Context();
-  auto s1 = a->retrieval->AttendStream(c1.get()), s2 = a->retrieval->AttendStream(c2.get());
-  EXPECT_TRUE(
-      Eventually([&] { return a->ListContexts().error_code() == grpc::RESOURCE_EXHAUSTED; }));
+  // Two idle streams take both places; they hold no thread. A stream that has answered is in its
+  // place; one that came before an earlier call had left its own is refused, and asked for anew.
+  const uint64_t opened = a->Open();
+  struct IdleStream {
+    std::unique_ptr<grpc::ClientContext> context;
+    std::unique_ptr<grpc::ClientReaderWriter<v1::AttendRequest, v1::AttendReply>> stream;
+  };
+  const auto take_place = [&](IdleStream& idle) {
+    return Eventually([&] {
+      v1::AttendReply reply;
+      idle.context = a->Context();
+      idle.stream = a->retrieval->AttendStream(idle.context.get());
+      if (idle.stream->Write(AttendOf(opened, 1)) && idle.stream->Read(&reply)) return true;
+      (void)idle.stream->Finish();
+      return false;
+    });
+  };
+  IdleStream first, second;
+  ASSERT_TRUE(take_place(first));
+  ASSERT_TRUE(take_place(second));
+  EXPECT_EQ(a->ListContexts().error_code(), grpc::RESOURCE_EXHAUSTED);
   v1::StatusReply why;  // an operator's questions are answered even so
   EXPECT_TRUE(a->admin->Status(a->Context().get(), v1::StatusRequest(), &why).ok());
   if (IsRoot()) {
     EXPECT_TRUE(NewPeer(kOtherUser)->ListContexts().ok());
   }
-  c1->TryCancel();
-  c2->TryCancel();
-  (void)s1->Finish();
-  (void)s2->Finish();
+  for (IdleStream* idle : {&first, &second}) {
+    idle->context->TryCancel();
+    (void)idle->stream->Finish();
+  }
   EXPECT_TRUE(Eventually([&] { return b->ListContexts().ok(); }));
 }
 
