@@ -21,12 +21,19 @@ struct Node {
 
 std::span<const float> RowOf(const RunScores& run) { return run.coarse->Row(run.query); }
 
-// Tokens of the row's i-th node.
-uint32_t WeightOf(const RunScores& run, size_t i) {
-  const CoarseScores& coarse = *run.coarse;
-  if (coarse.weight.empty()) return 1;
-  return coarse.dense() ? coarse.weight[i] : coarse.weight[coarse.first[run.query] + i];
+// Calls f(scores, stretch) for each stretch of the row's nodes.
+template <typename F>
+void ForStretches(const RunScores& run, F&& f) {
+  const std::span<const float> row = RowOf(run);
+  if (run.coarse->stretches.empty()) return f(row, CoarseScores::Stretch{});
+  uint32_t begin = 0;
+  for (const CoarseScores::Stretch& stretch : run.coarse->stretches) {
+    if (stretch.end > begin) f(row.subspan(begin, stretch.end - begin), stretch);
+    begin = stretch.end;
+  }
 }
+
+bool HasDoubts(const RunScores& run) { return !run.coarse->length.empty(); }
 
 float LargestScore(std::span<const RunScores> runs) {
   float largest = kMasked;
@@ -45,14 +52,15 @@ std::vector<Node> NodesInRange(std::span<const RunScores> runs, float largest) {
   nodes.reserve(total);
   std::vector<float> mass;
   for (const RunScores& run : runs) {
-    std::span<const float> row = RowOf(run);
-    mass.assign(row.begin(), row.end());
-    Kernels().exp_sum(mass.data(), mass.size(), largest);
-    for (size_t i = 0; i < row.size(); ++i) {
-      if (row[i] == kMasked) continue;
-      const uint32_t weight = WeightOf(run, i);
-      nodes.push_back({row[i], mass[i] * static_cast<float>(weight), weight});
-    }
+    ForStretches(run, [&](std::span<const float> scores, const CoarseScores::Stretch& stretch) {
+      mass.assign(scores.begin(), scores.end());
+      Kernels().exp_sum(mass.data(), mass.size(), largest);
+      for (size_t i = 0; i < scores.size(); ++i) {
+        if (scores[i] == kMasked) continue;
+        const uint32_t weight = stretch.weight;
+        nodes.push_back({scores[i], mass[i] * static_cast<float>(weight), weight});
+      }
+    });
   }
   return nodes;
 }
@@ -98,48 +106,46 @@ Cut FindCut(std::vector<Node>* nodes, uint64_t tokens, double mass) {
 
 // Under Budget::kError: runs without doubts are attended whole, and of the others the nodes of the
 // largest scores are refined, until the doubts of those left add up to at most what is allowed. A
-// histogram of the scores: no sort, and the cut is true to kBinNats.
+// histogram of the scores: no sort, no exponential for a node, and the cut is true to kBinNats.
 class ErrorCut {
  public:
   // top: a log near the largest of all scores and lengths.
   explicit ErrorCut(float top) : top_(top) {}
 
   void Add(const RunScores& run) {
-    const std::span<const float> row = RowOf(run);
-    const auto first = run.coarse->doubt.begin() + run.coarse->first[run.query];
-    doubt_.assign(first, first + static_cast<ptrdiff_t>(row.size()));
-    Kernels().exp_sum(doubt_.data(), doubt_.size(), top_);
-    for (size_t i = 0; i < row.size(); ++i) {
-      if (row[i] == kMasked) continue;
-      const uint32_t weight = WeightOf(run, i);
-      Bin& bin = bins_[std::clamp(static_cast<int>((top_ - row[i]) / kBinNats), 0, kBins - 1)];
-      bin.tokens += weight;
-      if (weight == 1) {
-        bin.squares += double{doubt_[i]} * doubt_[i];
-        bin.groups += run.coarse->common_doubt * doubt_[i];
-      } else {
-        bin.groups += doubt_[i];
-      }
-    }
+    const CoarseScores& coarse = *run.coarse;
+    ForStretches(run, [&](std::span<const float> scores, const CoarseScores::Stretch& stretch) {
+      AddAlike(scores, stretch, coarse);
+    });
+    exact_bins_ = std::max(exact_bins_, static_cast<int>(coarse.exact_above / kBinNats));
   }
 
-  // Returns the threshold, and the error that is left: as lengths relative to e^top.
-  float Find(double allowed, uint64_t most_tokens, double* error) const {
-    double squares = 0, groups = 0;
+  struct Result {
+    float threshold, exact;  // of what is refined, and of that what is read exactly
+    double error;            // that is left: a length relative to e^top
+  };
+  Result Find(double allowed, uint64_t most_tokens) const {
+    double squares = 0, groups = 0, refined = 0;
     for (const Bin& bin : bins_) {
       squares += bin.squares;
       groups += bin.groups;
     }
     uint64_t tokens = 0;
-    int cut = 0;  // the first bin that is not refined
-    for (; cut < kBins && squares + groups * groups > allowed * allowed; ++cut) {
+    int cut = 0, exact = 0;  // the first bins that are not refined, and not read exactly
+    const auto squared_error = [&] { return squares + refined + groups * groups; };
+    for (; cut < kBins && squared_error() > allowed * allowed; ++cut) {
       if (tokens + bins_[cut].tokens > most_tokens) break;
       tokens += bins_[cut].tokens;
       squares -= bins_[cut].squares;
       groups -= bins_[cut].groups;
+      refined += bins_[cut].refined;
+      if (cut >= exact_bins_) refined -= bins_[exact++].refined;
     }
-    *error = std::sqrt(std::max(0.0, squares) + groups * groups);
-    return cut == kBins ? kMasked : top_ - static_cast<float>(cut) * kBinNats;
+    for (; exact < cut && squared_error() > allowed * allowed; ++exact) {
+      refined -= bins_[exact].refined;
+    }
+    return {EdgeOf(cut), EdgeOf(exact),
+            std::sqrt(std::max(0.0, squares + refined) + groups * groups)};
   }
 
  private:
@@ -147,35 +153,74 @@ class ErrorCut {
   static constexpr float kBinNats = 0.125f;
   struct Bin {
     double squares = 0, groups = 0;  // sums of squares; of what adds up
+    double refined = 0;              // squares that are left when they are refined
     uint64_t tokens = 0;
   };
+
+  float EdgeOf(int bin) const {
+    return bin == kBins ? kMasked : top_ - static_cast<float>(bin) * kBinNats;
+  }
+
+  // A bin for masked nodes is behind the others.
+  int BinOf(float score) const {
+    const float depth = (top_ - score) * (1 / kBinNats);
+    return static_cast<int>(std::clamp(depth, 0.0f, score == kMasked ? float{kBins} : kBins - 1.0f));
+  }
+
+  void AddAlike(std::span<const float> scores, const CoarseScores::Stretch& stretch,
+                const CoarseScores& coarse) {
+    // Neighbours often share a bin: four tables, lest each waits for the one before.
+    uint32_t count[4][kBins + 1] = {};
+    size_t i = 0;
+    for (; i + 4 <= scores.size(); i += 4) {
+      for (size_t j = 0; j < 4; ++j) ++count[j][BinOf(scores[i + j])];
+    }
+    for (; i < scores.size(); ++i) ++count[0][BinOf(scores[i])];
+    for (int b = 0; b < kBins; ++b) {
+      const uint32_t n = count[0][b] + count[1][b] + count[2][b] + count[3][b];
+      if (n == 0) continue;
+      const double one = std::exp(stretch.doubt - (b + 0.5) * kBinNats), all = one * n;
+      Bin& bin = bins_[b];
+      bin.tokens += uint64_t{n} * stretch.weight;
+      if (stretch.weight > 1) {
+        bin.groups += all;
+        continue;
+      }
+      bin.squares += one * all;
+      bin.groups += coarse.common_doubt * all;
+      bin.refined += one * all * coarse.refined_doubt * coarse.refined_doubt;
+    }
+  }
+
   const float top_;
+  int exact_bins_ = 0;
   Bin bins_[kBins];
-  std::vector<float> doubt_;
 };
 
 double AllocateByError(const Budget& budget, std::span<const RunScores> runs,
                        std::span<RunShare> shares, float other_length) {
   float top = LargestScore(runs);
   for (const RunScores& run : runs) {
-    if (!run.coarse->length.empty()) top = std::max(top, run.coarse->length[run.query]);
+    if (HasDoubts(run)) top = std::max(top, run.coarse->length[run.query]);
   }
+  if (top == kMasked) return 0;  // the query sees nothing
   ErrorCut cut(top);
   double length = 0;
   for (const RunScores& run : runs) {
-    if (run.coarse->doubt.empty()) continue;
+    if (!HasDoubts(run)) continue;
     cut.Add(run);
     length += std::exp(double{run.coarse->length[run.query]} - top);
   }
   // What is merged with points elsewhere.
   length = std::hypot(length, std::exp(double{other_length} - top));
-  double error = 0;
   const uint64_t most = budget.k > 0 ? budget.k : std::numeric_limits<uint64_t>::max();
-  const float threshold = cut.Find(budget.error * length, most, &error);
+  const ErrorCut::Result found = cut.Find(budget.error * length, most);
   for (size_t r = 0; r < runs.size(); ++r) {
-    if (!runs[r].coarse->doubt.empty()) shares[r].threshold = threshold;
+    if (!HasDoubts(runs[r])) continue;
+    shares[r].threshold = found.threshold;
+    shares[r].exact = found.exact;
   }
-  return length > 0 ? error / length : 0;
+  return length > 0 ? found.error / length : 0;
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ struct RunScores {
 struct RunShare {
   float threshold = 0;
   uint32_t ties = 0;
+  float exact = -std::numeric_limits<float>::infinity();  // as in RunAllotment
 };
 
 // Shares `budget` out over one query's runs, given in token order, as if they were one: the same

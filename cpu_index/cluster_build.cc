@@ -2,7 +2,7 @@
 #include <Eigen/Dense>
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "cpu_index/balanced_tree.h"
@@ -59,103 +59,157 @@ std::vector<uint16_t> Rounded(const Matrix& m) {
   return out;
 }
 
-// [n][kWidth] of rows from their leaf's centre, as that is scored.
-std::vector<float> Differences(std::span<const float> rows, const NodeLevel& leaves) {
-  std::vector<float> out(rows.begin(), rows.end());
+// The first kWidth columns of rows of `width`, 0 where there are fewer.
+std::vector<float> Narrowed(std::span<const float> rows, uint32_t width) {
+  std::vector<float> out(rows.size() / width * kWidth);
+  const uint32_t taken = std::min(width, kWidth);
+  for (size_t t = 0; t < rows.size() / width; ++t) {
+    std::copy_n(rows.data() + t * width, taken, out.data() + t * kWidth);
+  }
+  return out;
+}
+
+// [n][width] of reordered rows from their leaf's centre, as that is scored.
+std::vector<float> Differences(std::span<const float> rows, std::span<const uint32_t> order,
+                               const NodeLevel& leaves) {
+  const size_t width = rows.size() / order.size();
+  std::vector<float> out(rows.size());
   float centre[kWidth];
-  for (size_t at = 0; at < rows.size(); at += kWidth) {
-    if (at % (kLeafRows * kWidth) == 0) {
-      leaves.Centre(static_cast<uint32_t>(at / (kLeafRows * kWidth)), centre);
-    }
-    for (uint32_t c = 0; c < kWidth; ++c) out[at + c] -= centre[c];
+  for (size_t at = 0; at < order.size(); ++at) {
+    if (at % kLeafRows == 0) leaves.Centre(static_cast<uint32_t>(at / kLeafRows), centre);
+    const float* const row = rows.data() + order[at] * width;
+    float* const difference = out.data() + at * width;
+    std::copy_n(row, width, difference);
+    for (size_t c = 0; c < std::min<size_t>(width, kWidth); ++c) difference[c] -= centre[c];
+  }
+  return out;
+}
+
+// [width] mean squares.
+std::vector<float> SecondMoments(std::span<const float> rows, uint32_t width) {
+  std::vector<double> sum(width);
+  for (size_t at = 0; at < rows.size(); at += width) {
+    for (uint32_t c = 0; c < width; ++c) sum[c] += rows[at + c] * rows[at + c];
+  }
+  std::vector<float> out;
+  for (double s : sum) {
+    out.push_back(static_cast<float>(s * width / static_cast<double>(rows.size())));
   }
   return out;
 }
 
 // Makes all rows equally long, relative to the deviation of each coordinate; returns by what factor
 // each was longer than 1, bf16.
-std::vector<uint16_t> Equalise(std::span<float> rows) {
-  std::vector<float> inverse(kWidth);
-  for (size_t at = 0; at < rows.size(); ++at) inverse[at % kWidth] += rows[at] * rows[at];
+std::vector<uint16_t> Equalise(std::span<float> rows, uint32_t width) {
+  std::vector<float> inverse = SecondMoments(rows, width);
   uint32_t varying = 0;
   for (float& x : inverse) {
-    x = x > 0 ? static_cast<float>(rows.size() / kWidth) / x : 0;
+    x = x > 0 ? 1 / x : 0;
     varying += x > 0 ? 1 : 0;
   }
   std::vector<uint16_t> scale;
-  for (size_t at = 0; at < rows.size(); at += kWidth) {
+  for (size_t at = 0; at < rows.size(); at += width) {
     float squares = 0;
-    for (uint32_t c = 0; c < kWidth; ++c) squares += rows[at + c] * rows[at + c] * inverse[c];
+    for (uint32_t c = 0; c < width; ++c) squares += rows[at + c] * rows[at + c] * inverse[c];
     scale.push_back(FloatToBf16(std::sqrt(squares / static_cast<float>(std::max(1u, varying)))));
     const float s = Bf16ToFloat(scale.back());
-    for (uint32_t c = 0; c < kWidth; ++c) rows[at + c] *= s > 0 ? 1 / s : 0;
+    for (uint32_t c = 0; c < width; ++c) rows[at + c] *= s > 0 ? 1 / s : 0;
   }
   return scale;
 }
 
-std::vector<float> SecondMoments(std::span<const float> rows, uint32_t rank) {
-  std::vector<double> sum(rank);
-  for (size_t at = 0; at < rows.size(); at += kWidth) {
-    for (uint32_t c = 0; c < rank; ++c) sum[c] += rows[at + c] * rows[at + c];
+KeyRows EncodeKeys(std::span<const float> differences, uint32_t width) {
+  KeyRows rows(static_cast<uint32_t>(differences.size() / width),
+               SecondMoments(differences, width));
+  for (uint32_t at = 0; size_t{at} * width < differences.size(); ++at) {
+    rows.Store(at, differences.subspan(size_t{at} * width, width));
   }
-  std::vector<float> out;
-  for (double s : sum)
-    out.push_back(static_cast<float>(s * kWidth / static_cast<double>(rows.size())));
-  return out;
+  return rows;
 }
 
-ValueCodes EncodeValues(const KvView& run, std::span<const uint32_t> order,
-                        const NodeLevel& leaves) {
+// difference(at): what row `at` stores, valid until the next call.
+template <typename F>
+ValueRows EncodeValues(uint32_t n, uint32_t head_dim, F&& difference) {
   constexpr uint32_t kSampled = 4096;
-  const RunRows values(run, KvPart::kValue);
-  const auto n = static_cast<uint32_t>(order.size());
-  std::vector<float> value(run.head_dim), deviation(run.head_dim);
-  const auto difference = [&](uint32_t at) {
-    values.Widen(order[at], value.data());
-    const uint16_t* const mean = leaves.values().data() + size_t{at / kLeafRows} * run.head_dim;
-    for (uint32_t d = 0; d < run.head_dim; ++d) value[d] -= Bf16ToFloat(mean[d]);
-  };
+  std::vector<float> deviation(head_dim);
   const uint32_t step = n / kSampled + 1;
   for (uint32_t at = 0; at < n; at += step) {
-    difference(at);
-    for (uint32_t d = 0; d < run.head_dim; ++d) deviation[d] += value[d] * value[d];
+    const float* const value = difference(at);
+    for (uint32_t d = 0; d < head_dim; ++d) deviation[d] += value[d] * value[d];
   }
   for (float& d : deviation) d = std::sqrt(d / static_cast<float>((n + step - 1) / step));
-  ValueCodes codes(n, deviation);
-  for (uint32_t at = 0; at < n; ++at) {
-    difference(at);
-    codes.Store(at, value);
-  }
-  return codes;
+  ValueRows rows(n, deviation);
+  for (uint32_t at = 0; at < n; ++at) rows.Store(at, {difference(at), head_dim});
+  return rows;
+}
+
+// Around their super's means as those are kept.
+ValueRows EncodeLeafValues(const Matrix& leaf_means, std::span<const uint16_t> super_means) {
+  const auto head_dim = static_cast<uint32_t>(leaf_means.cols());
+  std::vector<float> value(head_dim);
+  return EncodeValues(static_cast<uint32_t>(leaf_means.rows()), head_dim, [&](uint32_t leaf) {
+    const uint16_t* const super =
+        super_means.data() + size_t{leaf / (kSuperRows / kLeafRows)} * head_dim;
+    for (uint32_t d = 0; d < head_dim; ++d) value[d] = leaf_means(leaf, d) - Bf16ToFloat(super[d]);
+    return value.data();
+  });
+}
+
+// Around their leaf's means as those are kept.
+ValueRows EncodeTokenValues(const KvView& run, std::span<const uint32_t> order,
+                            const ValueRows& leaf_values, std::span<const uint16_t> super_means) {
+  const RunRows values(run, KvPart::kValue);
+  const uint32_t head_dim = run.head_dim;
+  std::vector<float> value(head_dim), mean(head_dim);
+  uint32_t mean_of = ~0u;
+  const auto difference = [&](uint32_t at) {
+    if (at / kLeafRows != mean_of) {
+      mean_of = at / kLeafRows;
+      leaf_values.Decode(mean_of, mean);
+      const uint16_t* const super = super_means.data() + size_t{at / kSuperRows} * head_dim;
+      for (uint32_t d = 0; d < head_dim; ++d) mean[d] += Bf16ToFloat(super[d]);
+    }
+    values.Widen(order[at], value.data());
+    for (uint32_t d = 0; d < head_dim; ++d) value[d] -= mean[d];
+    return value.data();
+  };
+  return EncodeValues(static_cast<uint32_t>(order.size()), head_dim, difference);
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ClusterIndex>> ClusterIndex::Build(const KvView& run,
                                                                   std::span<const float> queries) {
-  const uint32_t rank = std::min(run.head_dim, kWidth);
-  QUARRY_ASSIGN_OR_RETURN(QueryBasis basis, FitQueryBasis(run, queries, rank));
-  std::vector<float> rows = ProjectKeys(run, basis, kWidth);
+  const uint32_t width = run.head_dim, rank = std::min(width, kWidth);
+  QUARRY_ASSIGN_OR_RETURN(QueryBasis basis, FitQueryBasis(run, queries, width));
+  const float lost = std::accumulate(basis.variance.begin() + rank, basis.variance.end(), 0.0f);
+  const std::vector<float> coordinates = ProjectKeys(run, basis, width);
+  std::vector<float> rows = Narrowed(coordinates, width);
   std::vector<uint32_t> order = BisectRows(rows, kWidth);
-  const auto n = static_cast<uint32_t>(order.size());
+  NodeLevel leaves(rows, kLeafRows, lost), supers(rows, kSuperRows, lost);
+  // Codes and rows are of what a token differs in from its leaf.
+  std::vector<float> differences = Differences(coordinates, order, leaves);
+  std::vector<uint16_t> scale = Equalise(differences, width);
+  KeyRows key_rows = EncodeKeys(differences, width);
+  const std::vector<float> narrow = Narrowed(differences, width);
+  QueryBasis inside;  // codes need no more of it
+  inside.head_dim = width;
+  inside.rank = rank;
+  inside.variance = SecondMoments(narrow, kWidth);
+  inside.variance.resize(rank);
+  KeyCodes codes = KeyCodes::Encode(narrow, std::move(inside));
+  std::vector<float> code_error = codes.ErrorVariance(narrow);
+  scale.resize(codes.keys_padded());
   const Matrix leaf_means = MeanValues(run, order);
-  const Matrix super_means = MeansAbove(leaf_means, n);
-  const float lost = basis.lost_variance;
-  NodeLevel leaves(rows, kLeafRows, Rounded(leaf_means), lost);
-  NodeLevel supers(rows, kSuperRows, Rounded(super_means), lost);
-  // Codes are of what a token differs in from its leaf.
-  std::vector<float> differences = Differences(rows, leaves);
-  std::vector<uint16_t> scale = Equalise(differences);
-  QueryBasis inside = basis;
-  inside.variance = SecondMoments(differences, rank);
-  KeyCodes codes = KeyCodes::Encode(differences, std::move(inside));
-  ValueCodes values = EncodeValues(run, order, leaves);
-  std::vector<float> code_error = codes.ErrorVariance(differences);
-  std::unique_ptr<ClusterIndex> index(new ClusterIndex(std::move(basis), std::move(order),
-                                                       std::move(codes), std::move(values),
-                                                       std::move(leaves), std::move(supers)));
+  std::vector<uint16_t> super_values =
+      Rounded(MeansAbove(leaf_means, static_cast<uint32_t>(order.size())));
+  ValueRows leaf_values = EncodeLeafValues(leaf_means, super_values);
+  ValueRows token_values = EncodeTokenValues(run, order, leaf_values, super_values);
+  std::unique_ptr<ClusterIndex> index(new ClusterIndex(
+      {std::move(basis), lost, std::move(order), std::move(codes), std::move(scale),
+       std::move(key_rows), std::move(token_values), std::move(leaf_values),
+       std::move(super_values), std::move(leaves), std::move(supers)}));
   index->code_error_ = std::move(code_error);
-  index->SetScales(std::move(scale));
   index->inside_leaf_ = LookInside(rows, kLeafRows, lost);
   index->inside_super_ = LookInside(rows, kSuperRows, lost);
   index->LearnSlopes(run, queries);

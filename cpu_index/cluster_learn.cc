@@ -25,6 +25,7 @@ constexpr uint32_t kAttendedBy = 32;      // sampled queries that say which toke
 constexpr double kEvenShare = 0.2;        // of them, whether attended or not
 // Codes may be right for most tokens; of one that holds much of the mass they are not believed.
 constexpr float kLeastTokenDoubt = 0.7f;
+constexpr float kLeastRowDoubt = 0.05f;
 constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
 constexpr uint32_t kToldQueries = 16;     // that say what estimates are worth
 
@@ -49,6 +50,11 @@ std::vector<uint32_t> Draw(std::span<const double> share, std::span<const uint32
     while (sum >= static_cast<double>(out.size()) + 0.5) out.push_back(at);
   }
   return out;
+}
+
+float RootMean(std::span<const double> squares) {
+  const double sum = std::accumulate(squares.begin(), squares.end(), 0.0);
+  return static_cast<float>(std::sqrt(sum / static_cast<double>(squares.size())));
 }
 
 }  // namespace
@@ -101,24 +107,24 @@ std::vector<double> ClusterIndex::AttendedShare(const KvView& run,
 // slopes: how values go with what is missed of keys, where queries look.
 void ClusterIndex::LearnSlopes(const KvView& run, std::span<const float> queries) {
   const RunRows keys(run, KvPart::kKey), values(run, KvPart::kValue);
-  const uint32_t d = run.head_dim, rank = basis_.rank;
-  const std::vector<uint32_t> chosen = Draw(AttendedShare(run, queries), order_, kSlopeTokens);
+  const uint32_t d = run.head_dim, rank = p_.codes.basis().rank;
+  const std::vector<uint32_t> chosen = Draw(AttendedShare(run, queries), p_.order, kSlopeTokens);
   const auto m = static_cast<Eigen::Index>(chosen.size());
   Matrix v(m, d), missed(m, d), codes(m, rank), leaf(m, rank), super(m, rank);
   std::vector<float> centre(kWidth);
   for (Eigen::Index i = 0; i < m; ++i) {
     const uint32_t at = chosen[i];
-    keys.Widen(order_[at], missed.row(i).data());
-    values.Widen(order_[at], v.row(i).data());
-    leaves_.Centre(at / kLeafRows, centre);
+    keys.Widen(p_.order[at], missed.row(i).data());
+    values.Widen(p_.order[at], v.row(i).data());
+    p_.leaves.Centre(at / kLeafRows, centre);
     std::copy_n(centre.begin(), rank, leaf.row(i).data());
-    supers_.Centre(at / kSuperRows, centre);
+    p_.supers.Centre(at / kSuperRows, centre);
     std::copy_n(centre.begin(), rank, super.row(i).data());
-    codes_.Decode(at, std::span(codes.row(i).data(), rank));
-    codes.row(i) *= Bf16ToFloat(scale_[at]);
+    p_.codes.Decode(at, std::span(codes.row(i).data(), rank));
+    codes.row(i) *= Bf16ToFloat(p_.scale[at]);
   }
-  const Eigen::Map<const Eigen::RowVectorXf> mean(basis_.mean.data(), d);
-  const Eigen::Map<const Matrix> dual(basis_.query_map.data(), rank, d);
+  const Eigen::Map<const Eigen::RowVectorXf> mean(p_.basis.mean.data(), d);
+  const Eigen::Map<const Matrix> dual(p_.basis.query_map.data(), rank, d);
   missed.rowwise() -= mean;
   missed.noalias() -= (leaf + codes) * dual;
   v.rowwise() -= v.colwise().mean().eval();
@@ -165,29 +171,41 @@ void ClusterIndex::LearnDoubts(const KvView& run, std::span<const float> queries
   Calibrate(s);
 }
 
-std::vector<double> ClusterIndex::Errors(const Sampled& sampled, const CoarseScores& coarse,
-                                         uint32_t refined) const {
-  const QueryBlock& queries = sampled.queries;
-  RunAllotment allotment{std::vector<float>(queries.queries, HUGE_VALF),
-                         std::vector<uint32_t>(queries.queries, 0)};
-  std::vector<float> acc(sampled.answers.size()), o(queries.head_dim), scores;
-  std::vector<Partial> partials(queries.queries);
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    partials[i].acc = std::span(acc).subspan(size_t{i} * queries.head_dim, queries.head_dim);
-    scores.assign(coarse.Row(i).begin(), coarse.Row(i).end());
-    if (refined == 0 || scores.size() <= refined) continue;
-    std::nth_element(scores.begin(), scores.begin() + refined, scores.end(), std::greater<>());
-    allotment.threshold[i] = scores[refined];
+std::vector<float> ClusterIndex::Answers(const Sampled& sampled, const CoarseScores& coarse,
+                                         Refined refined) const {
+  std::vector<float> out(sampled.answers.size()), scores, acc(head_dim());
+  CoarseScores one = coarse;  // of each query alone: a block's queries share what is refined
+  for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
+    QueryBlock query = sampled.queries;
+    query.q += size_t{i} * head_dim();
+    query.queries = 1;
+    query.ranges = query.ranges.subspan(i, 1);
+    one.score.assign(coarse.Row(i).begin(), coarse.Row(i).end());
+    RunAllotment allotment{{HUGE_VALF}, {0}, {}};
+    if (!refined.exactly) allotment.exact = {HUGE_VALF};
+    if (refined.tokens > 0 && one.score.size() > refined.tokens) {
+      scores = one.score;
+      std::nth_element(scores.begin(), scores.begin() + refined.tokens, scores.end(),
+                       std::greater<>());
+      allotment.threshold[0] = scores[refined.tokens];
+    }
+    std::fill(acc.begin(), acc.end(), 0.0f);
+    Partial partial{.acc = acc};
+    Refine(sampled.run, query, one, allotment, {&partial, 1});
+    partial.Finish(std::span(out).subspan(size_t{i} * head_dim(), head_dim()));
   }
-  Refine(sampled.run, queries, coarse, allotment, partials);
+  return out;
+}
+
+std::vector<double> ClusterIndex::Errors(const Sampled& sampled, std::span<const float> answers,
+                                         std::span<const float> wanted) const {
   std::vector<double> errors;
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    partials[i].Finish(o);
-    double difference = 0, length = 1e-20;
-    for (uint32_t d = 0; d < queries.head_dim; ++d) {
-      const double exact = sampled.answers[size_t{i} * queries.head_dim + d];
-      difference += (o[d] - exact) * (o[d] - exact);
-      length += exact * exact;
+  for (size_t lo = 0; lo < answers.size(); lo += head_dim()) {
+    double difference = 0, length = 1e-30;
+    for (size_t at = lo; at < lo + head_dim(); ++at) {
+      const double from = double{answers[at]} - wanted[at];
+      difference += from * from;
+      length += double{sampled.answers[at]} * sampled.answers[at];
     }
     errors.push_back(difference / length);
   }
@@ -195,40 +213,45 @@ std::vector<double> ClusterIndex::Errors(const Sampled& sampled, const CoarseSco
 }
 
 void ClusterIndex::Calibrate(const Sampled& sampled) {
-  const auto root_mean = [](std::span<const double> squares) {
-    return std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0) /
-                     static_cast<double>(squares.size()));
-  };
   log_length_ = static_cast<float>(0.5 * std::log(sampled.mean_square + 1e-30));
   CoarseScores coarse;
   Look(sampled.run, sampled.queries, Depth::kSupers, &coarse);
-  super_doubt_ = std::clamp<float>(root_mean(Errors(sampled, coarse, 0)), 1e-4f, 2.0f);
+  super_doubt_ = std::clamp<float>(RootMean(Errors(sampled, Answers(sampled, coarse, {}), sampled.answers)), 1e-4f, 2.0f);
   Look(sampled.run, sampled.queries, Depth::kLeaves, &coarse);
-  leaf_doubt_ = std::clamp<float>(root_mean(Errors(sampled, coarse, 0)), 1e-4f, 2.0f);
-
-  // Without the best tokens, what is common to the others is left; the rest is the single tokens'.
+  leaf_doubt_ = std::clamp<float>(RootMean(Errors(sampled, Answers(sampled, coarse, {}), sampled.answers)), 1e-4f, 2.0f);
   Look(sampled.run, sampled.queries, Depth::kTokens, &coarse);
-  const std::vector<double> all = Errors(sampled, coarse, 0);
-  std::vector<double> common = Errors(sampled, coarse, kRefinedTokens), single;
+  CalibrateTokens(sampled, coarse);
+}
+
+// Without the best tokens, what is common to the others is left; the rest is the single tokens'.
+void ClusterIndex::CalibrateTokens(const Sampled& sampled, const CoarseScores& coarse) {
+  const std::vector<float> refined = Answers(sampled, coarse, {kRefinedTokens, true});
+  const std::vector<double> all = Errors(sampled, Answers(sampled, coarse, {}), sampled.answers);
+  std::vector<double> common = Errors(sampled, refined, sampled.answers), single;
+  std::vector<double> by_rows =
+      Errors(sampled, Answers(sampled, coarse, {kRefinedTokens, false}), refined);
   std::vector<float> shares;
   for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
     shares.assign(coarse.Row(i).begin(), coarse.Row(i).end());
     std::sort(shares.begin(), shares.end(), std::greater<>());
-    double mass = 0, squares = 0, tail = 0;
+    double mass = 0, squares = 0, tail = 0, tail_squares = 0;
     for (size_t t = 0; t < shares.size(); ++t) {
       const double w = std::exp(double{shares[t]} - shares[0]);
       mass += w;
       squares += w * w;
       tail += t < kRefinedTokens ? 0 : w;
+      tail_squares += t < kRefinedTokens ? 0 : w * w;
     }
+    by_rows[i] *= mass * mass / (squares - tail_squares);
     common[i] = tail > 0 ? common[i] * (mass / tail) * (mass / tail) : 0;
     single.push_back(squares / (mass * mass));
   }
-  common_doubt_ = std::clamp<float>(root_mean(common), 1e-4f, 2.0f);
+  common_doubt_ = std::clamp<float>(RootMean(common), 1e-4f, 2.0f);
   for (size_t i = 0; i < single.size(); ++i) {
     single[i] = std::max(0.0, all[i] - common_doubt_ * common_doubt_) / single[i];
   }
-  token_doubt_ = std::clamp<float>(root_mean(single), kLeastTokenDoubt, 20.0f);
+  token_doubt_ = std::clamp<float>(RootMean(single), kLeastTokenDoubt, 20.0f);
+  row_doubt_ = std::clamp<float>(RootMean(by_rows), kLeastRowDoubt, token_doubt_);
 }
 
 }  // namespace quarry

@@ -22,12 +22,16 @@ constexpr float kSuperShare = 0.3f, kLeafShare = 0.4f;
 // A token whose weight is this share of the tolerated error stands out: its leaf is opened.
 constexpr float kOutlierShare = 1.0f / 32;
 
-// log of the sum of e^x.
-float LogSum(std::span<const float> x) {
+// log of the sum of e^x; x is lost.
+float LogSum(std::span<float> x) {
   const float largest = Kernels().max(x.data(), x.size());
   if (largest == kNone) return kNone;
-  std::vector<float> copy(x.begin(), x.end());
-  return largest + std::log(Kernels().exp_sum(copy.data(), copy.size(), largest));
+  return largest + std::log(Kernels().exp_sum(x.data(), x.size(), largest));
+}
+
+float LogAdd(float a, float b) {
+  const float most = std::max(a, b);
+  return most == kNone ? kNone : most + std::log(std::exp(a - most) + std::exp(b - most));
 }
 
 // The least weight (a log, of a whole node) that has to be opened, so that those below it sum up to
@@ -49,18 +53,11 @@ float OpenFrom(std::span<const float> weights, float allowed) {
   return std::numeric_limits<float>::infinity();
 }
 
-std::vector<uint32_t> Marked(std::span<const uint8_t> marks) {
-  std::vector<uint32_t> out;
-  for (uint32_t i = 0; i < marks.size(); ++i) {
-    if (marks[i] != 0) out.push_back(i);
-  }
-  return out;
-}
-
 }  // namespace
 
 // What a search has found so far; all queries have the same nodes.
 struct ClusterIndex::Search {
+  const QueryBlock& queries;
   std::vector<KeyCodes::Query> code;
   std::vector<NodeLevel::Query> leaf, super;  // [queries]
   // [queries] what NodeLevel calls breadth, and of a token's score around its code's.
@@ -68,14 +65,20 @@ struct ClusterIndex::Search {
   // [queries] log of the sum of the run's weights, estimated, and of what errors are measured by:
   // with that of the tokens elsewhere, as if their values were as long as this run's answers.
   std::vector<float> own_mass, mass;
-  std::vector<uint32_t> opened_supers;  // rising
-  std::vector<float> super_score;       // [queries][blocks of supers * 16], lifted
-  std::vector<float> leaf_score;        // [queries][opened supers * 16], lifted
+  std::vector<uint32_t> opened_supers, closed_supers;  // rising
+  std::vector<float> super_score;       // [queries][supers], lifted
+  std::vector<float> leaf_score;        // [queries][opened supers * 16], lifted; none: no leaf
   std::vector<uint8_t> opened_leaf;     // [opened supers * 16]
   std::vector<uint32_t> leaves;         // opened, rising
-  std::vector<float> token_score;       // [queries][leaves * 16], lifted
-  uint32_t queries() const { return static_cast<uint32_t>(code.size()); }
   uint64_t bytes = 0;
+
+  size_t leaf_row() const { return opened_supers.size() * kLeavesPerSuper; }
+  // of_run: log of the sum of the run's weights.
+  void SetMass(uint32_t query, float of_run, float log_length) {
+    own_mass[query] = mass[query] = of_run;
+    if (queries.other_length.empty()) return;
+    mass[query] = LogAdd(of_run, queries.other_length[query] - log_length);
+  }
 };
 
 float ClusterIndex::Inside::Breadth(std::span<const float> y) const {
@@ -101,47 +104,51 @@ float ClusterIndex::CodeVariance(std::span<const float> y) const {
 }
 
 void ClusterIndex::ScoreSupers(const QueryBlock& queries, Search* s) const {
-  const QueryBasis::Coordinates at = basis_.EncodeQueries(queries);
+  const QueryBasis::Coordinates at = p_.basis.EncodeQueries(queries);
   for (uint32_t i = 0; i < queries.queries; ++i) {
-    s->code.push_back(codes_.Prepare(at.Row(i), 0.0f));  // of differences from a centre
-    s->leaf.push_back(leaves_.Prepare(at.Row(i), at.mean_score[i]));
-    s->super.push_back(supers_.Prepare(at.Row(i), at.mean_score[i]));
-    s->leaf_breadth.push_back(inside_leaf_.Breadth(at.Row(i)));
-    s->super_breadth.push_back(inside_super_.Breadth(at.Row(i)));
-    s->code_variance.push_back(CodeVariance(at.Row(i)));
+    const std::span<const float> y = at.Row(i).first(p_.codes.basis().rank);
+    s->code.push_back(p_.codes.Prepare(y, 0.0f));  // of differences from a centre
+    s->leaf.push_back(p_.leaves.Prepare(y, at.mean_score[i]));
+    s->super.push_back(p_.supers.Prepare(y, at.mean_score[i]));
+    s->leaf_breadth.push_back(inside_leaf_.Breadth(y));
+    s->super_breadth.push_back(inside_super_.Breadth(y));
+    s->code_variance.push_back(CodeVariance(y));
   }
-  const size_t row = size_t{supers_.blocks()} * NodeLevel::kBlockNodes;
+  s->own_mass.resize(queries.queries);
+  s->mass.resize(queries.queries);
+  const NodeLevel& supers = p_.supers;
+  const size_t row = size_t{supers.blocks()} * NodeLevel::kBlockNodes;
   s->super_score.resize(queries.queries * row);
-  supers_.Score(s->super, nullptr, supers_.blocks(), s->super_score);
-  s->bytes += supers_.blocks() * (kLeavesPerSuper * (NodeLevel::kCentreBytes + 4));
-  std::vector<float> mass(supers_.nodes());
+  supers.Score(s->super, nullptr, supers.blocks(), s->super_score);
+  s->bytes += row * (NodeLevel::kCentreBytes + sizeof(float));
+  std::vector<float> weight(supers.nodes());
   for (uint32_t i = 0; i < queries.queries; ++i) {
-    float* const score = s->super_score.data() + i * row;
-    for (uint32_t n = 0; n < supers_.nodes(); ++n) {
-      score[n] = supers_.Lifted(n, score[n], s->super_breadth[i]);
-      mass[n] = score[n] + supers_.log_count(n);
+    // From padded rows to rows of the supers there are.
+    const float* const from = s->super_score.data() + i * row;
+    float* const score = s->super_score.data() + size_t{i} * supers.nodes();
+    for (uint32_t n = 0; n < supers.nodes(); ++n) {
+      score[n] = supers.Lifted(n, from[n], s->super_breadth[i]);
+      weight[n] = score[n] + supers.log_count(n);
     }
-    s->own_mass.push_back(LogSum(mass));
-    if (!queries.other_length.empty()) mass.push_back(queries.other_length[i] - log_length_);
-    s->mass.push_back(LogSum(mass));
+    s->SetMass(i, LogSum(weight), log_length_);
   }
 }
 
 void ClusterIndex::OpenSupers(float tolerance, std::span<const uint32_t> outliers,
                               Search* s) const {
-  std::vector<uint8_t> open(supers_.nodes(), tolerance <= 0 ? 1 : 0);
+  const uint32_t supers = p_.supers.nodes();
+  std::vector<uint8_t> open(supers, tolerance <= 0 ? 1 : 0);
   for (uint32_t leaf : outliers) open[leaf / kLeavesPerSuper] = 1;
-  const size_t row = size_t{supers_.blocks()} * NodeLevel::kBlockNodes;
-  std::vector<float> weight(supers_.nodes());
-  for (uint32_t i = 0; i < s->queries() && tolerance > 0; ++i) {
-    for (uint32_t n = 0; n < supers_.nodes(); ++n) {
-      weight[n] = s->super_score[i * row + n] + supers_.log_count(n);
+  std::vector<float> weight(supers);
+  for (uint32_t i = 0; i < s->queries.queries && tolerance > 0; ++i) {
+    for (uint32_t n = 0; n < supers; ++n) {
+      weight[n] = s->super_score[size_t{i} * supers + n] + p_.supers.log_count(n);
     }
     const float from =
         OpenFrom(weight, s->mass[i] + std::log(kSuperShare * tolerance / super_doubt_));
-    for (uint32_t n = 0; n < supers_.nodes(); ++n) open[n] |= weight[n] >= from ? 1 : 0;
+    for (uint32_t n = 0; n < supers; ++n) open[n] |= weight[n] >= from ? 1 : 0;
   }
-  s->opened_supers = Marked(open);
+  for (uint32_t n = 0; n < supers; ++n) (open[n] ? s->opened_supers : s->closed_supers).push_back(n);
 }
 
 // The leaf at a place of the opened supers' rows; may lie behind the last leaf.
@@ -150,43 +157,38 @@ uint32_t ClusterIndex::LeafAt(const Search& s, size_t at) {
          static_cast<uint32_t>(at % kLeavesPerSuper);
 }
 
-void ClusterIndex::OpenLeaves(const QueryBlock& queries, float tolerance,
-                              std::span<const uint32_t> outliers, Search* s) const {
-  const auto blocks = static_cast<uint32_t>(s->opened_supers.size());
-  const size_t row = size_t{blocks} * kLeavesPerSuper;
-  s->leaf_score.resize(s->queries() * row);
-  leaves_.Score(s->leaf, s->opened_supers.data(), blocks, s->leaf_score);
-  s->bytes += row * (NodeLevel::kCentreBytes + 4);
-  s->opened_leaf.assign(row, tolerance <= 0 ? 1 : 0);
-  std::vector<float> weight(row), closed;
-  const size_t super_row = size_t{supers_.blocks()} * NodeLevel::kBlockNodes;
-  for (uint32_t i = 0; i < s->queries(); ++i) {
-    closed.clear();
-    for (uint32_t n = 0, next = 0; n < supers_.nodes(); ++n) {
-      if (next < blocks && s->opened_supers[next] == n) {
-        ++next;
-      } else {
-        closed.push_back(s->super_score[i * super_row + n] + supers_.log_count(n));
-      }
-    }
+void ClusterIndex::ScoreLeaves(Search* s) const {
+  const NodeLevel& leaves = p_.leaves;
+  const size_t row = s->leaf_row();
+  s->leaf_score.resize(s->queries.queries * row);
+  leaves.Score(s->leaf, s->opened_supers.data(), static_cast<uint32_t>(s->opened_supers.size()),
+               s->leaf_score);
+  s->bytes += row * (NodeLevel::kCentreBytes + sizeof(float));
+  std::vector<float> weight;
+  for (uint32_t i = 0; i < s->queries.queries; ++i) {
+    weight.resize(row);
     float* const score = s->leaf_score.data() + i * row;
-    const float breadth = s->leaf_breadth[i];
     for (size_t at = 0; at < row; ++at) {
       const uint32_t leaf = LeafAt(*s, at);
-      if (leaf >= leaves_.nodes()) {
-        score[at] = weight[at] = kNone;
-        continue;
-      }
-      score[at] = leaves_.Lifted(leaf, score[at], breadth);
-      weight[at] = score[at] + leaves_.log_count(leaf);
+      const bool is = leaf < leaves.nodes();
+      score[at] = is ? leaves.Lifted(leaf, score[at], s->leaf_breadth[i]) : kNone;
+      weight[at] = is ? score[at] + leaves.log_count(leaf) : kNone;
     }
-    closed.push_back(LogSum(weight));
-    s->own_mass[i] = LogSum(closed);
-    s->mass[i] = s->own_mass[i];
-    if (!queries.other_length.empty()) {
-      s->mass[i] = LogSum(std::array{s->mass[i], queries.other_length[i] - log_length_});
+    for (uint32_t n : s->closed_supers) {
+      weight.push_back(s->super_score[size_t{i} * p_.supers.nodes() + n] + p_.supers.log_count(n));
     }
-    if (tolerance <= 0) continue;
+    s->SetMass(i, LogSum(weight), log_length_);
+  }
+}
+
+void ClusterIndex::OpenLeaves(float tolerance, std::span<const uint32_t> outliers,
+                              Search* s) const {
+  const size_t row = s->leaf_row();
+  s->opened_leaf.assign(row, tolerance <= 0 ? 1 : 0);
+  std::vector<float> weight(row);
+  const float log_count = std::log(static_cast<float>(kLeafRows));  // the last leaf may have fewer
+  for (uint32_t i = 0; i < s->queries.queries && tolerance > 0; ++i) {
+    for (size_t at = 0; at < row; ++at) weight[at] = s->leaf_score[i * row + at] + log_count;
     const float from =
         OpenFrom(weight, s->mass[i] + std::log(kLeafShare * tolerance / leaf_doubt_));
     for (size_t at = 0; at < row; ++at) s->opened_leaf[at] |= weight[at] >= from ? 1 : 0;
@@ -195,128 +197,127 @@ void ClusterIndex::OpenLeaves(const QueryBlock& queries, float tolerance,
     const uint32_t leaf = LeafAt(*s, at);
     while (next < outliers.size() && outliers[next] < leaf) ++next;
     if (next < outliers.size() && outliers[next] == leaf) s->opened_leaf[at] = 1;
-    if (leaf >= leaves_.nodes()) s->opened_leaf[at] = 0;
+    if (leaf >= p_.leaves.nodes()) s->opened_leaf[at] = 0;
     if (s->opened_leaf[at] != 0) s->leaves.push_back(leaf);
   }
 }
 
-std::vector<uint32_t> ClusterIndex::FindOutliers(const QueryBlock& queries, float tolerance,
-                                                 Search* s) const {
+std::vector<uint32_t> ClusterIndex::FindOutliers(float tolerance, Search* s) const {
   if (!open_all_ || tolerance <= 0) return {};
-  const uint32_t blocks = leaves_.blocks();
-  const size_t row = size_t{blocks} * NodeLevel::kBlockNodes;
-  std::vector<float> score(s->queries() * row);
-  leaves_.Score(s->leaf, nullptr, blocks, score);
-  s->bytes += row * NodeLevel::kCentreBytes + codes_.code_bytes();
-  std::vector<int32_t> least(size_t{s->queries()} * leaves_.nodes());
-  for (uint32_t i = 0; i < s->queries(); ++i) {
+  const uint32_t queries = s->queries.queries, leaves = p_.leaves.nodes();
+  const size_t row = size_t{p_.leaves.blocks()} * NodeLevel::kBlockNodes;
+  std::vector<float> score(queries * row);
+  p_.leaves.Score(s->leaf, nullptr, p_.leaves.blocks(), score);
+  s->bytes += row * NodeLevel::kCentreBytes + p_.codes.code_bytes();
+  std::vector<int32_t> least(size_t{queries} * leaves);
+  for (uint32_t i = 0; i < queries; ++i) {
     // A lower bound of the mass: estimates from spread are least true of such heads.
-    float mass = LogSum(std::span(score).subspan(i * row, leaves_.nodes())) +
-                 std::log(static_cast<float>(kLeafRows));
-    if (!queries.other_length.empty()) {
-      mass = LogSum(std::array{mass, queries.other_length[i] - log_length_});
-    }
+    std::vector<float> weight(score.begin() + i * row, score.begin() + i * row + leaves);
+    s->SetMass(i, LogSum(weight) + std::log(static_cast<float>(kLeafRows)), log_length_);
     const KeyCodes::Query& code = s->code[i];
-    const float from = mass + std::log(tolerance * kOutlierShare);
-    for (uint32_t leaf = 0; leaf < leaves_.nodes(); ++leaf) {
+    const float from = s->mass[i] + std::log(tolerance * kOutlierShare);
+    for (uint32_t leaf = 0; leaf < leaves; ++leaf) {
       // Of the token whose code stands for most.
       const float above = (from - score[i * row + leaf]) / std::max(most_scale_[leaf], 1e-20f);
       const float sum =
           code.scale > 0 ? std::clamp((above - code.offset) / code.scale, -1e9f, 1e9f) : 1e9f;
-      least[size_t{i} * leaves_.nodes() + leaf] = static_cast<int32_t>(sum);
+      least[size_t{i} * leaves + leaf] = static_cast<int32_t>(sum);
     }
   }
-  return codes_.FindBlocks(s->code, least);
+  return p_.codes.FindBlocks(s->code, least);
 }
 
-void ClusterIndex::ScoreTokens(Search* s) const {
-  const size_t row = s->leaves.size() * kLeafRows;
-  std::vector<int32_t> sums(s->queries() * row);
-  codes_.SumBlocks(s->code, s->leaves, sums);
-  if (!open_all_) s->bytes += row * KeyCodes::kBytes;
-  s->bytes += row * (sizeof(uint32_t) + sizeof(uint16_t));
-  s->token_score.resize(sums.size());
-  const size_t leaf_row = s->opened_supers.size() * kLeavesPerSuper;
-  for (uint32_t i = 0; i < s->queries(); ++i) {
-    const KeyCodes::Query& code = s->code[i];
-    const float breadth = s->leaf_breadth[i];
-    size_t next = i * row;
-    for (size_t at = 0; at < leaf_row; ++at) {
-      if (s->opened_leaf[at] == 0) continue;
-      // The leaf's score was lifted by its spread; a token's by what its code may miss.
-      const uint32_t leaf = LeafAt(*s, at);
-      const float centre = leaves_.Lowered(leaf, s->leaf_score[i * leaf_row + at], breadth) +
-                           0.5f * s->code_variance[i];
-      for (uint32_t t = 0; t < kLeafRows; ++t, ++next) {
-        s->token_score[next] = (code.scale * static_cast<float>(sums[next]) + code.offset) *
-                                   Bf16ToFloat(scale_[leaf * kLeafRows + t]) +
-                               centre;
-      }
-    }
-  }
-}
-
-void ClusterIndex::List(const KvView& run, const QueryBlock& queries, const Search& s,
-                        CoarseScores* out) const {
-  out->Clear();
-  out->tokens = run.tokens();
-  out->nodes = first_super() + supers_.nodes();
-  out->bytes = s.bytes;
-  out->common_doubt = common_doubt_ / token_doubt_;
-  out->first.push_back(0);
-  const size_t super_row = size_t{supers_.blocks()} * NodeLevel::kBlockNodes;
-  const size_t leaf_row = s.opened_supers.size() * kLeavesPerSuper;
-  const size_t token_row = s.leaves.size() * kLeafRows;
-  const size_t most = queries.queries * (super_row + leaf_row + token_row);
-  out->node.resize(most);
-  out->score.resize(most);
-  out->weight.resize(most);
-  out->doubt.resize(most);
-  size_t next = 0;
-  const auto add = [&](uint32_t node, float score, uint32_t weight, float doubt) {
-    out->node[next] = node;
-    out->score[next] = score;
-    out->weight[next] = weight;
-    out->doubt[next++] = doubt;
+void ClusterIndex::ListNodes(const Search& s, CoarseScores* out) const {
+  out->node = s.leaves;
+  out->stretches.resize(kStretches);
+  auto end = static_cast<uint32_t>(s.leaves.size() * kLeafRows);
+  const auto close = [&](Stretch which, uint32_t nodes, uint32_t weight, float doubt) {
+    end += nodes;
+    out->stretches[which] = {
+        end, weight, std::log(static_cast<float>(weight) * doubt) + log_length_};
   };
-  const float log_token = std::log(token_doubt_) + log_length_;
-  const float log_leaf = std::log(leaf_doubt_) + log_length_;
-  const float log_super = std::log(super_doubt_) + log_length_;
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    const TokenRange range = queries.ranges[i];
-    const bool whole = range.lo <= run.tokens().lo && range.hi >= run.tokens().hi;
-    for (size_t t = 0; t < token_row; ++t) {
-      const uint32_t at =
-          s.leaves[t / kLeafRows] * kLeafRows + static_cast<uint32_t>(t % kLeafRows);
-      if (at >= tokens()) break;
-      const uint32_t token = run.tokens().lo + order_[at];
-      if (!whole && (token < range.lo || token >= range.hi)) continue;
-      const float score = s.token_score[i * token_row + t];
-      add(at, score, 1, score + log_token);
-    }
-    for (size_t at = 0; at < leaf_row; ++at) {
+  close(kTokens, 0, 1, token_doubt_);
+  const auto close_level = [&](const NodeLevel& level, Stretch full, float doubt, auto&& add) {
+    const size_t before = out->node.size();
+    add();
+    auto nodes = static_cast<uint32_t>(out->node.size() - before);
+    const uint32_t last = level.nodes() - 1;
+    const bool partial = nodes > 0 && out->node.back() == last && level.count(last) != level.count(0);
+    close(full, nodes - (partial ? 1 : 0), level.count(0), doubt);
+    close(static_cast<Stretch>(full + 1), partial ? 1 : 0, level.count(last), doubt);
+  };
+  close_level(p_.leaves, kFullLeaves, leaf_doubt_, [&] {
+    for (size_t at = 0; at < s.leaf_row(); ++at) {
       const uint32_t leaf = LeafAt(s, at);
-      if (s.opened_leaf[at] != 0 || leaf >= leaves_.nodes()) continue;
-      const float score = s.leaf_score[i * leaf_row + at];
-      add(first_leaf() + leaf, score, leaves_.count(leaf),
-          score + leaves_.log_count(leaf) + log_leaf);
+      if (s.opened_leaf[at] == 0 && leaf < p_.leaves.nodes()) out->node.push_back(leaf);
     }
-    for (uint32_t n = 0, opened = 0; n < supers_.nodes(); ++n) {
-      if (opened < s.opened_supers.size() && s.opened_supers[opened] == n) {
-        ++opened;
-        continue;
-      }
-      const float score = s.super_score[i * super_row + n];
-      add(first_super() + n, score, supers_.count(n), score + supers_.log_count(n) + log_super);
+  });
+  close_level(p_.supers, kFullSupers, super_doubt_, [&] {
+    out->node.insert(out->node.end(), s.closed_supers.begin(), s.closed_supers.end());
+  });
+  out->nodes = end;
+  out->score.resize(s.queries.queries * size_t{end});
+}
+
+void ClusterIndex::ScoreClosed(const Search& s, CoarseScores* out) const {
+  for (uint32_t i = 0; i < s.queries.queries; ++i) {
+    float* score = out->score.data() + size_t{i} * out->nodes + out->stretches[kTokens].end;
+    const float* const of_leaf = s.leaf_score.data() + i * s.leaf_row();
+    for (size_t at = 0; at < s.leaf_row(); ++at) {
+      if (s.opened_leaf[at] == 0 && of_leaf[at] != kNone) *score++ = of_leaf[at];
     }
-    out->first.push_back(static_cast<uint32_t>(next));
-    const std::span<const float> listed(out->score.data() + out->first[i], next - out->first[i]);
-    out->length.push_back((whole ? s.own_mass[i] : LogSum(listed)) + log_length_);
+    for (uint32_t n : s.closed_supers) {
+      *score++ = s.super_score[size_t{i} * p_.supers.nodes() + n];
+    }
   }
-  out->node.resize(next);
-  out->score.resize(next);
-  out->weight.resize(next);
-  out->doubt.resize(next);
+}
+
+void ClusterIndex::ScoreTokens(const Search& s, CoarseScores* out) const {
+  const size_t row = s.leaves.size() * kLeafRows;
+  std::vector<int32_t> sums(s.queries.queries * row);
+  p_.codes.SumBlocks(s.code, s.leaves, sums);
+  if (!open_all_) out->bytes += row * KeyCodes::kBytes;
+  out->bytes += row * (sizeof(uint32_t) + sizeof(uint16_t));
+  for (uint32_t i = 0; i < s.queries.queries; ++i) {
+    const KeyCodes::Query& code = s.code[i];
+    const int32_t* sum = sums.data() + i * row;
+    float* score = out->score.data() + size_t{i} * out->nodes;
+    for (size_t at = 0; at < s.leaf_row(); ++at) {
+      if (s.opened_leaf[at] == 0) continue;
+      // The leaf's score was lifted by its spread; a token's by what its code may miss.
+      const uint32_t leaf = LeafAt(s, at);
+      const float lifted = s.leaf_score[i * s.leaf_row() + at];
+      const float centre =
+          p_.leaves.Lowered(leaf, lifted, s.leaf_breadth[i]) + 0.5f * s.code_variance[i];
+      const uint16_t* const scale = p_.scale.data() + size_t{leaf} * kLeafRows;
+      for (uint32_t t = 0; t < kLeafRows; ++t) {
+        const float above = code.scale * static_cast<float>(sum[t]) + code.offset;
+        score[t] = above * Bf16ToFloat(scale[t]) + centre;
+      }
+      sum += kLeafRows;
+      score += kLeafRows;
+    }
+  }
+}
+
+// Places behind the last token, and tokens that a query must not see.
+void ClusterIndex::MaskTokens(const KvView& run, const QueryBlock& queries,
+                              CoarseScores* out) const {
+  const Listed listed = NodesOf(*out);
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    float* const score = out->score.data() + size_t{i} * out->nodes;
+    for (size_t e = listed.tokens(); e > 0 && Places(listed, e - 1).lo >= tokens(); --e) {
+      score[e - 1] = kNone;
+    }
+    const TokenRange range = queries.ranges[i];
+    if (range.lo <= run.tokens().lo && range.hi >= run.tokens().hi) continue;
+    for (size_t e = 0; e < listed.tokens(); ++e) {
+      const uint32_t place = Places(listed, e).lo;
+      if (place >= tokens()) continue;
+      const uint32_t token = run.tokens().lo + p_.order[place];
+      if (token < range.lo || token >= range.hi) score[e] = kNone;
+    }
+  }
 }
 
 void ClusterIndex::Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const {
@@ -330,19 +331,37 @@ void ClusterIndex::Score(const KvView& run, const QueryBlock& queries, CoarseSco
 
 void ClusterIndex::Look(const KvView& run, const QueryBlock& queries, Depth depth,
                         CoarseScores* out) const {
-  Search search;
-  ScoreSupers(queries, &search);
-  if (depth == Depth::kSupers) return List(run, queries, search, out);
+  Search s{.queries = queries};
+  ScoreSupers(queries, &s);
   const float tolerance = depth == Depth::kAsNeeded ? queries.tolerance : 0;
-  const std::vector<uint32_t> outliers = FindOutliers(queries, tolerance, &search);
-  OpenSupers(tolerance, outliers, &search);
-  OpenLeaves(queries, tolerance, outliers, &search);
-  if (depth == Depth::kLeaves) {
-    search.leaves.clear();
-    std::fill(search.opened_leaf.begin(), search.opened_leaf.end(), 0);
+  if (depth == Depth::kSupers) {
+    for (uint32_t n = 0; n < p_.supers.nodes(); ++n) s.closed_supers.push_back(n);
+  } else {
+    const std::vector<uint32_t> outliers = FindOutliers(tolerance, &s);
+    OpenSupers(tolerance, outliers, &s);
+    ScoreLeaves(&s);
+    if (depth == Depth::kLeaves) {
+      s.opened_leaf.assign(s.leaf_row(), 0);
+    } else {
+      OpenLeaves(tolerance, outliers, &s);
+    }
   }
-  ScoreTokens(&search);
-  List(run, queries, search, out);
+  out->Clear();
+  out->tokens = run.tokens();
+  out->bytes = s.bytes;
+  out->common_doubt = common_doubt_ / token_doubt_;
+  out->refined_doubt = row_doubt_ / token_doubt_;
+  out->exact_above = ExactAbove(out->refined_doubt);
+  ListNodes(s, out);
+  ScoreClosed(s, out);
+  ScoreTokens(s, out);
+  MaskTokens(run, queries, out);
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    const TokenRange range = queries.ranges[i];
+    const bool whole = range.lo <= run.tokens().lo && range.hi >= run.tokens().hi;
+    std::vector<float> seen(out->Row(i).begin(), out->Row(i).end());
+    out->length.push_back((whole ? s.own_mass[i] : LogSum(seen)) + log_length_);
+  }
 }
 
 }  // namespace quarry

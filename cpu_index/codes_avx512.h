@@ -92,35 +92,6 @@ uint64_t FindCodesAvx512(const CodeTile& tile, const int32_t* least) {
   return found;
 }
 
-void AddValuesAvx512(const ValueTile& tile) {
-  const __m512i pair = _mm512_set1_epi8(3);
-  const size_t bytes = size_t{tile.head_dim} * 4;
-  for (uint32_t b = 0; b < tile.blocks; ++b) {
-    const uint8_t* const block = tile.codes + tile.which[b] * bytes;
-    const uint8_t* const ahead = tile.codes + BlockAt(tile, b + kBlocksAhead / 2) * bytes;
-    for (uint32_t g = 0; g < tile.head_dim / 16; ++g) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead) + g * 64, _MM_HINT_T0);
-      const __m512i packed = _mm512_loadu_si512(block + g * 64);
-      const __m512i code[4] = {_mm512_and_si512(packed, pair),
-                               _mm512_and_si512(_mm512_srli_epi16(packed, 2), pair),
-                               _mm512_and_si512(_mm512_srli_epi16(packed, 4), pair),
-                               _mm512_and_si512(_mm512_srli_epi16(packed, 6), pair)};
-      for (uint32_t i = 0; i < tile.queries; ++i) {
-        const size_t at = size_t{i} * tile.blocks + b;
-        int32_t four[4];
-        std::memcpy(four, tile.weights + at * kCodeBlockKeys, sizeof(four));
-        __m512i sum = _mm512_setzero_si512();
-        for (int s = 0; s < 4; ++s) {
-          sum = _mm512_dpbusd_epi32(sum, code[s], _mm512_set1_epi32(four[s]));
-        }
-        float* const acc = tile.acc + size_t{i} * tile.head_dim + g * 16;
-        _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(tile.unit[at]),
-                                              _mm512_loadu_ps(acc)));
-      }
-    }
-  }
-}
-
 void SumCentroidsAvx512(const CentroidTile& tile) {
   constexpr uint32_t kVectors = kCodeCoordinates / 4;
   for (uint32_t b = 0; b < tile.blocks; ++b) {

@@ -50,24 +50,6 @@ uint64_t FindCodesScalar(const CodeTile& tile, const int32_t* least) {
   return found;
 }
 
-void AddValuesScalar(const ValueTile& tile) {
-  for (uint32_t b = 0; b < tile.blocks; ++b) {
-    const uint8_t* const block = tile.codes + size_t{tile.which[b]} * tile.head_dim * 4;
-    for (uint32_t i = 0; i < tile.queries; ++i) {
-      const size_t at = size_t{i} * tile.blocks + b;
-      const int8_t* const weights = tile.weights + at * kCodeBlockKeys;
-      if (tile.unit[at] == 0) continue;
-      for (uint32_t d = 0; d < tile.head_dim; ++d) {
-        int32_t sum = 0;
-        for (uint32_t t = 0; t < kCodeBlockKeys; ++t) {
-          sum += weights[t] * (block[d * 4 + t % 4] >> t / 4 * 2 & 3);
-        }
-        tile.acc[size_t{i} * tile.head_dim + d] += tile.unit[at] * static_cast<float>(sum);
-      }
-    }
-  }
-}
-
 void SumCentroidsScalar(const CentroidTile& tile) {
   for (uint32_t b = 0; b < tile.blocks; ++b) {
     const uint32_t at = tile.which == nullptr ? b : tile.which[b];

@@ -95,16 +95,38 @@ struct CentroidTile {
   size_t ld_out;
 };
 
-// acc[i * head_dim + d] += sum over blocks b and tokens t of unit[i * blocks + b] *
-// weights[(i * blocks + b) * 16 + t] * code(b, t, d). A block is 16 tokens in head_dim / 16 vectors
-// of 64 bytes, a dimension in each lane of 4 bytes: byte j has token 4 s + j in bits 2 s, 2 s + 1.
-struct ValueTile {
-  const uint8_t* codes;   // [][head_dim * 4]
-  const uint32_t* which;  // [blocks] to take
-  uint32_t blocks;
-  uint32_t head_dim;      // a multiple of 16
-  const int8_t* weights;
-  const float* unit;
+// Rows of coded keys. Eight consecutive coordinates are a group of 8 * bits consecutive bits, low
+// first; 64 coordinates, a part, begin at a byte of their own and fill at most 64 bytes. Coordinate c
+// is (the 8 bytes from[c & ~7 .. c | 7] of its part) >> shift[c] & mask[c]; coordinates behind the
+// last have weight 0. A line behind the last row is readable.
+struct KeyRowTile {
+  const uint8_t* rows;
+  size_t stride;            // in bytes
+  const uint32_t* which;    // [count] rows to take
+  uint32_t count;
+  uint32_t parts;
+  const uint16_t* part;     // [parts] where each begins in a row
+  const uint8_t* from;      // [parts * 64]
+  const uint8_t* shift;
+  const uint8_t* mask;
+  const int8_t* weights;    // [queries][parts * 64]
+  uint32_t queries;
+  int32_t* out;             // out[i * ld_out + r]
+  size_t ld_out;
+};
+
+// acc[i * dims + d] += sum over r of weights[i * ld_weights + r] * (code(which[r], d) - 7.5). Of
+// each kValueRowGroup dimensions the first half are the low, the others the high 4 bits of as many
+// bytes.
+inline constexpr uint32_t kValueRowGroup = 32;
+struct ValueRowTile {
+  const uint8_t* rows;
+  size_t stride;          // in bytes
+  const uint32_t* which;  // [count] rows to take
+  uint32_t count;
+  uint32_t dims;          // a multiple of kValueRowGroup
+  const float* weights;
+  size_t ld_weights;
   uint32_t queries;
   float* acc;
 };
@@ -122,7 +144,8 @@ struct Table {
   // A bit for each of at most 64 blocks b in which some key's sum for some query i is at least
   // least[i * ld_out + b]; the tile's `out` is not used.
   uint64_t (*find_codes)(const CodeTile&, const int32_t* least);
-  void (*add_values)(const ValueTile&);
+  void (*score_key_rows)(const KeyRowTile&);
+  void (*add_value_rows)(const ValueRowTile&);
   void (*sum_centroids)(const CentroidTile&);
 };
 

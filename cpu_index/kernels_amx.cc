@@ -1,6 +1,7 @@
 // AMX tiles for bf16 and fp16 keys and values; all else as AVX-512.
 #include "cpu_index/attend_amx.h"
 #include "cpu_index/codes_avx512.h"
+#include "cpu_index/rows_avx512.h"
 
 namespace quarry::kernels {
 namespace {
@@ -96,7 +97,8 @@ const Table& AmxTable() {
       .scale = Scale<Vector>,
       .sum_codes = SumCodesAvx512,
       .find_codes = FindCodesAvx512,
-      .add_values = AddValuesAvx512,
+      .score_key_rows = ScoreKeyRowsAvx512,
+      .add_value_rows = AddValueRowsAvx512,
       .sum_centroids = SumCentroidsAvx512,
   };
   return kTable;

@@ -3,6 +3,7 @@
 
 #include "cpu_index/attend_vector.h"
 #include "cpu_index/codes_scalar.h"
+#include "cpu_index/rows_scalar.h"
 
 namespace quarry::kernels {
 namespace {
@@ -85,7 +86,8 @@ const Table& Avx2Table() {
       .scale = Scale<Vector>,
       .sum_codes = SumCodesScalar,
       .find_codes = FindCodesScalar,
-      .add_values = AddValuesScalar,
+      .score_key_rows = ScoreKeyRowsScalar,
+      .add_value_rows = AddValueRowsScalar,
       .sum_centroids = SumCentroidsScalar,
   };
   return kTable;

@@ -1,5 +1,6 @@
 // AVX-512 with BF16.
 #include "cpu_index/codes_avx512.h"
+#include "cpu_index/rows_avx512.h"
 #include "cpu_index/vector_avx512.h"
 
 namespace quarry::kernels {
@@ -16,7 +17,8 @@ const Table& Avx512Table() {
       .scale = Scale<Vector>,
       .sum_codes = SumCodesAvx512,
       .find_codes = FindCodesAvx512,
-      .add_values = AddValuesAvx512,
+      .score_key_rows = ScoreKeyRowsAvx512,
+      .add_value_rows = AddValueRowsAvx512,
       .sum_centroids = SumCentroidsAvx512,
   };
   return kTable;

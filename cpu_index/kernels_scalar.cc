@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cpu_index/codes_scalar.h"
+#include "cpu_index/rows_scalar.h"
 #include "cpu_index/kernels.h"
 
 namespace quarry::kernels {
@@ -148,7 +149,8 @@ const Table& ScalarTable() {
       .scale = Scale,
       .sum_codes = SumCodesScalar,
       .find_codes = FindCodesScalar,
-      .add_values = AddValuesScalar,
+      .score_key_rows = ScoreKeyRowsScalar,
+      .add_value_rows = AddValueRowsScalar,
       .sum_centroids = SumCentroidsScalar,
   };
   return kTable;

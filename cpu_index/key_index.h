@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <span>
 #include <string_view>
@@ -50,8 +51,8 @@ struct QueryBlock {
 };
 
 // Coarse scores of one run: of nodes (tokens, or groups of tokens), per query.
-// Dense: every node has a score; the exact scan has one node per token with its exact score, in
-// token order.
+// Dense: every query has a score for each node; the exact scan has one node per token with its exact
+// score, in token order.
 // Lists: each query has only the nodes that an index found for it, in rising order.
 // What is not refined is either dropped, or estimated: then its doubts are known.
 struct CoarseScores {
@@ -59,16 +60,28 @@ struct CoarseScores {
   uint32_t nodes = 0;
   std::vector<float> score;      // dense: [queries][nodes]; lists: one behind another.
                                  // -infinity outside the query's range
-  std::vector<uint32_t> weight;  // [nodes], or as the lists: tokens per node; empty: one each
-  std::vector<float> doubt;      // as the lists: log of the length of the error that estimating
-                                 // the node makes in the sum of e^score * value. Errors of groups
-                                 // add up, those of single tokens are independent but for a part.
-                                 // Empty: what is not refined is dropped
-  float common_doubt = 0;        // that part: it adds up, by the tokens' doubts
-  std::vector<float> length;     // [queries] if there are doubts: log of the length of that sum
   std::vector<uint32_t> first;   // lists: [queries + 1], where each begins; dense: empty
-  std::vector<uint32_t> node;    // lists: the node of each score
+  std::vector<uint32_t> node;    // lists: the node of each score; dense: the index's own notes of
+                                 // which nodes these are
   uint64_t bytes = 0;            // of keys and index data read, shared reads counted once
+
+  // Nodes that are alike, dense only: those from the previous stretch's end on. Empty: nodes are
+  // tokens, and what is not refined is dropped.
+  struct Stretch {
+    uint32_t end = 0;     // a node
+    uint32_t weight = 1;  // tokens of each node
+    // Where what is not refined is estimated, its error makes the sum of e^score * value wrong by a
+    // vector of some length: log of that length, by e^score. Errors of groups add up, those of
+    // single tokens are independent but for a part. -infinity: it is dropped.
+    float doubt = -std::numeric_limits<float>::infinity();
+  };
+  std::vector<Stretch> stretches;
+  std::vector<float> length;  // [queries] if there are doubts: log of the length of that sum
+  float common_doubt = 0;     // the part of tokens' doubts that adds up
+  // What is left of a token's doubt where it is refined, unless it is read exactly; and how far (in
+  // log) its score should be above the least that is refined for that.
+  float refined_doubt = 0;
+  float exact_above = 0;
 
   bool dense() const { return first.empty(); }
   // One query's scores, and the node of the i-th of them.
@@ -86,10 +99,9 @@ struct CoarseScores {
     nodes = 0;
     bytes = 0;
     score.clear();
-    weight.clear();
-    doubt.clear();
+    stretches.clear();
     length.clear();
-    common_doubt = 0;
+    common_doubt = refined_doubt = exact_above = 0;
     first.clear();
     node.clear();
   }
@@ -100,6 +112,9 @@ struct CoarseScores {
 struct RunAllotment {
   std::vector<float> threshold;  // [queries]
   std::vector<uint32_t> ties;    // [queries]
+  // [queries] of what is refined, tokens with a score above it are read exactly, others may be
+  // approximated as the coarse scores' refined_doubt says. Empty: all are read exactly.
+  std::vector<float> exact;
 };
 
 // An index over one immutable run, or over a growing tail through a fresh view per query.
@@ -119,8 +134,8 @@ class KeyIndex {
   // First pass of a budgeted query.
   virtual void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const = 0;
 
-  // Second pass: exact attention over what was allotted; merged into acc. Its bytes are those of
-  // both passes.
+  // Second pass: attention over what was allotted, and an estimate of the rest where there are
+  // doubts; merged into acc. Its bytes are those of both passes.
   virtual void Refine(const KvView& run, const QueryBlock& queries, const CoarseScores& coarse,
                       const RunAllotment& allotment, std::span<Partial> acc) const = 0;
 };

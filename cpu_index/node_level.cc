@@ -14,9 +14,7 @@ static_assert(NodeLevel::kBlockNodes * NodeLevel::kCentreBytes == kernels::kCent
 
 }  // namespace
 
-NodeLevel::NodeLevel(std::span<const float> rows, uint32_t rows_per_node,
-                     std::vector<uint16_t> values, float lost_variance)
-    : values_(std::move(values)) {
+NodeLevel::NodeLevel(std::span<const float> rows, uint32_t rows_per_node, float lost_variance) {
   const auto n = static_cast<uint32_t>(rows.size() / kWidth);
   rows_ = n;
   rows_per_node_ = rows_per_node;
@@ -114,7 +112,7 @@ void NodeLevel::Score(std::span<const Query> queries, const uint32_t* which, uin
 }
 
 uint64_t NodeLevel::memory_bytes() const {
-  return centres_.size() + 4 * (variance_.size() + step_.size()) + 2 * values_.size();
+  return centres_.size() + 4 * (variance_.size() + step_.size());
 }
 
 }  // namespace quarry

@@ -1,5 +1,4 @@
-// One level of groups of keys that lie together: their centres as bytes, their spread, their
-// values.
+// One level of groups of keys that lie together: their centres as bytes, and their spread.
 #pragma once
 
 #include <algorithm>
@@ -16,10 +15,9 @@ namespace quarry {
 // Immutable after construction; thread-safe.
 class NodeLevel {
  public:
-  // rows: [n][KeyCodes::kCoordinates], reordered. values: bf16 [nodes][head_dim], the means of each
-  // node's values. lost_variance: of the scores, outside the coordinates.
-  NodeLevel(std::span<const float> rows, uint32_t rows_per_node, std::vector<uint16_t> values,
-            float lost_variance);
+  // rows: [n][KeyCodes::kCoordinates], reordered. lost_variance: of the scores, outside the
+  // coordinates.
+  NodeLevel(std::span<const float> rows, uint32_t rows_per_node, float lost_variance);
 
   uint32_t nodes() const { return nodes_; }
   // Tokens of a node: rows_per_node but for the last.
@@ -38,7 +36,6 @@ class NodeLevel {
   float Lowered(uint32_t node, float lifted, float breadth) const {
     return 2 * lifted - Lifted(node, lifted, breadth);
   }
-  std::span<const uint16_t> values() const { return values_; }
   // [KeyCodes::kCoordinates] as it is stored, and so as it is scored.
   void Centre(uint32_t node, std::span<float> out) const;
 
@@ -72,7 +69,6 @@ class NodeLevel {
   std::vector<uint8_t> centres_;            // blocks of kBlockNodes * kCentreBytes
   // [nodes] of the tokens' scores around their centre's, for a typical query.
   std::vector<float> variance_;
-  std::vector<uint16_t> values_;
 };
 
 }  // namespace quarry

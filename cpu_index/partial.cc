@@ -21,6 +21,7 @@ void Partial::Merge(const Partial& other) {
   const float mine = Weight(max, largest), theirs = Weight(other.max, largest);
   for (size_t d = 0; d < acc.size(); ++d) acc[d] = mine * acc[d] + theirs * other.acc[d];
   sum = mine * sum + theirs * other.sum;
+  doubt = mine * mine * doubt + theirs * theirs * other.doubt;
   max = largest;
 }
 
@@ -32,6 +33,12 @@ float Partial::Finish(std::span<float> o) const {
   const float scale = 1.0f / sum;
   for (size_t d = 0; d < o.size(); ++d) o[d] = acc[d] * scale;
   return max + std::log(sum);
+}
+
+float Partial::RelativeError() const {
+  float squares = 0;
+  for (float x : acc) squares += x * x;
+  return doubt > 0 ? std::sqrt(doubt / std::max(squares, 1e-30f)) : 0;
 }
 
 void MergeFinished(std::span<float> o_a, float* lse_a, std::span<const float> o_b, float lse_b) {

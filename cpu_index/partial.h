@@ -15,10 +15,15 @@ struct Partial {
   uint64_t tokens = 0;         // attended
   uint64_t bytes = 0;          // of K, V and index data read, shared reads counted once
   std::span<float> acc;        // [head_dim], owned by the caller, zero at the start
+  // Expected square of the length of acc's error, where parts of it are estimated: those of
+  // disjoint sets are taken as independent.
+  float doubt = 0;
 
   void Merge(const Partial& other);
   // Writes o [head_dim] and returns lse. An empty set gives o = 0 and -infinity.
   float Finish(std::span<float> o) const;
+  // The expected length of o's error by that of o; 0 for an empty set.
+  float RelativeError() const;
 };
 
 // Merges two finished partials (o, lse) of disjoint sets: o_a, lse_a become the merge. Either may

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -17,18 +18,24 @@ class RunRows {
     for (const KvSegment& segment : run.segments) ends_.push_back(segment.tokens.hi);
   }
 
-  void Widen(uint32_t token, float* out) const {
+  // The token's key or value, [head_dim] of the run's dtype.
+  const std::byte* At(uint32_t token) const {
     const uint32_t t = first_ + token;
     const size_t at = std::upper_bound(ends_.begin(), ends_.end(), t) - ends_.begin();
     const KvSegment& segment = run_.segments[at];
-    const void* const data = part_ == KvPart::kKey ? segment.k : segment.v;
-    const size_t row = size_t{t - segment.tokens.lo} * run_.head_dim;
+    const auto* const data =
+        static_cast<const std::byte*>(part_ == KvPart::kKey ? segment.k : segment.v);
+    return data + size_t{t - segment.tokens.lo} * run_.head_dim * DTypeBytes(run_.dtype);
+  }
+
+  void Widen(uint32_t token, float* out) const {
+    const std::byte* const data = At(token);
     if (run_.dtype == DType::kBf16) {
-      const auto* const bits = static_cast<const uint16_t*>(data) + row;
+      const auto* const bits = reinterpret_cast<const uint16_t*>(data);
       for (uint32_t d = 0; d < run_.head_dim; ++d) out[d] = Bf16ToFloat(bits[d]);
       return;
     }
-    for (uint32_t d = 0; d < run_.head_dim; ++d) out[d] = LoadAsFloat(data, row + d, run_.dtype);
+    for (uint32_t d = 0; d < run_.head_dim; ++d) out[d] = LoadAsFloat(data, d, run_.dtype);
   }
 
  private:

@@ -92,6 +92,7 @@ AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
     for (size_t u = 0; u < units_.size(); ++u) {
       allotments_[u].threshold.resize(units_[u].members.size() * group_);
       allotments_[u].ties.resize(units_[u].members.size() * group_);
+      allotments_[u].exact.resize(units_[u].members.size() * group_);
     }
     lost_mass_.resize(members_.size() * group_);
   }
@@ -191,6 +192,7 @@ void AttendLane::Allocate(uint32_t query) {
     RunAllotment& allotment = allotments_[places[i].unit];
     allotment.threshold[places[i].row] = shares[i].threshold;
     allotment.ties[places[i].row] = shares[i].ties;
+    allotment.exact[places[i].row] = shares[i].exact;
   }
   lost_mass_[query] = static_cast<float>(1.0 - mass);
 }

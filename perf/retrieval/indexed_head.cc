@@ -68,7 +68,7 @@ void IndexedHead::Attended(const Unit& unit, const CoarseScores& coarse,
     attended_(*unit.index, coarse, allotment, query, out);
     return;
   }
-  QUARRY_CHECK(coarse.weight.empty());
+  QUARRY_CHECK(coarse.stretches.empty());
   const std::span<const float> row = coarse.Row(query);
   uint32_t ties = allotment.ties[query];
   for (size_t i = 0; i < row.size(); ++i) {
@@ -96,6 +96,7 @@ void HeadAnswer::Reset(const QueryBlock& queries, size_t units) {
   for (RunAllotment& allotment : allotments_) {
     allotment.threshold.resize(queries.queries);
     allotment.ties.resize(queries.queries);
+    allotment.exact.resize(queries.queries);
   }
 }
 
@@ -120,6 +121,7 @@ void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries, cons
     for (size_t u = 0; u < units.size(); ++u) {
       allotments_[u].threshold[i] = shares[u].threshold;
       allotments_[u].ties[i] = shares[u].ties;
+      allotments_[u].exact[i] = shares[u].exact;
     }
   }
   for (size_t u = 0; u < units.size(); ++u) {

@@ -35,7 +35,9 @@ struct Cut {
       c.tokens = {static_cast<uint32_t>(lo), static_cast<uint32_t>(lo + n)};
       c.score.assign(n, 1e9f);
       c.score.insert(c.score.end(), score.begin() + lo, score.begin() + lo + n);
-      if (!weight.empty()) c.weight.assign(weight.begin() + lo, weight.begin() + lo + n);
+      for (uint32_t i = 0; i < n && !weight.empty(); ++i) {
+        c.stretches.push_back({i + 1, weight[lo + i]});
+      }
       coarse.push_back(std::move(c));
     }
     for (const CoarseScores& c : coarse) runs.push_back({&c, 1});
@@ -47,14 +49,12 @@ struct Cut {
     for (CoarseScores& c : coarse) {
       const CoarseScores dense = c;
       c.score.clear();
-      c.weight.clear();
       c.first = {0};
       for (uint32_t row = 0; row < 2; ++row) {
         for (uint32_t i = 0; i < dense.nodes; ++i) {
           if (dense.Row(row)[i] == kMasked) continue;
           c.score.push_back(dense.Row(row)[i]);
           c.node.push_back(i);
-          if (!dense.weight.empty()) c.weight.push_back(dense.weight[i]);
         }
         c.first.push_back(static_cast<uint32_t>(c.score.size()));
       }
@@ -178,21 +178,17 @@ TEST(BudgetTest, GroupsOfTokensAreTakenWholeUntilTheirTokensReachTheBudget) {
   }
 }
 
-TEST(BudgetTest, ListsOfTheNodesInRangeShareOutLikeAllNodes) {
+TEST(BudgetTest, ListsOfTheTokensInRangeShareOutLikeAllTokens) {
   SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed() + 3);
-  for (bool with_weights : {false, true}) {
-    const std::vector<float> score = RandomScores(700, 2.0f, true, &random);
-    std::vector<uint32_t> weight(with_weights ? score.size() : 0);
-    for (uint32_t& w : weight) w = 1 + random() % 32;
-    for (const Budget& budget : {Budget{}, FixedK(1), FixedK(64), FixedK(100000), TopP(0.9f)}) {
-      for (size_t run_nodes : {700u, 50u, 3u}) {
-        Cut dense(score, weight, run_nodes), lists(score, weight, run_nodes);
-        lists.MakeLists();
-        const double captured = AllocateBudget(budget, dense.runs, dense.shares);
-        EXPECT_EQ(AllocateBudget(budget, lists.runs, lists.shares), captured);
-        ASSERT_EQ(lists.Selected(), dense.Selected()) << "runs of " << run_nodes;
-      }
+  const std::vector<float> score = RandomScores(700, 2.0f, true, &random);
+  for (const Budget& budget : {Budget{}, FixedK(1), FixedK(64), FixedK(100000), TopP(0.9f)}) {
+    for (size_t run_nodes : {700u, 50u, 3u}) {
+      Cut dense(score, {}, run_nodes), lists(score, {}, run_nodes);
+      lists.MakeLists();
+      const double captured = AllocateBudget(budget, dense.runs, dense.shares);
+      EXPECT_EQ(AllocateBudget(budget, lists.runs, lists.shares), captured);
+      ASSERT_EQ(lists.Selected(), dense.Selected()) << "runs of " << run_nodes;
     }
   }
 }

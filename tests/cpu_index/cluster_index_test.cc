@@ -139,13 +139,15 @@ Answer Approximate(const Head& head, const ClusterIndex& index, const QueryBlock
   CoarseScores coarse;
   index.Score(head.view, queries, &coarse);
   RunAllotment allotment{std::vector<float>(queries.queries),
-                         std::vector<uint32_t>(queries.queries)};
+                         std::vector<uint32_t>(queries.queries),
+                         std::vector<float>(queries.queries)};
   for (uint32_t i = 0; i < queries.queries; ++i) {
     const RunScores scores{&coarse, i};
     RunShare share;
-    answer.predicted.push_back(1 - AllocateBudget(budget, {&scores, 1}, {&share, 1}, other_length));
+    AllocateBudget(budget, {&scores, 1}, {&share, 1}, other_length);
     allotment.threshold[i] = share.threshold;
     allotment.ties[i] = share.ties;
+    allotment.exact[i] = share.exact;
   }
   std::vector<float> acc(size_t{queries.queries} * head.head_dim);
   std::vector<Partial> partials(queries.queries);
@@ -156,6 +158,7 @@ Answer Approximate(const Head& head, const ClusterIndex& index, const QueryBlock
   for (const Partial& partial : partials) {
     answer.o.emplace_back(head.head_dim);
     answer.lse.push_back(partial.Finish(answer.o.back()));
+    answer.predicted.push_back(partial.RelativeError());
     answer.tokens += partial.tokens;
     answer.bytes += partial.bytes;
   }

@@ -136,38 +136,5 @@ TEST_F(CodesKernelsTest, SumsOfCentroidsFollowTheLayout) {
   }
 }
 
-TEST_F(CodesKernelsTest, WeightedValuesFollowTheLayout) {
-  for (const uint32_t head_dim : {16u, 96u, 128u}) {
-    std::vector<int8_t> weights(kQueries * which_.size() * kCodeBlockKeys);
-    for (int8_t& w : weights) w = static_cast<int8_t>(random_() % 128);
-    std::vector<float> unit(kQueries * which_.size());
-    for (float& u : unit)
-      u = random_() % 4 == 0 ? 0.0f : 0.001f * static_cast<float>(random_() % 99);
-    std::vector<double> wanted(kQueries * head_dim, 1.0);
-    for (uint32_t i = 0; i < kQueries; ++i) {
-      for (size_t b = 0; b < which_.size(); ++b) {
-        const uint8_t* const block = codes_.data() + which_[b] * head_dim * 4;
-        const size_t at = i * which_.size() + b;
-        for (uint32_t d = 0; d < head_dim; ++d) {
-          for (uint32_t t = 0; t < kCodeBlockKeys; ++t) {
-            const int code = block[4 * d + t % 4] >> (2 * (t / 4)) & 3;
-            wanted[i * head_dim + d] += double{unit[at]} * weights[at * kCodeBlockKeys + t] * code;
-          }
-        }
-      }
-    }
-    for (const SimdLevel level : SupportedSimdLevels()) {
-      std::vector<float> acc(kQueries * head_dim, 1.0f);
-      KernelsOf(level).add_values({codes_.data(), which_.data(),
-                                   static_cast<uint32_t>(which_.size()), head_dim, weights.data(),
-                                   unit.data(), kQueries, acc.data()});
-      for (size_t at = 0; at < acc.size(); ++at) {
-        ASSERT_NEAR(acc[at], wanted[at], 1e-4 * std::abs(wanted[at]) + 1e-3)
-            << SimdLevelName(level) << " head_dim " << head_dim << " at " << at;
-      }
-    }
-  }
-}
-
 }  // namespace
 }  // namespace quarry

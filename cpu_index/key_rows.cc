@@ -1,0 +1,160 @@
+#include "cpu_index/key_rows.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+
+#include "cpu_index/simd.h"
+#include "proto/check.h"
+
+namespace quarry {
+namespace {
+
+constexpr uint32_t kMostBits = 8;
+// Uniform quantisers of a normal distribution with the least mean square error: their steps in
+// standard deviations, and that error by the variance, for 0 to 8 bits.
+constexpr float kStep[] = {0, 1.596f, 0.9957f, 0.586f, 0.3352f, 0.1881f, 0.1041f, 0.0569f, 0.0308f};
+constexpr float kError[] = {1,        0.3634f,  0.1188f,  0.03744f,  0.01154f,
+                            0.00349f, 0.00104f, 0.000304f, 0.0000877f};
+
+// Bits for each group, as many as its coordinates' share of the error deserves: the next bit always
+// goes where it takes most away.
+std::vector<uint8_t> ShareBits(std::span<const float> variance, uint32_t bytes) {
+  std::vector<uint8_t> width(variance.size());
+  for (uint32_t spent = 0; spent < bytes; ++spent) {
+    uint32_t best = 0;
+    float most = -1;
+    for (uint32_t g = 0; g < width.size(); ++g) {
+      if (width[g] == kMostBits) continue;
+      const float gain = variance[g] * (kError[width[g]] - kError[width[g] + 1]);
+      if (gain > most) {
+        most = gain;
+        best = g;
+      }
+    }
+    if (most <= 0) break;
+    ++width[best];
+  }
+  return width;
+}
+
+float Levels(uint32_t bits) { return static_cast<float>(1u << bits); }
+
+}  // namespace
+
+KeyRows::KeyRows(uint32_t rows, std::span<const float> variance)
+    : coordinates_(static_cast<uint32_t>(variance.size())),
+      step_(variance.size()),
+      inverse_step_(variance.size()),
+      rows_(rows, coordinates_ / 2) {
+  QUARRY_CHECK(coordinates_ % kGroup == 0 && coordinates_ > 0 && coordinates_ <= 512);
+  std::vector<float> of_group(coordinates_ / kGroup);
+  for (uint32_t c = 0; c < coordinates_; ++c) of_group[c / kGroup] += variance[c];
+  width_ = ShareBits(of_group, coordinates_ / 2);
+  const uint32_t padded = (coordinates_ + 63) / 64 * 64;
+  from_.resize(padded);
+  shift_.resize(padded);
+  mask_.resize(padded);
+  uint16_t at = 0;  // the group's first byte
+  for (uint32_t g = 0; g < width_.size(); ++g) {
+    if (g % 8 == 0) part_.push_back(at);
+    const uint32_t bits = width_[g];
+    for (uint32_t i = 0; i < kGroup; ++i) {
+      const uint32_t c = g * kGroup + i;
+      from_[c] = static_cast<uint8_t>(at - part_.back() + (bits > 0 ? std::min(i, bits - 1) : 0));
+      shift_[c] = static_cast<uint8_t>(i * bits);
+      mask_[c] = static_cast<uint8_t>((1u << bits) - 1);
+      step_[c] = kStep[bits] * std::sqrt(variance[c]);
+      inverse_step_[c] = step_[c] > 0 ? 1 / step_[c] : 0;
+      error_variance_ += variance[c] * kError[bits];
+    }
+    at = static_cast<uint16_t>(at + bits);
+  }
+}
+
+void KeyRows::Store(uint32_t row, std::span<const float> coordinates) {
+  uint8_t* bytes = rows_.Row(row);
+  for (uint32_t g = 0; g < width_.size(); ++g) {
+    const uint32_t bits = width_[g];
+    const float half = Levels(bits) / 2;
+    uint64_t packed = 0;
+    for (uint32_t i = 0; i < kGroup && bits > 0; ++i) {
+      const uint32_t c = g * kGroup + i;
+      // Shifted above zero first: a conversion rounds towards it.
+      const auto level = static_cast<uint64_t>(
+          std::clamp(coordinates[c] * inverse_step_[c], -half, half - 0.5f) + half);
+      packed |= level << (i * bits);
+    }
+    std::memcpy(bytes, &packed, bits);
+    bytes += bits;
+  }
+}
+
+void KeyRows::Decode(uint32_t row, std::span<float> coordinates) const {
+  const uint8_t* bytes = rows_.Row(row);
+  for (uint32_t g = 0; g < width_.size(); ++g) {
+    const uint32_t bits = width_[g];
+    uint64_t packed = 0;
+    std::memcpy(&packed, bytes, bits);
+    bytes += bits;
+    for (uint32_t i = 0; i < kGroup; ++i) {
+      const uint32_t c = g * kGroup + i;
+      const auto level = static_cast<float>(packed >> shift_[c] & mask_[c]);
+      coordinates[c] = bits == 0 ? 0 : (level + 0.5f - Levels(bits) / 2) * step_[c];
+    }
+  }
+}
+
+KeyRows::Queries KeyRows::Prepare(std::span<const float> coordinates, uint32_t count) const {
+  Queries out;
+  out.count = count;
+  out.weight.resize(count * mask_.size());
+  std::vector<float> weight(coordinates_);
+  for (uint32_t i = 0; i < count; ++i) {
+    float largest = 0;
+    for (uint32_t c = 0; c < coordinates_; ++c) {
+      weight[c] = coordinates[size_t{i} * coordinates_ + c] * step_[c];
+      largest = std::max(largest, std::fabs(weight[c]));
+    }
+    const float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+    float offset = 0;
+    for (uint32_t c = 0; c < coordinates_; ++c) {
+      const auto w = static_cast<int8_t>(std::lround(weight[c] * inverse));
+      out.weight[i * mask_.size() + c] = w;
+      // A code stands for the middle of its interval.
+      offset += scale * static_cast<float>(w) * (0.5f - Levels(width_[c / kGroup]) / 2);
+    }
+    out.scale.push_back(scale);
+    out.offset.push_back(offset);
+  }
+  return out;
+}
+
+void KeyRows::Score(const Queries& queries, std::span<const uint32_t> which,
+                    std::span<float> out) const {
+  QUARRY_CHECK(out.size() == queries.count * which.size());
+  std::vector<int32_t> sums(out.size());
+  kernels::KeyRowTile tile{};
+  tile.rows = rows_.data();
+  tile.stride = rows_.stride();
+  tile.which = which.data();
+  tile.count = static_cast<uint32_t>(which.size());
+  tile.parts = static_cast<uint32_t>(part_.size());
+  tile.part = part_.data();
+  tile.from = from_.data();
+  tile.shift = shift_.data();
+  tile.mask = mask_.data();
+  tile.weights = queries.weight.data();
+  tile.queries = queries.count;
+  tile.out = sums.data();
+  tile.ld_out = which.size();
+  Kernels().score_key_rows(tile);
+  for (size_t i = 0, at = 0; i < queries.count; ++i) {
+    for (size_t r = 0; r < which.size(); ++r, ++at) {
+      out[at] = queries.scale[i] * static_cast<float>(sums[at]) + queries.offset[i];
+    }
+  }
+}
+
+}  // namespace quarry

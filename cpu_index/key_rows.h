@@ -1,0 +1,55 @@
+// Keys in 4 bits a coordinate, one row for each: what is read of tokens that codes single out.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cpu_index/row_bytes.h"
+
+namespace quarry {
+
+// Rows of head_dim / 2 bytes. Eight consecutive coordinates have one width in bits, more where they
+// vary more, so that all of them err alike; uniform steps. Immutable after the last Store;
+// thread-safe then.
+class KeyRows {
+ public:
+  static constexpr uint32_t kGroup = 8;
+
+  // variance: [coordinates] of what will be stored, a multiple of kGroup.
+  KeyRows(uint32_t rows, std::span<const float> variance);
+
+  // coordinates: [coordinates]; rows in any order, each once.
+  void Store(uint32_t row, std::span<const float> coordinates);
+  // What a row stands for.
+  void Decode(uint32_t row, std::span<float> coordinates) const;
+
+  // Queries made ready. coordinates: [queries][stride], of which the first ones count.
+  struct Queries {
+    uint32_t count = 0;
+    std::vector<int8_t> weight;        // [count][padded coordinates]
+    std::vector<float> scale, offset;  // [count]: score = scale * sum + offset
+  };
+  Queries Prepare(std::span<const float> coordinates, uint32_t count) const;
+
+  // out[i * which.size() + r]: the product of query i and row which[r].
+  void Score(const Queries& queries, std::span<const uint32_t> which, std::span<float> out) const;
+
+  // Of the rows `which`, rising: every line once.
+  uint64_t BytesOf(std::span<const uint32_t> which) const { return rows_.BytesOf(which); }
+  // The mean square of what rows miss, summed over the coordinates, where each has its variance.
+  float error_variance() const { return error_variance_; }
+  uint64_t memory_bytes() const { return rows_.bytes() + 4 * step_.size(); }
+
+ private:
+  const uint32_t coordinates_;
+  std::vector<uint8_t> width_;              // [groups] bits of a coordinate
+  std::vector<float> step_, inverse_step_;  // [coordinates]; 0 where nothing is stored
+  // [padded coordinates] how kernels take rows apart: see KeyRowTile.
+  std::vector<uint8_t> from_, shift_, mask_;
+  std::vector<uint16_t> part_;  // where each 64 coordinates begin, in bytes
+  float error_variance_ = 0;
+  RowBytes rows_;
+};
+
+}  // namespace quarry

@@ -1,0 +1,85 @@
+#include "cpu_index/value_rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu_index/simd.h"
+#include "proto/check.h"
+#include "proto/half.h"
+
+namespace quarry {
+namespace {
+
+// The step of the uniform quantiser of 16 levels with the least mean square error for a normal
+// distribution, in standard deviations.
+constexpr float kStep = 0.3352f;
+constexpr uint32_t kGroup = kernels::kValueRowGroup;
+
+constexpr uint32_t Padded(uint32_t head_dim) { return (head_dim + kGroup - 1) / kGroup * kGroup; }
+
+}  // namespace
+
+ValueRows::ValueRows(uint32_t rows, std::span<const float> deviation)
+    : head_dim_(static_cast<uint32_t>(deviation.size())),
+      scale_(rows),
+      rows_(rows, Padded(head_dim_) / 2) {
+  for (float d : deviation) {
+    step_.push_back(d * kStep);
+    inverse_step_.push_back(d > 0 ? 1 / (d * kStep) : 0);
+  }
+}
+
+void ValueRows::Store(uint32_t row, std::span<const float> value) {
+  float squares = 0;
+  for (uint32_t d = 0; d < head_dim_; ++d) {
+    const float steps = value[d] * inverse_step_[d];
+    squares += steps * steps;
+  }
+  scale_[row] = FloatToBf16(kStep * std::sqrt(squares / static_cast<float>(head_dim_)));
+  const float scale = Bf16ToFloat(scale_[row]);
+  const float inverse = scale > 0 ? 1 / scale : 0;
+  uint8_t* const bytes = rows_.Row(row);
+  for (uint32_t d = 0; d < head_dim_; ++d) {
+    const float level = std::clamp(value[d] * inverse_step_[d] * inverse + 8.0f, 0.0f, 15.5f);
+    const uint32_t in_group = d % kGroup;
+    bytes[d / kGroup * (kGroup / 2) + in_group % (kGroup / 2)] |= static_cast<uint8_t>(
+        static_cast<uint32_t>(level) << (in_group < kGroup / 2 ? 0 : 4));
+  }
+}
+
+void ValueRows::Decode(uint32_t row, std::span<float> value) const {
+  const std::vector<float> one{1.0f};
+  std::fill(value.begin(), value.end(), 0.0f);
+  AddWeighted({&row, 1}, one, 1, value);
+}
+
+void ValueRows::AddWeighted(std::span<const uint32_t> which, std::span<const float> weights,
+                            uint32_t queries, std::span<float> sums) const {
+  QUARRY_CHECK(weights.size() == queries * which.size() &&
+               sums.size() == size_t{queries} * head_dim_);
+  if (which.empty()) return;
+  const uint32_t padded = Padded(head_dim_);
+  std::vector<float> scaled(weights.begin(), weights.end()), acc(size_t{queries} * padded);
+  for (size_t r = 0; r < which.size(); ++r) {
+    const float scale = Bf16ToFloat(scale_[which[r]]);
+    for (uint32_t i = 0; i < queries; ++i) scaled[i * which.size() + r] *= scale;
+  }
+  kernels::ValueRowTile tile{};
+  tile.rows = rows_.data();
+  tile.stride = rows_.stride();
+  tile.which = which.data();
+  tile.count = static_cast<uint32_t>(which.size());
+  tile.dims = padded;
+  tile.weights = scaled.data();
+  tile.ld_weights = which.size();
+  tile.queries = queries;
+  tile.acc = acc.data();
+  Kernels().add_value_rows(tile);
+  for (uint32_t i = 0; i < queries; ++i) {
+    for (uint32_t d = 0; d < head_dim_; ++d) {
+      sums[size_t{i} * head_dim_ + d] += step_[d] * acc[size_t{i} * padded + d];
+    }
+  }
+}
+
+}  // namespace quarry

@@ -1,0 +1,41 @@
+// Values in 4 bits a dimension, one row for each token or group of tokens.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cpu_index/row_bytes.h"
+
+namespace quarry {
+
+// Uniform steps fitted to each dimension's deviation, and to each row's length: what is attended is
+// often longer than the rest, and would be cut off. Immutable after the last Store; thread-safe
+// then.
+class ValueRows {
+ public:
+  // deviation: [head_dim] root mean square of what will be stored.
+  ValueRows(uint32_t rows, std::span<const float> deviation);
+
+  // value: [head_dim]; rows in any order, each once.
+  void Store(uint32_t row, std::span<const float> value);
+  void Decode(uint32_t row, std::span<float> value) const;
+
+  // sums[i * head_dim + d] += sum over r of weights[i * which.size() + r] * row which[r].
+  void AddWeighted(std::span<const uint32_t> which, std::span<const float> weights,
+                   uint32_t queries, std::span<float> sums) const;
+
+  // Of the rows `which`, rising: every line once, and the rows' scales.
+  uint64_t BytesOf(std::span<const uint32_t> which) const {
+    return rows_.BytesOf(which) + which.size() * sizeof(uint16_t);
+  }
+  uint64_t memory_bytes() const { return rows_.bytes() + 2 * scale_.size() + 8 * step_.size(); }
+
+ private:
+  const uint32_t head_dim_;
+  std::vector<float> step_, inverse_step_;  // [head_dim]
+  std::vector<uint16_t> scale_;             // bf16 [rows] of each row's steps
+  RowBytes rows_;                           // see ValueRowTile
+};
+
+}  // namespace quarry

@@ -1,0 +1,101 @@
+#include "cpu_index/key_rows.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdio>
+#include <optional>
+#include <random>
+#include <vector>
+
+namespace quarry {
+namespace {
+
+// Rows of normal coordinates whose variance falls as in trained heads.
+struct Case {
+  explicit Case(uint32_t coordinates, uint32_t rows = 500) : random(std::random_device{}()) {
+    const uint32_t seed = random();
+    std::printf("seed %u\n", seed);
+    random.seed(seed);
+    std::normal_distribution<float> normal;
+    for (uint32_t c = 0; c < coordinates; ++c) {
+      variance.push_back(c == 3 ? 0.0f : 1.0f / (1.0f + 0.2f * c));
+      total += variance[c];
+    }
+    for (uint32_t at = 0; at < rows * coordinates; ++at) {
+      values.push_back(normal(random) * std::sqrt(variance[at % coordinates]));
+    }
+    keys.emplace(rows, variance);
+    for (uint32_t r = 0; r < rows; ++r) {
+      keys->Store(r, std::span(values).subspan(r * coordinates, coordinates));
+    }
+  }
+  std::mt19937 random;
+  std::vector<float> variance, values;
+  float total = 0;
+  std::optional<KeyRows> keys;
+};
+
+TEST(KeyRowsTest, FourBitsACoordinateMissAsLittleAsIsPromised) {
+  for (const uint32_t coordinates : {16u, 64u, 96u, 128u, 256u}) {
+    const Case c(coordinates);
+    double missed = 0;
+    std::vector<float> row(coordinates);
+    for (uint32_t r = 0; r < 500; ++r) {
+      c.keys->Decode(r, row);
+      for (uint32_t at = 0; at < coordinates; ++at) {
+        const double by = row[at] - c.values[r * coordinates + at];
+        missed += by * by / 500;
+      }
+    }
+    EXPECT_NEAR(missed / c.keys->error_variance(), 1, 0.25) << coordinates;
+    // Better than 4 bits for each alike.
+    EXPECT_LT(c.keys->error_variance(), 0.01155f * c.total) << coordinates;
+  }
+}
+
+TEST(KeyRowsTest, ScoresAreTheProductsWithWhatIsStored) {
+  for (const uint32_t coordinates : {16u, 64u, 96u, 256u}) {
+    Case c(coordinates);
+    std::normal_distribution<float> normal;
+    constexpr uint32_t kQueries = 5;
+    std::vector<float> q(kQueries * coordinates);
+    for (float& x : q) x = normal(c.random);
+    std::vector<uint32_t> which;
+    for (uint32_t r = 0; r < 500; r += 1 + c.random() % 5) which.push_back(r);
+    std::vector<float> scores(kQueries * which.size()), row(coordinates);
+    c.keys->Score(c.keys->Prepare(q, kQueries), which, scores);
+    for (uint32_t i = 0; i < kQueries; ++i) {
+      for (size_t r = 0; r < which.size(); ++r) {
+        c.keys->Decode(which[r], row);
+        double wanted = 0;
+        for (uint32_t d = 0; d < coordinates; ++d) wanted += double{q[i * coordinates + d]} * row[d];
+        // Weights are rounded to a 127th of the largest: half of that by each coordinate's part.
+        ASSERT_NEAR(scores[i * which.size() + r], wanted, 0.06 * std::sqrt(c.total)) << coordinates;
+      }
+    }
+  }
+}
+
+TEST(KeyRowsTest, LinesThatRowsShareCountOnce) {
+  const Case c(64);  // rows of 32 bytes
+  EXPECT_EQ(c.keys->BytesOf(std::vector<uint32_t>{}), 0u);
+  EXPECT_EQ(c.keys->BytesOf(std::vector<uint32_t>{0, 1}), 64u);
+  EXPECT_EQ(c.keys->BytesOf(std::vector<uint32_t>{1, 2, 7, 8}), 4 * 64u);
+  const Case wide(96);  // of 48: the second one lies across two lines
+  EXPECT_EQ(wide.keys->BytesOf(std::vector<uint32_t>{1}), 128u);
+  EXPECT_EQ(wide.keys->BytesOf(std::vector<uint32_t>{0, 1, 2, 3}), 192u);
+}
+
+TEST(KeyRowsTest, KeysThatDoNotVaryScoreNothing) {
+  KeyRows keys(3, std::vector<float>(64, 0.0f));
+  keys.Store(1, std::vector<float>(64, 5.0f));
+  const std::vector<float> q(64, 1.0f);
+  const std::vector<uint32_t> which{0, 1, 2};
+  std::vector<float> scores(3, -1.0f);
+  keys.Score(keys.Prepare(q, 1), which, scores);
+  EXPECT_EQ(scores, std::vector<float>(3, 0.0f));
+}
+
+}  // namespace
+}  // namespace quarry

@@ -1,0 +1,115 @@
+// Kernels over rows of coded keys and values: every level against the layout's own words.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "cpu_index/kernels.h"
+#include "cpu_index/simd.h"
+
+namespace quarry {
+namespace {
+
+constexpr uint32_t kRows = 200, kTaken = 77;
+
+class RowsKernelsTest : public ::testing::Test {
+ protected:
+  RowsKernelsTest() {
+    const uint32_t seed = std::random_device{}();
+    std::printf("seed %u\n", seed);
+    random_.seed(seed);
+    for (uint32_t r = 0; r < kTaken; ++r) which_.push_back(random_() % kRows);
+  }
+  void MakeRows(size_t stride) {
+    stride_ = stride;
+    bytes_.resize(kRows * stride + 64);
+    for (uint8_t& b : bytes_) b = static_cast<uint8_t>(random_());
+  }
+
+  std::mt19937 random_;
+  size_t stride_ = 0;
+  std::vector<uint8_t> bytes_;
+  std::vector<uint32_t> which_;
+};
+
+TEST_F(RowsKernelsTest, FieldsOfAnyWidthAreTakenApartAndWeighted) {
+  for (const uint32_t parts : {1u, 2u, 3u}) {
+    for (const uint32_t queries : {1u, 4u, 16u, 21u}) {
+      // Eight groups a part, of 0 to 8 bits; the last part's last groups hold nothing.
+      const uint32_t padded = parts * 64;
+      std::vector<uint8_t> from(padded), shift(padded), mask(padded);
+      std::vector<uint16_t> part;
+      std::vector<uint32_t> first_bit(padded);
+      uint32_t at = 0;
+      for (uint32_t c = 0; c < padded; c += 8) {
+        if (c % 64 == 0) part.push_back(static_cast<uint16_t>(at));
+        const uint32_t bits = c + 24 >= padded ? 0 : random_() % 9;
+        for (uint32_t j = 0; j < 8; ++j) {
+          from[c + j] = static_cast<uint8_t>(at - part.back() + std::min(j, bits - (bits > 0)));
+          shift[c + j] = static_cast<uint8_t>(j * bits);
+          mask[c + j] = static_cast<uint8_t>((1u << bits) - 1);
+          first_bit[c + j] = at * 8 + j * bits;
+        }
+        at += bits;
+      }
+      MakeRows(at + 3);
+      std::vector<int8_t> weights(queries * padded);
+      for (int8_t& w : weights) w = static_cast<int8_t>(random_() % 255 - 127);
+      std::vector<int32_t> wanted;
+      for (uint32_t i = 0; i < queries; ++i) {
+        for (uint32_t row : which_) {
+          int32_t sum = 0;
+          for (uint32_t c = 0; c < padded; ++c) {
+            int code = 0;
+            for (uint32_t bit = 0; mask[c] >> bit != 0; ++bit) {
+              const uint32_t b = first_bit[c] + bit;
+              code |= (bytes_[row * stride_ + b / 8] >> b % 8 & 1) << bit;
+            }
+            sum += weights[i * padded + c] * code;
+          }
+          wanted.push_back(sum);
+        }
+      }
+      for (const SimdLevel level : SupportedSimdLevels()) {
+        std::vector<int32_t> out(wanted.size(), -1);
+        KernelsOf(level).score_key_rows({bytes_.data(), stride_, which_.data(), kTaken, parts,
+                                         part.data(), from.data(), shift.data(), mask.data(),
+                                         weights.data(), queries, out.data(), kTaken});
+        EXPECT_EQ(out, wanted) << SimdLevelName(level) << ", " << queries << " queries";
+      }
+    }
+  }
+}
+
+TEST_F(RowsKernelsTest, WeightedValuesFollowTheLayout) {
+  for (const uint32_t dims : {32u, 64u, 96u, 128u}) {
+    MakeRows(dims / 2);
+    for (const uint32_t queries : {1u, 4u, 7u}) {
+      std::vector<float> weights(queries * kTaken);
+      for (float& w : weights) w = random_() % 4 == 0 ? 0.0f : 0.01f * (random_() % 99);
+      std::vector<double> wanted(queries * dims, 1.0);
+      for (uint32_t i = 0; i < queries; ++i) {
+        for (uint32_t r = 0; r < kTaken; ++r) {
+          for (uint32_t d = 0; d < dims; ++d) {
+            const uint8_t two = bytes_[which_[r] * stride_ + d / 32 * 16 + d % 16];
+            const int code = d % 32 < 16 ? two & 15 : two >> 4;
+            wanted[i * dims + d] += double{weights[i * kTaken + r]} * (code - 7.5);
+          }
+        }
+      }
+      for (const SimdLevel level : SupportedSimdLevels()) {
+        std::vector<float> acc(queries * dims, 1.0f);
+        KernelsOf(level).add_value_rows({bytes_.data(), stride_, which_.data(), kTaken, dims,
+                                         weights.data(), kTaken, queries, acc.data()});
+        for (size_t at = 0; at < acc.size(); ++at) {
+          ASSERT_NEAR(acc[at], wanted[at], 1e-2) << SimdLevelName(level) << " dims " << dims;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quarry
