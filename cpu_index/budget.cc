@@ -21,19 +21,19 @@ struct Node {
 
 std::span<const float> RowOf(const RunScores& run) { return run.coarse->Row(run.query); }
 
-// Calls f(scores, stretch) for each stretch of the row's nodes.
+// Calls f(scores, weight, stretch) for each stretch of the row's nodes.
 template <typename F>
 void ForStretches(const RunScores& run, F&& f) {
   const std::span<const float> row = RowOf(run);
-  if (run.coarse->stretches.empty()) return f(row, CoarseScores::Stretch{});
-  uint32_t begin = 0;
-  for (const CoarseScores::Stretch& stretch : run.coarse->stretches) {
-    if (stretch.end > begin) f(row.subspan(begin, stretch.end - begin), stretch);
-    begin = stretch.end;
+  const std::span<const CoarseScores::Stretch> stretches = run.coarse->stretches;
+  if (stretches.empty()) return f(row, 1u, size_t{0});
+  for (size_t s = 0, begin = 0; s < stretches.size(); begin = stretches[s++].end) {
+    if (stretches[s].end == begin) continue;
+    f(row.subspan(begin, stretches[s].end - begin), stretches[s].weight, s);
   }
 }
 
-bool HasDoubts(const RunScores& run) { return !run.coarse->length.empty(); }
+bool HasDoubts(const RunScores& run) { return !run.coarse->doubt.empty(); }
 
 float LargestScore(std::span<const RunScores> runs) {
   float largest = kMasked;
@@ -52,12 +52,11 @@ std::vector<Node> NodesInRange(std::span<const RunScores> runs, float largest) {
   nodes.reserve(total);
   std::vector<float> mass;
   for (const RunScores& run : runs) {
-    ForStretches(run, [&](std::span<const float> scores, const CoarseScores::Stretch& stretch) {
+    ForStretches(run, [&](std::span<const float> scores, uint32_t weight, size_t) {
       mass.assign(scores.begin(), scores.end());
       Kernels().exp_sum(mass.data(), mass.size(), largest);
       for (size_t i = 0; i < scores.size(); ++i) {
         if (scores[i] == kMasked) continue;
-        const uint32_t weight = stretch.weight;
         nodes.push_back({scores[i], mass[i] * static_cast<float>(weight), weight});
       }
     });
@@ -104,9 +103,10 @@ Cut FindCut(std::vector<Node>* nodes, uint64_t tokens, double mass) {
   return cut;
 }
 
-// Under Budget::kError: runs without doubts are attended whole, and of the others the nodes of the
-// largest scores are refined, until the doubts of those left add up to at most what is allowed. A
-// histogram of the scores: no sort, no exponential for a node, and the cut is true to kBinNats.
+// Under Budget::kError: runs without doubts are attended whole, and of the others the tokens of the
+// largest scores are refined, until the doubts of those left, and of groups, add up to at most what
+// is allowed. Groups stay closed: whether to open them was decided when they were scored. A histogram
+// of the scores: no sort, no exponential for a node, and the cut is true to kBinNats.
 class ErrorCut {
  public:
   // top: a log near the largest of all scores and lengths.
@@ -114,8 +114,10 @@ class ErrorCut {
 
   void Add(const RunScores& run) {
     const CoarseScores& coarse = *run.coarse;
-    ForStretches(run, [&](std::span<const float> scores, const CoarseScores::Stretch& stretch) {
-      AddAlike(scores, stretch, coarse);
+    const std::span<const float> doubt =
+        std::span(coarse.doubt).subspan(run.query * coarse.stretches.size());
+    ForStretches(run, [&](std::span<const float> scores, uint32_t weight, size_t stretch) {
+      AddAlike(scores, weight, doubt[stretch], coarse);
     });
     exact_bins_ = std::max(exact_bins_, static_cast<int>(coarse.exact_above / kBinNats));
   }
@@ -125,19 +127,21 @@ class ErrorCut {
     double error;            // that is left: a length relative to e^top
   };
   Result Find(double allowed, uint64_t most_tokens) const {
-    double squares = 0, groups = 0, refined = 0;
+    double squares = 0, common = closed_, refined = 0;
     for (const Bin& bin : bins_) {
       squares += bin.squares;
-      groups += bin.groups;
+      common += bin.common;
     }
+    // Where groups alone come near to what is allowed, tokens need not be much better than they.
+    allowed = std::max(allowed, kBesideGroups * closed_);
     uint64_t tokens = 0;
     int cut = 0, exact = 0;  // the first bins that are not refined, and not read exactly
-    const auto squared_error = [&] { return squares + refined + groups * groups; };
+    const auto squared_error = [&] { return squares + refined + common * common; };
     for (; cut < kBins && squared_error() > allowed * allowed; ++cut) {
       if (tokens + bins_[cut].tokens > most_tokens) break;
       tokens += bins_[cut].tokens;
       squares -= bins_[cut].squares;
-      groups -= bins_[cut].groups;
+      common -= bins_[cut].common;
       refined += bins_[cut].refined;
       if (cut >= exact_bins_) refined -= bins_[exact++].refined;
     }
@@ -145,14 +149,15 @@ class ErrorCut {
       refined -= bins_[exact].refined;
     }
     return {EdgeOf(cut), EdgeOf(exact),
-            std::sqrt(std::max(0.0, squares + refined) + groups * groups)};
+            std::sqrt(std::max(0.0, squares + refined) + common * common)};
   }
 
  private:
   static constexpr int kBins = 256;
   static constexpr float kBinNats = 0.125f;
+  static constexpr double kBesideGroups = 1.4;
   struct Bin {
-    double squares = 0, groups = 0;  // sums of squares; of what adds up
+    double squares = 0, common = 0;  // sums of squares; of what adds up
     double refined = 0;              // squares that are left when they are refined
     uint64_t tokens = 0;
   };
@@ -167,7 +172,7 @@ class ErrorCut {
     return static_cast<int>(std::clamp(depth, 0.0f, score == kMasked ? float{kBins} : kBins - 1.0f));
   }
 
-  void AddAlike(std::span<const float> scores, const CoarseScores::Stretch& stretch,
+  void AddAlike(std::span<const float> scores, uint32_t weight, float doubt,
                 const CoarseScores& coarse) {
     // Neighbours often share a bin: four tables, lest each waits for the one before.
     uint32_t count[4][kBins + 1] = {};
@@ -179,21 +184,22 @@ class ErrorCut {
     for (int b = 0; b < kBins; ++b) {
       const uint32_t n = count[0][b] + count[1][b] + count[2][b] + count[3][b];
       if (n == 0) continue;
-      const double one = std::exp(stretch.doubt - (b + 0.5) * kBinNats), all = one * n;
-      Bin& bin = bins_[b];
-      bin.tokens += uint64_t{n} * stretch.weight;
-      if (stretch.weight > 1) {
-        bin.groups += all;
+      const double one = std::exp(doubt - (b + 0.5) * kBinNats), all = one * n;
+      if (weight > 1) {
+        closed_ += all;
         continue;
       }
+      Bin& bin = bins_[b];
+      bin.tokens += n;
       bin.squares += one * all;
-      bin.groups += coarse.common_doubt * all;
+      bin.common += coarse.common_doubt * all;
       bin.refined += one * all * coarse.refined_doubt * coarse.refined_doubt;
     }
   }
 
   const float top_;
   int exact_bins_ = 0;
+  double closed_ = 0;  // what groups add up to
   Bin bins_[kBins];
 };
 

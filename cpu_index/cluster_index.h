@@ -40,13 +40,20 @@ class ClusterIndex final : public KeyIndex {
   void Selected(const CoarseScores& coarse, const RunAllotment& allotment, uint32_t query,
                 std::vector<uint32_t>* out) const;
 
-  // Every code is read: for heads whose mass lies on single tokens. Not while it is searched.
+  // Whether every code is read, as heads need whose mass lies on single tokens that groups hide. Build
+  // decides by the sampled queries; to be changed only while it is not searched.
+  bool open_all() const { return open_all_; }
   void set_open_all(bool open_all) { open_all_ = open_all; }
   uint64_t memory_bytes() const;
 
  private:
   struct Search;
-  struct Rows;
+  // Tokens whose rows are read.
+  struct Rows {
+    std::vector<uint32_t> places;  // rising
+    std::vector<float> score;      // [queries][places]; -infinity: not by its row, or not to be seen
+    uint64_t bytes = 0;
+  };
   // What the nodes of a level have inside, on average: tokens around their node's mean.
   struct Inside {
     std::vector<float> slope;       // [head_dim][head_dim] mean of value * (what its node misses
@@ -57,6 +64,12 @@ class ClusterIndex final : public KeyIndex {
     // The variance of this query's scores, by that of a typical one.
     float Breadth(std::span<const float> coordinates) const;
   };
+  // How much more than usual a query's scores vary around what they are estimated by, and so errors:
+  // factors of token_doubt_, leaf_doubt_ and super_doubt_.
+  struct Unrest {
+    float token = 1, leaf = 1, super = 1;
+  };
+  Unrest UnrestOf(std::span<const float> coordinates) const;
   enum class Depth { kSupers, kLeaves, kTokens, kAsNeeded };
   // What Build makes of a run.
   struct Parts {
@@ -106,7 +119,9 @@ class ClusterIndex final : public KeyIndex {
   std::vector<double> Errors(const Sampled& sampled, std::span<const float> answers,
                              std::span<const float> wanted) const;
   void Calibrate(const Sampled& sampled);
-  void CalibrateTokens(const Sampled& sampled, const CoarseScores& coarse);
+  void ChooseDepth(const Sampled& sampled);
+  std::vector<float> AnswersWithin(const Sampled& sampled, float tolerance) const;
+  void CalibrateTokens(const Sampled& sampled, std::span<const Unrest> unrest);
 
   // cluster_search.cc
   void Look(const KvView& run, const QueryBlock& queries, Depth depth, CoarseScores* out) const;
@@ -114,6 +129,7 @@ class ClusterIndex final : public KeyIndex {
   float CodeVariance(std::span<const float> coordinates) const;
   // Leaves with a token that stands out by its code; rising.
   std::vector<uint32_t> FindOutliers(float tolerance, Search* s) const;
+  float BestBy(std::span<const float> centre, const KeyCodes::Query& code, uint32_t count) const;
   void OpenSupers(float tolerance, std::span<const uint32_t> outliers, Search* s) const;
   void ScoreLeaves(Search* s) const;
   void OpenLeaves(float tolerance, std::span<const uint32_t> outliers, Search* s) const;
@@ -122,7 +138,9 @@ class ClusterIndex final : public KeyIndex {
   static uint32_t LeafAt(const Search& s, size_t at);
   void ListNodes(const Search& s, CoarseScores* out) const;
   void ScoreClosed(const Search& s, CoarseScores* out) const;
+  void Doubt(const Search& s, CoarseScores* out) const;
   void ScoreTokens(const Search& s, CoarseScores* out) const;
+  void Rank(const KvView& run, const Search& s, CoarseScores* out) const;
   void MaskTokens(const KvView& run, const QueryBlock& queries, CoarseScores* out) const;
 
   // cluster_refine.cc

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu_index/balanced_tree.h"
+#include "cpu_index/budget.h"
 #include "cpu_index/cluster_index.h"
 #include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
@@ -25,9 +26,10 @@ constexpr uint32_t kAttendedBy = 32;      // sampled queries that say which toke
 constexpr double kEvenShare = 0.2;        // of them, whether attended or not
 // Codes may be right for most tokens; of one that holds much of the mass they are not believed.
 constexpr float kLeastTokenDoubt = 0.7f;
+constexpr float kTried = 0.05f;  // a tolerated error
 constexpr float kLeastRowDoubt = 0.05f;
 constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
-constexpr uint32_t kToldQueries = 16;     // that say what estimates are worth
+constexpr uint32_t kToldQueries = 32;     // that say what estimates are worth
 
 // Some of the queries [][head_dim], evenly spread.
 std::vector<float> Spread(std::span<const float> queries, uint32_t head_dim, uint32_t most) {
@@ -149,6 +151,14 @@ struct ClusterIndex::Sampled {
   QueryBlock queries;
   std::vector<float> answers;  // [queries][head_dim]
   double mean_square = 0;      // of the answers' lengths
+
+  QueryBlock Query(uint32_t i) const {
+    QueryBlock one = queries;
+    one.q += size_t{i} * queries.head_dim;
+    one.queries = 1;
+    one.ranges = one.ranges.subspan(i, 1);
+    return one;
+  }
 };
 
 void ClusterIndex::LearnDoubts(const KvView& run, std::span<const float> queries) {
@@ -176,10 +186,7 @@ std::vector<float> ClusterIndex::Answers(const Sampled& sampled, const CoarseSco
   std::vector<float> out(sampled.answers.size()), scores, acc(head_dim());
   CoarseScores one = coarse;  // of each query alone: a block's queries share what is refined
   for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
-    QueryBlock query = sampled.queries;
-    query.q += size_t{i} * head_dim();
-    query.queries = 1;
-    query.ranges = query.ranges.subspan(i, 1);
+    const QueryBlock query = sampled.Query(i);
     one.score.assign(coarse.Row(i).begin(), coarse.Row(i).end());
     RunAllotment allotment{{HUGE_VALF}, {0}, {}};
     if (!refined.exactly) allotment.exact = {HUGE_VALF};
@@ -214,41 +221,93 @@ std::vector<double> ClusterIndex::Errors(const Sampled& sampled, std::span<const
 
 void ClusterIndex::Calibrate(const Sampled& sampled) {
   log_length_ = static_cast<float>(0.5 * std::log(sampled.mean_square + 1e-30));
-  CoarseScores coarse;
-  Look(sampled.run, sampled.queries, Depth::kSupers, &coarse);
-  super_doubt_ = std::clamp<float>(RootMean(Errors(sampled, Answers(sampled, coarse, {}), sampled.answers)), 1e-4f, 2.0f);
-  Look(sampled.run, sampled.queries, Depth::kLeaves, &coarse);
-  leaf_doubt_ = std::clamp<float>(RootMean(Errors(sampled, Answers(sampled, coarse, {}), sampled.answers)), 1e-4f, 2.0f);
-  Look(sampled.run, sampled.queries, Depth::kTokens, &coarse);
-  CalibrateTokens(sampled, coarse);
+  std::vector<Unrest> unrest;
+  const QueryBasis::Coordinates at = p_.basis.EncodeQueries(sampled.queries);
+  for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
+    unrest.push_back(UnrestOf(at.Row(i).first(p_.codes.basis().rank)));
+  }
+  const auto of_level = [&](Depth depth, float Unrest::*part) {
+    CoarseScores coarse;
+    Look(sampled.run, sampled.queries, depth, &coarse);
+    std::vector<double> squares =
+        Errors(sampled, Answers(sampled, coarse, {}), sampled.answers);
+    for (size_t i = 0; i < squares.size(); ++i) {
+      squares[i] /= double{unrest[i].*part} * (unrest[i].*part);
+    }
+    return std::clamp<float>(RootMean(squares), 1e-4f, 2.0f);
+  };
+  super_doubt_ = of_level(Depth::kSupers, &Unrest::super);
+  leaf_doubt_ = of_level(Depth::kLeaves, &Unrest::leaf);
+  CalibrateTokens(sampled, unrest);
+  ChooseDepth(sampled);
+}
+
+// Where estimates of groups are not to be trusted, every code is read.
+void ClusterIndex::ChooseDepth(const Sampled& sampled) {
+  const auto missed = [&](bool open_all) {
+    open_all_ = open_all;
+    std::vector<double> errors = Errors(sampled, AnswersWithin(sampled, kTried), sampled.answers);
+    for (double& square : errors) square *= square;  // what is seldom but large counts
+    return std::sqrt(RootMean(errors));
+  };
+  const float all = missed(true), groups = missed(false);
+  open_all_ = groups > 1.5f * kTried && groups > 1.5f * all;
+}
+
+// Answers of an error that is tolerated, [queries][head_dim].
+std::vector<float> ClusterIndex::AnswersWithin(const Sampled& sampled, float tolerance) const {
+  std::vector<float> out(sampled.answers.size()), acc(head_dim());
+  Budget budget;
+  budget.kind = Budget::Kind::kError;
+  budget.error = tolerance;
+  for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
+    QueryBlock query = sampled.Query(i);
+    query.tolerance = tolerance;
+    CoarseScores coarse;
+    Score(sampled.run, query, &coarse);
+    const RunScores scores{&coarse, 0};
+    RunShare share;
+    AllocateBudget(budget, {&scores, 1}, {&share, 1});
+    std::fill(acc.begin(), acc.end(), 0.0f);
+    Partial partial{.acc = acc};
+    Refine(sampled.run, query, coarse, {{share.threshold}, {share.ties}, {share.exact}},
+           {&partial, 1});
+    partial.Finish(std::span(out).subspan(size_t{i} * head_dim(), head_dim()));
+  }
+  return out;
 }
 
 // Without the best tokens, what is common to the others is left; the rest is the single tokens'.
-void ClusterIndex::CalibrateTokens(const Sampled& sampled, const CoarseScores& coarse) {
+void ClusterIndex::CalibrateTokens(const Sampled& sampled, std::span<const Unrest> unrest) {
+  CoarseScores coarse;
+  Look(sampled.run, sampled.queries, Depth::kTokens, &coarse);
   const std::vector<float> refined = Answers(sampled, coarse, {kRefinedTokens, true});
-  const std::vector<double> all = Errors(sampled, Answers(sampled, coarse, {}), sampled.answers);
-  std::vector<double> common = Errors(sampled, refined, sampled.answers), single;
+  std::vector<double> single = Errors(sampled, Answers(sampled, coarse, {}), sampled.answers);
+  std::vector<double> common = Errors(sampled, refined, sampled.answers);
   std::vector<double> by_rows =
       Errors(sampled, Answers(sampled, coarse, {kRefinedTokens, false}), refined);
-  std::vector<float> shares;
+  std::vector<double> share;  // of the squares of single tokens' masses
+  std::vector<float> scores;
   for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
-    shares.assign(coarse.Row(i).begin(), coarse.Row(i).end());
-    std::sort(shares.begin(), shares.end(), std::greater<>());
+    scores.assign(coarse.Row(i).begin(), coarse.Row(i).end());
+    std::sort(scores.begin(), scores.end(), std::greater<>());
     double mass = 0, squares = 0, tail = 0, tail_squares = 0;
-    for (size_t t = 0; t < shares.size(); ++t) {
-      const double w = std::exp(double{shares[t]} - shares[0]);
+    for (size_t t = 0; t < scores.size(); ++t) {
+      const double w = std::exp(double{scores[t]} - scores[0]);
       mass += w;
       squares += w * w;
       tail += t < kRefinedTokens ? 0 : w;
       tail_squares += t < kRefinedTokens ? 0 : w * w;
     }
-    by_rows[i] *= mass * mass / (squares - tail_squares);
-    common[i] = tail > 0 ? common[i] * (mass / tail) * (mass / tail) : 0;
-    single.push_back(squares / (mass * mass));
+    const double usual = double{unrest[i].token} * unrest[i].token;
+    by_rows[i] *= mass * mass / ((squares - tail_squares) * usual);
+    common[i] = tail > 0 ? common[i] * (mass / tail) * (mass / tail) / usual : 0;
+    share.push_back(squares * usual / (mass * mass));
   }
   common_doubt_ = std::clamp<float>(RootMean(common), 1e-4f, 2.0f);
-  for (size_t i = 0; i < single.size(); ++i) {
-    single[i] = std::max(0.0, all[i] - common_doubt_ * common_doubt_) / single[i];
+  for (size_t i = 0; i < share.size(); ++i) {
+    const double shared = double{common_doubt_} * unrest[i].token;
+    single[i] = std::max(0.0, single[i] - shared * shared) / share[i];
   }
   token_doubt_ = std::clamp<float>(RootMean(single), kLeastTokenDoubt, 20.0f);
   row_doubt_ = std::clamp<float>(RootMean(by_rows), kLeastRowDoubt, token_doubt_);

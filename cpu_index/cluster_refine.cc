@@ -39,13 +39,6 @@ void AddSlope(std::span<const float> slope, std::span<const float> query, float 
 
 }  // namespace
 
-// Tokens whose rows are read.
-struct ClusterIndex::Rows {
-  std::vector<uint32_t> places;  // rising
-  std::vector<float> score;      // [queries][places]; none: not by its row, or not to be seen
-  uint64_t bytes = 0;
-};
-
 // e^(score - shift) of everything that is estimated or read by rows, [queries] one behind another.
 struct ClusterIndex::Weights {
   const Rows& rows;
@@ -67,9 +60,12 @@ std::vector<uint32_t> ClusterIndex::Allotted(const CoarseScores& coarse,
   for (uint32_t i = 0; i < allotment.threshold.size(); ++i) {
     const float* const row = coarse.Row(i).data();
     const float threshold = allotment.threshold[i];
-    for (size_t e = 0; e < marks.size(); ++e) marks[e] |= row[e] > threshold ? 1 : 0;
+    // Groups are taken where everything is to be exact, else they were closed for good.
+    const bool groups = allotment.exact.empty() || allotment.exact[i] == kNone;
+    const size_t end = groups ? marks.size() : coarse.stretches[kTokens].end;
+    for (size_t e = 0; e < end; ++e) marks[e] |= row[e] > threshold ? 1 : 0;
     uint32_t ties = threshold == kNone ? 0 : allotment.ties[i];
-    for (size_t e = 0; e < marks.size() && ties > 0; ++e) {
+    for (size_t e = 0; e < end && ties > 0; ++e) {
       if (row[e] != threshold) continue;
       marks[e] = 1;
       --ties;
@@ -288,10 +284,17 @@ void ClusterIndex::WeighNodes(const CoarseScores& coarse, std::span<const uint32
     super[s] += weight;
     w->by_super[query] += weight;
   }
-  const float groups = common_doubt_ * w->by_code[query] + leaf_doubt_ * w->by_leaf[query] +
-                       super_doubt_ * w->by_super[query];
-  const float squares = token_doubt_ * token_doubt_ * codes + row_doubt_ * row_doubt_ * token_rows;
-  w->doubt.push_back((squares + groups * groups) * std::exp(2 * log_length_));
+  // The stretches' doubts, by e^score of a whole node.
+  const float* const doubt = coarse.doubt.data() + size_t{query} * kStretches;
+  const auto of_token = [&](Stretch stretch) {
+    return std::exp(doubt[stretch]) / static_cast<float>(coarse.stretches[stretch].weight);
+  };
+  const float token_doubt = of_token(kTokens), row_doubt = token_doubt * coarse.refined_doubt;
+  const float groups = token_doubt * coarse.common_doubt * w->by_code[query] +
+                       of_token(kFullLeaves) * w->by_leaf[query] +
+                       of_token(kFullSupers) * w->by_super[query];
+  w->doubt.push_back(token_doubt * token_doubt * codes + row_doubt * row_doubt * token_rows +
+                     groups * groups);
 }
 
 void ClusterIndex::AddValues(const QueryBlock& queries, const Weights& w,

@@ -66,16 +66,16 @@ struct CoarseScores {
   uint64_t bytes = 0;            // of keys and index data read, shared reads counted once
 
   // Nodes that are alike, dense only: those from the previous stretch's end on. Empty: nodes are
-  // tokens, and what is not refined is dropped.
+  // tokens.
   struct Stretch {
     uint32_t end = 0;     // a node
     uint32_t weight = 1;  // tokens of each node
-    // Where what is not refined is estimated, its error makes the sum of e^score * value wrong by a
-    // vector of some length: log of that length, by e^score. Errors of groups add up, those of
-    // single tokens are independent but for a part. -infinity: it is dropped.
-    float doubt = -std::numeric_limits<float>::infinity();
   };
   std::vector<Stretch> stretches;
+  // Where what is not refined is estimated, the error makes a query's sum of e^score * value wrong by
+  // a vector of some length: [queries][stretches] log of that length, by e^score. Errors of groups
+  // add up, those of single tokens are independent but for a part. Empty: it is dropped.
+  std::vector<float> doubt;
   std::vector<float> length;  // [queries] if there are doubts: log of the length of that sum
   float common_doubt = 0;     // the part of tokens' doubts that adds up
   // What is left of a token's doubt where it is refined, unless it is read exactly; and how far (in
@@ -100,6 +100,7 @@ struct CoarseScores {
     bytes = 0;
     score.clear();
     stretches.clear();
+    doubt.clear();
     length.clear();
     common_doubt = refined_doubt = exact_above = 0;
     first.clear();

@@ -39,14 +39,13 @@ IndexSpec CodeScanSpec(bool aware) {
   return spec;
 }
 
-IndexSpec ClusterSpec(bool open_all) {
+IndexSpec ClusterSpec() {
   IndexSpec spec;
-  spec.name = open_all ? "clusters/open" : "clusters";
-  spec.build = [open_all](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
+  spec.name = "clusters";
+  spec.build = [](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
     absl::StatusOr<std::unique_ptr<ClusterIndex>> index =
         ClusterIndex::Build(input.run, Scaled(input));
     if (!index.ok()) return index.status();
-    (*index)->set_open_all(open_all);
     const uint64_t bytes = (*index)->memory_bytes();
     return BuiltIndex{std::move(*index), bytes};
   };
@@ -98,8 +97,7 @@ std::vector<IndexSpec> OwnSpecs() {
   std::vector<IndexSpec> out;
   out.push_back(CodeScanSpec(true));
   out.push_back(CodeScanSpec(false));
-  out.push_back(ClusterSpec(false));
-  out.push_back(ClusterSpec(true));
+  out.push_back(ClusterSpec());
   out.push_back(GraphSpec(true));
   out.push_back(GraphSpec(false));
   return out;
