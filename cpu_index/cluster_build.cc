@@ -98,9 +98,10 @@ std::vector<float> SecondMoments(std::span<const float> rows, uint32_t width) {
   return out;
 }
 
-// Makes all rows equally long, relative to the deviation of each coordinate; returns by what factor
-// each was longer than 1, bf16.
+// Makes all rows equally long, relative to the deviation of each coordinate, but for those that one
+// coordinate would carry past what quantisers hold; returns by what factor each was longer, bf16.
 std::vector<uint16_t> Equalise(std::span<float> rows, uint32_t width) {
+  constexpr float kHeld = 3;  // deviations
   std::vector<float> inverse = SecondMoments(rows, width);
   uint32_t varying = 0;
   for (float& x : inverse) {
@@ -109,9 +110,14 @@ std::vector<uint16_t> Equalise(std::span<float> rows, uint32_t width) {
   }
   std::vector<uint16_t> scale;
   for (size_t at = 0; at < rows.size(); at += width) {
-    float squares = 0;
-    for (uint32_t c = 0; c < width; ++c) squares += rows[at + c] * rows[at + c] * inverse[c];
-    scale.push_back(FloatToBf16(std::sqrt(squares / static_cast<float>(std::max(1u, varying)))));
+    float squares = 0, most = 0;
+    for (uint32_t c = 0; c < width; ++c) {
+      const float square = rows[at + c] * rows[at + c] * inverse[c];
+      squares += square;
+      most = std::max(most, square);
+    }
+    const float mean = squares / static_cast<float>(std::max(1u, varying));
+    scale.push_back(FloatToBf16(std::sqrt(std::max(mean, most / (kHeld * kHeld)))));
     const float s = Bf16ToFloat(scale.back());
     for (uint32_t c = 0; c < width; ++c) rows[at + c] *= s > 0 ? 1 / s : 0;
   }

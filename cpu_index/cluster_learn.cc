@@ -27,7 +27,7 @@ constexpr double kEvenShare = 0.2;        // of them, whether attended or not
 // Codes may be right for most tokens; of one that holds much of the mass they are not believed.
 constexpr float kLeastTokenDoubt = 0.7f;
 constexpr float kTried = 0.05f;  // a tolerated error
-constexpr float kLeastRowDoubt = 0.05f;
+constexpr float kLeastRowDoubt = 0.15f;  // 4 bits of a value alone miss 0.11 of it
 constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
 constexpr uint32_t kToldQueries = 32;     // that say what estimates are worth
 

@@ -190,7 +190,10 @@ void ClusterIndex::Refine(const KvView& run, const QueryBlock& queries, const Co
     for (size_t r = 0; r < n; ++r) {
       bool above = false;
       for (uint32_t i = 0; i < queries.queries; ++i) {
-        above |= rows.score[i * n + r] > allotment.exact[i];
+        // By its code or by its row: what was counted on, and what turned out. Groups are only taken
+        // where everything is exact, so entries are rows.
+        const bool counted = taken.size() == n && coarse.Row(i)[taken[r]] > allotment.exact[i];
+        above |= counted || rows.score[i * n + r] > allotment.exact[i];
       }
       if (!above) continue;
       exact.push_back(rows.places[r]);
