@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <ctime>
+#include <limits>
 #include <utility>
 
 #include "cpu_index/budget.h"
@@ -9,6 +10,8 @@
 
 namespace quarry::perf {
 namespace {
+
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 double CoreSeconds(clockid_t clock) {
   timespec now{};
@@ -117,7 +120,9 @@ void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries, cons
   std::vector<RunShare> shares(units.size());
   for (uint32_t i = 0; i < queries.queries; ++i) {
     for (size_t u = 0; u < units.size(); ++u) scores[u] = {&coarse_[u], i};
-    lost_mass_[i] = 1.0 - AllocateBudget(budget, scores, shares);
+    const bool beside = !queries.other_length.empty();
+    lost_mass_[i] = 1.0 - AllocateBudget(budget, scores, shares,
+                                         beside ? queries.other_length[i] : kNothing);
     for (size_t u = 0; u < units.size(); ++u) {
       allotments_[u].threshold[i] = shares[u].threshold;
       allotments_[u].ties[i] = shares[u].ties;

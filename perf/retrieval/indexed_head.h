@@ -54,6 +54,7 @@ class HeadAnswer {
 
   std::span<const Partial> partials() const { return partials_; }  // by query
   uint64_t bytes() const;                                          // of all queries together
+  // Under budgets that drop what they do not attend: the share of the mass that they do not.
   double lost_mass(uint32_t query) const { return lost_mass_[query]; }
   // The tokens that the query attended exactly.
   std::vector<uint32_t> Attended(const IndexedHead& head, const QueryBlock& queries,

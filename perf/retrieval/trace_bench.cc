@@ -130,6 +130,7 @@ void TraceBench::ComputeTruths(uint32_t kv_head, Head* head) const {
           visible, settings_.window);
     }
   });
+  for (const QueryTruth& truth : head->truth) head->window.push_back(WindowLength(truth));
 }
 
 absl::StatusOr<std::unique_ptr<IndexedHead>> TraceBench::BuildHead(const IndexSpec& spec,
@@ -172,8 +173,12 @@ std::vector<TokenRange> TraceBench::Ranges(uint32_t query) const {
 
 QueryBlock TraceBench::Queries(const Head& head, uint32_t query,
                                std::span<const TokenRange> ranges) const {
-  return {head.q.data() + size_t{query} * trace_.group() * trace_.head_dim, trace_.dtype,
-          trace_.group(), trace_.head_dim, trace_.scale, ranges};
+  QueryBlock block{head.q.data() + size_t{query} * trace_.group() * trace_.head_dim, trace_.dtype,
+                   trace_.group(), trace_.head_dim, trace_.scale, ranges};
+  // As the daemon, which holds the window's tokens too, can tell an index.
+  block.other_length =
+      std::span(head.window).subspan(size_t{query} * trace_.group(), trace_.group());
+  return block;
 }
 
 Row TraceBench::RowOf(uint32_t kv_head) const {
@@ -199,11 +204,15 @@ void TraceBench::FillQuality(const Head& head, const IndexedHead& indexed, const
     answer.Answer(indexed, queries, search.budget);
     bytes += static_cast<double>(answer.bytes());
     for (uint32_t g = 0; g < trace_.group(); ++g) {
-      const float lse = answer.partials()[g].Finish(o);
-      means.Add(Judge(head.truth[i * trace_.group() + g], answer.Attended(indexed, queries, g), o,
+      const Partial& partial = answer.partials()[g];
+      const float lse = partial.Finish(o);
+      const QueryTruth& truth = head.truth[i * trace_.group() + g];
+      means.Add(Judge(truth, answer.Attended(indexed, queries, g), o,
                       lse),
-                static_cast<double>(answer.partials()[g].tokens));
-      predicted += answer.lost_mass(g);
+                static_cast<double>(partial.tokens));
+      predicted += search.budget.kind == Budget::Kind::kError
+                       ? partial.RelativeError() * ShareOfMerged(truth, o, lse)
+                       : answer.lost_mass(g);
     }
   }
   means.Fill(row);

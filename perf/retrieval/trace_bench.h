@@ -50,6 +50,7 @@ class TraceBench {
     HeadClass head_class;
     std::vector<float> q;           // [queries][group][head_dim], rounded to the trace's dtype
     std::vector<QueryTruth> truth;  // [queries][group]
+    std::vector<float> window;      // [queries][group] log lengths: QueryBlock::other_length
   };
   using Heads = std::vector<std::unique_ptr<IndexedHead>>;
   using Times = std::vector<std::vector<double>>;  // microseconds by head

