@@ -4,6 +4,8 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
+#include "proto/attend_shape.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
@@ -15,6 +17,31 @@ constexpr uint64_t kKnown = 0;
 
 uint64_t Align(uint64_t x) { return (x + kAlign - 1) / kAlign * kAlign; }
 
+float AmountOf(const Budget& budget) {
+  switch (budget.kind) {
+    case Budget::Kind::kError:
+      return budget.error;
+    case Budget::Kind::kDipr:
+      return budget.beta;
+    default:
+      return budget.mass;
+  }
+}
+
+// Whether the row can be said on a channel of this version, and holds what its budget needs.
+absl::Status CheckSayable(const AttendRow& row, size_t i, uint16_t version) {
+  if (absl::Status status = CheckBudget(row.budget); !status.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat("attend row ", i, ": ", status.message()));
+  }
+  if (version >= 2 || (row.budget.kind <= Budget::Kind::kTopP && !row.merged)) {
+    return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat("attend row ", i, ": budget kind ", static_cast<int>(row.budget.kind),
+                   ", merged ", row.merged ? 1 : 0, " need shared-memory version 2, quarryd speaks ",
+                   version));
+}
+
 shm::AttendRowPod PodOf(const AttendRow& row) {
   shm::AttendRowPod pod{};
   pod.context = row.context.value;
@@ -25,7 +52,10 @@ shm::AttendRowPod PodOf(const AttendRow& row) {
   pod.heads = row.heads;
   pod.budget_kind = static_cast<uint8_t>(row.budget.kind);
   pod.budget_k = row.budget.k;
-  pod.budget_mass = row.budget.mass;
+  pod.budget_amount = AmountOf(row.budget);
+  // Not used by the kinds of version 1, which has no room for it.
+  pod.budget_seed = row.budget.kind == Budget::Kind::kSoftmaxLift ? row.budget.seed : 0;
+  pod.merged = row.merged ? 1 : 0;
   pod.q_dtype = static_cast<uint8_t>(row.q_dtype);
   pod.has_token = row.has_token ? 1 : 0;
   pod.token_position = row.token_position;
@@ -36,7 +66,7 @@ shm::AttendRowPod PodOf(const AttendRow& row) {
 
 absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> rows,
                                                   std::span<const KvShape> shapes,
-                                                  uint64_t payload_bytes) {
+                                                  uint64_t payload_bytes, uint16_t version) {
   if (rows.empty() || rows.size() > shm::kMaxRows) {
     return absl::InvalidArgumentError(
         absl::StrCat("attend of ", rows.size(), " rows, 1 to ", shm::kMaxRows, " are taken"));
@@ -52,6 +82,7 @@ absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> row
   for (size_t i = 0; i < rows.size(); ++i) {
     const AttendRow& row = rows[i];
     const KvShape& s = shapes[i];
+    QUARRY_RETURN_IF_ERROR(CheckSayable(row, i, version));
     const bool asks = !row.range.empty();  // else q is not sent, and the answer is known
     if ((asks && row.q == nullptr) || !IsValid(row.q_dtype) ||
         (row.has_token && (row.k == nullptr || row.v == nullptr))) {

@@ -16,10 +16,11 @@ namespace quarry {
 // Layout of one message. Not thread-safe; kept while the request is in flight.
 class AttendMessage {
  public:
-  // shapes[i] is row i's context's. InvalidArgument names the row and what does not fit.
+  // shapes[i] is row i's context's; `version` is the channel's. InvalidArgument names the row and
+  // what does not fit, FailedPrecondition what this version of the protocol cannot say.
   static absl::StatusOr<AttendMessage> Plan(std::span<const AttendRow> rows,
                                             std::span<const KvShape> shapes,
-                                            uint64_t payload_bytes);
+                                            uint64_t payload_bytes, uint16_t version);
 
   uint64_t request_bytes() const { return end_ - shm::kSlotPayload; }
   void Write(std::span<const AttendRow> rows, std::byte* slot_start) const;

@@ -92,6 +92,7 @@ absl::Status ClientChannel::Map(const shm::HelloReply& reply, OwnedFd memory, Ow
   tenant_ = TextOf(reply.tenant, sizeof(reply.tenant));
   session_ = {reply.session};
   memory_bytes_ = reply.channel_bytes;
+  version_ = reply.version;
   slot_bytes_ = reply.slot_bytes;
   slot_count_ = reply.slots;
   void* at = mmap(nullptr, memory_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, memory.get(), 0);

@@ -51,6 +51,7 @@ class ClientChannel {
 
   const std::string& tenant() const { return tenant_; }
   SessionId session() const { return session_; }
+  uint16_t version() const { return version_; }  // of the protocol, as negotiated
   uint64_t payload_bytes() const { return slot_bytes_ - shm::kSlotPayload; }
 
   // A free slot, waiting for one until the deadline: then ResourceExhausted if callers hold them
@@ -96,6 +97,7 @@ class ClientChannel {
   SessionId session_;
   absl::Duration deadline_;
   std::byte* memory_ = nullptr;
+  uint16_t version_ = 0;
   uint64_t memory_bytes_ = 0, slot_bytes_ = 0;
   uint32_t slot_count_ = 0;
   shm::ChannelHeader* channel_ = nullptr;

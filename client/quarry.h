@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define QUARRY_ABI_VERSION 1
+#define QUARRY_ABI_VERSION 2
 
 typedef int quarry_code;
 typedef struct quarry_client quarry_client;
@@ -31,7 +31,10 @@ typedef enum { QUARRY_BF16 = 1, QUARRY_FP16 = 2, QUARRY_FP32 = 3 } quarry_dtype;
 typedef enum {
   QUARRY_UNLIMITED = 0, /* every token of the range */
   QUARRY_FIXED_K = 1,   /* the k of largest score */
-  QUARRY_TOP_P = 2      /* the fewest whose softmax mass reaches `mass`, at most k if k > 0 */
+  QUARRY_TOP_P = 2,     /* the fewest whose softmax mass reaches `mass`, at most k if k > 0 */
+  QUARRY_ERROR = 3,     /* as few as keep the answer's predicted relative error within `error` */
+  QUARRY_DIPR = 4,      /* those of score >= the largest less `beta`, at most k if k > 0 */
+  QUARRY_SOFTMAX_LIFT = 5 /* k, drawn and weighed so that sums over them are unbiased */
 } quarry_budget_kind;
 
 typedef struct {
@@ -65,6 +68,11 @@ typedef struct {
   uint32_t token_position;
   const void* k;                /* [heads / group][head_dim] of the context's dtype */
   const void* v;
+  float budget_error;           /* (0, 1), of QUARRY_ERROR */
+  float budget_beta;            /* nats, >= 0, of QUARRY_DIPR */
+  uint32_t budget_seed;         /* of QUARRY_SOFTMAX_LIFT, which draws anew at each token_position */
+  int merged;                   /* the answer will be merged with attention over the context's other
+                                   tokens up to token_position: QUARRY_ERROR is then of the merge */
 } quarry_row;
 
 typedef struct {
@@ -72,7 +80,9 @@ typedef struct {
   uint32_t covered_lo, covered_hi;
   uint64_t tokens_attended;     /* summed over the row's heads */
   uint64_t bytes_touched;
-  float error_estimate;         /* share of softmax mass not attended */
+  float error_estimate;         /* fixed k, top-p, DIPR: share of softmax mass not attended;
+                                   error: predicted relative error of o; SoftmaxLift: predicted
+                                   relative standard error of e^lse; largest over the heads */
   float* o;                     /* the caller's: [heads][head_dim] */
   float* lse;                   /* the caller's: [heads], natural log; empty set: -infinity */
 } quarry_answer;

@@ -85,7 +85,7 @@ absl::StatusOr<quarry::ModelSpec> SpecOf(const quarry_model* m) {
 
 absl::StatusOr<quarry::AttendRow> RowOf(const quarry_row& r) {
   if (r.struct_bytes != sizeof(quarry_row)) return Wrong("quarry_row.struct_bytes", r.struct_bytes);
-  if (r.budget_kind > 2) return Wrong("quarry_row.budget_kind", r.budget_kind);
+  if (r.budget_kind > static_cast<uint32_t>(quarry::Budget::kLastKind)) return Wrong("quarry_row.budget_kind", r.budget_kind);
   absl::StatusOr<quarry::DType> q_dtype = DTypeOf("quarry_row.q_dtype", r.q_dtype);
   if (!q_dtype.ok()) return q_dtype.status();
   quarry::AttendRow row;
@@ -94,7 +94,13 @@ absl::StatusOr<quarry::AttendRow> RowOf(const quarry_row& r) {
   row.range = {r.token_lo, r.token_hi};
   row.first_head = r.first_head;
   row.heads = r.heads;
-  row.budget = {static_cast<quarry::Budget::Kind>(r.budget_kind), r.budget_k, r.budget_mass};
+  row.budget = {.kind = static_cast<quarry::Budget::Kind>(r.budget_kind),
+                .k = r.budget_k,
+                .mass = r.budget_mass,
+                .error = r.budget_error,
+                .beta = r.budget_beta,
+                .seed = r.budget_seed};
+  row.merged = r.merged != 0;
   row.q_dtype = *q_dtype;
   row.q = r.q;
   row.has_token = r.has_token != 0;

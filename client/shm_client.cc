@@ -356,7 +356,8 @@ class ShmClient final : public Client {
       shapes.push_back(shape);
     }
     QUARRY_ASSIGN_OR_RETURN(AttendMessage message,
-                            AttendMessage::Plan(rows, shapes, channel_.payload_bytes()));
+                            AttendMessage::Plan(rows, shapes, channel_.payload_bytes(),
+                                                channel_.version()));
     QUARRY_ASSIGN_OR_RETURN(ClientChannel::Slot slot, channel_.Take());
     message.Write(rows, channel_.slot_start(slot));
     channel_.Submit(slot, shm::Opcode::kAttend, message.request_bytes());

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu_index/budget_cut.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
 
@@ -12,12 +13,8 @@ namespace quarry {
 namespace {
 
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
-
-struct Node {
-  float score;
-  float mass;  // relative to e^(largest score)
-  uint32_t weight;
-};
+constexpr uint64_t kAnyTokens = std::numeric_limits<uint64_t>::max();
+constexpr double kAnyMass = std::numeric_limits<double>::infinity();
 
 std::span<const float> RowOf(const RunScores& run) { return run.coarse->Row(run.query); }
 
@@ -35,72 +32,107 @@ void ForStretches(const RunScores& run, F&& f) {
 
 bool HasDoubts(const RunScores& run) { return !run.coarse->doubt.empty(); }
 
-float LargestScore(std::span<const RunScores> runs) {
+struct Gathered {
+  std::vector<RankedNode> nodes;
+  uint64_t tokens = 0;
+  double mass = 0;
+  bool all = false;  // there are no others
+};
+
+// Nodes above a falling rank, from `guess` on, until they hold the tokens or the mass.
+Gathered GatherEnough(const RankedNodes& ranked, float guess, uint64_t tokens, double mass) {
+  Gathered got;
+  float to = std::numeric_limits<float>::infinity(), from = guess, step = 1;
+  for (;;) {
+    const size_t first = got.nodes.size();
+    ranked.Gather(from, to, &got.nodes);
+    for (size_t i = first; i < got.nodes.size(); ++i) {
+      got.tokens += got.nodes[i].weight;
+      got.mass += got.nodes[i].mass;
+    }
+    got.all = from == kMasked;
+    if (got.all || got.tokens >= tokens || got.mass >= mass) return got;
+    to = from;
+    from = step < 30 ? from - step : kMasked;
+    step *= 4;
+  }
+}
+
+// Ties go to the earlier runs.
+void ShareOut(const RankedNodes& ranked, float threshold, uint32_t ties, bool all_ties,
+              std::span<RunShare> shares) {
+  for (RunShare& share : shares) {
+    share.threshold = threshold;
+    share.ties = ties;  // no run has more, if all are taken
+  }
+  if (all_ties) return;
+  const std::vector<uint32_t> equal = ranked.CountEqual(threshold);
+  for (size_t r = 0; r < shares.size(); ++r) {
+    shares[r].ties = std::min(equal[r], ties);
+    ties -= shares[r].ties;
+  }
+}
+
+// The best nodes up to so many tokens and so much of the mass.
+double AllocateBest(const RankedNodes& ranked, uint64_t tokens, float share_of_mass,
+                    std::span<RunShare> shares) {
+  const double total = ranked.TotalMass();
+  const double mass = share_of_mass >= 1.0f ? kAnyMass : share_of_mass * total;
+  float guess = ranked.GuessRank(tokens);
+  if (mass < kAnyMass) guess = std::max(guess, ranked.GuessFloor(total - mass));
+  Gathered got = GatherEnough(ranked, guess, tokens, mass);
+  if (got.all && got.tokens <= tokens && got.mass < mass) return 1.0;  // threshold -infinity
+  const Cut cut = FindCut(&got.nodes, tokens, mass);
+  ShareOut(ranked, cut.threshold, cut.ties, cut.all_ties, shares);
+  return std::min(1.0, cut.mass / total);
+}
+
+// Every node whose score is at least the largest less beta; of more than a cap, the best.
+double AllocateDipr(const RankedNodes& ranked, const Budget& budget, std::span<RunShare> shares) {
+  const float below = std::nextafter(ranked.largest_score() - budget.beta, kMasked);
+  Gathered got;
+  ranked.Gather(below, std::numeric_limits<float>::infinity(), &got.nodes);
+  for (const RankedNode& node : got.nodes) {
+    got.tokens += node.weight;
+    got.mass += node.mass;
+  }
+  const double total = ranked.TotalMass();
+  if (budget.k == 0 || got.tokens <= budget.k) {
+    for (RunShare& share : shares) share.threshold = below;
+    return std::min(1.0, got.mass / total);
+  }
+  const Cut cut = FindCut(&got.nodes, budget.k, kAnyMass);
+  ShareOut(ranked, cut.threshold, cut.ties, cut.all_ties, shares);
+  return std::min(1.0, cut.mass / total);
+}
+
+// The k nodes of largest priority, none of which weighs less than the best priority left out.
+// Returns the standard error of the sum of their weights, relative to it.
+double AllocateLift(const RankedNodes& ranked, uint32_t k, std::span<RunShare> shares) {
+  const uint64_t tokens = uint64_t{k} + 1;
+  Gathered got = GatherEnough(ranked, ranked.GuessRank(tokens), tokens, kAnyMass);
+  if (got.tokens < tokens) return 0;  // everything, as it is
+  const Cut cut = FindCut(&got.nodes, tokens, kAnyMass);
+  ShareOut(ranked, cut.threshold, cut.ties - 1, cut.all_ties && cut.ties == 1, shares);
+  for (RunShare& share : shares) share.floor = cut.threshold;
+  const double floor = std::exp(double{cut.threshold} - ranked.largest_score());
+  double sum = 0, variance = 0;
+  uint32_t ties = cut.ties - 1;
+  for (const RankedNode& node : got.nodes) {
+    if (node.rank < cut.threshold || (node.rank == cut.threshold && ties-- == 0)) continue;
+    sum += std::max(floor, double{node.mass});
+    variance += floor * std::max(0.0, floor - node.mass);
+  }
+  return std::sqrt(variance) / sum;
+}
+
+float LargestOf(std::span<const RunScores> runs) {
   float largest = kMasked;
   for (const RunScores& run : runs) {
     std::span<const float> row = RowOf(run);
     largest = std::max(largest, Kernels().max(row.data(), row.size()));
   }
   return largest;
-}
-
-// The nodes that are not masked, with their masses.
-std::vector<Node> NodesInRange(std::span<const RunScores> runs, float largest) {
-  std::vector<Node> nodes;
-  size_t total = 0;
-  for (const RunScores& run : runs) total += RowOf(run).size();
-  nodes.reserve(total);
-  std::vector<float> mass;
-  for (const RunScores& run : runs) {
-    ForStretches(run, [&](std::span<const float> scores, uint32_t weight, size_t) {
-      mass.assign(scores.begin(), scores.end());
-      Kernels().exp_sum(mass.data(), mass.size(), largest);
-      for (size_t i = 0; i < scores.size(); ++i) {
-        if (scores[i] == kMasked) continue;
-        nodes.push_back({scores[i], mass[i] * static_cast<float>(weight), weight});
-      }
-    });
-  }
-  return nodes;
-}
-
-struct Cut {
-  float threshold = kMasked;
-  uint32_t ties = 0;  // nodes of exactly the threshold that are still taken
-  double mass = 0;    // of what is taken
-};
-
-// The fewest nodes, best first, whose weights reach `tokens` and whose mass reaches `mass`
-// (whichever comes first). A quickselect that keeps what is surely taken on the left.
-Cut FindCut(std::vector<Node>* nodes, uint64_t tokens, double mass) {
-  const auto better = [](const Node& a, const Node& b) { return a.score > b.score; };
-  auto lo = nodes->begin(), hi = nodes->end();
-  uint64_t tokens_left = tokens;
-  double mass_left = mass;
-  // [begin, lo) is taken; the cut lies in [lo, hi).
-  while (hi - lo > 1) {
-    auto middle = lo + (hi - lo) / 2;
-    std::nth_element(lo, middle, hi, better);
-    uint64_t left_tokens = 0;
-    double left_mass = 0;
-    for (auto it = lo; it != middle; ++it) {
-      left_tokens += it->weight;
-      left_mass += it->mass;
-    }
-    if (left_tokens >= tokens_left || left_mass >= mass_left) {
-      hi = middle;
-    } else {
-      tokens_left -= left_tokens;
-      mass_left -= left_mass;
-      lo = middle;
-    }
-  }
-  Cut cut{lo->score};
-  for (auto it = nodes->begin(); it <= lo; ++it) {
-    cut.ties += it->score == cut.threshold ? 1 : 0;
-    cut.mass += it->mass;
-  }
-  return cut;
 }
 
 // Under Budget::kError: runs without doubts are attended whole, and of the others the tokens of the
@@ -205,7 +237,7 @@ class ErrorCut {
 
 double AllocateByError(const Budget& budget, std::span<const RunScores> runs,
                        std::span<RunShare> shares, float other_length) {
-  float top = LargestScore(runs);
+  float top = LargestOf(runs);
   for (const RunScores& run : runs) {
     if (HasDoubts(run)) top = std::max(top, run.coarse->length[run.query]);
   }
@@ -232,37 +264,27 @@ double AllocateByError(const Budget& budget, std::span<const RunScores> runs,
 }  // namespace
 
 double AllocateBudget(const Budget& budget, std::span<const RunScores> runs,
-                      std::span<RunShare> shares, float other_length) {
+                      std::span<RunShare> shares, float other_length, uint64_t lift_key) {
   QUARRY_CHECK(runs.size() == shares.size());
-  std::fill(shares.begin(), shares.end(), RunShare{kMasked, 0});
-  if (budget.kind == Budget::Kind::kError)
+  std::fill(shares.begin(), shares.end(), RunShare{});
+  if (budget.kind == Budget::Kind::kUnlimited) return 1.0;
+  if (budget.kind == Budget::Kind::kError) {
     return 1.0 - AllocateByError(budget, runs, shares, other_length);
-  std::vector<Node> nodes = NodesInRange(runs, LargestScore(runs));
-  if (nodes.empty()) return 1.0;
-  uint64_t available = 0;
-  double total = 0;  // in double: a hundred thousand floats add up
-  for (const Node& n : nodes) {
-    available += n.weight;
-    total += n.mass;
   }
-  uint64_t tokens = std::numeric_limits<uint64_t>::max();
-  double mass = std::numeric_limits<double>::infinity();
-  if (budget.kind == Budget::Kind::kFixedK) tokens = budget.k;
-  if (budget.kind == Budget::Kind::kTopP) {
-    if (budget.k > 0) tokens = budget.k;
-    mass = budget.mass >= 1.0f ? mass : budget.mass * total;
+  const bool sampled = budget.kind == Budget::Kind::kSoftmaxLift;
+  QUARRY_CHECK(!sampled || lift_key != 0);
+  const RankedNodes ranked(runs, sampled ? lift_key : 0);
+  if (ranked.largest_score() == kMasked) return 1.0;
+  switch (budget.kind) {
+    case Budget::Kind::kDipr:
+      return AllocateDipr(ranked, budget, shares);
+    case Budget::Kind::kSoftmaxLift:
+      return 1.0 - AllocateLift(ranked, budget.k, shares);
+    case Budget::Kind::kTopP:
+      return AllocateBest(ranked, budget.k > 0 ? budget.k : kAnyTokens, budget.mass, shares);
+    default:
+      return AllocateBest(ranked, budget.k, 1.0f, shares);
   }
-  if (tokens >= available && mass >= total) return 1.0;  // everything: threshold -infinity
-  const Cut cut = FindCut(&nodes, tokens, mass);
-  uint32_t ties_left = cut.ties;
-  for (size_t r = 0; r < runs.size(); ++r) {
-    shares[r].threshold = cut.threshold;
-    std::span<const float> row = RowOf(runs[r]);
-    const auto equal = static_cast<uint32_t>(std::count(row.begin(), row.end(), cut.threshold));
-    shares[r].ties = std::min(equal, ties_left);
-    ties_left -= shares[r].ties;
-  }
-  return std::min(1.0, cut.mass / total);
 }
 
 }  // namespace quarry

@@ -16,24 +16,27 @@ struct RunScores {
   uint32_t query = 0;  // the row
 };
 
-// What the query gets of that run: nodes with score > threshold, and of those that equal it the
-// first `ties`.
+// What the query gets of that run: as RunAllotment says of each query.
 struct RunShare {
-  float threshold = 0;
+  float threshold = -std::numeric_limits<float>::infinity();
   uint32_t ties = 0;
-  float exact = -std::numeric_limits<float>::infinity();  // as in RunAllotment
+  float floor = -std::numeric_limits<float>::infinity();  // of weights
+  float exact = -std::numeric_limits<float>::infinity();
 };
 
 // Shares `budget` out over one query's runs, given in token order, as if they were one: the same
 // tokens cut differently give the same selection. Ties go to the lowest tokens. A group of tokens
-// is taken whole, so a budget may be overrun by part of one group. Returns the share of the
-// softmax mass over all the runs' tokens that the selection holds: 1 if that is everything, also
-// for no tokens at all; under Budget::kError 1 less the predicted error of the answer. Of a run with lists only the nodes in them are known, so the share is of
-// these.
-// Cost: a few passes over the scores; no full sort.
+// is taken whole, so a budget may be overrun by part of one group. Of a run with lists only the
+// nodes in them are known, so what is said of shares and errors is of these.
+// Returns 1 less the error estimate of AttendAnswer, so where nothing is sampled or estimated the
+// share of the softmax mass that the selection holds; 1 for no tokens at all.
+// Cost: three passes over the scores, at the speed of vectors, and a selection among the few that
+// a sample shows may be taken.
 // other_length: as QueryBlock's, of this query; only Budget::kError uses it.
+// lift_key: of LiftKey, for Budget::kSoftmaxLift: then nodes must be single tokens.
 double AllocateBudget(const Budget& budget, std::span<const RunScores> runs,
                       std::span<RunShare> shares,
-                      float other_length = -std::numeric_limits<float>::infinity());
+                      float other_length = -std::numeric_limits<float>::infinity(),
+                      uint64_t lift_key = 0);
 
 }  // namespace quarry

@@ -103,28 +103,23 @@ class GatheredScores {
   std::vector<uint16_t> bf16_;
 };
 
-// What one query was allotted: tokens in rising order, and their scores.
+// What one query was allotted: tokens in rising order, and the logs of what they weigh.
 struct Chosen {
   std::vector<uint32_t> token;
-  std::vector<float> score;
+  std::vector<float> weight;
 };
 
 void Choose(const CoarseScores& lists, uint32_t query, const RunAllotment& allotment,
             Chosen* out) {
   out->token.clear();
-  out->score.clear();
+  out->weight.clear();
   const std::span<const float> row = lists.Row(query);
-  const float threshold = allotment.threshold[query];
-  uint32_t ties = allotment.ties[query];
+  AllottedTokens allotted(allotment, query);
   for (size_t i = 0; i < row.size(); ++i) {
-    bool take = row[i] > threshold;
-    if (!take && ties > 0 && row[i] == threshold) {
-      take = true;
-      --ties;
-    }
-    if (!take) continue;
-    out->token.push_back(lists.tokens.lo + lists.NodeOf(query, i));
-    out->score.push_back(row[i]);
+    const uint32_t token = lists.tokens.lo + lists.NodeOf(query, i);
+    if (!allotted.Take(token, row[i])) continue;
+    out->token.push_back(token);
+    out->weight.push_back(allotted.Weight(row[i]));
   }
 }
 
@@ -139,7 +134,7 @@ void AccumulateValues(const KvView& run, const Chosen& chosen, float* acc) {
       rows[hi] = chosen.token[hi] - segment.tokens.lo;
     }
     kernels::AccumulateTile tile{};
-    tile.p = chosen.score.data() + lo;
+    tile.p = chosen.weight.data() + lo;
     tile.ld_p = hi - lo;
     tile.queries = 1;
     tile.head_dim = run.head_dim;
@@ -205,8 +200,8 @@ void AttendCandidates(const KvView& run, const QueryBlock& queries, const Coarse
     for (uint32_t token : chosen.token) touched.Add(token);
     std::fill(sum.begin(), sum.end(), 0.0f);
     Partial part;
-    part.max = Kernels().max(chosen.score.data(), chosen.score.size());
-    part.sum = Kernels().exp_sum(chosen.score.data(), chosen.score.size(), part.max);
+    part.max = Kernels().max(chosen.weight.data(), chosen.weight.size());
+    part.sum = Kernels().exp_sum(chosen.weight.data(), chosen.weight.size(), part.max);
     part.tokens = chosen.token.size();
     part.acc = sum;
     AccumulateValues(run, chosen, sum.data());

@@ -195,6 +195,7 @@ class AttendPass {
 class ExactScanIndex final : public KeyIndex {
  public:
   std::string_view kind() const override { return "exact"; }
+  bool can_sample() const override { return true; }
 
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override {
@@ -253,7 +254,8 @@ class ExactScanIndex final : public KeyIndex {
                  allotment.ties.size() == queries.queries);
     if (queries.queries == 0) return;
     OnlineSoftmax softmax(queries.queries, run.head_dim);
-    std::vector<uint32_t> ties = allotment.ties;
+    std::vector<AllottedTokens> allotted;
+    for (uint32_t i = 0; i < queries.queries; ++i) allotted.emplace_back(allotment, i);
     std::vector<uint32_t> rows(kGatherTokens);
     std::vector<float> weights(kGatherTokens);
     uint64_t value_rows = 0;
@@ -266,16 +268,13 @@ class ExactScanIndex final : public KeyIndex {
         for (uint32_t i = 0; i < queries.queries; ++i) {
           const float* scores =
               coarse.score.data() + size_t{i} * coarse.nodes + (t - coarse.tokens.lo);
+          // Mostly a tile has nothing that is wanted, and one comparison shows it.
+          if (Kernels().max(scores, n) < allotted[i].LeastScore()) continue;
           uint32_t kept = 0;
           for (uint32_t j = 0; j < n; ++j) {
-            bool take = scores[j] > allotment.threshold[i];
-            if (!take && ties[i] > 0 && scores[j] == allotment.threshold[i]) {
-              take = true;
-              --ties[i];
-            }
-            if (!take) continue;
+            if (!allotted[i].Take(t + j, scores[j])) continue;
             rows[kept] = j;
-            weights[kept++] = scores[j];
+            weights[kept++] = allotted[i].Weight(scores[j]);
             touched |= uint64_t{1} << j;
           }
           if (kept == 0) continue;

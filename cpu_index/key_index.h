@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "cpu_index/partial.h"
+#include "cpu_index/sample_lift.h"
 #include "proto/types.h"
 
 namespace quarry {
@@ -108,14 +109,45 @@ struct CoarseScores {
   }
 };
 
-// What a budget allots one run: per query, of the nodes that have a score, those with score >
-// threshold are refined, and of those equal to it the first `ties`.
+// What a budget allots one run: per query, of the nodes that have a score, those with rank >
+// threshold are refined, and of those equal to it the first `ties`. A node's rank is its score; where
+// tokens are sampled it is a token's score plus TokenLift, and it weighs e^max(score, floor).
 struct RunAllotment {
-  std::vector<float> threshold;  // [queries]
-  std::vector<uint32_t> ties;    // [queries]
-  // [queries] of what is refined, tokens with a score above it are read exactly, others may be
+  std::vector<float> threshold;    // [queries]
+  std::vector<uint32_t> ties;      // [queries]
+  std::vector<float> floor;        // [queries]; empty: no query samples
+  // [queries] of what is refined, tokens with a rank above it are read exactly, others may be
   // approximated as the coarse scores' refined_doubt says. Empty: all are read exactly.
   std::vector<float> exact;
+  std::vector<uint64_t> lift_key;  // [queries] of LiftKey, 0: not sampled; empty with `floor`
+};
+
+// Tells which tokens of one query are refined, asked in rising order.
+class AllottedTokens {
+ public:
+  AllottedTokens(const RunAllotment& allotment, uint32_t query)
+      : threshold_(allotment.threshold[query]), ties_(allotment.ties[query]) {
+    if (allotment.lift_key.empty()) return;
+    lift_key_ = allotment.lift_key[query];
+    floor_ = allotment.floor[query];
+  }
+  bool Take(uint32_t token, float score) {
+    const float rank = lift_key_ == 0 ? score : score + TokenLift(lift_key_, token);
+    if (rank > threshold_) return true;
+    if (ties_ == 0 || rank != threshold_) return false;
+    --ties_;
+    return true;
+  }
+  // Tokens of lower score are not taken.
+  float LeastScore() const { return lift_key_ == 0 ? threshold_ : threshold_ - kMostTokenLift; }
+  // The log of what a token weighs.
+  float Weight(float score) const { return score > floor_ ? score : floor_; }
+
+ private:
+  const float threshold_;
+  uint32_t ties_;
+  uint64_t lift_key_ = 0;
+  float floor_ = -std::numeric_limits<float>::infinity();
 };
 
 // An index over one immutable run, or over a growing tail through a fresh view per query.
@@ -126,6 +158,10 @@ class KeyIndex {
 
   // "exact", later "graph", "clusters", ...
   virtual std::string_view kind() const = 0;
+
+  // Whether Refine follows an allotment that samples: if nodes are tokens, listed with their exact
+  // scores. An index that does not is to be passed by for such queries, by the exact scan.
+  virtual bool can_sample() const { return false; }
 
   // Exact attention over every token of run that lies in each query's range; merged into acc.
   // Cost: one pass over K and V for all queries.

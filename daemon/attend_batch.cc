@@ -6,33 +6,31 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/finite.h"
+#include "daemon/run_registry.h"
 #include "proto/attend_shape.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
 
-absl::Status CheckBudget(const Budget& budget) {
-  switch (budget.kind) {
-    case Budget::Kind::kUnlimited:
-      return absl::OkStatus();
-    case Budget::Kind::kFixedK:
-      if (budget.k > 0) return absl::OkStatus();
-      return absl::InvalidArgumentError("a fixed budget of 0 tokens");
-    case Budget::Kind::kTopP:
-      if (budget.mass > 0 && budget.mass <= 1) return absl::OkStatus();
-      return absl::InvalidArgumentError(
-          absl::StrCat("a budget's mass of ", budget.mass, " is not in (0, 1]"));
-    case Budget::Kind::kError:
-      if (budget.error >= 0 && budget.error < 1) return absl::OkStatus();
-      return absl::InvalidArgumentError(
-          absl::StrCat("a budget's error of ", budget.error, " is not in [0, 1)"));
+// What answers are merged with elsewhere is read if it is at most this part of their range.
+constexpr uint32_t kRestShare = 8;
+
+// Whether any run of the row's range has an index.
+bool HasIndex(const AttendRow& row, const KvShape& shape, const BlockTable& table) {
+  const uint32_t first = row.first_head / shape.group();
+  for (const RunUse& use : table.runs) {
+    if (Intersect(use.tokens, row.range).empty()) continue;
+    for (uint32_t h = first; h < first + row.heads / shape.group(); ++h) {
+      if (&use.run->index(row.layer, h) != &ExactScan()) return true;
+    }
   }
-  return absl::OkStatus();  // CheckRow knows the kinds
+  return false;
 }
 
-// A budget that every token of the range fits into is the exact answer.
-ScanKind KindOf(const AttendRow& row) {
+// A budget that every token of the range fits into is the exact answer, and so is one of error
+// where nothing estimates.
+ScanKind KindOf(const AttendRow& row, const KvShape& shape, const BlockTable& table) {
   const bool holds_all = row.budget.k >= row.range.size();
   switch (row.budget.kind) {
     case Budget::Kind::kUnlimited:
@@ -43,7 +41,11 @@ ScanKind KindOf(const AttendRow& row) {
       return row.budget.mass >= 1 && (row.budget.k == 0 || holds_all) ? ScanKind::kExact
                                                                       : ScanKind::kIndexed;
     case Budget::Kind::kError:
-      return ScanKind::kExact;  // runs have no index yet that estimates
+      return HasIndex(row, shape, table) ? ScanKind::kIndexed : ScanKind::kExact;
+    case Budget::Kind::kDipr:
+      return ScanKind::kIndexed;
+    case Budget::Kind::kSoftmaxLift:
+      return holds_all ? ScanKind::kExact : ScanKind::kIndexed;
   }
   return ScanKind::kExact;
 }
@@ -125,7 +127,6 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
   const KvShape& s = context.shape();
   QUARRY_RETURN_IF_ERROR(CheckRow(row, s));
   QUARRY_RETURN_IF_ERROR(CheckHasQueries(row));
-  QUARRY_RETURN_IF_ERROR(CheckBudget(row.budget));
   const size_t q_floats = size_t{row.heads} * s.head_dim;
   if (!HasRoom(row, answer, q_floats)) {
     return absl::InvalidArgumentError(absl::StrCat("room for ", answer.o.size(), " and ",
@@ -142,11 +143,14 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
         absl::StrCat("context ", row.context.value, ": row of tokens [", row.range.lo, ", ",
                      row.range.hi, ") of layer ", row.layer, ", which has ", available));
   }
-  admitted->kind = KindOf(row);
+  admitted->kind = KindOf(row, s, *admitted->table);
+  admitted->rest_hi = static_cast<uint32_t>(
+      std::min({available, uint64_t{row.token_position} + 1,
+                uint64_t{admitted->table->blocks.size()} * kBlockTokens}));
   admitted->q_offset = q_.size();
   absl::Status status;
   if (!row.range.empty()) {
-    QUARRY_RETURN_IF_ERROR(ChargeScratch(row, s));
+    QUARRY_RETURN_IF_ERROR(ChargeScratch(row, admitted->kind, s));
     status = TakeQueries(row, q_floats);
   }
   if (status.ok() && row.has_token) {
@@ -159,11 +163,12 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
 }
 
 // What the row's answer will need beside the arena, before any of it is allocated.
-absl::Status AttendBatch::ChargeScratch(const AttendRow& row, const KvShape& shape) {
+absl::Status AttendBatch::ChargeScratch(const AttendRow& row, ScanKind kind,
+                                        const KvShape& shape) {
   const uint64_t tokens = row.range.size();
   const uint64_t units = tokens / params_.task_tokens + 2;
   uint64_t query = 4 * shape.head_dim + units * (4 * shape.head_dim + sizeof(Partial));
-  if (KindOf(row) == ScanKind::kIndexed) query += 4 * tokens;  // scores
+  if (kind == ScanKind::kIndexed) query += 4 * tokens;  // scores
   const uint64_t bytes = row.heads * query;
   const uint64_t used = params_.scratch_bytes->fetch_add(bytes) + bytes;
   charged_ += bytes;
@@ -194,14 +199,20 @@ std::vector<AttendBatch::LaneSeat> AttendBatch::Seats() const {
     if (shape == shapes.end()) shape = shapes.insert(shapes.end(), &s);
     const uint32_t first = row.first_head / s.group();
     for (uint32_t h = first; h < first + row.heads / s.group(); ++h) {
-      seats.push_back({{*shape, row.layer, h, row.q_dtype, admitted_[r].kind}, r});
+      const bool indexed = admitted_[r].kind == ScanKind::kIndexed;
+      const bool samples = indexed && row.budget.kind == Budget::Kind::kSoftmaxLift;
+      const float tolerance =
+          indexed && row.budget.kind == Budget::Kind::kError ? row.budget.error : 0;
+      seats.push_back(
+          {{*shape, row.layer, h, row.q_dtype, admitted_[r].kind, samples, tolerance}, r});
     }
   }
   if (admitted_.size() > 1) {
     const auto order = [&](const LaneSeat& seat) {
       const auto shape = std::find(shapes.begin(), shapes.end(), seat.key.shape);
-      return std::tuple(shape - shapes.begin(), seat.key.kind, seat.key.q_dtype, seat.key.layer,
-                        seat.key.kv_head, seat.row);
+      return std::tuple(shape - shapes.begin(), seat.key.kind, seat.key.samples,
+                        seat.key.tolerance, seat.key.q_dtype, seat.key.layer, seat.key.kv_head,
+                        seat.row);
     };
     std::sort(seats.begin(), seats.end(),
               [&](const LaneSeat& a, const LaneSeat& b) { return order(a) < order(b); });
@@ -213,7 +224,8 @@ void AttendBatch::PlanLanes() {
   const std::vector<LaneSeat> seats = Seats();
   const auto same = [](const LaneKey& a, const LaneKey& b) {
     return a.shape == b.shape && a.layer == b.layer && a.kv_head == b.kv_head &&
-           a.q_dtype == b.q_dtype && a.kind == b.kind;
+           a.q_dtype == b.q_dtype && a.kind == b.kind && a.samples == b.samples &&
+           a.tolerance == b.tolerance;
   };
   for (size_t lo = 0, hi = 0; lo < seats.size(); lo = hi) {
     for (hi = lo + 1; hi < seats.size() && same(seats[lo].key, seats[hi].key);) ++hi;
@@ -223,13 +235,16 @@ void AttendBatch::PlanLanes() {
 
 const AttendBatch::Plan& AttendBatch::PlanFor(std::span<const LaneSeat> seats) {
   // The KV heads of a layer mostly have the same rows: one plan serves them all.
-  if (!plans_.empty() && plans_.back().kind == seats.front().key.kind &&
+  const LaneKey& key = seats.front().key;
+  if (!plans_.empty() && plans_.back().kind == key.kind &&
+      plans_.back().tolerance == key.tolerance &&
       std::equal(seats.begin(), seats.end(), plans_.back().rows.begin(), plans_.back().rows.end(),
                  [](const LaneSeat& seat, uint32_t row) { return seat.row == row; })) {
     return plans_.back();
   }
   Plan& plan = plans_.emplace_back();
-  plan.kind = seats.front().key.kind;
+  plan.kind = key.kind;
+  plan.tolerance = key.tolerance;
   std::vector<ScanMember> members;
   for (const LaneSeat& seat : seats) {
     plan.rows.push_back(seat.row);
@@ -237,7 +252,26 @@ const AttendBatch::Plan& AttendBatch::PlanFor(std::span<const LaneSeat> seats) {
     members.push_back({row.table.get(), params_.rows[row.index].range});
   }
   plan.units = PlanScan(members, plan.kind, params_.task_tokens);
+  if (plan.tolerance > 0) PlanRest(&plan);
   return plan;
+}
+
+void AttendBatch::PlanRest(Plan* plan) const {
+  std::vector<ScanMember> parts;  // two of each row: before its range, and behind it
+  for (uint32_t r : plan->rows) {
+    const AttendRow& row = params_.rows[admitted_[r].index];
+    const BlockTable* table = admitted_[r].table.get();
+    const TokenRange before{0, row.range.lo};
+    const TokenRange behind{row.range.hi, std::max(row.range.hi, admitted_[r].rest_hi)};
+    const uint64_t tokens = uint64_t{before.size()} + behind.size();
+    const bool wanted = row.merged && tokens <= row.range.size() / kRestShare;
+    parts.push_back({table, wanted ? before : TokenRange{}});
+    parts.push_back({table, wanted ? behind : TokenRange{}});
+  }
+  plan->rest = PlanScan(parts, ScanKind::kExact, params_.task_tokens);
+  for (ScanUnit& unit : plan->rest) {
+    for (uint32_t& member : unit.members) member /= 2;
+  }
 }
 
 void AttendBatch::AddLane(std::span<const LaneSeat> seats) {
@@ -252,9 +286,14 @@ void AttendBatch::AddLane(std::span<const LaneSeat> seats) {
     const AttendAnswer& answer = params_.answers[admitted.index];
     const size_t head = key.kv_head * group - row.first_head;  // within the row
     members.push_back({q_.data() + admitted.q_offset + head * head_dim, row.budget,
-                       answer.o.data() + head * head_dim, answer.lse.data() + head});
+                       row.token_position, answer.o.data() + head * head_dim, answer.lse.data() + head});
   }
-  AttendLane& lane = lanes_.emplace_back(key, members, plan.units);
+  std::vector<const KeyIndex*> indexes;
+  for (const ScanUnit& unit : plan.units) {
+    indexes.push_back(unit.run == nullptr ? &ExactScan()
+                                          : &unit.run->index(key.layer, key.kv_head));
+  }
+  AttendLane& lane = lanes_.emplace_back(key, members, plan.units, indexes, plan.rest);
   lane_rows_.push_back(plan.rows);
   for (uint32_t i = 0; i < lane.tasks(); ++i) tasks_.push_back({&lane, i});
 }

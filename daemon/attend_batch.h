@@ -51,6 +51,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
     std::shared_ptr<const BlockTable> table;
     size_t q_offset = 0;
     ScanKind kind = ScanKind::kExact;
+    uint32_t rest_hi = 0;  // behind the last token that the query may see
   };
   struct LaneSeat {  // one KV head of one admitted row
     LaneKey key;
@@ -63,15 +64,18 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   struct Plan {
     std::vector<uint32_t> rows;  // in admitted_
     ScanKind kind;
+    float tolerance = 0;
     std::vector<ScanUnit> units;
+    std::vector<ScanUnit> rest;  // as AttendLane's
   };
 
   absl::Status Admit(const AttendRow& row, AttendAnswer& answer, AdmittedRow* admitted);
-  absl::Status ChargeScratch(const AttendRow& row, const KvShape& shape);
+  absl::Status ChargeScratch(const AttendRow& row, ScanKind kind, const KvShape& shape);
   absl::Status TakeQueries(const AttendRow& row, size_t floats);
   void PlanLanes();
   std::vector<LaneSeat> Seats() const;
   const Plan& PlanFor(std::span<const LaneSeat> seats);
+  void PlanRest(Plan* plan) const;
   void AddLane(std::span<const LaneSeat> seats);
   bool cancelled();
   void RunLaneTask(AttendLane& lane, uint32_t task);

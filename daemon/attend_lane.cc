@@ -12,13 +12,14 @@
 namespace quarry {
 
 // What one unit scans, and by which index.
-struct AttendLane::View {
-  View(const LaneKey& key, const ScanUnit& unit)
-      : index(unit.run == nullptr ? ExactScan() : unit.run->index(key.layer, key.kv_head)),
+class AttendLane::View {
+ public:
+  View(const AttendLane& lane, uint32_t u)
+      : index(*lane.indexes_[u]),
         // The exact scan reads no more than is asked; another index wants its whole run.
-        segments(*key.shape, key.layer, key.kv_head,
-                 &index == &ExactScan() ? unit.tokens : unit.run->tokens(), unit.blocks,
-                 unit.first_block) {}
+        segments(*lane.key_.shape, lane.key_.layer, lane.key_.kv_head,
+                 &index == &ExactScan() ? lane.unit(u).tokens : lane.unit(u).run->tokens(),
+                 lane.unit(u).blocks, lane.unit(u).first_block) {}
   const KeyIndex& index;
   const KvSegments segments;
 };
@@ -37,6 +38,14 @@ class AttendLane::Queries {
     block_.head_dim = s.head_dim;
     block_.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
     block_.ranges = ranges_;
+    if (lane.elsewhere_.empty()) return;
+    for (uint32_t member : unit.members) {
+      for (uint32_t g = 0; g < lane.group_; ++g) {
+        elsewhere_.push_back(lane.elsewhere_[member * lane.group_ + g]);
+      }
+    }
+    block_.tolerance = lane.key_.tolerance;
+    block_.other_length = elsewhere_;
   }
   const QueryBlock& block() const { return block_; }
 
@@ -58,15 +67,17 @@ class AttendLane::Queries {
   }
 
   absl::InlinedVector<TokenRange, 32> ranges_;
-  std::vector<float> packed_;
+  std::vector<float> packed_, elsewhere_;
   QueryBlock block_;
 };
 
 AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
-                       std::span<const ScanUnit> units)
+                       std::span<const ScanUnit> units,
+                       std::span<const KeyIndex* const> indexes, std::span<const ScanUnit> rest)
     : key_(key),
       group_(key.shape->group()),
       units_(units),
+      rest_(rest),
       members_(members.begin(), members.end()),
       results_(members.size()) {
   const size_t head_dim = key.shape->head_dim;
@@ -78,10 +89,11 @@ AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
       members_[m].q = packed_q_.data() + m * floats;
     }
   }
+  PickIndexes(indexes);
   size_t slots = 0;
-  for (const ScanUnit& unit : units_) {
+  for (uint32_t u = 0; u < indexes_.size(); ++u) {
     first_slot_.push_back(static_cast<uint32_t>(slots));
-    slots += unit.members.size() * group_;
+    slots += unit(u).members.size() * group_;
   }
   first_slot_.push_back(static_cast<uint32_t>(slots));
   partials_.resize(slots);
@@ -93,16 +105,32 @@ AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
       allotments_[u].threshold.resize(units_[u].members.size() * group_);
       allotments_[u].ties.resize(units_[u].members.size() * group_);
       allotments_[u].exact.resize(units_[u].members.size() * group_);
+      if (!key.samples) continue;
+      allotments_[u].floor.resize(units_[u].members.size() * group_);
+      allotments_[u].lift_key.resize(units_[u].members.size() * group_);
     }
     lost_mass_.resize(members_.size() * group_);
   }
-  phase_ = key.kind == ScanKind::kIndexed ? Phase::kScore : Phase::kAttend;
-  tasks_left_.store(tasks(), std::memory_order_relaxed);
+  EnterPhase(whole_.empty() ? Phase::kScore : Phase::kAttend);
+}
+
+void AttendLane::PickIndexes(std::span<const KeyIndex* const> indexes) {
+  for (uint32_t u = 0; u < units_.size() + rest_.size(); ++u) {
+    const KeyIndex* index = &ExactScan();
+    if (key_.kind == ScanKind::kIndexed && u < units_.size()) {
+      index = indexes[u];
+      if (key_.samples && !index->can_sample()) index = &ExactScan();
+    }
+    indexes_.push_back(index);
+    const bool whole = key_.kind == ScanKind::kExact ||
+                       (key_.tolerance > 0 && index == &ExactScan());
+    (whole ? whole_ : searched_).push_back(u);
+  }
 }
 
 uint64_t AttendLane::scan_bytes() const {
   uint64_t tokens = 0;
-  for (const ScanUnit& unit : units_) tokens += unit.tokens.size();
+  for (uint32_t u = 0; u < indexes_.size(); ++u) tokens += unit(u).tokens.size();
   return tokens * 2 * key_.shape->vector_bytes();
 }
 
@@ -131,40 +159,73 @@ void AttendLane::ClearPartials(uint32_t unit) {
 }
 
 uint32_t AttendLane::tasks() const {
-  return static_cast<uint32_t>(phase_ == Phase::kAllocate ? members_.size() * group_
-                                                          : units_.size());
+  switch (phase_) {
+    case Phase::kAttend:
+      return static_cast<uint32_t>(whole_.size());
+    case Phase::kAllocate:
+      return static_cast<uint32_t>(members_.size() * group_);
+    case Phase::kScore:
+    case Phase::kRefine:
+      break;
+  }
+  return static_cast<uint32_t>(searched_.size());
 }
 
 void AttendLane::RunTask(uint32_t task) {
   switch (phase_) {
     case Phase::kAttend:
-      return Attend(task);
+      return Attend(whole_[task]);
     case Phase::kScore:
-      return Score(task);
+      return Score(searched_[task]);
     case Phase::kAllocate:
       return Allocate(task);
     case Phase::kRefine:
-      return Refine(task);
+      return Refine(searched_[task]);
   }
 }
 
-bool AttendLane::NextPhase() {
-  if (phase_ == Phase::kAttend || phase_ == Phase::kRefine) return false;
-  phase_ = phase_ == Phase::kScore ? Phase::kAllocate : Phase::kRefine;
+void AttendLane::EnterPhase(Phase phase) {
+  phase_ = phase;
   tasks_left_.store(tasks(), std::memory_order_relaxed);
+}
+
+bool AttendLane::NextPhase() {
+  if (phase_ == Phase::kRefine || searched_.empty()) return false;
+  if (phase_ == Phase::kAttend) MeasureElsewhere();
+  EnterPhase(phase_ == Phase::kAttend  ? Phase::kScore
+             : phase_ == Phase::kScore ? Phase::kAllocate
+                                       : Phase::kRefine);
   return true;
 }
 
+// The lengths of the sums over what has been attended whole.
+void AttendLane::MeasureElsewhere() {
+  const size_t head_dim = key_.shape->head_dim;
+  std::vector<Partial> totals(members_.size() * group_);
+  std::vector<float> acc(totals.size() * head_dim);
+  for (size_t i = 0; i < totals.size(); ++i) {
+    totals[i].acc = std::span(acc).subspan(i * head_dim, head_dim);
+  }
+  for (uint32_t u : whole_) MergeUnit(u, totals);
+  elsewhere_.clear();
+  for (const Partial& total : totals) {
+    double square = 0;
+    for (float x : total.acc) square += double{x} * x;
+    elsewhere_.push_back(square > 0 ? total.max + static_cast<float>(0.5 * std::log(square))
+                                    : kEmptyLse);
+  }
+}
+
 void AttendLane::Attend(uint32_t u) {
-  const View view(key_, units_[u]);
-  const Queries queries(*this, units_[u]);
+  const View view(*this, u);
+  const Queries queries(*this, unit(u));
   ClearPartials(u);
   // Every token is wanted: an index has nothing to add.
   ExactScan().AttendAll(view.segments.view(), queries.block(), UnitPartials(u));
 }
 
 void AttendLane::Score(uint32_t u) {
-  const View view(key_, units_[u]);
+  const View view(*this, u);
   const Queries queries(*this, units_[u]);
   view.index.Score(view.segments.view(), queries.block(), &coarse_[u]);
 }
@@ -176,7 +237,7 @@ void AttendLane::Allocate(uint32_t query) {
   };
   const uint32_t member = query / group_;
   std::vector<Place> places;
-  for (uint32_t u = 0; u < units_.size(); ++u) {
+  for (uint32_t u : searched_) {
     for (uint32_t slot = 0; slot < units_[u].members.size(); ++slot) {
       if (units_[u].members[slot] != member) continue;
       places.push_back({units_[u].ranges[slot].lo, u, slot * group_ + query % group_});
@@ -187,18 +248,26 @@ void AttendLane::Allocate(uint32_t query) {
   std::vector<RunScores> scores;
   for (const Place& place : places) scores.push_back({&coarse_[place.unit], place.row});
   std::vector<RunShare> shares(scores.size());
-  const double mass = AllocateBudget(members_[member].budget, scores, shares);
+  const LaneMember& asked = members_[member];
+  const uint32_t head = key_.kv_head * group_ + query % group_;
+  const uint64_t lift_key =
+      key_.samples ? LiftKey(asked.budget.seed, key_.layer, head, asked.position) : 0;
+  const double mass = AllocateBudget(asked.budget, scores, shares,
+                                     elsewhere_.empty() ? kEmptyLse : elsewhere_[query], lift_key);
   for (size_t i = 0; i < shares.size(); ++i) {
     RunAllotment& allotment = allotments_[places[i].unit];
     allotment.threshold[places[i].row] = shares[i].threshold;
     allotment.ties[places[i].row] = shares[i].ties;
     allotment.exact[places[i].row] = shares[i].exact;
+    if (!key_.samples) continue;
+    allotment.floor[places[i].row] = shares[i].floor;
+    allotment.lift_key[places[i].row] = lift_key;
   }
   lost_mass_[query] = static_cast<float>(1.0 - mass);
 }
 
 void AttendLane::Refine(uint32_t u) {
-  const View view(key_, units_[u]);
+  const View view(*this, u);
   const Queries queries(*this, units_[u]);
   ClearPartials(u);
   view.index.Refine(view.segments.view(), queries.block(), coarse_[u], allotments_[u],
@@ -210,21 +279,27 @@ std::span<const Partial> AttendLane::MergeUnits(std::vector<Partial>* totals,
                                                 std::vector<float>* acc) {
   // Mostly, a short range is one unit with every member in its place.
   const size_t queries = members_.size() * group_;
-  if (units_.size() == 1 && partials_.size() == queries) return partials_;
+  if (units_.size() == 1 && partials_.size() == queries) return partials_;  // and there is no rest
   const size_t head_dim = key_.shape->head_dim;
   acc->assign(queries * head_dim, 0.0f);
   totals->resize(queries);
   for (size_t i = 0; i < queries; ++i) {
     (*totals)[i].acc = std::span(*acc).subspan(i * head_dim, head_dim);
   }
-  for (uint32_t u = 0; u < units_.size(); ++u) {
-    const std::span<Partial> partials = UnitPartials(u);
-    for (size_t i = 0; i < partials.size(); ++i) {
-      const size_t slot = i / group_;
-      (*totals)[units_[u].members[slot] * group_ + i % group_].Merge(partials[i]);
-    }
+  for (uint32_t u = 0; u < units_.size(); ++u) MergeUnit(u, *totals);
+  // The rest has been read for these answers, but is no part of them.
+  for (uint32_t u = static_cast<uint32_t>(units_.size()); u < indexes_.size(); ++u) {
+    (*totals)[unit(u).members.front() * group_].bytes += UnitPartials(u).front().bytes;
   }
   return *totals;
+}
+
+// totals: one per query of all members.
+void AttendLane::MergeUnit(uint32_t u, std::span<Partial> totals) {
+  const std::span<Partial> partials = UnitPartials(u);
+  for (size_t i = 0; i < partials.size(); ++i) {
+    totals[unit(u).members[i / group_] * group_ + i % group_].Merge(partials[i]);
+  }
 }
 
 void AttendLane::Finish() {

@@ -22,12 +22,16 @@ struct LaneKey {
   uint32_t kv_head = 0;
   DType q_dtype = DType::kFp32;
   ScanKind kind = ScanKind::kExact;
+  bool samples = false;  // Budget::kSoftmaxLift: an index that cannot is passed by
+  // Budget::kError of indexed lanes, else 0: what no index estimates is attended first and whole.
+  float tolerance = 0;
 };
 
 // The part of a row that falls to a lane: the query heads of one KV head's group.
 struct LaneMember {
   const float* q = nullptr;  // [group][head_dim], widened; read when the lane is made
   Budget budget;
+  uint32_t position = 0;  // of the query
   float* o = nullptr;    // [group][head_dim], written by Finish
   float* lse = nullptr;  // [group]
 };
@@ -39,12 +43,16 @@ struct LaneResult {
 
 // Works in phases of tasks that any threads run in any order; partials are merged in the order of
 // the units, so the answer does not depend on the threads. An exact lane scans its units. An
-// indexed one scores its units, shares each query's budget out over them, then refines them.
+// indexed one scores its units, shares each query's budget out over them, then refines them. One
+// with a tolerance first attends the units without an index, and the `rest`, tokens that the
+// answers will be merged with elsewhere: beside a long sum of these errors matter less.
 class AttendLane {
  public:
-  // `units` is PlanScan's answer for these members, and outlives the lane.
+  // `units` and `rest` are PlanScan's answers for these members; indexes[u] may answer for unit u
+  // (the exact scan: there is no other), and is asked throughout. All outlive the lane.
   AttendLane(const LaneKey& key, std::span<const LaneMember> members,
-             std::span<const ScanUnit> units);
+             std::span<const ScanUnit> units, std::span<const KeyIndex* const> indexes,
+             std::span<const ScanUnit> rest = {});
 
   const LaneKey& key() const { return key_; }
   uint64_t scan_bytes() const;
@@ -66,21 +74,31 @@ class AttendLane {
 
  private:
   enum class Phase { kAttend, kScore, kAllocate, kRefine };
-  struct View;
+  class View;
   class Queries;
 
+  // Units of the lane, and behind them those of the rest.
+  const ScanUnit& unit(uint32_t u) const {
+    return u < units_.size() ? units_[u] : rest_[u - units_.size()];
+  }
+  void PickIndexes(std::span<const KeyIndex* const> indexes);
+  void EnterPhase(Phase phase);
+  void MeasureElsewhere();
   void Attend(uint32_t unit);
   void Score(uint32_t unit);
   void Allocate(uint32_t query);
   void Refine(uint32_t unit);
   std::span<Partial> UnitPartials(uint32_t unit);
+  void MergeUnit(uint32_t unit, std::span<Partial> totals);
   // One partial per query; in partials_, or merged into the two buffers.
   std::span<const Partial> MergeUnits(std::vector<Partial>* totals, std::vector<float>* acc);
   void ClearPartials(uint32_t unit);
 
   const LaneKey key_;
   const uint32_t group_;
-  const std::span<const ScanUnit> units_;
+  const std::span<const ScanUnit> units_, rest_;
+  std::vector<const KeyIndex*> indexes_;    // per unit, also of the rest
+  std::vector<uint32_t> whole_, searched_;  // units, and of the rest, that are attended; searched
   std::vector<LaneMember> members_;
   std::vector<float> packed_q_;           // [member][group][head_dim], if there are several
   std::vector<uint32_t> first_slot_;      // per unit, of partials_; one past the end at the end
@@ -90,6 +108,7 @@ class AttendLane {
   std::vector<RunAllotment> allotments_;  // indexed lanes: per unit
   std::vector<LaneResult> results_;
   std::vector<float> lost_mass_;  // indexed lanes: per query, of all members' groups
+  std::vector<float> elsewhere_;  // with a tolerance: per query, as QueryBlock::other_length
   Phase phase_;
   std::atomic<uint32_t> tasks_left_;
 };

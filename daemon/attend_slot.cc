@@ -56,7 +56,11 @@ AttendRow ToRow(const shm::AttendRowPod& pod) {
   row.range = {pod.range_lo, pod.range_hi};
   row.first_head = pod.first_head;
   row.heads = pod.heads;
-  row.budget = {static_cast<Budget::Kind>(pod.budget_kind), pod.budget_k, pod.budget_mass};
+  row.budget.kind = static_cast<Budget::Kind>(pod.budget_kind);
+  row.budget.k = pod.budget_k;
+  row.budget.mass = row.budget.error = row.budget.beta = pod.budget_amount;
+  row.budget.seed = pod.budget_seed;
+  row.merged = pod.merged != 0;
   row.q_dtype = static_cast<DType>(pod.q_dtype);
   row.has_token = pod.has_token != 0;
   row.token_position = pod.token_position;
@@ -66,8 +70,14 @@ AttendRow ToRow(const shm::AttendRowPod& pod) {
 absl::Status AddRow(Engine& engine, Channel& channel, const SlotBuffers& buffers,
                     const shm::AttendRowPod& pod, SlotState* state) {
   AttendRow row = ToRow(pod);
-  if (pod.has_token > 1 || pod.reserved0 != 0 || pod.reserved1 != 0) {
-    return absl::InvalidArgumentError("has_token must be 0 or 1 and reserved fields 0");
+  if (pod.has_token > 1 || pod.merged > 1) {
+    return absl::InvalidArgumentError("has_token and merged must be 0 or 1");
+  }
+  if (channel.geometry().version < 2 &&
+      (row.budget.kind > Budget::Kind::kTopP || pod.merged != 0 || pod.budget_seed != 0)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("budget kind ", pod.budget_kind, ", merged ", pod.merged, " and seed ",
+                     pod.budget_seed, " on a channel of version 1"));
   }
   QUARRY_ASSIGN_OR_RETURN(const KvShape shape, ShapeOf(engine, channel, row.context));
   QUARRY_ASSIGN_OR_RETURN(const AttendRowBytes bytes, BytesOfRow(row, shape));

@@ -19,7 +19,7 @@ namespace quarry {
 
 // How much of the daemon's range a token attends.
 struct AttendBudget {
-  Budget budget;     // unlimited, fixed k or mass
+  Budget budget;     // any kind
   double share = 0;  // > 0: fixed k of this share of the range, settled when first used
 };
 

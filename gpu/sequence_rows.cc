@@ -114,6 +114,7 @@ absl::Status Sequence::AttendLayer(uint32_t layer, uint32_t rows, const Budget& 
     row.range = Intersect(elsewhere, reach.Visible(r));
     row.heads = shape_.heads;
     row.budget = budget;
+    row.merged = budget.kind == Budget::Kind::kError;  // nothing else makes use of it
     row.q = q.data() + r * q_width;
     row.has_token = true;
     row.token_position = tokens_ + r;

@@ -9,6 +9,7 @@
 #include <iterator>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -33,7 +34,8 @@ struct Arguments {
   uint32_t max_tokens = 0, max_new_tokens = 16, threads = 0, deadline_ms = 10000;
   uint32_t window_first = 128, window_last = 512;
   uint32_t budget_k = 0;
-  double budget_share = 0, budget_mass = 0;
+  double budget_share = 0, budget_mass = 0, budget_error = 0, budget_beta = -1;
+  uint32_t budget_lift = 0, budget_seed = 0;
   uint64_t device_bytes = 16ull << 30;
   SamplerOptions sampling;
   std::string dump_directory;
@@ -55,11 +57,26 @@ void Describe(CLI::App* app, Arguments* a) {
       ->check(CLI::IsMember({"bf16", "fp16", "fp32"}));
   app->add_option("--window-first", a->window_first, "first tokens that stay in the worker");
   app->add_option("--window-last", a->window_last, "last tokens that stay in the worker");
-  app->add_option("--budget-k", a->budget_k, "tokens the daemon attends; with --budget-mass a cap");
+  app->add_option("--budget-k", a->budget_k, "tokens the daemon attends; with --budget-mass, -error or -beta a cap");
   app->add_option("--budget-share", a->budget_share, "share of its tokens the daemon attends")
       ->check(CLI::Range(0.0, 1.0));
   app->add_option("--budget-mass", a->budget_mass, "softmax mass the daemon attends")
       ->check(CLI::Range(0.0, 1.0));
+  app->add_option("--budget-error", a->budget_error, "tolerated relative error of the answer")
+      ->check(CLI::Range(1e-6, 0.999999));
+  app->add_option("--budget-beta", a->budget_beta,
+                  "DIPR: tokens whose score is at most so many nats below the largest")
+      ->check(CLI::Range(0.0, 1e6));
+  app->add_option("--budget-lift", a->budget_lift, "SoftmaxLift: tokens that the daemon samples")
+      ->check(CLI::PositiveNumber);
+  app->add_option("--budget-seed", a->budget_seed, "of these samples");
+  for (const char* kind : {"--budget-share", "--budget-mass", "--budget-error", "--budget-beta",
+                           "--budget-lift"}) {
+    for (const char* other : {"--budget-share", "--budget-mass", "--budget-error", "--budget-beta",
+                              "--budget-lift"}) {
+      if (std::string_view(kind) != other) app->get_option(kind)->excludes(other);
+    }
+  }
   app->add_option("--deadline-ms", a->deadline_ms, "of every request to the daemon");
   app->add_flag("--ignore-eos", a->ignore_end, "go on behind the model's end-of-sequence token");
   app->add_option("--temperature", a->sampling.temperature, "0: greedy");
@@ -110,10 +127,23 @@ SequenceOptions OptionsOf(const Arguments& a, const ModelConfig& config) {
                      : a.kv_dtype == "bf16" ? DType::kBf16
                      : a.kv_dtype == "fp16" ? DType::kFp16
                                             : DType::kFp32;
-  if (a.budget_mass > 0) {
-    options.budget.budget = {Budget::Kind::kTopP, a.budget_k, static_cast<float>(a.budget_mass)};
+  Budget& budget = options.budget.budget;
+  budget.k = a.budget_k;
+  budget.seed = a.budget_seed;
+  if (a.budget_error > 0) {
+    budget.kind = Budget::Kind::kError;
+    budget.error = static_cast<float>(a.budget_error);
+  } else if (a.budget_beta >= 0) {
+    budget.kind = Budget::Kind::kDipr;
+    budget.beta = static_cast<float>(a.budget_beta);
+  } else if (a.budget_lift > 0) {
+    budget.kind = Budget::Kind::kSoftmaxLift;
+    budget.k = a.budget_lift;
+  } else if (a.budget_mass > 0) {
+    budget.kind = Budget::Kind::kTopP;
+    budget.mass = static_cast<float>(a.budget_mass);
   } else if (a.budget_k > 0) {
-    options.budget.budget = {Budget::Kind::kFixedK, a.budget_k, 1.0f};
+    budget.kind = Budget::Kind::kFixedK;
   }
   options.budget.share = a.budget_share;
   return options;

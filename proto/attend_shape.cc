@@ -1,9 +1,47 @@
 #include "proto/attend_shape.h"
 
+#include <limits>
+
 #include "absl/strings/str_cat.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
+
+namespace {
+
+absl::Status Refused(absl::string_view field, float value, absl::string_view allowed) {
+  return absl::InvalidArgumentError(
+      absl::StrCat("a budget's ", field, " of ", value, " is not ", allowed));
+}
+
+}  // namespace
+
+absl::Status CheckBudget(const Budget& budget) {
+  // Written so that NaN is refused too.
+  switch (budget.kind) {
+    case Budget::Kind::kUnlimited:
+      return absl::OkStatus();
+    case Budget::Kind::kFixedK:
+      if (budget.k > 0) return absl::OkStatus();
+      return absl::InvalidArgumentError("a fixed budget of 0 tokens: k is 0");
+    case Budget::Kind::kTopP:
+      if (budget.mass > 0 && budget.mass <= 1) return absl::OkStatus();
+      return Refused("mass", budget.mass, "in (0, 1]");
+    case Budget::Kind::kError:
+      if (budget.error > 0 && budget.error < 1) return absl::OkStatus();
+      return Refused("error", budget.error, "in (0, 1)");
+    case Budget::Kind::kDipr:
+      if (budget.beta >= 0 && budget.beta <= std::numeric_limits<float>::max()) {
+        return absl::OkStatus();
+      }
+      return Refused("beta", budget.beta, "at least 0 and finite");
+    case Budget::Kind::kSoftmaxLift:
+      if (budget.k > 0) return absl::OkStatus();
+      return absl::InvalidArgumentError("a sampling budget of 0 tokens: k is 0");
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("unknown budget kind ", static_cast<int>(budget.kind)));
+}
 
 absl::Status CheckRow(const AttendRow& row, const KvShape& shape) {
   if (row.layer >= shape.layers) {
@@ -25,11 +63,7 @@ absl::Status CheckRow(const AttendRow& row, const KvShape& shape) {
     return absl::InvalidArgumentError(
         absl::StrCat("q_dtype ", static_cast<int>(row.q_dtype), " is unknown"));
   }
-  if (row.budget.kind > Budget::Kind::kTopP) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("unknown budget kind ", static_cast<int>(row.budget.kind)));
-  }
-  return absl::OkStatus();
+  return CheckBudget(row.budget);
 }
 
 absl::Status CheckHasQueries(const AttendRow& row) {

@@ -16,8 +16,11 @@ struct AttendRowBytes {
   uint64_t lse = 0;  // [heads] fp32
 };
 
+// InvalidArgument names the field and its number: a k of 0, mass outside (0, 1], error outside
+// (0, 1), beta below 0 or not finite, an unknown kind.
+absl::Status CheckBudget(const Budget& budget);
 // InvalidArgument names the field and the numbers: heads outside the model or not whole groups,
-// a layer outside it, a range that ends before it starts, an unknown dtype or kind of budget.
+// a layer outside it, a range that ends before it starts, an unknown dtype; and what CheckBudget refuses.
 absl::Status CheckRow(const AttendRow& row, const KvShape& shape);
 // InvalidArgument for a row over tokens whose q is null.
 absl::Status CheckHasQueries(const AttendRow& row);

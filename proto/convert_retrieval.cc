@@ -11,15 +11,23 @@ wire::Budget ToProto(const Budget& budget) {
   out.set_kind(static_cast<wire::BudgetKind>(budget.kind));
   out.set_k(budget.k);
   out.set_mass(budget.mass);
+  out.set_error(budget.error);
+  out.set_beta(budget.beta);
+  out.set_seed(budget.seed);
   return out;
 }
 
 absl::StatusOr<Budget> FromProto(const wire::Budget& message) {
-  if (message.kind() < 0 || message.kind() > 2) {
+  if (message.kind() < 0 || message.kind() > static_cast<int>(Budget::kLastKind)) {
     return absl::InvalidArgumentError(
         absl::StrCat("budget kind is ", static_cast<int>(message.kind()), ", not a known kind"));
   }
-  return Budget{static_cast<Budget::Kind>(message.kind()), message.k(), message.mass()};
+  return Budget{.kind = static_cast<Budget::Kind>(message.kind()),
+                .k = message.k(),
+                .mass = message.mass(),
+                .error = message.error(),
+                .beta = message.beta(),
+                .seed = message.seed()};
 }
 
 absl::StatusOr<RowFromWire> FromProto(const wire::AttendRow& message) {
@@ -34,6 +42,8 @@ absl::StatusOr<RowFromWire> FromProto(const wire::AttendRow& message) {
   QUARRY_ASSIGN_OR_RETURN(row.q_dtype, DTypeFromWire(message.q_dtype(), "q_dtype"));
   row.q = message.q().data();
   out.q_bytes = message.q().size();
+  row.merged = message.merged();
+  row.token_position = message.position();
   row.has_token = message.has_token();
   if (row.has_token) {
     row.token_position = message.token().position();
@@ -57,6 +67,8 @@ wire::AttendRow ToProto(const AttendRow& row, uint32_t head_dim, uint32_t group,
   if (row.q != nullptr) {
     out.set_q(row.q, size_t{row.heads} * head_dim * DTypeBytes(row.q_dtype));
   }
+  out.set_merged(row.merged);
+  if (!row.has_token) out.set_position(row.token_position);
   if (row.has_token) {
     size_t bytes = size_t{row.heads / group} * head_dim * DTypeBytes(kv_dtype);
     out.mutable_token()->set_position(row.token_position);

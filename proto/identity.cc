@@ -108,9 +108,11 @@ NumericRecipe RecipeOf(const Budget& budget, uint32_t window_first, uint32_t win
   h.U32(budget.k);
   h.F32(budget.kind == Budget::Kind::kTopP    ? budget.mass
         : budget.kind == Budget::Kind::kError ? budget.error
+        : budget.kind == Budget::Kind::kDipr  ? budget.beta
                                               : 0.0f);
   h.U32(window_first);
   h.U32(window_last);
+  if (budget.kind == Budget::Kind::kSoftmaxLift) h.U32(budget.seed);
   return {h.Finish<RecipeDigest>()};
 }
 

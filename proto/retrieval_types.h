@@ -13,18 +13,27 @@
 namespace quarry {
 
 // How many tokens of a row's range are attended exactly. A budget spans the whole query: all
-// runs of the range together, per query head.
+// runs of the range together, per query head. Fields that a kind does not name are not used.
 struct Budget {
   enum class Kind : uint8_t {
-    kUnlimited = 0,  // every token of the range: exact attention
-    kFixedK = 1,     // the k tokens of largest score
-    kError = 3,      // the fewest tokens with which the answer's predicted relative error is <= error
-    kTopP = 2,       // the fewest tokens whose softmax mass over the range is >= mass, at most k if k > 0
+    kUnlimited = 0,    // every token of the range: exact attention
+    kFixedK = 1,       // the k tokens of largest score
+    kTopP = 2,         // the fewest tokens whose softmax mass over the range is >= mass, at most k if
+                       // k > 0
+    kError = 3,        // the fewest tokens with which the answer's predicted relative error is <=
+                       // error; at most k are read one by one if k > 0. Where nothing is indexed,
+                       // all
+    kDipr = 4,         // the tokens whose score is at least the range's largest less beta, at most k
+                       // if k > 0
+    kSoftmaxLift = 5,  // k tokens drawn by priority, weighing so that sums over them are unbiased
   };
+  static constexpr Kind kLastKind = Kind::kSoftmaxLift;
   Kind kind = Kind::kUnlimited;
   uint32_t k = 0;
-  float mass = 1.0f;
-  float error = 0;
+  float mass = 1.0f;  // (0, 1]
+  float error = 0;    // (0, 1)
+  float beta = 0;     // nats, >= 0
+  uint32_t seed = 0;  // of what kSoftmaxLift draws
   friend bool operator==(const Budget&, const Budget&) = default;
 };
 
@@ -42,7 +51,12 @@ struct AttendRow {
   // The new token's K and V of this layer, stored before the row is answered. Its position must
   // be the layer's next one for these KV heads; has_token = false appends nothing.
   bool has_token = false;
+  // Of the query; with has_token also of the token. Not otherwise used but by kSoftmaxLift, which
+  // draws anew for each position, and with `merged`.
   uint32_t token_position = 0;
+  // The answer will be merged with attention over the context's other tokens up to the query's
+  // position. Then Budget::kError is of the merged answer: beside a strong window little is read.
+  bool merged = false;
   const void* k = nullptr;   // [heads / group][head_dim] of the context's dtype
   const void* v = nullptr;
 };
@@ -54,7 +68,11 @@ struct AttendAnswer {
   TokenRange covered;             // equals the row's range when OK
   uint64_t tokens_attended = 0;   // summed over the row's heads
   uint64_t bytes_touched = 0;     // of K, V and index data read for this row
-  float error_estimate = 0;       // share of softmax mass not attended, largest over the heads
+  // Largest over the heads. kUnlimited: 0. kFixedK, kTopP, kDipr: share of the range's softmax mass
+  // that was not attended. kError: predicted length of the error of o, by the length of o, or with
+  // `merged` by that of what it is merged into. kSoftmaxLift: predicted standard error of e^lse, by
+  // e^lse. Of a run whose index lists tokens, only these are known.
+  float error_estimate = 0;
   std::span<float> o;             // [heads][head_dim]
   std::span<float> lse;           // [heads]
 };

@@ -1,4 +1,4 @@
-// The shared-memory protocol's memory layout, version 1. Plain data only; the rules of use stand
+// The shared-memory protocol's memory layout, versions 1 and 2. Plain data only; the rules of use stand
 // in proto/SHM.md, good enough to write a client from. All integers are little-endian; offsets
 // are bytes; everything a client writes is untrusted: the daemon copies it once, validates the
 // copy, and uses only that.
@@ -14,7 +14,7 @@ namespace quarry::shm {
 inline constexpr uint32_t kMaxNameBytes = 256;
 inline constexpr uint32_t kMagic = 0x31595251;  // "QRY1"
 inline constexpr uint16_t kMinVersion = 1;
-inline constexpr uint16_t kMaxVersion = 1;
+inline constexpr uint16_t kMaxVersion = 2;  // 2: more kinds of budget, and `merged`
 
 // Limits of one channel; the daemon's configuration may lower them.
 inline constexpr uint32_t kMaxSlots = 256;
@@ -154,11 +154,12 @@ struct AttendRowPod {
   uint32_t layer;
   uint32_t range_lo, range_hi;
   uint32_t first_head, heads;
-  uint8_t budget_kind, q_dtype, has_token, reserved0;
+  uint8_t budget_kind, q_dtype, has_token;
+  uint8_t merged;          // version 2; before: 0
   uint32_t budget_k;
-  float budget_mass;
+  float budget_amount;     // mass, error or beta, by the kind
   uint32_t token_position;
-  uint32_t reserved1;
+  uint32_t budget_seed;    // version 2; before: 0
   // Offsets from the slot's start, 4-byte aligned; o: [heads][head_dim] fp32, lse: [heads] fp32.
   uint64_t q_offset, k_offset, v_offset, o_offset, lse_offset;
 };

@@ -76,6 +76,11 @@ std::string BudgetName(const Budget& budget) {
                           : absl::StrCat("mass-", budget.mass);
     case Budget::Kind::kError:
       return absl::StrCat("error-", budget.error);
+    case Budget::Kind::kDipr:
+      return budget.k > 0 ? absl::StrCat("dipr-", budget.beta, "-cap-", budget.k)
+                          : absl::StrCat("dipr-", budget.beta);
+    case Budget::Kind::kSoftmaxLift:
+      return absl::StrCat("lift-", budget.k);
   }
   return "unknown";
 }

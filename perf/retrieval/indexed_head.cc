@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <ctime>
-#include <limits>
 #include <utility>
 
 #include "cpu_index/budget.h"
@@ -11,7 +10,6 @@
 namespace quarry::perf {
 namespace {
 
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 double CoreSeconds(clockid_t clock) {
   timespec now{};
@@ -73,12 +71,10 @@ void IndexedHead::Attended(const Unit& unit, const CoarseScores& coarse,
   }
   QUARRY_CHECK(coarse.stretches.empty());
   const std::span<const float> row = coarse.Row(query);
-  uint32_t ties = allotment.ties[query];
+  AllottedTokens allotted(allotment, query);
   for (size_t i = 0; i < row.size(); ++i) {
-    const bool tie = row[i] == allotment.threshold[query] && ties > 0;
-    if (row[i] <= allotment.threshold[query] && !tie) continue;
-    out->push_back(coarse.tokens.lo + coarse.NodeOf(query, i));
-    if (tie) --ties;
+    const uint32_t token = coarse.tokens.lo + coarse.NodeOf(query, i);
+    if (allotted.Take(token, row[i])) out->push_back(token);
   }
 }
 
@@ -116,17 +112,25 @@ void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries, cons
   for (size_t u = 0; u < units.size(); ++u) {
     units[u].index->Score(units[u].view, tolerant, &coarse_[u]);
   }
+  const bool samples = budget.kind == Budget::Kind::kSoftmaxLift;
+  for (RunAllotment& allotment : allotments_) {
+    allotment.floor.resize(samples ? queries.queries : 0);
+    allotment.lift_key.resize(samples ? queries.queries : 0);
+  }
   std::vector<RunScores> scores(units.size());
   std::vector<RunShare> shares(units.size());
   for (uint32_t i = 0; i < queries.queries; ++i) {
     for (size_t u = 0; u < units.size(); ++u) scores[u] = {&coarse_[u], i};
-    const bool beside = !queries.other_length.empty();
-    lost_mass_[i] = 1.0 - AllocateBudget(budget, scores, shares,
-                                         beside ? queries.other_length[i] : kNothing);
+    const uint64_t key = samples ? LiftKey(budget.seed, 0, i, queries.ranges[i].hi) : 0;
+    const float other = queries.other_length.empty() ? kEmptyLse : queries.other_length[i];
+    lost_mass_[i] = 1.0 - AllocateBudget(budget, scores, shares, other, key);
     for (size_t u = 0; u < units.size(); ++u) {
       allotments_[u].threshold[i] = shares[u].threshold;
       allotments_[u].ties[i] = shares[u].ties;
       allotments_[u].exact[i] = shares[u].exact;
+      if (!samples) continue;
+      allotments_[u].floor[i] = shares[u].floor;
+      allotments_[u].lift_key[i] = key;
     }
   }
   for (size_t u = 0; u < units.size(); ++u) {

@@ -261,6 +261,14 @@ const char* c_gets_codes_and_texts_for_errors(const char* socket) {
   row.budget_kind = 256; /* unlimited in its low byte */
   EXPECT(quarry_attend_rows(client, &row, 1, &answer) == 3);
   EXPECT(strstr(quarry_last_error(), "budget_kind is 256") != NULL);
+  row.budget_kind = QUARRY_DIPR;
+  row.budget_beta = -2;
+  EXPECT(quarry_attend_rows(client, &row, 1, &answer) == 3);
+  EXPECT(strstr(quarry_last_error(), "beta of -2 is not at least 0") != NULL);
+  row.budget_kind = QUARRY_SOFTMAX_LIFT;
+  row.budget_k = 0;
+  EXPECT(quarry_attend_rows(client, &row, 1, &answer) == 3);
+  EXPECT(strstr(quarry_last_error(), "k is 0") != NULL);
   row.budget_kind = QUARRY_UNLIMITED;
   row.q_dtype = (quarry_dtype)0;
   EXPECT(quarry_attend_rows(client, &row, 1, &answer) == 3);

@@ -41,7 +41,11 @@ TEST_F(EngineBudgetTest, TheSameTokensInFewOrManyRunsGiveTheSameAnswer) {
     WaitForRuns((published - kWindowFirst) / run_tokens);
     std::vector<std::unique_ptr<OwnedRow>> rows;
     for (const Budget& budget :
-         {FixedK(100), FixedK(5000), TopP(0.5f), TopP(0.95f), TopP(0.95f, 64)}) {
+         {FixedK(100), FixedK(5000), TopP(0.5f), TopP(0.95f), TopP(0.95f, 64),
+          Budget{.kind = Budget::Kind::kDipr, .beta = 1.5f},
+          Budget{.kind = Budget::Kind::kDipr, .k = 20, .beta = 1.5f},
+          Budget{.kind = Budget::Kind::kSoftmaxLift, .k = 300, .seed = 5},
+          Budget{.kind = Budget::Kind::kError, .error = 0.1f}}) {
       rows.push_back(std::make_unique<OwnedRow>(
           shape, opened.context, 0, TokenRange{kWindowFirst, kTokens - kWindowLast}, TestSeed()));
       rows.back()->row.budget = budget;
@@ -95,6 +99,60 @@ TEST_F(EngineBudgetTest, AFixedBudgetAttendsTheBestTokensAndEstimatesWhatItLeft)
     worst_lost = std::max(worst_lost, 1 - std::exp(wanted.lse - all.lse));
   }
   EXPECT_NEAR(row->answer.error_estimate, worst_lost, 1e-4);
+}
+
+TEST_F(EngineBudgetTest, WithoutAnIndexAToleratedErrorIsAnsweredExactly) {
+  Start(SmallOptions());
+  const KvShape shape = SmallShape();
+  const KvData data(shape, 2000, TestSeed());
+  const OpenResult opened = OpenAndFill(session_, OpenFor(SmallModel(shape), Tokens(2000), 2000),
+                                        data);
+  const auto row = AttendOne(*engine_, session_, shape, opened.context, 1, {100, 1900}, 1,
+                             {.kind = Budget::Kind::kError, .error = 0.5f});
+  ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
+  EXPECT_EQ(row->answer.tokens_attended, uint64_t{1800} * shape.heads);
+  EXPECT_EQ(row->answer.error_estimate, 0);
+  EXPECT_LE(WorstError(data, *row), 1e-3);
+}
+
+// Means of many draws are the exact attention; the same draw gives the same answer, the next
+// position another one.
+TEST_F(EngineBudgetTest, ASampledAnswerIsUnbiasedAndFollowsFromItsSeedAndPosition) {
+  Start(SmallOptions());
+  const KvShape shape = SmallShape();
+  constexpr uint32_t kTokens = 2000, kDraws = 400;
+  const KvData data(shape, kTokens, TestSeed());
+  const OpenResult opened =
+      OpenAndFill(session_, OpenFor(SmallModel(shape), Tokens(kTokens), kTokens), data);
+  const auto ask = [&](Budget budget, uint32_t position) {
+    std::unique_ptr<OwnedRow> rows[1] = {std::make_unique<OwnedRow>(
+        shape, opened.context, 1, TokenRange{0, kTokens}, TestSeed())};
+    rows[0]->row.budget = budget;
+    rows[0]->row.token_position = position;
+    AttendRows(*engine_, session_, rows);
+    EXPECT_TRUE(rows[0]->answer.status.ok()) << rows[0]->answer.status;
+    return std::move(rows[0]);
+  };
+  const auto exact = ask({}, 0);
+  Budget lift{.kind = Budget::Kind::kSoftmaxLift, .k = 200};
+  const auto first = ask(lift, 1), again = ask(lift, 1), next = ask(lift, 2);
+  EXPECT_EQ(first->o, again->o);
+  EXPECT_NE(first->o, next->o);
+  EXPECT_EQ(first->answer.tokens_attended, uint64_t{200} * shape.heads);
+  EXPECT_GT(first->answer.error_estimate, 0);
+  EXPECT_LT(first->answer.error_estimate, 0.15);  // 1 / sqrt(k), and some room
+  std::vector<double> mean(shape.heads), square(shape.heads);
+  for (lift.seed = 0; lift.seed < kDraws; ++lift.seed) {
+    const auto drawn = ask(lift, 1);
+    for (uint32_t h = 0; h < shape.heads; ++h) {
+      const double ratio = std::exp(double{drawn->lse[h]} - exact->lse[h]);
+      mean[h] += ratio / kDraws;
+      square[h] += (ratio - 1) * (ratio - 1) / kDraws;
+    }
+  }
+  for (uint32_t h = 0; h < shape.heads; ++h) {
+    EXPECT_NEAR(mean[h], 1, 5 * std::sqrt(square[h] / kDraws) + 1e-4) << "head " << h;
+  }
 }
 
 TEST_F(EngineBudgetTest, ABudgetThatHoldsEverythingIsExact) {

@@ -221,6 +221,16 @@ TEST_F(EngineContextTest, WrongRowsAreRefusedEachWithItsOwnStatus) {
   add("fixed budget of 0", [](OwnedRow& r) { r.row.budget.kind = Budget::Kind::kFixedK; });
   add("mass of 1.5", [](OwnedRow& r) { r.row.budget = {Budget::Kind::kTopP, 0, 1.5f}; });
   add("mass of nan", [](OwnedRow& r) { r.row.budget = {Budget::Kind::kTopP, 0, std::nanf("")}; });
+  const auto add_budget = [&](std::string text, const Budget& budget) {
+    add(std::move(text), [&budget](OwnedRow& r) { r.row.budget = budget; });
+  };
+  for (float error : {0.0f, 1.0f, -0.5f, std::nanf("")}) {
+    add_budget(absl::StrCat("error of ", error), {.kind = Budget::Kind::kError, .error = error});
+  }
+  for (float beta : {-1.0f, INFINITY, std::nanf("")}) {
+    add_budget(absl::StrCat("beta of ", beta), {.kind = Budget::Kind::kDipr, .beta = beta});
+  }
+  add_budget("sampling budget of 0", {.kind = Budget::Kind::kSoftmaxLift});
   add("unknown budget kind 9",
       [](OwnedRow& r) { r.row.budget.kind = static_cast<Budget::Kind>(9); });
   add("room for 3", [](OwnedRow& r) { r.answer.o = r.answer.o.first(3); });

@@ -226,8 +226,11 @@ TEST_F(ShmServerTest, AWrongRowGetsItsOwnStatusAndTheOthersAreAnswered) {
       {"layer", [](auto& r) { r.layer = 2; }},
       {"inverted range", [](auto& r) { r.range_lo = 11; }},
       {"dtype", [](auto& r) { r.q_dtype = 0; }},
-      {"budget", [](auto& r) { r.budget_kind = 3; }},
-      {"reserved", [](auto& r) { r.reserved1 = 1; }},
+      {"budget", [](auto& r) { r.budget_kind = 6; }},
+      {"merged", [](auto& r) { r.merged = 2; }},
+      {"error of 0", [](auto& r) { r.budget_kind = 3, r.budget_amount = 0; }},
+      {"beta below 0", [](auto& r) { r.budget_kind = 4, r.budget_amount = -1; }},
+      {"a sample of 0", [](auto& r) { r.budget_kind = 5, r.budget_k = 0; }},
   };
   for (const auto& [name, change] : changes) {
     const uint64_t bytes = WriteAttend(*client, 0, context, 3);

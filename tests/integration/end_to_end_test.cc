@@ -241,11 +241,16 @@ TEST_F(EndToEndTest, TheDescriptorOfAnExtentCannotBeWrittenThrough) {
 TEST_F(EndToEndTest, GrpcAnswersAreTheSharedMemoryAnswersBitForBit) {
   const ContextId context = Fill(client_.get());
   const GrpcSession grpc(daemon_->grpc_path());
-  const Budget budgets[] = {{}, {Budget::Kind::kFixedK, 64, 1.0f}, {Budget::Kind::kTopP, 0, 0.9f}};
+  const Budget budgets[] = {{}, {Budget::Kind::kFixedK, 64, 1.0f}, {Budget::Kind::kTopP, 0, 0.9f},
+                            {.kind = Budget::Kind::kError, .error = 0.125f},
+                            {.kind = Budget::Kind::kDipr, .beta = 1.0f},
+                            {.kind = Budget::Kind::kSoftmaxLift, .k = 64, .seed = 3}};
   for (const Budget& budget : budgets) {
     for (const TokenRange range : {TokenRange{0, kTokens}, {100, 900}}) {
       OneRow row(spec_.shape, context, 1, range, 9);
       row.row.budget = budget;
+      row.row.token_position = 5;
+      row.row.merged = budget.kind == Budget::Kind::kError;
       ASSERT_TRUE(row.Run(client_.get()).ok()) << row.answer.status;
       wire::AttendRequest request;
       *request.add_rows() =
@@ -260,6 +265,10 @@ TEST_F(EndToEndTest, GrpcAnswersAreTheSharedMemoryAnswersBitForBit) {
       EXPECT_EQ(std::memcmp(answer.o().data(), row.o.data(), answer.o().size()), 0);
       EXPECT_EQ(std::memcmp(answer.lse().data(), row.lse.data(), answer.lse().size()), 0);
       EXPECT_EQ(answer.tokens_attended(), row.answer.tokens_attended);
+      EXPECT_EQ(answer.error_estimate(), row.answer.error_estimate);
+      const bool exact = budget.kind == Budget::Kind::kUnlimited ||
+                         budget.kind == Budget::Kind::kError;  // nothing here has an index
+      EXPECT_EQ(row.answer.error_estimate == 0, exact);
     }
   }
 }

@@ -216,7 +216,10 @@ TEST(ConvertTest, PurgeTakesExactlyOneSelector) {
 
 TEST(ConvertTest, BudgetsSurviveTheWire) {
   for (const Budget& budget : {Budget{}, Budget{Budget::Kind::kFixedK, 256, 1.0f},
-                               Budget{Budget::Kind::kTopP, 0, 0.9375f}}) {
+                               Budget{Budget::Kind::kTopP, 0, 0.9375f},
+                               Budget{.kind = Budget::Kind::kError, .k = 9, .error = 0.0625f},
+                               Budget{.kind = Budget::Kind::kDipr, .beta = 6.5f},
+                               Budget{.kind = Budget::Kind::kSoftmaxLift, .k = 7, .seed = ~0u}}) {
     const auto back = FromProto(Sent(ToProto(budget)));
     ASSERT_TRUE(back.ok()) << back.status();
     EXPECT_EQ(*back, budget);
@@ -237,6 +240,7 @@ TEST(ConvertTest, AttendRowSurvivesTheWire) {
   row.first_head = 4;
   row.heads = 4;
   row.budget = {Budget::Kind::kFixedK, 64, 1.0f};
+  row.merged = true;
   row.q_dtype = DType::kBf16;
   row.q = q.data();
   row.has_token = true;
@@ -254,6 +258,7 @@ TEST(ConvertTest, AttendRowSurvivesTheWire) {
   EXPECT_EQ(back->row.heads, row.heads);
   EXPECT_EQ(back->row.budget, row.budget);
   EXPECT_EQ(back->row.q_dtype, row.q_dtype);
+  EXPECT_TRUE(back->row.merged);
   EXPECT_TRUE(back->row.has_token);
   EXPECT_EQ(back->row.token_position, row.token_position);
   EXPECT_EQ(std::string(static_cast<const char*>(back->row.q), back->q_bytes), q);
@@ -377,8 +382,9 @@ TEST(ConvertTest, UnknownEnumsAreRefused) {
     spec.mutable_rope()->set_regime(static_cast<wire::RopeRegime>(value));
     ExpectInvalid(FromProto(Sent(spec)), "rope regime is " + std::to_string(value));
     wire::Budget budget;
-    budget.set_kind(static_cast<wire::BudgetKind>(value));
-    ExpectInvalid(FromProto(Sent(budget)), "budget kind is " + std::to_string(value));
+    const int kind = value == 3 ? 6 : value;  // known kinds end at 5
+    budget.set_kind(static_cast<wire::BudgetKind>(kind));
+    ExpectInvalid(FromProto(Sent(budget)), "budget kind is " + std::to_string(kind));
   }
 }
 

@@ -16,7 +16,7 @@ import sys
 BLOCK_TOKENS = 256
 DTYPES = {"bf16": 1, "fp16": 2, "fp32": 3}
 REGIMES = {"none": 0, "short": 1, "long": 2}
-BUDGET_KINDS = {"unlimited": 0, "fixed_k": 1, "top_p": 2}
+BUDGET_KINDS = {"unlimited": 0, "fixed_k": 1, "top_p": 2, "error": 3, "dipr": 4, "softmax_lift": 5}
 ZERO = bytes(32)
 
 
@@ -94,15 +94,17 @@ def encode_recipe(v):
     """None for the dense recipe, which is 32 zero bytes and no hash."""
     if v["kind"] == "unlimited":
         return None
-    mass = v["mass"] if v["kind"] == "top_p" else 0.0
-    return (
+    amounts = {"top_p": "mass", "error": "error", "dipr": "beta"}
+    amount = v[amounts[v["kind"]]] if v["kind"] in amounts else 0.0
+    encoded = (
         sized(b"quarry.recipe.budget.v1")
         + u32(BUDGET_KINDS[v["kind"]])
         + u32(v["k"])
-        + f32(mass)
+        + f32(amount)
         + u32(v["window_first"])
         + u32(v["window_last"])
     )
+    return encoded + u32(v["seed"]) if v["kind"] == "softmax_lift" else encoded
 
 
 ENCODERS = {
@@ -174,6 +176,9 @@ def inputs():
             "dense": dict(budgeted, kind="unlimited"),
             "fixed_k": budgeted,
             "top_p": {"kind": "top_p", "k": 0, "mass": 0.9375, "window_first": 0, "window_last": 64},
+            "error": dict(budgeted, kind="error", k=0, error=0.03125),
+            "dipr": dict(budgeted, kind="dipr", beta=6.5),
+            "softmax_lift": dict(budgeted, kind="softmax_lift", seed=77),
         },
     }
 

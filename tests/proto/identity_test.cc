@@ -122,9 +122,13 @@ TEST_F(GoldenIdentityTest, EngineBlockIdsAreTheGoldenOnes) {
 TEST_F(GoldenIdentityTest, BudgetRecipesAreTheGoldenOnes) {
   const std::map<std::string, Budget::Kind> kinds = {{"unlimited", Budget::Kind::kUnlimited},
                                                      {"fixed_k", Budget::Kind::kFixedK},
-                                                     {"top_p", Budget::Kind::kTopP}};
+                                                     {"top_p", Budget::Kind::kTopP},
+                                                     {"error", Budget::Kind::kError},
+                                                     {"dipr", Budget::Kind::kDipr},
+                                                     {"softmax_lift", Budget::Kind::kSoftmaxLift}};
   Check("recipe", [&](const Json& v) {
-    const Budget budget{kinds.at(v.at("kind")), v.at("k"), v.at("mass")};
+    const Budget budget{kinds.at(v.at("kind")), v.at("k"),           v.at("mass"),
+                        v.value("error", 0.0f), v.value("beta", 0.0f), v.value("seed", 0u)};
     return RecipeOf(budget, v.at("window_first"), v.at("window_last")).digest.Hex();
   });
 }
@@ -289,6 +293,12 @@ TEST(RecipeTest, EveryPartOfABudgetCounts) {
   add({Kind::kTopP, 256, 1.0f}, 4, 512);
   add({Kind::kTopP, 256, 0.9f}, 4, 512);
   add({Kind::kTopP, 0, 0.9f}, 4, 512);
+  add({.kind = Kind::kError, .error = 0.9f}, 4, 512);
+  add({.kind = Kind::kError, .error = 0.8f}, 4, 512);
+  add({.kind = Kind::kDipr, .beta = 0.9f}, 4, 512);
+  add({.kind = Kind::kDipr, .k = 256, .beta = 0.9f}, 4, 512);
+  add({.kind = Kind::kSoftmaxLift, .k = 256}, 4, 512);
+  add({.kind = Kind::kSoftmaxLift, .k = 256, .seed = 1}, 4, 512);
   EXPECT_EQ(seen.size(), n);
 }
 
