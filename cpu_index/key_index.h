@@ -115,10 +115,10 @@ struct CoarseScores {
 struct RunAllotment {
   std::vector<float> threshold;    // [queries]
   std::vector<uint32_t> ties;      // [queries]
-  std::vector<float> floor;        // [queries]; empty: no query samples
   // [queries] of what is refined, tokens with a rank above it are read exactly, others may be
   // approximated as the coarse scores' refined_doubt says. Empty: all are read exactly.
   std::vector<float> exact;
+  std::vector<float> floor;        // [queries]; empty: no query samples
   std::vector<uint64_t> lift_key;  // [queries] of LiftKey, 0: not sampled; empty with `floor`
 };
 

@@ -73,7 +73,7 @@ struct Cut {
     std::map<uint32_t, float> out;
     for (size_t r = 0; r < runs.size(); ++r) {
       AllottedTokens allotted(
-          {{shares[r].threshold}, {shares[r].ties}, {shares[r].floor}, {}, {lift_key}}, 0);
+          {{shares[r].threshold}, {shares[r].ties}, {}, {shares[r].floor}, {lift_key}}, 0);
       const std::span<const float> row = coarse[r].Row(1);
       for (uint32_t i = 0; i < row.size(); ++i) {
         const uint32_t token = coarse[r].tokens.lo + coarse[r].NodeOf(1, i);
