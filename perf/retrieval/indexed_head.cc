@@ -10,7 +10,6 @@
 namespace quarry::perf {
 namespace {
 
-
 double CoreSeconds(clockid_t clock) {
   timespec now{};
   clock_gettime(clock, &now);
