@@ -5,8 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu_index/balanced_tree.h"
-#include "cpu_index/cluster_index.h"
+#include "cpu_index/cluster_search.h"
 #include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
 #include "proto/half.h"
@@ -15,7 +14,6 @@ namespace quarry {
 namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr uint32_t kLeavesPerSuper = kSuperRows / kLeafRows;
 // Leaves of less than this share of the mass, by the root of their number, stand for their super.
 constexpr float kNegligible = 1e-3f;
 

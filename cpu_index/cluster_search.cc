@@ -6,8 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu_index/balanced_tree.h"
-#include "cpu_index/cluster_index.h"
+#include "cpu_index/cluster_search.h"
 #include "cpu_index/simd.h"
 #include "proto/half.h"
 
@@ -15,8 +14,6 @@ namespace quarry {
 namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr uint32_t kLeavesPerSuper = kSuperRows / kLeafRows;
-static_assert(kLeafRows == KeyCodes::kBlockKeys && kLeavesPerSuper == NodeLevel::kBlockNodes);
 
 // Of the tolerated error: what supers, and leaves, that stay closed may make of it.
 constexpr float kSuperShare = 0.3f, kLeafShare = 0.4f;
@@ -27,18 +24,6 @@ constexpr float kOutlierShare = 1.0f / 32;
 // higher. Of 1,700 tokens with 2% of a query's mass or more, whose codes missed 3 nats of their
 // scores or more, 9 in 10 were among the best 30 to 250.
 constexpr uint32_t kRankedTokens = 512;
-
-// log of the sum of e^x; x is lost.
-float LogSum(std::span<float> x) {
-  const float largest = Kernels().max(x.data(), x.size());
-  if (largest == kNone) return kNone;
-  return largest + std::log(Kernels().exp_sum(x.data(), x.size(), largest));
-}
-
-float LogAdd(float a, float b) {
-  const float most = std::max(a, b);
-  return most == kNone ? kNone : most + std::log(std::exp(a - most) + std::exp(b - most));
-}
 
 // The least weight (a log, of a whole node) that has to be opened, so that those below it sum up to
 // at most e^allowed. A histogram of quarters of a nat: no exponentials, no sort.
@@ -61,33 +46,16 @@ float OpenFrom(std::span<const float> weights, float allowed) {
 
 }  // namespace
 
-// What a search has found so far; all queries have the same nodes.
-struct ClusterIndex::Search {
-  const QueryBlock& queries;
-  std::vector<KeyCodes::Query> code;
-  std::vector<NodeLevel::Query> leaf, super;  // [queries]
-  // [queries] what NodeLevel calls breadth, and of a token's score around its code's.
-  std::vector<float> leaf_breadth, super_breadth, code_variance;
-  std::vector<Unrest> unrest;
-  // [queries] log of the sum of the run's weights, estimated, and of what errors are measured by:
-  // with that of the tokens elsewhere, as if their values were as long as this run's answers.
-  std::vector<float> own_mass, mass;
-  std::vector<float> ranked_from;  // [queries], or empty: tokens with this score are ranked
-  std::vector<uint32_t> opened_supers, closed_supers;  // rising
-  std::vector<float> super_score;       // [queries][supers], lifted
-  std::vector<float> leaf_score;        // [queries][opened supers * 16], lifted; none: no leaf
-  std::vector<uint8_t> opened_leaf;     // [opened supers * 16]
-  std::vector<uint32_t> leaves;         // opened, rising
-  uint64_t bytes = 0;
+float LogSum(std::span<float> x) {
+  const float largest = Kernels().max(x.data(), x.size());
+  if (largest == kNone) return kNone;
+  return largest + std::log(Kernels().exp_sum(x.data(), x.size(), largest));
+}
 
-  size_t leaf_row() const { return opened_supers.size() * kLeavesPerSuper; }
-  // of_run: log of the sum of the run's weights.
-  void SetMass(uint32_t query, float of_run, float log_length) {
-    own_mass[query] = mass[query] = of_run;
-    if (queries.other_length.empty()) return;
-    mass[query] = LogAdd(of_run, queries.other_length[query] - log_length);
-  }
-};
+float LogAdd(float a, float b) {
+  const float most = std::max(a, b);
+  return most == kNone ? kNone : most + std::log(std::exp(a - most) + std::exp(b - most));
+}
 
 float ClusterIndex::Inside::Breadth(std::span<const float> y) const {
   float sum = 0, length = 0;
@@ -273,141 +241,6 @@ float ClusterIndex::BestBy(std::span<const float> centre, const KeyCodes::Query&
   std::nth_element(scores.begin(), scores.begin() + static_cast<ptrdiff_t>(rank), scores.end(),
                    std::greater<>());
   return scores[rank];
-}
-
-void ClusterIndex::ListNodes(const Search& s, CoarseScores* out) const {
-  out->node = s.leaves;
-  out->stretches.resize(kStretches);
-  auto end = static_cast<uint32_t>(s.leaves.size() * kLeafRows);
-  const auto close = [&](Stretch which, uint32_t nodes, uint32_t weight) {
-    end += nodes;
-    out->stretches[which] = {end, weight};
-  };
-  close(kTokens, 0, 1);
-  const auto close_level = [&](const NodeLevel& level, Stretch full, auto&& add) {
-    const size_t before = out->node.size();
-    add();
-    auto nodes = static_cast<uint32_t>(out->node.size() - before);
-    const uint32_t last = level.nodes() - 1;
-    const bool partial = nodes > 0 && out->node.back() == last && level.count(last) != level.count(0);
-    close(full, nodes - (partial ? 1 : 0), level.count(0));
-    close(static_cast<Stretch>(full + 1), partial ? 1 : 0, level.count(last));
-  };
-  close_level(p_.leaves, kFullLeaves, [&] {
-    for (size_t at = 0; at < s.leaf_row(); ++at) {
-      const uint32_t leaf = LeafAt(s, at);
-      if (s.opened_leaf[at] == 0 && leaf < p_.leaves.nodes()) out->node.push_back(leaf);
-    }
-  });
-  close_level(p_.supers, kFullSupers, [&] {
-    out->node.insert(out->node.end(), s.closed_supers.begin(), s.closed_supers.end());
-  });
-  out->nodes = end;
-  out->score.resize(s.queries.queries * size_t{end});
-}
-
-void ClusterIndex::Doubt(const Search& s, CoarseScores* out) const {
-  out->common_doubt = common_doubt_ / token_doubt_;
-  out->refined_doubt = row_doubt_ / token_doubt_;
-  out->exact_above = ExactAbove(out->refined_doubt);
-  for (const Unrest& unrest : s.unrest) {
-    const auto add = [&](uint32_t stretch, float doubt) {
-      const auto weight = static_cast<float>(out->stretches[stretch].weight);
-      out->doubt.push_back(std::log(weight * doubt) + log_length_);
-    };
-    add(kTokens, token_doubt_ * unrest.token);
-    for (uint32_t stretch : {kFullLeaves, kLastLeaf}) add(stretch, leaf_doubt_ * unrest.leaf);
-    for (uint32_t stretch : {kFullSupers, kLastSuper}) add(stretch, super_doubt_ * unrest.super);
-  }
-}
-
-void ClusterIndex::ScoreClosed(const Search& s, CoarseScores* out) const {
-  for (uint32_t i = 0; i < s.queries.queries; ++i) {
-    float* score = out->score.data() + size_t{i} * out->nodes + out->stretches[kTokens].end;
-    const float* const of_leaf = s.leaf_score.data() + i * s.leaf_row();
-    for (size_t at = 0; at < s.leaf_row(); ++at) {
-      if (s.opened_leaf[at] == 0 && of_leaf[at] != kNone) *score++ = of_leaf[at];
-    }
-    for (uint32_t n : s.closed_supers) {
-      *score++ = s.super_score[size_t{i} * p_.supers.nodes() + n];
-    }
-  }
-}
-
-void ClusterIndex::ScoreTokens(const Search& s, CoarseScores* out) const {
-  const size_t row = s.leaves.size() * kLeafRows;
-  std::vector<int32_t> sums(s.queries.queries * row);
-  p_.codes.SumBlocks(s.code, s.leaves, sums);
-  if (!open_all_) out->bytes += row * KeyCodes::kBytes;
-  out->bytes += row * (sizeof(uint32_t) + sizeof(uint16_t));
-  for (uint32_t i = 0; i < s.queries.queries; ++i) {
-    const KeyCodes::Query& code = s.code[i];
-    const int32_t* sum = sums.data() + i * row;
-    float* score = out->score.data() + size_t{i} * out->nodes;
-    for (size_t at = 0; at < s.leaf_row(); ++at) {
-      if (s.opened_leaf[at] == 0) continue;
-      // The leaf's score was lifted by its spread; a token's by what its code may miss.
-      const uint32_t leaf = LeafAt(s, at);
-      const float lifted = s.leaf_score[i * s.leaf_row() + at];
-      const float centre =
-          p_.leaves.Lowered(leaf, lifted, s.leaf_breadth[i]) + 0.5f * s.code_variance[i];
-      const uint16_t* const scale = p_.scale.data() + size_t{leaf} * kLeafRows;
-      for (uint32_t t = 0; t < kLeafRows; ++t) {
-        const float above = code.scale * static_cast<float>(sum[t]) + code.offset;
-        score[t] = above * Bf16ToFloat(scale[t]) + centre;
-      }
-      sum += kLeafRows;
-      score += kLeafRows;
-    }
-  }
-}
-
-// Scores the best tokens by their rows.
-void ClusterIndex::Rank(const KvView& run, const Search& s, CoarseScores* out) const {
-  const Listed listed = NodesOf(*out);
-  std::vector<uint8_t> marks(listed.tokens());
-  for (uint32_t i = 0; i < s.ranked_from.size(); ++i) {
-    const float* const score = out->Row(i).data();
-    // Scores of tokens count in what codes miss.
-    const float from = s.ranked_from[i] + 0.5f * s.code_variance[i];
-    for (size_t e = 0; e < marks.size(); ++e) marks[e] |= score[e] >= from ? 1 : 0;
-  }
-  Rows rows;
-  std::vector<size_t> entries;
-  for (size_t e = 0; e < marks.size(); ++e) {
-    const uint32_t place = Places(listed, e).lo;
-    if (marks[e] == 0 || place >= tokens()) continue;
-    entries.push_back(e);
-    rows.places.push_back(place);
-  }
-  ScoreRows(run, s.queries, &rows);
-  out->bytes += rows.bytes;
-  for (uint32_t i = 0; i < s.queries.queries; ++i) {
-    float* const score = out->score.data() + size_t{i} * out->nodes;
-    for (size_t r = 0; r < entries.size(); ++r) {
-      score[entries[r]] = rows.score[i * entries.size() + r];
-    }
-  }
-}
-
-// Places behind the last token, and tokens that a query must not see.
-void ClusterIndex::MaskTokens(const KvView& run, const QueryBlock& queries,
-                              CoarseScores* out) const {
-  const Listed listed = NodesOf(*out);
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    float* const score = out->score.data() + size_t{i} * out->nodes;
-    for (size_t e = listed.tokens(); e > 0 && Places(listed, e - 1).lo >= tokens(); --e) {
-      score[e - 1] = kNone;
-    }
-    const TokenRange range = queries.ranges[i];
-    if (range.lo <= run.tokens().lo && range.hi >= run.tokens().hi) continue;
-    for (size_t e = 0; e < listed.tokens(); ++e) {
-      const uint32_t place = Places(listed, e).lo;
-      if (place >= tokens()) continue;
-      const uint32_t token = run.tokens().lo + p_.order[place];
-      if (token < range.lo || token >= range.hi) score[e] = kNone;
-    }
-  }
 }
 
 void ClusterIndex::Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const {
