@@ -20,7 +20,7 @@ class CodeScan final : public KeyIndex {
                                                          std::span<const float> queries);
 
   std::string_view kind() const override { return "codes"; }
-  bool can_sample() const override { return true; }
+  bool lists_tokens() const override { return true; }
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override;
   void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const override;

@@ -195,7 +195,7 @@ class AttendPass {
 class ExactScanIndex final : public KeyIndex {
  public:
   std::string_view kind() const override { return "exact"; }
-  bool can_sample() const override { return true; }
+  bool lists_tokens() const override { return true; }
 
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override {

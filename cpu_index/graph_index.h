@@ -28,7 +28,7 @@ class GraphIndex final : public KeyIndex {
   std::vector<std::byte> Serialize() const;
 
   std::string_view kind() const override { return "graph"; }
-  bool can_sample() const override { return true; }
+  bool lists_tokens() const override { return true; }
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override;
   void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const override;

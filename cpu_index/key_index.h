@@ -159,9 +159,10 @@ class KeyIndex {
   // "exact", later "graph", "clusters", ...
   virtual std::string_view kind() const = 0;
 
-  // Whether Refine follows an allotment that samples: if nodes are tokens, listed with their exact
-  // scores. An index that does not is to be passed by for such queries, by the exact scan.
-  virtual bool can_sample() const { return false; }
+  // Whether nodes are tokens, listed with their exact scores: then Refine follows every allotment to
+  // the token, also one that samples. Other indexes are for Budget::kError alone, and are to be passed
+  // by for other budgets, by the exact scan.
+  virtual bool lists_tokens() const { return false; }
 
   // Exact attention over every token of run that lies in each query's range; merged into acc.
   // Cost: one pass over K and V for all queries.

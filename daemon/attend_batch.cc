@@ -22,7 +22,7 @@ bool HasIndex(const AttendRow& row, const KvShape& shape, const BlockTable& tabl
   for (const RunUse& use : table.runs) {
     if (Intersect(use.tokens, row.range).empty()) continue;
     for (uint32_t h = first; h < first + row.heads / shape.group(); ++h) {
-      if (&use.run->index(row.layer, h) != &ExactScan()) return true;
+      if (use.run->indexes()->Get(row.layer, h) != nullptr) return true;
     }
   }
   return false;
@@ -153,12 +153,17 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
     QUARRY_RETURN_IF_ERROR(ChargeScratch(row, admitted->kind, s));
     status = TakeQueries(row, q_floats);
   }
+  const float* const q = q_.data() + admitted->q_offset;
   if (status.ok() && row.has_token) {
     // Last, so that a row that fails stores no token.
     status =
         context.AppendToken(row.layer, first_kv_head, kv_heads, row.token_position, row.k, row.v);
   }
-  if (!status.ok()) q_.resize(admitted->q_offset);
+  if (!status.ok()) {
+    q_.resize(admitted->q_offset);
+  } else if (!row.range.empty()) {
+    context.SampleQueries(row.layer, first_kv_head, kv_heads, q);
+  }
   return status;
 }
 
@@ -290,8 +295,10 @@ void AttendBatch::AddLane(std::span<const LaneSeat> seats) {
   }
   std::vector<const KeyIndex*> indexes;
   for (const ScanUnit& unit : plan.units) {
-    indexes.push_back(unit.run == nullptr ? &ExactScan()
-                                          : &unit.run->index(key.layer, key.kv_head));
+    std::shared_ptr<const KeyIndex> index;
+    if (unit.run != nullptr) index = unit.run->indexes()->Get(key.layer, key.kv_head);
+    indexes.push_back(index == nullptr ? &ExactScan() : index.get());
+    if (index != nullptr) indexes_.push_back(std::move(index));
   }
   AttendLane& lane = lanes_.emplace_back(key, members, plan.units, indexes, plan.rest);
   lane_rows_.push_back(plan.rows);

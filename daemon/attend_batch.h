@@ -91,6 +91,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   std::vector<float> q_;  // of all admitted rows, [heads][head_dim] each
   std::vector<AdmittedRow> admitted_;
   std::deque<Plan> plans_;
+  std::vector<std::shared_ptr<const KeyIndex>> indexes_;  // what lanes search
   std::deque<AttendLane> lanes_;
   std::vector<std::vector<uint32_t>> lane_rows_;  // per lane, of admitted_
   std::vector<Task> tasks_;

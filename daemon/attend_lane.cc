@@ -119,7 +119,7 @@ void AttendLane::PickIndexes(std::span<const KeyIndex* const> indexes) {
     const KeyIndex* index = &ExactScan();
     if (key_.kind == ScanKind::kIndexed && u < units_.size()) {
       index = indexes[u];
-      if (key_.samples && !index->can_sample()) index = &ExactScan();
+      if (key_.tolerance == 0 && !index->lists_tokens()) index = &ExactScan();
     }
     indexes_.push_back(index);
     const bool whole = key_.kind == ScanKind::kExact ||

@@ -33,6 +33,13 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Count("engine.max_leases_per_session", c.engine.max_leases_per_session, 1, 1u << 24);
   v.Count("engine.max_context_tokens", c.engine.max_context_tokens, 256, 1u << 30);
 
+  v.Choice("index.kind", c.engine.index.choice.kind,
+           {"auto", "exact", "codes", "clusters", "graph"});
+  v.Count("index.min_run_tokens", c.engine.index.choice.min_run_tokens, 0, 1u << 20);
+  v.Count("index.threads", c.engine.index.threads, 1, 1024);
+  v.Count("index.query_samples", c.engine.index.query_samples, 1, 65536);
+  v.Bytes("index.max_bytes", c.engine.index.max_bytes, 0, 64 * kTiB);
+
   v.Text("shm.socket", c.shm.socket);
   v.Mode("shm.socket_mode", c.shm.socket_mode);
   v.Count("shm.max_channels", c.shm.max_channels, 1, 4096);

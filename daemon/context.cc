@@ -11,10 +11,19 @@
 namespace quarry {
 namespace {
 
+// One attend's queries of so many are kept.
+constexpr uint32_t kSampleEvery = 16;
+
 std::string RangeText(TokenRange range) { return absl::StrCat("[", range.lo, ", ", range.hi, ")"); }
 
 absl::Status ClosedError(ContextId id) {
   return absl::NotFoundError(absl::StrCat("context ", id.value, " is closed"));
+}
+
+std::shared_ptr<QuerySamples> SamplesOf(const ContextServices& services, const KvShape& shape,
+                                        std::shared_ptr<QuerySamples> of_parent) {
+  if (of_parent != nullptr || !services.indexer->enabled()) return of_parent;
+  return std::make_shared<QuerySamples>(shape, services.indexer->options().query_samples);
 }
 
 }  // namespace
@@ -23,6 +32,8 @@ Context::Context(const ContextServices& services, ContextParams params, ContextS
     : services_(services),
       params_(std::move(params)),
       frontier_(size_t{shape().layers} * shape().kv_heads),
+      samples_(SamplesOf(services, shape(), std::move(start.samples))),
+      attends_(samples_ == nullptr ? 0 : frontier_.size()),
       table_(std::make_shared<const BlockTable>(std::move(start.table))),
       token_ids_(std::move(start.token_ids)),
       claimed_(frontier_.size()),
@@ -34,7 +45,25 @@ absl::Status Context::Append(const AppendRequest& r) {
   const KvInput input{r.layer, r.first_kv_head, r.kv_heads, r.range, r.k, r.v, r.new_token_ids};
   QUARRY_RETURN_IF_ERROR(CheckInput(input));
   QUARRY_RETURN_IF_ERROR(CheckSamples(r));
-  return Store(input, Caller::kAppend);
+  QUARRY_RETURN_IF_ERROR(Store(input, Caller::kAppend));
+  if (samples_ == nullptr) return absl::OkStatus();
+  const size_t floats = size_t{r.kv_heads} * shape().group() * shape().head_dim;
+  bool worth = false;
+  for (size_t i = 0; i < r.query_positions.size(); ++i) {
+    worth |= samples_->Add(r.layer, r.first_kv_head, r.kv_heads, r.query_samples + i * floats);
+  }
+  if (worth) services_.background->Enqueue(shared_from_this());
+  return absl::OkStatus();
+}
+
+void Context::SampleQueries(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads,
+                            const float* q) {
+  if (samples_ == nullptr) return;
+  std::atomic<uint32_t>& attends = attends_[size_t{layer} * shape().kv_heads + first_kv_head];
+  if (attends.fetch_add(1, std::memory_order_relaxed) % kSampleEvery != 0) return;
+  if (samples_->TryAdd(layer, first_kv_head, kv_heads, q)) {
+    services_.background->Enqueue(shared_from_this());
+  }
 }
 
 absl::Status Context::AppendToken(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads,

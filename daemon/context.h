@@ -15,6 +15,8 @@
 #include "daemon/background.h"
 #include "daemon/block_table.h"
 #include "daemon/engine_counters.h"
+#include "daemon/query_samples.h"
+#include "daemon/run_indexer.h"
 #include "daemon/run_registry.h"
 #include "proto/kv_types.h"
 
@@ -24,6 +26,7 @@ namespace quarry {
 struct ContextServices {
   BlockStore* store = nullptr;
   RunRegistry* runs = nullptr;
+  RunIndexer* indexer = nullptr;
   BackgroundWorker* background = nullptr;
   EngineCounters* counters = nullptr;
 };
@@ -44,6 +47,7 @@ struct ContextStart {
   BlockTable table;                 // blocks for max_tokens
   uint32_t tokens = 0;              // present in all layers
   std::vector<uint32_t> token_ids;  // known, from token 0
+  std::shared_ptr<QuerySamples> samples;  // of the context it forks; null: its own
 };
 
 // K and V of tokens to store, [token][kv_head][head_dim]; borrowed, may lie in memory that a
@@ -74,6 +78,9 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   // The new token of a decode step; `k` and `v` are [kv_heads][head_dim].
   absl::Status AppendToken(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads,
                            uint32_t position, const void* k, const void* v);
+  // Looks at the queries of an attend, [kv_heads * group][head_dim], and keeps some of them to fit
+  // indexes to. Never waits.
+  void SampleQueries(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q);
   absl::Status DeclareTokens(std::span<const uint32_t> ids);
 
   // No more appends; publishes what is full. What cannot be published (counted) stays private.
@@ -92,8 +99,10 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   // back when the calls in flight end.
   void Retire();
   std::vector<uint32_t> TokenIds(uint32_t limit) const;
+  // Null: indexes are off.
+  const std::shared_ptr<QuerySamples>& samples() const { return samples_; }
 
-  // Background: publishes full blocks, attaches runs.
+  // Background: publishes full blocks, attaches runs, has them indexed.
   void Maintain() override;
 
  private:
@@ -116,6 +125,7 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   absl::Status PublishBlock(const BlockTable& table, uint32_t block, std::span<const uint32_t> ids)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  void IndexRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   std::shared_ptr<const BlockTable> TableOrRemains() const;
 
   std::atomic<uint32_t>& Frontier(uint32_t layer, uint32_t kv_head) {
@@ -130,6 +140,8 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   const ContextParams params_;
   // [layer][kv_head]: tokens stored. Written by the claim's holder under mutex_.
   std::vector<std::atomic<uint32_t>> frontier_;
+  const std::shared_ptr<QuerySamples> samples_;
+  std::vector<std::atomic<uint32_t>> attends_;  // [layer][first KV head], to sample evenly
 
   // One publisher at a time; taken before mutex_, never by an append or an attend.
   absl::Mutex maintenance_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);

@@ -175,6 +175,7 @@ absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkReque
   start.tokens = request.tokens;
   start.token_ids = parent->TokenIds(request.tokens);
   start.table.runs = RunsBelow(table->runs, request.tokens);
+  start.samples = parent->samples();
   start.table.blocks.assign(table->blocks.begin(), table->blocks.begin() + whole);
   if (partial > 0) {
     const HeldBlock& copied = *table->blocks[whole];

@@ -14,6 +14,7 @@ void Context::Maintain() {
   absl::MutexLock lock(&maintenance_mutex_);
   PublishFullBlocks();
   AttachRuns();
+  IndexRuns();
 }
 
 void Context::PublishFullBlocks() {
@@ -73,7 +74,7 @@ void Context::AttachRuns() {
     if (use != runs.end() && use->tokens == tokens) continue;  // came with a fork
     const uint32_t first = tokens.lo / kBlockTokens;
     const uint32_t last = (tokens.hi - 1) / kBlockTokens;
-    RunUse own{services_.runs->GetOrBuild(
+    RunUse own{services_.runs->GetOrMake(
                    next_run_, shape(), std::span(table->blocks).subspan(first, last - first + 1)),
                tokens};
     // What a fork searched under a bound gives way to the fork's own run.
@@ -90,6 +91,15 @@ void Context::AttachRuns() {
   next->blocks = table_->blocks;
   next->runs = std::move(runs);
   old = std::exchange(table_, std::move(next));
+}
+
+void Context::IndexRuns() {
+  if (samples_ == nullptr) return;
+  const absl::StatusOr<std::shared_ptr<const BlockTable>> table = Table();
+  if (!table.ok()) return;  // closed
+  for (const RunUse& use : (*table)->runs) {
+    services_.indexer->Consider(use.run, shape(), samples_);
+  }
 }
 
 }  // namespace quarry

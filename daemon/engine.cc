@@ -16,6 +16,7 @@
 #include "daemon/executor.h"
 #include "daemon/finite.h"
 #include "daemon/opaque_blocks.h"
+#include "daemon/run_indexer.h"
 #include "daemon/run_registry.h"
 #include "daemon/session_table.h"
 #include "daemon/top_k.h"
@@ -44,6 +45,10 @@ absl::Status CheckOptions(const EngineOptions& o) {
     if (value > kMost) return wrong(key, value, "at most 2^30 is allowed");
   }
   if (o.max_context_tokens == 0) return wrong("max_context_tokens", 0, "at least 1 is wanted");
+  if (o.index.threads == 0) return wrong("index.threads", 0, "at least 1 is wanted");
+  if (o.index.query_samples == 0) {
+    return wrong("index.query_samples", 0, "at least 1 is wanted");
+  }
   if (o.max_queued_batches == 0) return wrong("max_queued_batches", 0, "at least 1 is wanted");
   return absl::OkStatus();
 }
@@ -81,10 +86,11 @@ class EngineImpl final : public Engine {
       : options_(options),
         store_(std::move(store)),
         runs_({options.first_run_token, options.run_tokens}),
+        indexer_(options.index, &runs_),
         sessions_(options.max_sessions, options.max_leases_per_session),
         contexts_(options.max_contexts),
         opaque_(*store_),
-        factory_({store_.get(), &runs_, &background_, &counters_}, contexts_,
+        factory_({store_.get(), &runs_, &indexer_, &background_, &counters_}, contexts_,
                  options.max_context_tokens),
         executor_({ExecutorThreads(options), options.max_queued_batches}) {}
 
@@ -257,6 +263,7 @@ class EngineImpl final : public Engine {
   std::atomic<bool> draining_{false};
   const std::unique_ptr<BlockStore> store_;
   RunRegistry runs_;
+  RunIndexer indexer_;
   SessionTable sessions_;
   ContextTable contexts_;
   OpaqueBlocks opaque_;
@@ -298,6 +305,8 @@ absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& req
   if (kinds != 1) {
     return absl::InvalidArgumentError(absl::StrCat(
         "a purge names ", kinds, " of: the whole tenant, a namespace, blocks; one is wanted"));
+  }
+  while (runs_.DropIdle()) {  // they tell of keys; those of runs in use end with these
   }
   return store_->Purge(session->tenant(), request.name_space, request.blocks);
 }
@@ -377,8 +386,9 @@ EngineStats EngineImpl::Stats() const {
   s.read_digest_failures = get(counters_.read_digest_failures);
   s.refused_batches = get(counters_.refused_batches);
   s.queued_batches = executor_.queued_jobs();
-  s.runs_indexed = runs_.built();
+  s.runs_made = runs_.made();
   s.runs_live = runs_.live();
+  s.index = indexer_.stats();
   s.attend = Summary(counters_.attend);
   s.append = Summary(counters_.append);
   s.open = Summary(counters_.open);

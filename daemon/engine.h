@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "proto/kv_types.h"
 #include "proto/retrieval_types.h"
+#include "daemon/index_options.h"
 #include "storage/block_store.h"
 
 namespace quarry {
@@ -33,6 +34,7 @@ struct EngineOptions {
   uint32_t max_queued_batches = 1024;    // attend batches waiting; more are ResourceExhausted
   uint32_t max_leases_per_session = 65536;
   uint32_t max_context_tokens = 1u << 24;  // Open and Fork refuse a larger max_tokens
+  IndexOptions index;
 };
 
 struct LongestPrefix {
@@ -58,8 +60,9 @@ struct EngineStats {
   uint64_t attend_rows = 0, attend_failures = 0, attend_bytes = 0, attend_tokens = 0;
   uint64_t append_tokens = 0, append_bytes = 0;
   uint64_t reused_tokens = 0, opened = 0;
-  uint64_t runs_indexed = 0;  // built since the start
+  uint64_t runs_made = 0;  // since the start
   uint64_t runs_live = 0;
+  IndexStats index;
   uint64_t leases = 0;  // of all sessions
   uint64_t publish_failures = 0;
   uint64_t read_digest_failures = 0;  // Read, Get: answered as DataLoss or a miss

@@ -81,13 +81,25 @@ constexpr Figure<EngineStats> kEngine[] = {
     {"quarry_attend_queued_batches_count", "attend batches waiting", &EngineStats::queued_batches},
     {"quarry_attend_refused_batches_total", "attend batches refused: queue full",
      &EngineStats::refused_batches},
-    {"quarry_index_runs_count", "runs indexed now", &EngineStats::runs_live},
-    {"quarry_index_runs_built_total", "runs indexed since the start", &EngineStats::runs_indexed},
+    {"quarry_engine_runs_count", "runs that contexts use now", &EngineStats::runs_live},
+    {"quarry_engine_runs_made_total", "runs made since the start", &EngineStats::runs_made},
     {"quarry_engine_leases_count", "leases of all sessions", &EngineStats::leases},
     {"quarry_engine_publish_failures_total", "full blocks that stayed private",
      &EngineStats::publish_failures},
     {"quarry_engine_read_digest_failures_total", "reads that met a wrong checksum",
      &EngineStats::read_digest_failures},
+};
+
+constexpr Figure<IndexStats> kIndex[] = {
+    {"quarry_index_queued_runs_count", "runs with heads to index", &IndexStats::queued_runs},
+    {"quarry_index_built_total", "indexes of one layer and KV head built", &IndexStats::built},
+    {"quarry_index_relearned_runs_total", "runs indexed anew with more sampled queries",
+     &IndexStats::relearned},
+    {"quarry_index_failed_total", "heads that got no index: unfit, or index.max_bytes is full",
+     &IndexStats::failed},
+    {"quarry_index_build_micros_total", "time of the threads that build",
+     &IndexStats::build_micros},
+    {"quarry_index_bytes", "memory of all indexes", &IndexStats::bytes},
 };
 
 constexpr Figure<TransportCounters, std::atomic<uint64_t>> kTransports[] = {
@@ -143,6 +155,7 @@ MetricsSnapshot Metrics::Collect() const {
   Write(kArena, stats.store.arena, &out);
   Write(kStore, stats.store, &out);
   Write(kEngine, stats, &out);
+  Write(kIndex, stats.index, &out);
   WriteLatency("quarry_engine_attend_seconds", "attend batches inside the engine, since the start",
                stats.attend, &out);
   WriteLatency("quarry_engine_append_seconds", "appends inside the engine, since the start",

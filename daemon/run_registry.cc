@@ -6,32 +6,42 @@
 
 namespace quarry {
 
-std::shared_ptr<const Run> RunRegistry::GetOrBuild(
+std::shared_ptr<const Run> RunRegistry::GetOrMake(
     uint32_t i, const KvShape& shape, std::span<const std::shared_ptr<HeldBlock>> blocks) {
   QUARRY_CHECK(!blocks.empty() && blocks.back()->published());
   const Key key{blocks.back()->id(), i, shape};
-  {
-    absl::MutexLock lock(&mutex_);
-    if (auto it = runs_.find(key); it != runs_.end()) {
-      if (std::shared_ptr<const Run> run = it->second.lock()) return run;
-    }
-  }
-  // Built outside the mutex; if two contexts build the same run, the first to insert wins.
-  auto built = std::make_shared<const Run>(
-      grid_.RunTokens(i), std::vector<std::shared_ptr<HeldBlock>>(blocks.begin(), blocks.end()));
   absl::MutexLock lock(&mutex_);
-  std::weak_ptr<const Run>& entry = runs_[key];
-  if (std::shared_ptr<const Run> run = entry.lock()) return run;
-  entry = built;
-  built_.fetch_add(1, std::memory_order_relaxed);
-  SweepExpired();
-  return built;
+  Entry& entry = runs_[key];
+  entry.asked = ++asks_;
+  if (std::shared_ptr<const Run> run = entry.run.lock()) return run;
+  if (entry.indexes == nullptr) entry.indexes = std::make_shared<RunIndexes>(shape);
+  auto made = std::make_shared<const Run>(
+      grid_.RunTokens(i), std::vector<std::shared_ptr<HeldBlock>>(blocks.begin(), blocks.end()),
+      entry.indexes);
+  entry.run = made;
+  made_.fetch_add(1, std::memory_order_relaxed);
+  SweepExpired();  // `entry` may move
+  return made;
+}
+
+bool RunRegistry::DropIdle() {
+  std::shared_ptr<RunIndexes> dropped;  // ends outside the lock
+  absl::MutexLock lock(&mutex_);
+  auto oldest = runs_.end();
+  for (auto it = runs_.begin(); it != runs_.end(); ++it) {
+    if (!it->second.run.expired() || it->second.indexes->empty()) continue;
+    if (oldest == runs_.end() || it->second.asked < oldest->second.asked) oldest = it;
+  }
+  if (oldest == runs_.end()) return false;
+  dropped = std::move(oldest->second.indexes);
+  runs_.erase(oldest);
+  return true;
 }
 
 uint64_t RunRegistry::live() const {
   absl::MutexLock lock(&mutex_);
   uint64_t live = 0;
-  for (const auto& [key, run] : runs_) live += !run.expired();
+  for (const auto& [key, entry] : runs_) live += !entry.run.expired();
   return live;
 }
 
@@ -39,7 +49,7 @@ void RunRegistry::SweepExpired() {
   if (runs_.size() < sweep_at_) return;
   for (auto it = runs_.begin(); it != runs_.end();) {
     auto current = it++;
-    if (current->second.expired()) runs_.erase(current);
+    if (current->second.run.expired() && current->second.indexes->empty()) runs_.erase(current);
   }
   sweep_at_ = std::max<size_t>(64, 2 * runs_.size());
 }

@@ -11,26 +11,29 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/synchronization/mutex.h"
-#include "cpu_index/key_index.h"
 #include "daemon/held_block.h"
+#include "daemon/run_indexes.h"
 #include "proto/types.h"
 
 namespace quarry {
 
-// The indexes of one run, of all layers and KV heads. Immutable; keeps its blocks leased.
+// One run's tokens, of all layers and KV heads. Immutable but for its indexes; keeps its blocks
+// leased.
 class Run {
  public:
-  Run(TokenRange tokens, std::vector<std::shared_ptr<HeldBlock>> blocks)
-      : tokens_(tokens), blocks_(std::move(blocks)) {}
+  Run(TokenRange tokens, std::vector<std::shared_ptr<HeldBlock>> blocks,
+      std::shared_ptr<RunIndexes> indexes)
+      : tokens_(tokens), blocks_(std::move(blocks)), indexes_(std::move(indexes)) {}
 
   TokenRange tokens() const { return tokens_; }
   // From the block of token tokens().lo.
   std::span<const std::shared_ptr<HeldBlock>> blocks() const { return blocks_; }
-  const KeyIndex& index(uint32_t /*layer*/, uint32_t /*kv_head*/) const { return ExactScan(); }
+  const std::shared_ptr<RunIndexes>& indexes() const { return indexes_; }
 
  private:
   const TokenRange tokens_;
   const std::vector<std::shared_ptr<HeldBlock>> blocks_;
+  const std::shared_ptr<RunIndexes> indexes_;
 };
 
 // The grid of runs, the same for every context whatever the timing: run i is
@@ -44,8 +47,9 @@ struct RunGridOptions {
   }
 };
 
-// Finds a run by what it contains, or builds it. Weak references: a run lives as long as a
-// context or an attend uses it. Thread-safe.
+// Finds a run by what it contains, or makes it. Weak references: a run lives as long as a context or
+// an attend uses it. Its indexes stay, for the next context with the same tokens, until their room
+// is wanted. Thread-safe.
 class RunRegistry {
  public:
   explicit RunRegistry(const RunGridOptions& grid) : grid_(grid) {}
@@ -54,10 +58,14 @@ class RunRegistry {
 
   // `blocks`: the published blocks that hold run `i`, in order. The last one's id names all
   // tokens up to the run's end, so equal ids mean equal runs.
-  std::shared_ptr<const Run> GetOrBuild(uint32_t i, const KvShape& shape,
+  std::shared_ptr<const Run> GetOrMake(uint32_t i, const KvShape& shape,
                                         std::span<const std::shared_ptr<HeldBlock>> blocks);
 
-  uint64_t built() const { return built_.load(std::memory_order_relaxed); }
+  // Drops the indexes of the run that no context uses and that was longest not asked for; false if
+  // there is none.
+  bool DropIdle();
+
+  uint64_t made() const { return made_.load(std::memory_order_relaxed); }
   uint64_t live() const;
 
  private:
@@ -73,12 +81,19 @@ class RunRegistry {
     }
   };
 
+  struct Entry {
+    std::weak_ptr<const Run> run;
+    std::shared_ptr<RunIndexes> indexes;
+    uint64_t asked = 0;  // when, by asks_
+  };
+
   void SweepExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const RunGridOptions grid_;
-  std::atomic<uint64_t> built_{0};
+  std::atomic<uint64_t> made_{0};
   mutable absl::Mutex mutex_;
-  absl::flat_hash_map<Key, std::weak_ptr<const Run>> runs_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<Key, Entry> runs_ ABSL_GUARDED_BY(mutex_);
+  uint64_t asks_ ABSL_GUARDED_BY(mutex_) = 0;
   size_t sweep_at_ ABSL_GUARDED_BY(mutex_) = 64;
 };
 

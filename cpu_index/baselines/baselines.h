@@ -41,7 +41,7 @@ struct BaselineSearch {
 // Searches may run on many threads at once; FAISS is kept to the calling thread.
 class BaselineIndex : public KeyIndex {
  public:
-  bool can_sample() const override { return true; }
+  bool lists_tokens() const override { return true; }
   // Not while searches run.
   void set_search(const BaselineSearch& search) {
     search_ = search;

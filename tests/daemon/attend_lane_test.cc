@@ -73,7 +73,7 @@ class AttendLaneTest : public ::testing::Test {
       }
     }
     for (float& x : q_) x = normal(random);
-    run_ = std::make_unique<quarry::Run>(kRun, blocks_);
+    run_ = std::make_unique<quarry::Run>(kRun, blocks_, nullptr);
     units_ = {UnitOf(kRun), UnitOf(kTail)};
     units_[0].run = run_.get();
     units_[0].first_block = 0;

@@ -218,7 +218,7 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
     ContextId fork{};
     uint32_t fork_at = 0, fork_tokens = 0;
     const absl::Time end = absl::Now() + absl::Seconds(60);
-    const auto swapped = [&] { return engine_->Stats().runs_indexed > 0 || absl::Now() > end; };
+    const auto swapped = [&] { return engine_->Stats().runs_made > 0 || absl::Now() > end; };
     while (stored.load(std::memory_order_acquire) < kTokens || answers.load() < 400 || !swapped()) {
       const uint32_t tokens = stored.load(std::memory_order_acquire);
       if (tokens > 0 && random() % 8 == 0) {
@@ -266,7 +266,7 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
   attend(TestSeed() + 2);
   reader.join();
   writer.join();
-  EXPECT_GT(engine_->Stats().runs_indexed, 0u);
+  EXPECT_GT(engine_->Stats().runs_made, 0u);
   EXPECT_EQ(engine_->Stats().attend_failures, 0u);
 }
 

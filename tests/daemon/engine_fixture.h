@@ -264,6 +264,7 @@ class EngineTest : public ::testing::Test {
     options.executor_threads = 2;
     options.run_tokens = 1024;
     options.task_tokens = 512;
+    options.index.choice.kind = IndexKind::kExact;  // tests of indexes ask for them
     options.inline_bytes = 64 << 10;  // so that tests take both ways
     return options;
   }

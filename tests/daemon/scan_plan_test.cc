@@ -67,7 +67,8 @@ class TableMaker {
       const auto begin = table->blocks.begin() + tokens.lo / kBlockTokens;
       const auto end = table->blocks.begin() + (tokens.hi - 1) / kBlockTokens + 1;
       table->runs.push_back(
-          {std::make_shared<const Run>(tokens, std::vector<std::shared_ptr<HeldBlock>>(begin, end)),
+          {std::make_shared<const Run>(tokens, std::vector<std::shared_ptr<HeldBlock>>(begin, end),
+                                       nullptr),
            tokens});
     }
   }

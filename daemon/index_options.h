@@ -1,0 +1,26 @@
+// How runs are indexed, and what came of it.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu_index/index_choice.h"
+
+namespace quarry {
+
+struct IndexOptions {
+  IndexChoice choice;
+  uint32_t threads = 1;           // that build, of low priority
+  uint32_t query_samples = 128;   // positions kept of each layer and KV head of a context
+  uint64_t max_bytes = 4ull << 30;  // of all indexes; runs beyond it are scanned
+};
+
+struct IndexStats {
+  uint64_t queued_runs = 0;
+  uint64_t built = 0;         // indexes of one layer and KV head, since the start
+  uint64_t relearned = 0;     // runs indexed anew with more sampled queries
+  uint64_t failed = 0;        // heads that cannot have an index, or found no room
+  uint64_t build_micros = 0;  // of all threads
+  uint64_t bytes = 0;         // of the indexes that are held now
+};
+
+}  // namespace quarry

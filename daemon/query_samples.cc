@@ -1,0 +1,75 @@
+#include "daemon/query_samples.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "proto/half.h"
+
+namespace quarry {
+namespace {
+
+constexpr uint32_t kWorthALook = 32;  // positions, and each power of two above
+
+// Spreads numbers evenly over 64 bits (the finalizer of MurmurHash3).
+uint64_t Mix(uint64_t x) {
+  x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdull;
+  x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53ull;
+  return x ^ (x >> 33);
+}
+
+}  // namespace
+
+QuerySamples::QuerySamples(const KvShape& shape, uint32_t capacity)
+    : shape_(shape), capacity_(capacity), heads_(size_t{shape.layers} * shape.kv_heads) {}
+
+bool QuerySamples::Add(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q) {
+  absl::MutexLock lock(&mutex_);
+  return AddLocked(layer, first_kv_head, kv_heads, q);
+}
+
+bool QuerySamples::TryAdd(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads,
+                          const float* q) {
+  if (!mutex_.TryLock()) return false;
+  const bool worth = AddLocked(layer, first_kv_head, kv_heads, q);
+  mutex_.Unlock();
+  return worth;
+}
+
+bool QuerySamples::AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads,
+                             const float* q) {
+  bool worth = false;
+  for (uint32_t h = 0; h < kv_heads; ++h, q += floats()) {
+    Head& head = heads_[size_t{layer} * shape_.kv_heads + first_kv_head + h];
+    // Reservoir sampling: each position has the same chance to be kept. The draw depends on nothing
+    // but how many came before, so that equal calls keep equal samples.
+    const uint64_t place = head.seen < capacity_ ? head.seen : Mix(head.seen) % (head.seen + 1);
+    ++head.seen;
+    if (place >= capacity_) continue;
+    if (place >= Kept(head)) head.q.resize((place + 1) * floats());
+    std::transform(q, q + floats(), head.q.begin() + static_cast<ptrdiff_t>(place * floats()),
+                   FloatToBf16);
+    worth |= h == 0 && head.seen <= capacity_ && head.seen >= kWorthALook &&
+             std::has_single_bit(head.seen);
+  }
+  return worth;
+}
+
+uint32_t QuerySamples::LeastKept() const {
+  absl::MutexLock lock(&mutex_);
+  uint32_t least = capacity_;
+  for (const Head& head : heads_) least = std::min(least, Kept(head));
+  return least;
+}
+
+std::vector<float> QuerySamples::Scaled(uint32_t layer, uint32_t kv_head) const {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
+  absl::MutexLock lock(&mutex_);
+  const Head& head = heads_[size_t{layer} * shape_.kv_heads + kv_head];
+  std::vector<float> out(head.q.size());
+  std::transform(head.q.begin(), head.q.end(), out.begin(),
+                 [scale](uint16_t x) { return Bf16ToFloat(x) * scale; });
+  return out;
+}
+
+}  // namespace quarry

@@ -1,0 +1,49 @@
+// QuerySamples: queries of one sequence, kept so that indexes can be fitted to them.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "proto/types.h"
+
+namespace quarry {
+
+// Of each layer and KV head, the queries of its group at a bounded number of positions: the first
+// ones, then an even choice of all that came. Kept as bf16. Thread-safe.
+class QuerySamples {
+ public:
+  // capacity: positions of each layer and KV head, at least 1.
+  QuerySamples(const KvShape& shape, uint32_t capacity);
+
+  // q: [kv_heads * group][head_dim] fp32 of one position. True if as many positions are kept now as
+  // are worth another look at indexes that were fitted to fewer: 32, 64, 128, ... of the first of
+  // these heads.
+  bool Add(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q);
+  // The same if nobody else is at it, and else nothing: for those who must not wait.
+  bool TryAdd(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q);
+
+  // Positions kept of the layer and KV head that has fewest.
+  uint32_t LeastKept() const;
+  // [positions * group][head_dim] fp32, multiplied by 1 / sqrt(head_dim) as scores are.
+  std::vector<float> Scaled(uint32_t layer, uint32_t kv_head) const;
+
+ private:
+  struct Head {
+    std::vector<uint16_t> q;  // bf16 [positions][group][head_dim]
+    uint32_t seen = 0;
+  };
+  size_t floats() const { return size_t{shape_.group()} * shape_.head_dim; }
+  uint32_t Kept(const Head& head) const { return static_cast<uint32_t>(head.q.size() / floats()); }
+  bool AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const KvShape shape_;
+  const uint32_t capacity_;
+  mutable absl::Mutex mutex_;  // held for one position's, or one head's, copy
+  std::vector<Head> heads_ ABSL_GUARDED_BY(mutex_);  // [layer][kv_head]
+};
+
+}  // namespace quarry

@@ -1,0 +1,57 @@
+// RunIndexes: the indexes of one run, which come while it is searched.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "cpu_index/key_index.h"
+#include "proto/types.h"
+
+namespace quarry {
+
+// Holds no block: it outlives the run's contexts in the registry, and serves the next context with
+// the same tokens. Thread-safe; its lock is held for the copy of a pointer only.
+class RunIndexes {
+ public:
+  explicit RunIndexes(const KvShape& shape)
+      : kv_heads_(shape.kv_heads), heads_(size_t{shape.layers} * shape.kv_heads) {}
+
+  // Null: none yet, the run is scanned. Whoever searches an index keeps it, so that another may take
+  // its place at any time.
+  std::shared_ptr<const KeyIndex> Get(uint32_t layer, uint32_t kv_head) const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return heads_[Head(layer, kv_head)];
+  }
+  void Set(uint32_t layer, uint32_t kv_head, std::shared_ptr<const KeyIndex> index) {
+    absl::MutexLock lock(&mutex_);
+    heads_[Head(layer, kv_head)].swap(index);  // the old one ends outside the lock
+  }
+
+  bool empty() const;
+
+  // Whether all heads are to be indexed now, with so many sampled positions to learn from: for the
+  // first time, or again since there are several times more samples than then. The caller who is told
+  // so is the one who does it, until End.
+  enum class Due { kNo, kFirst, kAgain };
+  Due Begin(uint32_t samples);
+  // done: false if it was given up, as if Begin had not been called.
+  void End(bool done);
+
+ private:
+  size_t Head(uint32_t layer, uint32_t kv_head) const {
+    return size_t{layer} * kv_heads_ + kv_head;
+  }
+
+  const uint32_t kv_heads_;
+  mutable absl::Mutex mutex_;
+  std::vector<std::shared_ptr<const KeyIndex>> heads_ ABSL_GUARDED_BY(mutex_);
+  bool busy_ ABSL_GUARDED_BY(mutex_) = false;
+  uint32_t learning_from_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::optional<uint32_t> learned_from_ ABSL_GUARDED_BY(mutex_);  // positions; none: never indexed
+};
+
+}  // namespace quarry

@@ -1,0 +1,293 @@
+// Runs get their indexes while they are searched, and keep them for whoever comes next.
+#include <atomic>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "tests/daemon/engine_fixture.h"
+
+namespace quarry {
+namespace {
+
+constexpr uint32_t kRunTokens = 4096, kRuns = 3, kFirst = 128;
+constexpr uint32_t kTokens = kFirst + kRuns * kRunTokens + 600;  // the last run is published
+constexpr TokenRange kRange = {kFirst, kTokens - 512};
+constexpr Budget kWithinError = {.kind = Budget::Kind::kError, .error = 0.05f};
+
+KvShape IndexedShape() { return {.layers = 1, .heads = 4, .kv_heads = 2, .head_dim = 64}; }
+// What answers may be in error whose indexes have seen few queries or none: other tokens' answers are
+// off by more than 1.
+constexpr double kFromKeysAlone = 0.5;
+constexpr uint64_t kHeads = 2;  // (layer, KV head) pairs
+
+class EngineIndexTest : public EngineTest {
+ protected:
+  void StartIndexed(const std::function<void(IndexOptions&)>& change = {}) {
+    EngineOptions options = SmallOptions();
+    options.run_tokens = kRunTokens;
+    options.first_run_token = kFirst;
+    options.index.choice.kind = IndexKind::kClusters;
+    options.index.threads = 2;
+    if (change) change(options.index);
+    Start(options);
+  }
+  OpenRequest Request() const {
+    return OpenFor(SmallModel(IndexedShape()), Tokens(kTokens), kTokens + 1024);
+  }
+  ContextId OpenFilled() { return OpenAndFill(session_, Request(), data_).context; }
+  // With sampled queries, as a prefill brings them.
+  ContextId OpenSampled() {
+    constexpr uint32_t kSamples = 64;
+    const auto opened = engine_->Open(session_, Request());
+    EXPECT_TRUE(opened.ok()) << opened.status();
+    AppendRequest request;
+    request.context = opened->context;
+    request.kv_heads = IndexedShape().kv_heads;
+    request.range = {0, kTokens};
+    request.k = data_.k(0, 0);
+    request.v = data_.v(0, 0);
+    std::mt19937_64 random(TestSeed());
+    std::normal_distribution<float> normal;
+    std::vector<float> q(size_t{kSamples} * IndexedShape().heads * IndexedShape().head_dim);
+    for (float& x : q) x = normal(random);
+    std::vector<uint32_t> positions(kSamples);
+    for (uint32_t i = 0; i < kSamples; ++i) positions[i] = (i + 1) * (kTokens / kSamples) - 1;
+    request.query_samples = q.data();
+    request.query_positions = positions;
+    EXPECT_OK(engine_->Append(session_, request));
+    return opened->context;
+  }
+  IndexStats Index() const { return engine_->Stats().index; }
+  void WaitFor(const std::function<bool(const IndexStats&)>& reached) {
+    for (int ms = 0; !reached(Index()) && ms < 60000; ++ms) absl::SleepFor(absl::Milliseconds(1));
+    ASSERT_TRUE(reached(Index())) << Index().built << " built, " << Index().failed << " failed";
+  }
+  void WaitForBuilt(uint64_t heads) {
+    WaitFor([&](const IndexStats& s) { return s.built >= heads; });
+  }
+  std::unique_ptr<OwnedRow> Ask(ContextId context, const Budget& budget, uint64_t seed) {
+    auto row = AttendOne(*engine_, session_, IndexedShape(), context, 0, kRange, seed, budget);
+    EXPECT_TRUE(row->answer.status.ok()) << row->answer.status;
+    return row;
+  }
+  // The worst head's ||o - exact|| / ||exact||.
+  double ErrorOf(const OwnedRow& row) const {
+    double worst = 0;
+    for (uint32_t h = 0; h < row.shape.heads; ++h) {
+      const ReferenceHead exact = ReferenceAttention(
+          data_, 0, row.row.range, row.q.data() + size_t{h} * row.shape.head_dim, h,
+          [](uint32_t) { return true; });
+      double difference = 0, length = 0;
+      for (uint32_t d = 0; d < row.shape.head_dim; ++d) {
+        difference += std::pow(row.o[size_t{h} * row.shape.head_dim + d] - exact.o[d], 2);
+        length += exact.o[d] * exact.o[d];
+      }
+      worst = std::max(worst, std::sqrt(difference / length));
+    }
+    return worst;
+  }
+  // Whether an index answered: it reads less than the keys and values, and says how far it may be off.
+  static bool Indexed(const OwnedRow& row) { return row.answer.error_estimate > 0; }
+
+  const KvData data_{IndexedShape(), kTokens, TestSeed()};
+};
+
+TEST_F(EngineIndexTest, RunsAreIndexedInTheBackgroundAndAnswersStayWithinTheirError) {
+  StartIndexed();
+  const ContextId context = OpenSampled();
+  WaitForBuilt(kHeads * kRuns);
+  EXPECT_EQ(Index().failed, 0u);
+  EXPECT_GT(Index().bytes, 0u);
+  const auto row = Ask(context, kWithinError, TestSeed());
+  EXPECT_TRUE(Indexed(*row));
+  EXPECT_LT(ErrorOf(*row), 0.2);
+  const auto whole = Ask(context, {}, TestSeed());
+  EXPECT_FALSE(Indexed(*whole));
+  EXPECT_LT(ErrorOf(*whole), 1e-4);
+}
+
+TEST_F(EngineIndexTest, AContextWithTheSameTokensFindsTheIndexesOfAClosedOne) {
+  StartIndexed();
+  const ContextId first = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  const auto before = Ask(first, kWithinError, TestSeed());
+  ASSERT_TRUE(engine_->Seal(session_, first).ok());
+  const auto fork = engine_->Fork(session_, {first, kTokens, kTokens + 100, {}});
+  ASSERT_TRUE(fork.ok()) << fork.status();
+  EXPECT_OK(engine_->Close(session_, first));
+  EXPECT_EQ(Ask(*fork, kWithinError, TestSeed())->o, before->o);
+  EXPECT_OK(engine_->Close(session_, *fork));
+  WaitUntilUnleased();  // indexes hold no block
+  EXPECT_GT(Index().bytes, 0u);
+
+  const ContextId second = OpenFilled();
+  for (int ms = 0; engine_->Stats().runs_live < kRuns && ms < 10000; ++ms) {
+    absl::SleepFor(absl::Milliseconds(1));
+  }
+  EXPECT_EQ(Ask(second, kWithinError, TestSeed())->o, before->o);
+  EXPECT_EQ(Index().built, kHeads * kRuns);
+}
+
+TEST_F(EngineIndexTest, APurgeDropsTheIndexesThatNobodyUses) {
+  StartIndexed();
+  const ContextId context = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  EXPECT_OK(engine_->Close(session_, context));
+  WaitUntilUnleased();
+  ASSERT_TRUE(engine_->Purge(session_, {.whole_tenant = true}).ok());
+  EXPECT_EQ(Index().bytes, 0u);
+}
+
+TEST_F(EngineIndexTest, AnIndexMadeFromKeysAloneIsLearnedAgainFromLiveQueries) {
+  StartIndexed();
+  const ContextId context = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  EXPECT_EQ(Index().relearned, 0u);
+  for (uint32_t i = 0; i < 16 * 32; ++i) Ask(context, kWithinError, i);
+  WaitFor([](const IndexStats& s) { return s.relearned == kRuns && s.built == 2 * kHeads * kRuns; });
+  const auto row = Ask(context, kWithinError, TestSeed());
+  EXPECT_TRUE(Indexed(*row));
+  EXPECT_LT(ErrorOf(*row), 0.2);
+}
+
+TEST_F(EngineIndexTest, WithoutRoomForIndexesRunsAreScanned) {
+  StartIndexed([](IndexOptions& o) { o.max_bytes = 1 << 20; });
+  const ContextId context = OpenFilled();
+  WaitFor([](const IndexStats& s) { return s.built + s.failed == kHeads * kRuns; });
+  EXPECT_GT(Index().built, 0u);
+  EXPECT_GT(Index().failed, 0u);
+  EXPECT_LE(Index().bytes, 1u << 20);
+  EXPECT_LT(ErrorOf(*Ask(context, kWithinError, TestSeed())), kFromKeysAlone);
+}
+
+TEST_F(EngineIndexTest, IndexesThatNobodyUsesGiveWayToThoseOfNewRuns) {
+  StartIndexed([](IndexOptions& o) { o.max_bytes = 4 << 20; });
+  const ContextId first = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  EXPECT_OK(engine_->Close(session_, first));
+  WaitUntilUnleased();
+  for (uint32_t i = 1; i <= 3; ++i) {
+    const OpenRequest other =
+        OpenFor(SmallModel(IndexedShape()), Tokens(kTokens, 1000000 * i), kTokens);
+    const OpenResult opened = OpenAndFill(session_, other, data_);
+    WaitForBuilt((1 + i) * kHeads * kRuns);
+    EXPECT_OK(engine_->Close(session_, opened.context));
+    WaitUntilUnleased();
+  }
+  EXPECT_EQ(Index().failed, 0u);
+  EXPECT_LE(Index().bytes, 4u << 20);
+}
+
+TEST_F(EngineIndexTest, ShortRunsAreScanned) {
+  StartIndexed([](IndexOptions& o) { o.choice = {IndexKind::kAuto, kRunTokens + 1}; });
+  const ContextId context = OpenFilled();
+  for (int ms = 0; engine_->Stats().runs_live < kRuns && ms < 10000; ++ms) {
+    absl::SleepFor(absl::Milliseconds(1));
+  }
+  WaitFor([](const IndexStats& s) { return s.queued_runs == 0; });
+  EXPECT_EQ(Index().built, 0u);
+  const auto row = Ask(context, kWithinError, TestSeed());
+  EXPECT_FALSE(Indexed(*row));
+  EXPECT_LT(ErrorOf(*row), 1e-4);
+}
+
+TEST_F(EngineIndexTest, ClustersLeaveBudgetsOfTokensToTheExactScan) {
+  StartIndexed();
+  const ContextId context = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, TestSeed());
+  EXPECT_EQ(row->answer.tokens_attended, uint64_t{2000} * IndexedShape().heads);
+}
+
+class EngineIndexKindTest : public EngineIndexTest,
+                            public ::testing::WithParamInterface<IndexKind> {};
+
+TEST_P(EngineIndexKindTest, CanBeForced) {
+  StartIndexed([](IndexOptions& o) { o.choice.kind = GetParam(); });
+  const ContextId context = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, TestSeed());
+  EXPECT_LT(row->answer.bytes_touched,
+            Ask(context, {}, TestSeed())->answer.bytes_touched);
+  EXPECT_EQ(row->answer.tokens_attended, uint64_t{2000} * IndexedShape().heads);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, EngineIndexKindTest,
+                         ::testing::Values(IndexKind::kCodes, IndexKind::kGraph),
+                         [](const auto& kind) {
+                           return std::string(kind.param == IndexKind::kCodes ? "Codes" : "Graph");
+                         });
+
+// Contexts grow, are forked and closed while others attend; indexes come, are learned again and take
+// each other's place meanwhile.
+TEST_F(EngineIndexTest, AnswersStayRightWhileRunsGrowAndIndexesAreSwapped) {
+  StartIndexed();
+  const auto opened = engine_->Open(session_, Request());
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  const ContextId context = opened->context;
+  std::atomic<uint32_t> stored{0};
+  std::thread writer([&] {
+    std::mt19937_64 random(TestSeed());
+    std::normal_distribution<float> normal;
+    std::vector<float> q(IndexedShape().heads * IndexedShape().head_dim);
+    for (uint32_t t = 0; t < kTokens;) {
+      const uint32_t next = std::min<uint32_t>(kTokens, t + 1 + random() % 400);
+      for (float& x : q) x = normal(random);
+      const uint32_t position = next - 1;
+      AppendRequest request;
+      request.context = context;
+      request.kv_heads = IndexedShape().kv_heads;
+      request.range = {t, next};
+      request.k = data_.k(0, t);
+      request.v = data_.v(0, t);
+      if (t > kTokens / 2) {  // the first runs are indexed before
+        request.query_samples = q.data();
+        request.query_positions = {&position, 1};
+      }
+      ASSERT_OK(engine_->Append(session_, request));
+      t = next;
+      stored.store(t, std::memory_order_release);
+    }
+  });
+  std::atomic<uint32_t> answers{0};
+  const auto attend = [&](uint64_t seed) {
+    std::mt19937_64 random(seed);
+    const absl::Time end = absl::Now() + absl::Seconds(60);
+    while (stored.load() < kTokens || (Index().relearned == 0 && absl::Now() < end)) {
+      const uint32_t tokens = stored.load(std::memory_order_acquire);
+      if (tokens < 2000) continue;
+      ContextId asked = context;
+      if (random() % 4 == 0) {
+        const auto fork = engine_->Fork(
+            session_, {context, static_cast<uint32_t>(tokens - random() % 500), kTokens, {}});
+        ASSERT_TRUE(fork.ok()) << fork.status();
+        asked = *fork;
+      }
+      const auto row = AttendOne(*engine_, session_, IndexedShape(), asked, 0,
+                                 {kFirst, tokens - 500}, random(), kWithinError);
+      ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
+      if (answers.fetch_add(1) % 8 == 0) ASSERT_LT(ErrorOf(*row), kFromKeysAlone);
+      if (asked != context) EXPECT_OK(engine_->Close(session_, asked));
+    }
+  };
+  std::thread reader([&] { attend(TestSeed() + 1); });
+  attend(TestSeed() + 2);
+  reader.join();
+  writer.join();
+  WaitForBuilt(kHeads * kRuns);
+  EXPECT_EQ(Index().failed, 0u);
+  EXPECT_EQ(engine_->Stats().attend_failures, 0u);
+}
+
+TEST_F(EngineIndexTest, ClosingWhileIndexesAreBuiltHoldsNothingUp) {
+  StartIndexed();
+  for (int i = 0; i < 5; ++i) {
+    const ContextId context = OpenFilled();
+    absl::SleepFor(absl::Milliseconds(5 * i));
+    EXPECT_OK(engine_->Close(session_, context));
+  }
+  WaitUntilUnleased();
+}
+
+}  // namespace
+}  // namespace quarry

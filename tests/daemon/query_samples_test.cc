@@ -1,0 +1,73 @@
+#include "daemon/query_samples.h"
+
+#include <cmath>
+#include <vector>
+
+#include "daemon/run_indexes.h"
+#include "gtest/gtest.h"
+
+namespace quarry {
+namespace {
+
+constexpr KvShape kShape = {.layers = 2, .heads = 4, .kv_heads = 2, .head_dim = 16};
+constexpr float kScale = 0.25f;  // 1 / sqrt(16)
+
+// Every number of the position's queries is `value`.
+bool Add(QuerySamples& samples, uint32_t layer, float value) {
+  const std::vector<float> q(size_t{kShape.heads} * kShape.head_dim, value);
+  return samples.Add(layer, 0, kShape.kv_heads, q.data());
+}
+
+TEST(QuerySamplesTest, KeepsWhatComesOfEachHeadUntilItIsFull) {
+  QuerySamples samples(kShape, 100);
+  for (int i = 0; i < 10; ++i) Add(samples, 0, static_cast<float>(i));
+  EXPECT_EQ(samples.LeastKept(), 0u);  // layer 1 has none
+  const std::vector<float> q = samples.Scaled(0, 1);
+  ASSERT_EQ(q.size(), size_t{10} * kShape.group() * kShape.head_dim);
+  EXPECT_EQ(q.front(), 0.0f);
+  EXPECT_EQ(q.back(), 9 * kScale);
+  EXPECT_TRUE(samples.Scaled(1, 0).empty());
+}
+
+TEST(QuerySamplesTest, AFullOneKeepsAnEvenChoiceOfAllThatCame) {
+  constexpr uint32_t kCapacity = 64, kPositions = 6400;
+  QuerySamples samples(kShape, kCapacity), again(kShape, kCapacity);
+  for (uint32_t i = 0; i < kPositions; ++i) {
+    Add(samples, 0, i < kPositions / 2 ? 1.0f : 2.0f);
+    Add(again, 0, i < kPositions / 2 ? 1.0f : 2.0f);
+  }
+  const std::vector<float> q = samples.Scaled(0, 0);
+  const size_t stride = size_t{kShape.group()} * kShape.head_dim;
+  ASSERT_EQ(q.size(), kCapacity * stride);
+  uint32_t early = 0;
+  for (uint32_t i = 0; i < kCapacity; ++i) early += q[i * stride] == kScale;
+  EXPECT_NEAR(early, kCapacity / 2, kCapacity / 4);
+  EXPECT_EQ(q, again.Scaled(0, 0));
+}
+
+TEST(QuerySamplesTest, SaysWhenThereAreEnoughToLookAgain) {
+  QuerySamples samples(kShape, 128);
+  std::vector<uint32_t> worth;
+  for (uint32_t i = 1; i <= 300; ++i) {
+    if (Add(samples, 0, 1.0f)) worth.push_back(i);
+  }
+  EXPECT_EQ(worth, (std::vector<uint32_t>{32, 64, 128}));
+}
+
+TEST(RunIndexesTest, AreLearnedOnceAndAgainWithFourTimesTheSamples) {
+  using Due = RunIndexes::Due;
+  RunIndexes indexes(kShape);
+  EXPECT_EQ(indexes.Begin(3), Due::kFirst);
+  EXPECT_EQ(indexes.Begin(100), Due::kNo);  // somebody is at it
+  indexes.End(false);
+  EXPECT_EQ(indexes.Begin(10), Due::kFirst);  // it was given up
+  indexes.End(true);
+  EXPECT_EQ(indexes.Begin(20), Due::kNo);  // too few
+  EXPECT_EQ(indexes.Begin(39), Due::kNo);  // less than four times as many
+  EXPECT_EQ(indexes.Begin(40), Due::kAgain);
+  indexes.End(true);
+  EXPECT_EQ(indexes.Begin(100), Due::kNo);
+}
+
+}  // namespace
+}  // namespace quarry
