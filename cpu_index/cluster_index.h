@@ -27,7 +27,17 @@ class ClusterIndex final : public KeyIndex {
   static absl::StatusOr<std::unique_ptr<ClusterIndex>> Build(const KvView& run,
                                                              std::span<const float> queries);
 
+  // What Serialize made. DataLoss or InvalidArgument: anything else, and what was made of keys or
+  // values so large that not all of its numbers are finite.
+  static absl::StatusOr<std::unique_ptr<ClusterIndex>> Deserialize(
+      std::span<const std::byte> bytes);
+  // Equal runs and queries give equal bytes on machines with the same kernels.
+  std::vector<std::byte> Serialize() const;
+
   std::string_view kind() const override { return "clusters"; }
+  bool Fits(const KvView& run) const override {
+    return run.tokens().size() == tokens() && run.head_dim == head_dim();
+  }
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override;
   void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const override;
@@ -101,6 +111,9 @@ class ClusterIndex final : public KeyIndex {
   // The places of tokens in the order that an entry stands for.
   TokenRange Places(const Listed& listed, size_t entry) const;
 
+  // cluster_form.cc
+  struct Form;
+
   // cluster_learn.cc
   static Inside LookInside(std::span<const float> rows, uint32_t node_rows, float lost_variance);
   std::vector<double> AttendedShare(const KvView& run, std::span<const float> queries) const;
@@ -141,6 +154,7 @@ class ClusterIndex final : public KeyIndex {
   void Doubt(const Search& s, CoarseScores* out) const;
   void ScoreTokens(const Search& s, CoarseScores* out) const;
   void Rank(const KvView& run, const Search& s, CoarseScores* out) const;
+  static void Bound(CoarseScores* out);
   void MaskTokens(const KvView& run, const QueryBlock& queries, CoarseScores* out) const;
 
   // cluster_refine.cc

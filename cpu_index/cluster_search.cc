@@ -8,6 +8,7 @@
 
 #include "cpu_index/cluster_search.h"
 #include "cpu_index/simd.h"
+#include "proto/check.h"
 #include "proto/half.h"
 
 namespace quarry {
@@ -32,8 +33,9 @@ float OpenFrom(std::span<const float> weights, float allowed) {
   constexpr float kLowest = 16, kPerNat = 4;
   std::array<uint32_t, kBins> count{};
   for (float weight : weights) {
-    const float at = std::clamp((weight - allowed + kLowest) * kPerNat, 0.0f, float{kBins - 1});
-    ++count[static_cast<int>(at)];
+    // In this order what is no number comes to be 0.
+    const float at = std::min((weight - allowed + kLowest) * kPerNat, float{kBins - 1});
+    ++count[static_cast<int>(std::max(0.0f, at))];
   }
   double sum = 0;
   for (int bin = 0; bin < kBins; ++bin) {
@@ -209,9 +211,10 @@ std::vector<uint32_t> ClusterIndex::FindOutliers(float tolerance, Search* s) con
     for (uint32_t leaf = 0; leaf < leaves; ++leaf) {
       // Of the token whose code stands for most.
       const float above = (from - of_query[leaf]) / std::max(most_scale_[leaf], 1e-20f);
-      const float sum =
-          code.scale > 0 ? std::clamp((above - code.offset) / code.scale, -1e9f, 1e9f) : 1e9f;
-      least[size_t{i} * leaves + leaf] = static_cast<int32_t>(sum);
+      const float sum = code.scale > 0 ? (above - code.offset) / code.scale : 1e9f;
+      // In this order what is no number comes to be the least.
+      least[size_t{i} * leaves + leaf] =
+          static_cast<int32_t>(std::max(-1e9f, std::min(sum, 1e9f)));
     }
   }
   return p_.codes.FindBlocks(s->code, least);
@@ -234,7 +237,8 @@ float ClusterIndex::BestBy(std::span<const float> centre, const KeyCodes::Query&
     const uint32_t place = which[t / kLeafRows] * kLeafRows + static_cast<uint32_t>(t % kLeafRows);
     if (place >= tokens()) continue;
     const float above = code.scale * static_cast<float>(sums[t]) + code.offset;
-    scores.push_back(above * Bf16ToFloat(p_.scale[place]) + centre[which[t / kLeafRows]]);
+    const float score = above * Bf16ToFloat(p_.scale[place]) + centre[which[t / kLeafRows]];
+    scores.push_back(std::max(kNone, score));  // what is no number has no order
   }
   const auto rank = static_cast<size_t>(uint64_t{count} * scores.size() / tokens());
   if (rank >= scores.size()) return kNone;
@@ -244,12 +248,19 @@ float ClusterIndex::BestBy(std::span<const float> centre, const KeyCodes::Query&
 }
 
 void ClusterIndex::Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const {
+  QUARRY_CHECK(Fits(run));
   // A query that sees a part of the run has to know its tokens one by one.
   Depth depth = queries.tolerance > 0 ? Depth::kAsNeeded : Depth::kTokens;
   for (const TokenRange& range : queries.ranges) {
     if (range.lo > run.tokens().lo || range.hi < run.tokens().hi) depth = Depth::kTokens;
   }
   Look(run, queries, depth, out);
+}
+
+// Scores beyond what floats hold become the largest, or none: budgets compare and subtract them.
+void ClusterIndex::Bound(CoarseScores* out) {
+  constexpr float kMost = 1e30f;
+  for (float& score : out->score) score = std::min(std::max(kNone, score), kMost);
 }
 
 void ClusterIndex::Look(const KvView& run, const QueryBlock& queries, Depth depth,
@@ -278,6 +289,7 @@ void ClusterIndex::Look(const KvView& run, const QueryBlock& queries, Depth dept
   ScoreTokens(s, out);
   if (!s.ranked_from.empty()) Rank(run, s, out);
   MaskTokens(run, queries, out);
+  Bound(out);
   for (uint32_t i = 0; i < queries.queries; ++i) {
     std::vector<float> weight(out->Row(i).begin(), out->Row(i).end());
     for (size_t stretch = kFullLeaves; stretch < kStretches; ++stretch) {

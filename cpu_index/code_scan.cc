@@ -2,13 +2,20 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "cpu_index/candidates.h"
+#include "cpu_index/index_form.h"
+#include "proto/check.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
+
+constexpr std::string_view kKind = "codes";
+constexpr uint32_t kVersion = 1;
 
 // The keys of [lo, hi) with the `count` largest sums, and whatever ties with or lies close to the
 // last of them: one histogram, no sort.
@@ -45,12 +52,30 @@ absl::StatusOr<std::unique_ptr<CodeScan>> CodeScan::Build(const KvView& run,
   return std::unique_ptr<CodeScan>(new CodeScan(std::move(codes)));
 }
 
+std::vector<std::byte> CodeScan::Serialize() const {
+  IndexWriter writer(kKind, kVersion);
+  codes_.Write(&writer);
+  return std::move(writer).Finish();
+}
+
+absl::StatusOr<std::unique_ptr<CodeScan>> CodeScan::Deserialize(std::span<const std::byte> bytes) {
+  QUARRY_ASSIGN_OR_RETURN(IndexReader reader, IndexReader::Open(kKind, kVersion, bytes));
+  QUARRY_ASSIGN_OR_RETURN(KeyCodes codes, KeyCodes::Read(&reader));
+  QUARRY_RETURN_IF_ERROR(reader.Finish());
+  if (!codes.basis().has_maps()) {
+    return absl::DataLossError(
+        absl::StrCat("a code scan of ", codes.keys(), " keys has no map of queries"));
+  }
+  return std::unique_ptr<CodeScan>(new CodeScan(std::move(codes)));
+}
+
 void CodeScan::AttendAll(const KvView& run, const QueryBlock& queries,
                          std::span<Partial> acc) const {
   ExactScan().AttendAll(run, queries, acc);
 }
 
 void CodeScan::Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const {
+  QUARRY_CHECK(Fits(run));
   const QueryBasis::Coordinates coordinates = codes_.basis().EncodeQueries(queries);
   std::vector<KeyCodes::Query> prepared;
   for (uint32_t i = 0; i < queries.queries; ++i) {

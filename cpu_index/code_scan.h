@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "cpu_index/key_codes.h"
@@ -19,7 +20,16 @@ class CodeScan final : public KeyIndex {
   static absl::StatusOr<std::unique_ptr<CodeScan>> Build(const KvView& run,
                                                          std::span<const float> queries);
 
+  // What Serialize made. DataLoss or InvalidArgument: anything else.
+  static absl::StatusOr<std::unique_ptr<CodeScan>> Deserialize(std::span<const std::byte> bytes);
+  // Equal runs and queries give equal bytes on machines with the same kernels. How many candidates
+  // searches take is not kept.
+  std::vector<std::byte> Serialize() const;
+
   std::string_view kind() const override { return "codes"; }
+  bool Fits(const KvView& run) const override {
+    return run.tokens().size() == codes_.keys() && run.head_dim == codes_.basis().head_dim;
+  }
   bool lists_tokens() const override { return true; }
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override;

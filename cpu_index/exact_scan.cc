@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "cpu_index/key_index.h"
@@ -300,6 +301,8 @@ class ExactScanIndex final : public KeyIndex {
 static_assert(kGatherTokens <= 64, "Refine marks a tile's rows in one word");
 
 }  // namespace
+
+std::unique_ptr<KeyIndex> MakeExactScan() { return std::make_unique<ExactScanIndex>(); }
 
 const KeyIndex& ExactScan() {
   static const ExactScanIndex index;

@@ -103,7 +103,7 @@ void GraphIndex::AttendAll(const KvView& run, const QueryBlock& queries,
 }
 
 void GraphIndex::Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const {
-  QUARRY_CHECK(run.tokens() == tokens_ && run.head_dim == head_dim_);
+  QUARRY_CHECK(Fits(run));
   SearchGraph(links_, run, queries, queue_, out);
 }
 

@@ -28,6 +28,9 @@ class GraphIndex final : public KeyIndex {
   std::vector<std::byte> Serialize() const;
 
   std::string_view kind() const override { return "graph"; }
+  bool Fits(const KvView& run) const override {
+    return run.tokens() == tokens_ && run.head_dim == head_dim_;
+  }
   bool lists_tokens() const override { return true; }
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override;

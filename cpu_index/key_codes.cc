@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
@@ -35,11 +36,41 @@ constexpr Place PlaceOf(uint32_t c) {
 }  // namespace
 
 KeyCodes::KeyCodes(QueryBasis basis, uint32_t keys)
-    : basis_(std::move(basis)), keys_(keys), codes_(size_t{keys_padded()} * kBytes) {
-  for (uint32_t c = 0; c < basis_.rank; ++c) {
-    step_.push_back(std::sqrt(basis_.variance[c]) * (IsFine(c) ? kFineStep : kCoarseStep));
-    inverse_step_.push_back(step_[c] > 0 ? 1 / step_[c] : 0);
+    : basis_(std::move(basis)),
+      keys_(keys),
+      step_(basis_.rank),
+      inverse_step_(basis_.rank),
+      codes_(size_t{keys_padded()} * kBytes) {}
+
+void KeyCodes::Write(IndexWriter* out) const {
+  basis_.Write(out);
+  out->Put(keys_);
+  out->PutAll(std::span<const float>(step_));
+  out->PutAll(std::span<const uint8_t>(codes_));
+}
+
+absl::StatusOr<KeyCodes> KeyCodes::Read(IndexReader* in) {
+  constexpr uint32_t kMostKeys = 1u << 31;
+  QUARRY_ASSIGN_OR_RETURN(QueryBasis basis, QueryBasis::Read(in));
+  uint32_t keys = 0;
+  QUARRY_RETURN_IF_ERROR(in->Get(&keys));
+  if (basis.rank > kCoordinates || keys == 0 || keys > kMostKeys) {
+    return absl::DataLossError(
+        absl::StrCat("codes of ", keys, " keys in ", basis.rank, " coordinates"));
   }
+  std::vector<float> step;
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("step of codes", basis.rank, 0, &step));
+  QUARRY_RETURN_IF_ERROR(in->Want<uint8_t>((uint64_t{keys} + kBlockKeys - 1) / kBlockKeys *
+                                           kBlockKeys * kBytes));
+  KeyCodes codes(std::move(basis), keys);
+  for (uint32_t c = 0; c < step.size(); ++c) codes.SetStep(c, step[c]);
+  QUARRY_RETURN_IF_ERROR(in->GetAll(std::span(codes.codes_)));
+  return codes;
+}
+
+void KeyCodes::SetStep(uint32_t c, float step) {
+  step_[c] = step;
+  inverse_step_[c] = step > 0 ? 1 / step : 0;
 }
 
 absl::StatusOr<KeyCodes> KeyCodes::Encode(const KvView& run, QueryBasis basis) {
@@ -55,6 +86,9 @@ absl::StatusOr<KeyCodes> KeyCodes::Encode(const KvView& run, QueryBasis basis) {
 KeyCodes KeyCodes::Encode(std::span<const float> coordinates, QueryBasis basis) {
   const auto keys = static_cast<uint32_t>(coordinates.size() / kCoordinates);
   KeyCodes codes(std::move(basis), keys);
+  for (uint32_t c = 0; c < codes.basis_.rank; ++c) {
+    codes.SetStep(c, std::sqrt(codes.basis_.variance[c]) * (IsFine(c) ? kFineStep : kCoarseStep));
+  }
   for (uint32_t t = 0; t < keys; ++t) {
     codes.Store(t, coordinates.subspan(size_t{t} * kCoordinates, codes.basis_.rank));
   }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "cpu_index/index_form.h"
 #include "cpu_index/key_index.h"
 #include "cpu_index/query_basis.h"
 
@@ -24,6 +25,10 @@ class KeyCodes {
   static absl::StatusOr<KeyCodes> Encode(const KvView& run, QueryBasis basis);
   // Of keys whose coordinates are known: [keys][kCoordinates], 0 beyond the basis' rank.
   static KeyCodes Encode(std::span<const float> coordinates, QueryBasis basis);
+
+  void Write(IndexWriter* out) const;
+  // DataLoss: cut off, sizes or numbers of no codes.
+  static absl::StatusOr<KeyCodes> Read(IndexReader* in);
 
   // [rank] what a key's code stands for.
   void Decode(uint32_t key, std::span<float> coordinates) const;
@@ -57,7 +62,9 @@ class KeyCodes {
   const QueryBasis& basis() const { return basis_; }
 
  private:
+  // With steps of 0.
   KeyCodes(QueryBasis basis, uint32_t keys);
+  void SetStep(uint32_t c, float step);
   uint32_t Level(uint32_t c, float coordinate) const;
   void Store(uint32_t key, std::span<const float> coordinates);
   void Run(std::span<const Query> queries, const uint32_t* which, uint32_t blocks,

@@ -159,6 +159,10 @@ class KeyIndex {
   // "exact", later "graph", "clusters", ...
   virtual std::string_view kind() const = 0;
 
+  // Whether it can be of this run, by the run's size alone. An index that was read from bytes is not
+  // to be searched with a run that it does not fit.
+  virtual bool Fits(const KvView& /*run*/) const { return true; }
+
   // Whether nodes are tokens, listed with their exact scores: then Refine follows every allotment to
   // the token, also one that samples. Other indexes are for Budget::kError alone, and are to be passed
   // by for other budgets, by the exact scan.
@@ -180,5 +184,7 @@ class KeyIndex {
 
 // The exact scan: no data of its own, one instance serves every run.
 const KeyIndex& ExactScan();
+// Another instance.
+std::unique_ptr<KeyIndex> MakeExactScan();
 
 }  // namespace quarry

@@ -4,14 +4,17 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
+#include "absl/strings/str_cat.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
 
-constexpr uint32_t kMostBits = 8;
+constexpr uint32_t kMostBits = 8, kMostCoordinates = 512;
 // Uniform quantisers of a normal distribution with the least mean square error: their steps in
 // standard deviations, and that error by the variance, for 0 to 8 bits.
 constexpr float kStep[] = {0, 1.596f, 0.9957f, 0.586f, 0.3352f, 0.1881f, 0.1041f, 0.0569f, 0.0308f};
@@ -43,15 +46,34 @@ float Levels(uint32_t bits) { return static_cast<float>(1u << bits); }
 
 }  // namespace
 
+KeyRows::KeyRows(uint32_t rows, uint32_t coordinates)
+    : coordinates_(coordinates),
+      width_(coordinates / kGroup),
+      step_(coordinates),
+      inverse_step_(coordinates),
+      rows_(rows, coordinates / 2) {
+  QUARRY_CHECK(coordinates % kGroup == 0 && coordinates > 0 && coordinates <= kMostCoordinates);
+}
+
 KeyRows::KeyRows(uint32_t rows, std::span<const float> variance)
-    : coordinates_(static_cast<uint32_t>(variance.size())),
-      step_(variance.size()),
-      inverse_step_(variance.size()),
-      rows_(rows, coordinates_ / 2) {
-  QUARRY_CHECK(coordinates_ % kGroup == 0 && coordinates_ > 0 && coordinates_ <= 512);
-  std::vector<float> of_group(coordinates_ / kGroup);
+    : KeyRows(rows, static_cast<uint32_t>(variance.size())) {
+  std::vector<float> of_group(width_.size());
   for (uint32_t c = 0; c < coordinates_; ++c) of_group[c / kGroup] += variance[c];
   width_ = ShareBits(of_group, coordinates_ / 2);
+  for (uint32_t c = 0; c < coordinates_; ++c) {
+    const uint32_t bits = width_[c / kGroup];
+    SetStep(c, kStep[bits] * std::sqrt(variance[c]));
+    error_variance_ += variance[c] * kError[bits];
+  }
+  LayOut();
+}
+
+void KeyRows::SetStep(uint32_t c, float step) {
+  step_[c] = step;
+  inverse_step_[c] = step > 0 ? 1 / step : 0;
+}
+
+void KeyRows::LayOut() {
   const uint32_t padded = (coordinates_ + 63) / 64 * 64;
   from_.resize(padded);
   shift_.resize(padded);
@@ -65,12 +87,38 @@ KeyRows::KeyRows(uint32_t rows, std::span<const float> variance)
       from_[c] = static_cast<uint8_t>(at - part_.back() + (bits > 0 ? std::min(i, bits - 1) : 0));
       shift_[c] = static_cast<uint8_t>(i * bits);
       mask_[c] = static_cast<uint8_t>((1u << bits) - 1);
-      step_[c] = kStep[bits] * std::sqrt(variance[c]);
-      inverse_step_[c] = step_[c] > 0 ? 1 / step_[c] : 0;
-      error_variance_ += variance[c] * kError[bits];
     }
     at = static_cast<uint16_t>(at + bits);
   }
+}
+
+void KeyRows::Write(IndexWriter* out) const {
+  out->Put(error_variance_);
+  out->PutAll(std::span<const uint8_t>(width_));
+  out->PutAll(std::span<const float>(step_));
+  out->PutAll(rows_.all());
+}
+
+absl::StatusOr<KeyRows> KeyRows::Read(IndexReader* in, uint32_t rows, uint32_t coordinates) {
+  if (coordinates % kGroup != 0 || coordinates == 0 || coordinates > kMostCoordinates) {
+    return absl::DataLossError(absl::StrCat("rows of keys of ", coordinates, " coordinates"));
+  }
+  QUARRY_RETURN_IF_ERROR(in->Want<uint8_t>(uint64_t{rows} * (coordinates / 2)));
+  KeyRows out(rows, coordinates);
+  QUARRY_RETURN_IF_ERROR(in->GetNumber("error of rows of keys", 0, &out.error_variance_));
+  QUARRY_RETURN_IF_ERROR(in->GetAll(std::span(out.width_)));
+  const uint32_t bytes = std::accumulate(out.width_.begin(), out.width_.end(), 0u);
+  const uint32_t widest = *std::max_element(out.width_.begin(), out.width_.end());
+  if (widest > kMostBits || bytes > coordinates / 2) {
+    return absl::DataLossError(absl::StrCat("rows of keys of ", bytes, " bytes for ", coordinates,
+                                            " coordinates of at most ", widest, " bits"));
+  }
+  std::vector<float> step;
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("step of rows of keys", coordinates, 0, &step));
+  for (uint32_t c = 0; c < coordinates; ++c) out.SetStep(c, step[c]);
+  out.LayOut();
+  QUARRY_RETURN_IF_ERROR(in->GetAll(out.rows_.all()));
+  return out;
 }
 
 void KeyRows::Store(uint32_t row, std::span<const float> coordinates) {

@@ -5,6 +5,8 @@
 #include <span>
 #include <vector>
 
+#include "absl/status/statusor.h"
+#include "cpu_index/index_form.h"
 #include "cpu_index/row_bytes.h"
 
 namespace quarry {
@@ -18,6 +20,11 @@ class KeyRows {
 
   // variance: [coordinates] of what will be stored, a multiple of kGroup.
   KeyRows(uint32_t rows, std::span<const float> variance);
+
+  void Write(IndexWriter* out) const;
+  // `rows` rows of `coordinates` numbers, as the constructor wants them. DataLoss: cut off, or widths
+  // or numbers of no rows.
+  static absl::StatusOr<KeyRows> Read(IndexReader* in, uint32_t rows, uint32_t coordinates);
 
   // coordinates: [coordinates]; rows in any order, each once.
   void Store(uint32_t row, std::span<const float> coordinates);
@@ -42,6 +49,11 @@ class KeyRows {
   uint64_t memory_bytes() const { return rows_.bytes() + 4 * step_.size(); }
 
  private:
+  KeyRows(uint32_t rows, uint32_t coordinates);
+  // How rows are taken apart, by the groups' widths.
+  void LayOut();
+  void SetStep(uint32_t c, float step);
+
   const uint32_t coordinates_;
   std::vector<uint8_t> width_;              // [groups] bits of a coordinate
   std::vector<float> step_, inverse_step_;  // [coordinates]; 0 where nothing is stored

@@ -5,6 +5,7 @@
 
 #include "cpu_index/simd.h"
 #include "proto/check.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
@@ -14,12 +15,31 @@ static_assert(NodeLevel::kBlockNodes * NodeLevel::kCentreBytes == kernels::kCent
 
 }  // namespace
 
-NodeLevel::NodeLevel(std::span<const float> rows, uint32_t rows_per_node, float lost_variance) {
-  const auto n = static_cast<uint32_t>(rows.size() / kWidth);
-  rows_ = n;
-  rows_per_node_ = rows_per_node;
-  log_full_ = std::log(static_cast<float>(rows_per_node));
-  nodes_ = (n + rows_per_node - 1) / rows_per_node;
+NodeLevel::NodeLevel(uint32_t rows, uint32_t rows_per_node)
+    : rows_(rows),
+      rows_per_node_(rows_per_node),
+      nodes_((rows + rows_per_node - 1) / rows_per_node),
+      log_full_(std::log(static_cast<float>(rows_per_node))) {}
+
+void NodeLevel::Write(IndexWriter* out) const {
+  out->PutAll(std::span<const float>(step_));
+  out->PutAll(std::span<const float>(variance_));
+  out->PutAll(std::span<const uint8_t>(centres_));
+}
+
+absl::StatusOr<NodeLevel> NodeLevel::Read(IndexReader* in, uint32_t rows, uint32_t rows_per_node) {
+  NodeLevel level(rows, rows_per_node);
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("step of centres", kWidth, 0, &level.step_));
+  for (float step : level.step_) level.inverse_step_.push_back(step > 0 ? 1 / step : 0);
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("variance of nodes", level.nodes_, 0, &level.variance_));
+  QUARRY_RETURN_IF_ERROR(in->GetVector(
+      uint64_t{level.blocks()} * kBlockNodes * kCentreBytes, &level.centres_));
+  return level;
+}
+
+NodeLevel::NodeLevel(std::span<const float> rows, uint32_t rows_per_node, float lost_variance)
+    : NodeLevel(static_cast<uint32_t>(rows.size() / kWidth), rows_per_node) {
+  const uint32_t n = rows_;
   centres_.assign(size_t{blocks()} * kBlockNodes * kCentreBytes, 128);
   std::vector<float> centres(size_t{nodes_} * kWidth);
   std::vector<float> largest(kWidth);

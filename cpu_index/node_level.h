@@ -19,6 +19,10 @@ class NodeLevel {
   // coordinates.
   NodeLevel(std::span<const float> rows, uint32_t rows_per_node, float lost_variance);
 
+  void Write(IndexWriter* out) const;
+  // Of `rows` rows. DataLoss: cut off, or numbers of no level.
+  static absl::StatusOr<NodeLevel> Read(IndexReader* in, uint32_t rows, uint32_t rows_per_node);
+
   uint32_t nodes() const { return nodes_; }
   // Tokens of a node: rows_per_node but for the last.
   uint32_t count(uint32_t node) const {
@@ -61,6 +65,7 @@ class NodeLevel {
   static constexpr uint32_t kCentreBytes = KeyCodes::kCoordinates;
 
  private:
+  NodeLevel(uint32_t rows, uint32_t rows_per_node);
   void StoreCentre(uint32_t node, std::span<const float> centre);
 
   uint32_t rows_ = 0, rows_per_node_ = 0, nodes_ = 0;

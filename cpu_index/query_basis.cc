@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "cpu_index/simd.h"
 #include "proto/half.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
@@ -62,6 +63,34 @@ void Apply(std::span<const float> map, std::span<const float> x, std::span<float
 }
 
 }  // namespace
+
+void QueryBasis::Write(IndexWriter* out) const {
+  for (const uint32_t size : {head_dim, rank, has_maps() ? 1u : 0u}) out->Put(size);
+  out->Put(lost_variance);
+  for (const auto* part : {&variance, &mean, &key_map, &query_map}) {
+    out->PutAll(std::span<const float>(*part));
+  }
+}
+
+absl::StatusOr<QueryBasis> QueryBasis::Read(IndexReader* in) {
+  QueryBasis basis;
+  uint32_t maps = 0;
+  for (uint32_t* size : {&basis.head_dim, &basis.rank, &maps}) {
+    QUARRY_RETURN_IF_ERROR(in->Get(size));
+  }
+  if (basis.rank == 0 || basis.rank > basis.head_dim || maps > 1) {
+    return absl::DataLossError(absl::StrCat("a basis of rank ", basis.rank, " of head_dim ",
+                                            basis.head_dim, ", ", maps, " pairs of maps"));
+  }
+  QUARRY_RETURN_IF_ERROR(in->GetNumber("lost variance", 0, &basis.lost_variance));
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("variance", basis.rank, 0, &basis.variance));
+  if (maps == 0) return basis;
+  const uint64_t numbers = uint64_t{basis.rank} * basis.head_dim;
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("mean key", basis.head_dim, kAnyNumber, &basis.mean));
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("map of keys", numbers, kAnyNumber, &basis.key_map));
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("map of queries", numbers, kAnyNumber, &basis.query_map));
+  return basis;
+}
 
 void QueryBasis::EncodeKey(std::span<const float> key, std::span<float> out) const {
   std::vector<float> centred(head_dim);

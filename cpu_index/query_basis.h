@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "cpu_index/index_form.h"
 #include "cpu_index/key_index.h"
 
 namespace quarry {
@@ -23,6 +24,12 @@ struct QueryBasis {
   std::vector<float> query_map;  // [rank][head_dim]
   std::vector<float> variance;   // [rank] of each coordinate over the keys, falling
   float lost_variance = 0;       // of the scores, for a typical query, outside the rank
+
+  // All of it; without the maps and the mean if it has none, as where only the variances are used.
+  void Write(IndexWriter* out) const;
+  // DataLoss: cut off, sizes or numbers of no basis.
+  static absl::StatusOr<QueryBasis> Read(IndexReader* in);
+  bool has_maps() const { return !key_map.empty(); }
 
   // out: [rank]. The key is [head_dim], the query is scaled as its scores are.
   void EncodeKey(std::span<const float> key, std::span<float> out) const;

@@ -13,12 +13,15 @@ namespace quarry {
 class RowBytes {
  public:
   RowBytes(uint32_t rows, uint32_t stride)
-      : stride_(stride), lines_((size_t{rows} * stride + 63) / 64 + 1) {}
+      : rows_(rows), stride_(stride), lines_((size_t{rows} * stride + 63) / 64 + 1) {}
 
   uint8_t* Row(uint32_t row) { return lines_.front().byte + size_t{row} * stride_; }
   const uint8_t* Row(uint32_t row) const { return lines_.front().byte + size_t{row} * stride_; }
   const uint8_t* data() const { return lines_.front().byte; }
   uint32_t stride() const { return stride_; }
+  // The rows, without the line behind them.
+  std::span<uint8_t> all() { return {Row(0), size_t{rows_} * stride_}; }
+  std::span<const uint8_t> all() const { return {Row(0), size_t{rows_} * stride_}; }
   uint64_t bytes() const { return lines_.size() * 64; }
 
   // Of the lines that hold the rows `which`, rising, each counted once.
@@ -37,7 +40,7 @@ class RowBytes {
   struct alignas(64) Line {
     uint8_t byte[64] = {};
   };
-  const uint32_t stride_;
+  const uint32_t rows_, stride_;
   std::vector<Line> lines_;
 };
 

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "cpu_index/simd.h"
 #include "proto/check.h"
 #include "proto/half.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
@@ -19,14 +21,34 @@ constexpr uint32_t Padded(uint32_t head_dim) { return (head_dim + kGroup - 1) / 
 
 }  // namespace
 
+ValueRows::ValueRows(uint32_t rows, uint32_t head_dim)
+    : head_dim_(head_dim), scale_(rows), rows_(rows, Padded(head_dim) / 2) {}
+
 ValueRows::ValueRows(uint32_t rows, std::span<const float> deviation)
-    : head_dim_(static_cast<uint32_t>(deviation.size())),
-      scale_(rows),
-      rows_(rows, Padded(head_dim_) / 2) {
+    : ValueRows(rows, static_cast<uint32_t>(deviation.size())) {
   for (float d : deviation) {
     step_.push_back(d * kStep);
     inverse_step_.push_back(d > 0 ? 1 / (d * kStep) : 0);
   }
+}
+
+void ValueRows::Write(IndexWriter* out) const {
+  out->PutAll(std::span<const float>(step_));
+  out->PutAll(std::span<const uint16_t>(scale_));
+  out->PutAll(rows_.all());
+}
+
+absl::StatusOr<ValueRows> ValueRows::Read(IndexReader* in, uint32_t rows, uint32_t head_dim) {
+  std::vector<float> step;
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("step of rows of values", head_dim, 0, &step));
+  QUARRY_RETURN_IF_ERROR(
+      in->Want<uint8_t>(rows * (sizeof(uint16_t) + uint64_t{Padded(head_dim) / 2})));
+  ValueRows out(rows, head_dim);
+  for (float s : step) out.inverse_step_.push_back(s > 0 ? 1 / s : 0);
+  out.step_ = std::move(step);
+  QUARRY_RETURN_IF_ERROR(in->GetBf16("scale of rows of values", rows, 0, &out.scale_));
+  QUARRY_RETURN_IF_ERROR(in->GetAll(out.rows_.all()));
+  return out;
 }
 
 void ValueRows::Store(uint32_t row, std::span<const float> value) {

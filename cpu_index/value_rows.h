@@ -5,6 +5,8 @@
 #include <span>
 #include <vector>
 
+#include "absl/status/statusor.h"
+#include "cpu_index/index_form.h"
 #include "cpu_index/row_bytes.h"
 
 namespace quarry {
@@ -16,6 +18,10 @@ class ValueRows {
  public:
   // deviation: [head_dim] root mean square of what will be stored.
   ValueRows(uint32_t rows, std::span<const float> deviation);
+
+  void Write(IndexWriter* out) const;
+  // `rows` rows of head_dim numbers. DataLoss: cut off, or numbers of no rows.
+  static absl::StatusOr<ValueRows> Read(IndexReader* in, uint32_t rows, uint32_t head_dim);
 
   // value: [head_dim]; rows in any order, each once.
   void Store(uint32_t row, std::span<const float> value);
@@ -32,6 +38,8 @@ class ValueRows {
   uint64_t memory_bytes() const { return rows_.bytes() + 2 * scale_.size() + 8 * step_.size(); }
 
  private:
+  ValueRows(uint32_t rows, uint32_t head_dim);
+
   const uint32_t head_dim_;
   std::vector<float> step_, inverse_step_;  // [head_dim]
   std::vector<uint16_t> scale_;             // bf16 [rows] of each row's steps
