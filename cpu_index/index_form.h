@@ -71,7 +71,9 @@ class IndexReader {
   // DataLoss if fewer than `count` values of T are left; asked before memory is made for them.
   template <typename T>
   absl::Status Want(uint64_t count) const {
-    return count <= left_.size() / sizeof(T) ? absl::OkStatus() : Short(count * sizeof(T));
+    if (count <= left_.size() / sizeof(T)) return absl::OkStatus();
+    constexpr uint64_t kMost = std::numeric_limits<uint64_t>::max();
+    return Short(count <= kMost / sizeof(T) ? count * sizeof(T) : kMost);
   }
   // Makes `out` so long, if so many are left, and reads it.
   template <typename T>

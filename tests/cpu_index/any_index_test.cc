@@ -293,7 +293,7 @@ TEST(AnyIndexTest, WrongDataWithARightChecksumIsRefusedOrCanBeSearched) {
     const Bytes bytes = Form(*Build(kind, c, sample));
     const std::vector<size_t> telling = Telling(bytes, kTokens);
     int searched = 0, refused = 0;
-    for (int round = 0; round < 1500; ++round) {
+    for (int round = 0; round < 4000; ++round) {
       const auto index = DeserializeIndex(Mangled(bytes, telling, kTokens, &random));
       if (!index.ok()) {
         ASSERT_TRUE(IsRefusal(index.status())) << index.status();
@@ -309,6 +309,56 @@ TEST(AnyIndexTest, WrongDataWithARightChecksumIsRefusedOrCanBeSearched) {
     EXPECT_GT(searched, 100);
     EXPECT_GT(refused, 100);
   }
+}
+
+template <typename T>
+Bytes With(const Bytes& bytes, size_t at, T value) {
+  Bytes out = bytes;
+  std::memcpy(out.data() + at, &value, sizeof(value));
+  Reseal(&out);
+  return out;
+}
+
+TEST(AnyIndexTest, AnOrderThatIsNoPermutationIsRefused) {
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  constexpr uint32_t kTokens = 600, kPadded = 608, kDim = GraphCase::kHeadDim, kCoded = 48;
+  GraphCase c(kTokens, Seed());
+  const Bytes bytes = Form(*Build("clusters", c, Sample(&c)));
+  // Behind the basis, the codes' variances and steps, and the codes.
+  constexpr size_t kAt = kIndexFormHeaderBytes + 4 * (4 + 2 * kDim + 2 * kDim * kDim + 1) +
+                         4 * (4 + kCoded + 1 + kCoded) + kPadded * KeyCodes::kBytes;
+  std::vector<uint32_t> order(kTokens);
+  std::memcpy(order.data(), bytes.data() + kAt, order.size() * sizeof(uint32_t));
+  std::vector<uint32_t> sorted = order;
+  std::sort(sorted.begin(), sorted.end());
+  for (uint32_t t = 0; t < kTokens; ++t) ASSERT_EQ(sorted[t], t);
+  const absl::Status twice = DeserializeIndex(With(bytes, kAt + 4, order[0])).status();
+  EXPECT_EQ(twice.code(), absl::StatusCode::kDataLoss);
+  EXPECT_NE(twice.message().find("comes twice"), std::string::npos) << twice;
+  const absl::Status behind = DeserializeIndex(With(bytes, kAt + 4, kTokens)).status();
+  EXPECT_EQ(behind.code(), absl::StatusCode::kDataLoss);
+  EXPECT_NE(behind.message().find("token 600 of 600 does not exist"), std::string::npos) << behind;
+}
+
+TEST(AnyIndexTest, DoubtsThatNoBuildHasAreRefused) {
+  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
+  GraphCase c(300, Seed());
+  const Bytes bytes = Form(*Build("clusters", c, Sample(&c)));
+  // The last words: five doubts, the log of a length, how codes are read.
+  const size_t end = bytes.size() - kIndexFormDigestBytes, doubts = end - 7 * sizeof(uint32_t);
+  for (size_t i = 0; i < 5; ++i) {
+    for (const float doubt : {0.0f, -1.0f, 1e9f, std::numeric_limits<float>::quiet_NaN()}) {
+      const absl::Status status = DeserializeIndex(With(bytes, doubts + 4 * i, doubt)).status();
+      EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << doubt;
+      EXPECT_NE(status.message().find("doubt"), std::string::npos) << status;
+    }
+    EXPECT_TRUE(DeserializeIndex(With(bytes, doubts + 4 * i, 0.5f)).ok());
+  }
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  EXPECT_EQ(DeserializeIndex(With(bytes, end - 8, -kInfinity)).status().code(),
+            absl::StatusCode::kDataLoss);
+  EXPECT_EQ(DeserializeIndex(With(bytes, end - 4, uint32_t{2})).status().code(),
+            absl::StatusCode::kDataLoss);
 }
 
 TEST(AnyIndexTest, QueriesNearTheEndOfFloatsDoNoHarm) {

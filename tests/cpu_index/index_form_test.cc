@@ -2,7 +2,11 @@
 
 #include <gtest/gtest.h>
 
-#include <random>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "proto/half.h"
 
 namespace quarry {
 namespace {
@@ -30,6 +34,51 @@ TEST(IndexFormTest, WhatWasWrittenIsRead) {
   EXPECT_EQ(numbers, (std::vector<float>{1.5f, 2.5f, -3.0f}));
   EXPECT_TRUE(reader->Finish().ok());
   EXPECT_EQ(reader->Get(&seven).code(), absl::StatusCode::kDataLoss);
+}
+
+TEST(IndexFormTest, NumbersThatAreNotFiniteOrTooSmallAreRefusedByName) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const float wrong : {-0.5f, kInfinity, -kInfinity, std::nanf("")}) {
+    IndexWriter writer("sample", 3);
+    writer.PutAll(std::span<const float>(std::vector<float>{0.0f, 1.5f, wrong}));
+    writer.PutAll(std::span<const uint16_t>(std::vector<uint16_t>{0, FloatToBf16(wrong)}));
+    const std::vector<std::byte> bytes = std::move(writer).Finish();
+    absl::StatusOr<IndexReader> reader = IndexReader::Open("sample", 3, bytes);
+    ASSERT_TRUE(reader.ok()) << reader.status();
+    float one = 0;
+    std::vector<float> two;
+    std::vector<uint16_t> halves;
+    EXPECT_TRUE(reader->GetNumber("weight", 0, &one).ok());
+    const absl::Status status = reader->GetNumbers("weight", 2, 0, &two);
+    EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << wrong;
+    EXPECT_NE(status.message().find("weight"), std::string::npos) << status;
+    const absl::Status half = reader->GetBf16("half", 2, kAnyNumber, &halves);
+    EXPECT_EQ(half.ok(), wrong == -0.5f) << wrong;
+  }
+}
+
+TEST(IndexFormTest, NoMemoryIsMadeForMoreThanIsLeft) {
+  const std::vector<std::byte> bytes = Sample();
+  absl::StatusOr<IndexReader> reader = IndexReader::Open("sample", 3, bytes);
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  std::vector<uint64_t> words;
+  for (const uint64_t count : {uint64_t{3}, uint64_t{1} << 60, ~uint64_t{0}}) {
+    EXPECT_EQ(reader->GetVector(count, &words).code(), absl::StatusCode::kDataLoss) << count;
+    EXPECT_EQ(words.capacity(), 0u);
+  }
+  EXPECT_TRUE(reader->Want<uint64_t>(2).ok());
+  EXPECT_TRUE(reader->GetVector(2, &words).ok());
+  EXPECT_TRUE(reader->Finish().ok());
+}
+
+TEST(IndexFormTest, TheKindIsToldWithoutTheChecksum) {
+  std::vector<std::byte> bytes = Sample();
+  bytes.back() ^= std::byte{1};
+  EXPECT_EQ(*IndexReader::KindOf(bytes), "sample");
+  EXPECT_EQ(IndexReader::KindOf(std::span(bytes).first(55)).status().code(),
+            absl::StatusCode::kDataLoss);
+  bytes[0] ^= std::byte{1};
+  EXPECT_EQ(IndexReader::KindOf(bytes).status().code(), absl::StatusCode::kDataLoss);
 }
 
 TEST(IndexFormTest, AnotherKindOrVersionIsRefused) {

@@ -87,6 +87,52 @@ TEST(KeyRowsTest, LinesThatRowsShareCountOnce) {
   EXPECT_EQ(wide.keys->BytesOf(std::vector<uint32_t>{0, 1, 2, 3}), 192u);
 }
 
+// The rows' form: their error, a byte for each group's width, a step for each coordinate, the rows.
+absl::StatusOr<KeyRows> ReadBack(const std::vector<uint8_t>& widths, float step, uint32_t rows,
+                                 uint32_t coordinates) {
+  IndexWriter writer("rows", 1);
+  writer.Put(0.5f);
+  writer.PutAll(std::span<const uint8_t>(widths));
+  const std::vector<float> steps(coordinates, step);
+  writer.PutAll(std::span<const float>(steps));
+  const std::vector<uint8_t> bytes(size_t{rows} * coordinates / 2, 0x5a);
+  writer.PutAll(std::span<const uint8_t>(bytes));
+  const std::vector<std::byte> form = std::move(writer).Finish();
+  absl::StatusOr<IndexReader> reader = IndexReader::Open("rows", 1, form);
+  EXPECT_TRUE(reader.ok()) << reader.status();
+  return KeyRows::Read(&*reader, rows, coordinates);
+}
+
+TEST(KeyRowsTest, RowsThatWereWrittenAreReadAndWrongOnesRefused) {
+  const Case c(96);
+  IndexWriter writer("rows", 1);
+  c.keys->Write(&writer);
+  const std::vector<std::byte> form = std::move(writer).Finish();
+  absl::StatusOr<IndexReader> reader = IndexReader::Open("rows", 1, form);
+  ASSERT_TRUE(reader.ok()) << reader.status();
+  const absl::StatusOr<KeyRows> again = KeyRows::Read(&*reader, 500, 96);
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(reader->left(), 0u);
+  EXPECT_EQ(again->error_variance(), c.keys->error_variance());
+  std::vector<float> one(96), other(96);
+  for (uint32_t r = 0; r < 500; ++r) {
+    c.keys->Decode(r, one);
+    again->Decode(r, other);
+    ASSERT_EQ(one, other) << r;
+  }
+
+  EXPECT_TRUE(ReadBack({8, 8, 0, 0}, 1, 3, 32).ok());
+  EXPECT_TRUE(ReadBack({0, 0, 0, 0}, 0, 3, 32).ok());
+  for (const auto& widths : {std::vector<uint8_t>{8, 8, 1, 0}, std::vector<uint8_t>{9, 0, 0, 0},
+                             std::vector<uint8_t>{0, 0, 0, 255}}) {
+    EXPECT_EQ(ReadBack(widths, 1, 3, 32).status().code(), absl::StatusCode::kDataLoss);
+  }
+  EXPECT_EQ(ReadBack({4, 4, 4, 4}, -1, 3, 32).status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(ReadBack({4, 4, 4}, 1, 3, 28).status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(ReadBack(std::vector<uint8_t>(65, 4), 1, 3, 520).status().code(),
+            absl::StatusCode::kDataLoss);
+}
+
 TEST(KeyRowsTest, KeysThatDoNotVaryScoreNothing) {
   KeyRows keys(3, std::vector<float>(64, 0.0f));
   keys.Store(1, std::vector<float>(64, 5.0f));
