@@ -28,9 +28,9 @@ absl::StatusOr<std::unique_ptr<KeyIndex>> DeserializeExact(std::span<const std::
 }  // namespace
 
 absl::StatusOr<std::vector<std::byte>> SerializeIndex(const KeyIndex& index) {
-  if (const auto* clusters = dynamic_cast<const ClusterIndex*>(&index)) return clusters->Serialize();
-  if (const auto* codes = dynamic_cast<const CodeScan*>(&index)) return codes->Serialize();
-  if (const auto* graph = dynamic_cast<const GraphIndex*>(&index)) return graph->Serialize();
+  if (const auto* of = dynamic_cast<const ClusterIndex*>(&index)) return of->Serialize();
+  if (const auto* of = dynamic_cast<const CodeScan*>(&index)) return of->Serialize();
+  if (const auto* of = dynamic_cast<const GraphIndex*>(&index)) return of->Serialize();
   if (index.kind() == kExact) return IndexWriter(kExact, kExactVersion).Finish();
   return absl::UnimplementedError(
       absl::StrCat("an index of kind '", std::string(index.kind()), "' is not kept as bytes"));
@@ -42,8 +42,9 @@ absl::StatusOr<std::unique_ptr<KeyIndex>> DeserializeIndex(std::span<const std::
   if (kind == "codes") return CodeScan::Deserialize(bytes);
   if (kind == "graph") return GraphIndex::Deserialize(bytes);
   if (kind == kExact) return DeserializeExact(bytes);
-  return absl::InvalidArgumentError(absl::StrCat("an index of kind '", absl::CHexEscape(
-      absl::string_view(kind.data(), kind.size())), "', which there is not"));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "an index of kind '", absl::CHexEscape(absl::string_view(kind.data(), kind.size())),
+      "', which there is not"));
 }
 
 }  // namespace quarry

@@ -11,8 +11,9 @@
 
 namespace quarry {
 
-// As index_form.h says; equal indexes have equal bytes. What was set for searches alone (candidates,
-// queue) is not kept. Unimplemented: of a kind that is not kept as bytes, as the baselines are.
+// As index_form.h says; equal indexes have equal bytes. What was set for searches alone
+// (candidates, queue) is not kept. Unimplemented: of a kind that is not kept as bytes, as the
+// baselines are.
 absl::StatusOr<std::vector<std::byte>> SerializeIndex(const KeyIndex& index);
 
 // An index that answers as the one that the bytes were made from. Whatever the bytes, it can be

@@ -53,7 +53,8 @@ std::unique_ptr<KeyIndex> Build(const std::string& kind, const GraphCase& c,
   if (kind == "exact") return MakeExactScan();
   if (kind == "codes") return Made(CodeScan::Build(c.view, sample));
   if (kind == "clusters") return Made(ClusterIndex::Build(c.view, sample));
-  return Made(GraphIndex::Build(c.view, sample, {.query_keys = 30, .links = 12, .threads = threads}));
+  return Made(
+      GraphIndex::Build(c.view, sample, {.query_keys = 30, .links = 12, .threads = threads}));
 }
 
 Bytes Form(const KeyIndex& index) {
@@ -89,9 +90,9 @@ std::vector<uint64_t> Answer(const KeyIndex& index, const GraphCase& c, const Bu
   }
   out.insert(out.end(), coarse.node.begin(), coarse.node.end());
   for (const Partial& partial : partials) {
-    out.insert(out.end(), {partial.tokens, partial.bytes, std::bit_cast<uint32_t>(partial.max),
-                           std::bit_cast<uint32_t>(partial.sum),
-                           std::bit_cast<uint32_t>(partial.doubt)});
+    out.insert(out.end(),
+               {partial.tokens, partial.bytes, std::bit_cast<uint32_t>(partial.max),
+                std::bit_cast<uint32_t>(partial.sum), std::bit_cast<uint32_t>(partial.doubt)});
   }
   return out;
 }
@@ -200,8 +201,8 @@ TEST(AnyIndexTest, WhatIsCutOffOrAlteredIsRefused) {
     for (int round = 0; round < 2000; ++round) {
       Bytes altered = bytes;
       const size_t at = random() % altered.size();
-      const auto change = static_cast<std::byte>(round % 2 == 0 ? 1u << random() % 8
-                                                                : 1 + random() % 255);
+      const auto change =
+          static_cast<std::byte>(round % 2 == 0 ? 1u << random() % 8 : 1 + random() % 255);
       altered[at] ^= change;
       ASSERT_TRUE(IsRefusal(DeserializeIndex(altered).status())) << "byte " << at;
     }
@@ -228,10 +229,22 @@ TEST(AnyIndexTest, OtherKindsAndVersionsAreRefused) {
 
 // Words that mean something to a form, or something awful.
 std::array<uint32_t, 16> Words(uint32_t tokens) {
-  return {0, 1, 2, 48, 64, 65, tokens - 1, tokens, tokens + 1, 0x7fffffff, 0x80000000, 0xffffffff,
+  return {0,
+          1,
+          2,
+          48,
+          64,
+          65,
+          tokens - 1,
+          tokens,
+          tokens + 1,
+          0x7fffffff,
+          0x80000000,
+          0xffffffff,
           std::bit_cast<uint32_t>(std::numeric_limits<float>::quiet_NaN()),
           std::bit_cast<uint32_t>(std::numeric_limits<float>::infinity()),
-          std::bit_cast<uint32_t>(std::numeric_limits<float>::max()), std::bit_cast<uint32_t>(-1e30f)};
+          std::bit_cast<uint32_t>(std::numeric_limits<float>::max()),
+          std::bit_cast<uint32_t>(-1e30f)};
 }
 
 // Places in the data of words that may be sizes, and of the last ones.
