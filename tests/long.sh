@@ -26,7 +26,7 @@ done
 
 jobs=${QUARRY_JOBS:-$(nproc)}
 seed=${QUARRY_SEED:-$(date +%Y%m%d)}
-export QUARRY_SEED=$seed QUARRY_TEST_SEED=$seed GTEST_RANDOM_SEED=$((seed % 99999))
+export QUARRY_TEST_SEED=$seed GTEST_RANDOM_SEED=$((seed % 99999))
 commit=$(git rev-parse --short=12 HEAD)
 [ -z "$(git status --porcelain)" ] || commit=$commit-modified
 results=tests/results/$(date +%Y-%m-%d)-$commit.txt

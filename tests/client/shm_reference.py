@@ -326,8 +326,8 @@ def malformed(path):
 
 
 def main():
-    seed = int(os.environ.get("QUARRY_SEED", time.time_ns() % 1000000))
-    print(f"seed {seed}")
+    seed = int(os.environ.get("QUARRY_TEST_SEED", time.time_ns() % 1000000))
+    print(f"QUARRY_TEST_SEED={seed}")
     random.seed(seed)
     with tempfile.TemporaryDirectory(prefix="quarry-shm-") as directory:
         path = os.path.join(directory, "q.sock")

@@ -9,14 +9,10 @@
 #include "cpu_index/simd.h"
 #include "proto/half.h"
 #include "proto/types.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 enum class Ranges { kWhole, kMixed };
 
@@ -199,7 +195,6 @@ class AttendKernelsTest : public ::testing::TestWithParam<SimdLevel> {
 
 TEST_P(AttendKernelsTest, AttendsEveryShapeWithin1e5OfDouble) {
   std::mt19937 random(Seed() + 4);
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (const AttendCase& c : AttendCases()) {
     const Segments segments(c, &random);
     AttendState state(c, segments, table(), &random);
@@ -229,7 +224,6 @@ TEST_P(AttendKernelsTest, AttendsNothingWithoutSegments) {
 // Scores from very small to far past what fp32 holds: finite sums, weights that add up, no NaN.
 TEST_P(AttendKernelsTest, AttendsExtremeScoresWithoutNan) {
   std::mt19937 random(Seed() + 6);
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     for (uint32_t queries : {1u, 3u, 4u, 7u, 16u, 17u}) {
       for (float size : {1e-30f, 1e3f, 1e18f, 3e38f}) {
@@ -253,7 +247,6 @@ TEST_P(AttendKernelsTest, AttendsExtremeScoresWithoutNan) {
 // A query's answer does not depend on what else is in the batch.
 TEST_P(AttendKernelsTest, OtherQueriesOfTheBatchDoNotMatter) {
   std::mt19937 random(Seed() + 7);
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const AttendCase c{DType::kBf16, DType::kBf16, 128, 40, 300, 256, 128, Ranges::kMixed};
   const Segments segments(c, &random);
   AttendState all(c, segments, table(), &random);

@@ -3,20 +3,15 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <random>
 #include <vector>
+
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 constexpr uint32_t kWidth = 48;
-
-uint32_t Seed() {
-  const uint32_t seed = std::random_device{}();
-  std::printf("seed %u\n", seed);
-  return seed;
-}
 
 // Points around `centres` of them.
 std::vector<float> Points(uint32_t n, uint32_t centres, std::mt19937* random) {

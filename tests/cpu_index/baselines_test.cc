@@ -13,6 +13,7 @@
 #include "cpu_index/baselines/inner_product.h"
 #include "cpu_index/simd.h"
 #include "tests/support/kv_reference.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -32,11 +33,6 @@ constexpr bool kWithHnsw = true;
 constexpr BaselineKind kAllKinds[] = {BaselineKind::kFaissFlat, BaselineKind::kFaissIvfFlat,
                                       BaselineKind::kFaissIvfPq, BaselineKind::kHnsw};
 const std::span<const BaselineKind> kKinds = std::span(kAllKinds).first(kWithHnsw ? 4 : 3);
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 // A run in segments of 256 tokens, whose keys share a strong mean, and four queries.
 struct Case {
@@ -120,7 +116,6 @@ double Recall(const Case& c, const CoarseScores& lists, size_t k) {
 }
 
 TEST(BaselinesTest, ScoresAreExactWhateverFoundThem) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (DType dtype : {DType::kBf16, DType::kFp32}) {
     const Case c(2000, dtype);
     for (BaselineKind kind : kKinds) {
@@ -141,7 +136,6 @@ TEST(BaselinesTest, ScoresAreExactWhateverFoundThem) {
 }
 
 TEST(BaselinesTest, FlatAndIvfOverAllClustersFindTheBestTokens) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Case c(3000);
   for (BaselineKind kind : {BaselineKind::kFaissFlat, BaselineKind::kFaissIvfFlat}) {
     const auto index = Build(kind, c, {.nlist = 50});
@@ -154,7 +148,6 @@ TEST(BaselinesTest, FlatAndIvfOverAllClustersFindTheBestTokens) {
 }
 
 TEST(BaselinesTest, MoreEffortFindsMoreAndReadsMore) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Case c(6000);
   for (BaselineKind kind : kKinds.subspan(1)) {
     const auto index = Build(kind, c, {.nlist = 64, .hnsw_m = 8});
@@ -171,7 +164,6 @@ TEST(BaselinesTest, MoreEffortFindsMoreAndReadsMore) {
 }
 
 TEST(BaselinesTest, ARangeWithinTheRunGetsItsOwnCandidates) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   Case c(3000);
   c.ranges[0] = {0, kFirst + 300};
   c.ranges[1] = {kFirst + 1000, kFirst + 9000};
@@ -194,7 +186,6 @@ TEST(BaselinesTest, ARangeWithinTheRunGetsItsOwnCandidates) {
 }
 
 TEST(BaselinesTest, EqualSeedsGiveEqualIndexes) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Case c(2000);
   for (BaselineKind kind : kKinds) {
     const auto one = Build(kind, c, {.seed = 7}), two = Build(kind, c, {.seed = 7});
@@ -223,7 +214,6 @@ TEST(BaselinesTest, MemoryHoldsAtLeastTheCopyOfTheKeys) {
 }
 
 TEST(BaselinesTest, SearchesOfManyThreadsAgree) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Case c(2000);
   for (BaselineKind kind : kKinds) {
     const auto index = Build(kind, c);
@@ -256,7 +246,6 @@ TEST(BaselinesTest, WhatCannotBeIndexedIsRefused) {
 }
 
 TEST(BaselinesTest, InnerProductsOfEveryLevelEqualDouble) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   std::normal_distribution<float> normal;
   for (size_t n : {16u, 32u, 48u, 96u, 128u, 256u}) {

@@ -10,16 +10,12 @@
 #include <vector>
 
 #include "cpu_index/sample_lift.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 Budget FixedK(uint32_t k) { return {Budget::Kind::kFixedK, k, 1.0f}; }
 Budget TopP(float mass, uint32_t cap = 0) { return {Budget::Kind::kTopP, cap, mass}; }
@@ -138,7 +134,6 @@ std::vector<float> RandomScores(size_t n, float spread, bool with_ties, std::mt1
 }
 
 TEST(BudgetTest, EqualsAFullSortHoweverTheRunsAreCut) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   for (float spread : {0.2f, 2.0f, 20.0f}) {
     for (bool with_ties : {false, true}) {
@@ -175,7 +170,6 @@ TEST(BudgetTest, EqualsAFullSortHoweverTheRunsAreCut) {
 }
 
 TEST(BudgetTest, GroupsOfTokensAreTakenWholeUntilTheirTokensReachTheBudget) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed() + 1);
   for (int round = 0; round < 20; ++round) {
     const std::vector<float> score = RandomScores(300, 3.0f, false, &random);
@@ -193,7 +187,6 @@ TEST(BudgetTest, GroupsOfTokensAreTakenWholeUntilTheirTokensReachTheBudget) {
 }
 
 TEST(BudgetTest, ListsOfTheTokensInRangeShareOutLikeAllTokens) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed() + 3);
   const std::vector<float> score = RandomScores(700, 2.0f, true, &random);
   for (const Budget& budget : {Budget{}, FixedK(1), FixedK(64), FixedK(100000), TopP(0.9f), Dipr(2)}) {
@@ -219,7 +212,6 @@ TEST(BudgetTest, AllTokensAlikeGoToTheLowestTokensFirst) {
 }
 
 TEST(BudgetTest, AShareOfMassIsNeverPromisedButMissed) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed() + 2);
   for (float mass : {0.01f, 0.3f, 0.95f, 0.9999f}) {
     const std::vector<float> score = RandomScores(5000, 4.0f, false, &random);
@@ -254,7 +246,6 @@ TEST(BudgetTest, ExtremeScoresStayFinite) {
 }
 
 TEST(BudgetTest, EveryKindSelectsTheSameHoweverTheRunsAreCut) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed() + 4);
   for (float spread : {0.5f, 3.0f}) {
     const std::vector<float> score = RandomScores(40000, spread, spread < 1, &random);
@@ -276,7 +267,6 @@ TEST(BudgetTest, EveryKindSelectsTheSameHoweverTheRunsAreCut) {
 
 // By a full sort of the priorities, which are TokenLift's.
 TEST(BudgetTest, SamplingTakesTheBestPrioritiesAndWeighsByTheNext) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed() + 5);
   for (uint32_t n : {5u, 100u, 5000u}) {
     const std::vector<float> score = RandomScores(n, 2.0f, true, &random);
@@ -309,7 +299,6 @@ TEST(BudgetTest, SamplingTakesTheBestPrioritiesAndWeighsByTheNext) {
 // Sums over samples of many seeds are those over all tokens; their spread falls with the root of k
 // and is what the estimate says.
 TEST(BudgetTest, SampledSumsAreUnbiasedAndAsFarOffAsPredicted) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed() + 6);
   constexpr uint32_t kTokens = 3000, kDraws = 2000;
   std::vector<float> score(kTokens), value(kTokens);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tests/support/kv_reference.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -16,11 +17,6 @@ using testing::KvData;
 using testing::RelativeError;
 
 constexpr uint32_t kHeadDim = 64;
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 // A run of tokens [first, first + tokens) in segments of 100, its queries, and random candidates.
 struct Case {
@@ -77,7 +73,6 @@ struct Case {
 };
 
 TEST(CandidatesTest, ListsHoldWhatWasFoundInsideTheRangeInTokenOrder) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   const Case c(DType::kBf16, DType::kBf16, 1000, &random);
   for (uint32_t i = 0; i < 3; ++i) {
@@ -90,7 +85,6 @@ TEST(CandidatesTest, ListsHoldWhatWasFoundInsideTheRangeInTokenOrder) {
 }
 
 TEST(CandidatesTest, RescoredEqualDoubleAndSharedKeysCountOnce) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     for (DType q_dtype : {DType::kBf16, DType::kFp32}) {
@@ -129,7 +123,6 @@ std::vector<double> Attend(const Case& c, uint32_t query, const std::set<uint32_
 }
 
 TEST(CandidatesTest, AttentionIsOverExactlyWhatWasAllotted) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   for (DType dtype : {DType::kBf16, DType::kFp32}) {
     for (uint32_t tokens : {1u, 99u, 1000u}) {

@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -16,22 +14,13 @@
 
 #include "cpu_index/budget.h"
 #include "proto/half.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr uint32_t kFirst = 300;  // token of the runs
-
-uint32_t Seed() {
-  static const uint32_t seed = [] {
-    const char* const given = std::getenv("QUARRY_TEST_SEED");
-    const uint32_t s = given != nullptr ? std::strtoul(given, nullptr, 10) : std::random_device{}();
-    std::printf("seed %u\n", s);
-    return s;
-  }();
-  return seed;
-}
 
 // Keys of a few strong directions around a mean, values that go with them, in segments of odd
 // lengths; `spread` is about the standard deviation of a query's scores.

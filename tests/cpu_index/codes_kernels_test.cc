@@ -3,13 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <random>
 #include <vector>
 
 #include "cpu_index/kernels.h"
 #include "cpu_index/simd.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -21,10 +21,7 @@ constexpr uint32_t kStored = 90, kQueries = 5;
 
 class CodesKernelsTest : public ::testing::Test {
  protected:
-  CodesKernelsTest() : random_(std::random_device{}()) {
-    const uint32_t seed = random_();
-    std::printf("seed %u\n", seed);
-    random_.seed(seed);
+  CodesKernelsTest() {
     codes_.resize(kStored * kernels::kCentroidBlockBytes);
     for (uint8_t& c : codes_) c = static_cast<uint8_t>(random_());
     weights_.resize(kQueries * kCodeCoordinates);
@@ -32,7 +29,7 @@ class CodesKernelsTest : public ::testing::Test {
     for (uint32_t b = 0; b < 37; ++b) which_.push_back(random_() % kStored);
   }
 
-  std::mt19937 random_;
+  std::mt19937 random_{Seed()};
   std::vector<uint8_t> codes_;
   std::vector<int8_t> weights_;
   std::vector<uint32_t> which_;

@@ -8,6 +8,7 @@
 #include "cpu_index/budget.h"
 #include "cpu_index/key_index.h"
 #include "tests/support/kv_reference.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -16,11 +17,6 @@ using testing::KvData;
 using testing::Reference;
 using testing::ReferenceAnswer;
 using testing::RelativeError;
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 // One KV head's keys and values, cut into segments of its own memory, as blocks are.
 struct Head {
@@ -93,7 +89,6 @@ void ExpectMatches(const Head& head, const Queries& queries, const Partials& got
 }
 
 TEST(ExactScanTest, AttendAllEqualsReferenceForEveryShape) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     for (DType q_dtype : {DType::kBf16, DType::kFp32}) {
@@ -119,7 +114,6 @@ TEST(ExactScanTest, AttendAllEqualsReferenceForEveryShape) {
 }
 
 TEST(ExactScanTest, ManyTokensStayAccurate) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (DType dtype : {DType::kBf16, DType::kFp32}) {
     const Head head(dtype, 128, 40000, 256, Seed());
     for (uint32_t count : {1u, 4u, 9u}) {
@@ -220,7 +214,6 @@ std::vector<uint32_t> BestTokens(const Head& head, const float* q, TokenRange ra
 }
 
 TEST(ExactScanTest, BudgetSelectsTheBestTokensHoweverTheRunsAreCut) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   Head head(DType::kBf16, 64, 2048, 16, Seed());
   for (const Budget& budget :
        {Budget{Budget::Kind::kFixedK, 1, 1}, Budget{Budget::Kind::kFixedK, 100, 1},

@@ -14,6 +14,7 @@
 #include "cpu_index/index_form.h"
 #include "proto/byte_digest.h"
 #include "tests/cpu_index/graph_case.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -25,11 +26,6 @@ constexpr bool kWithHnsw = false;
 #else
 constexpr bool kWithHnsw = true;
 #endif
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 // From `positions` sampled positions' queries.
 std::unique_ptr<GraphIndex> Build(GraphCase* c, uint32_t positions,
@@ -46,7 +42,6 @@ std::unique_ptr<GraphIndex> Build(GraphCase* c, uint32_t positions,
 }
 
 TEST(GraphIndexTest, FindsWithQueriesOfAnotherDistributionWhatAGraphOfKeysMisses) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(16384, Seed());
   const auto index = Build(&c, 1024);
   ASSERT_NE(index, nullptr);
@@ -80,7 +75,6 @@ TEST(GraphIndexTest, FindsWithQueriesOfAnotherDistributionWhatAGraphOfKeysMisses
 }
 
 TEST(GraphIndexTest, MoreEffortFindsMoreAndReadsMore) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(8192, Seed());
   const auto index = Build(&c, 512);
   ASSERT_NE(index, nullptr);
@@ -102,7 +96,6 @@ TEST(GraphIndexTest, MoreEffortFindsMoreAndReadsMore) {
 }
 
 TEST(GraphIndexTest, ScoresAreExactForEveryQueryOfEveryKeyThatWasRead) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     GraphCase c(3000, Seed(), dtype);
     const auto index = Build(&c, 100);
@@ -129,7 +122,6 @@ TEST(GraphIndexTest, ScoresAreExactForEveryQueryOfEveryKeyThatWasRead) {
 }
 
 TEST(GraphIndexTest, EveryKeyCanBeReached) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (uint32_t tokens : {1u, 2u, 17u, 300u, 5000u}) {
     for (uint32_t positions : {0u, 1u, 200u}) {  // 0: a graph of the keys alone
       for (uint32_t links : {4u, 31u}) {
@@ -152,7 +144,6 @@ TEST(GraphIndexTest, KeysThatAreAllEqualCanBeReached) {
 }
 
 TEST(GraphIndexTest, AnyNumberOfThreadsBuildsTheSameBytes) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(5000, Seed());
   std::vector<float> queries;
   c.MakeQueries(300, &queries);
@@ -163,7 +154,6 @@ TEST(GraphIndexTest, AnyNumberOfThreadsBuildsTheSameBytes) {
 }
 
 TEST(GraphIndexTest, AQueryGetsTokensOfItsRangeAlone) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(8192, Seed());
   const auto index = Build(&c, 512);
   ASSERT_NE(index, nullptr);
@@ -191,7 +181,6 @@ TEST(GraphIndexTest, AQueryGetsTokensOfItsRangeAlone) {
 }
 
 TEST(GraphIndexTest, ARunOfAFewQueuesIsRead) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(500, Seed());
   const auto index = Build(&c, 20);
   ASSERT_NE(index, nullptr);
@@ -203,7 +192,6 @@ TEST(GraphIndexTest, ARunOfAFewQueuesIsRead) {
 }
 
 TEST(GraphIndexTest, WhatIsRefinedIsAttendedExactly) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(400, Seed());
   const auto index = Build(&c, 20);
   ASSERT_NE(index, nullptr);
@@ -229,7 +217,6 @@ TEST(GraphIndexTest, WhatIsRefinedIsAttendedExactly) {
 }
 
 TEST(GraphIndexTest, WhatWasSerialisedAnswersLikeTheOriginal) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(3000, Seed());
   const auto index = Build(&c, 100);
   ASSERT_NE(index, nullptr);
@@ -256,7 +243,6 @@ void Reseal(std::vector<std::byte>* bytes) {
 }
 
 TEST(GraphIndexTest, CorruptionIsFoundAndNeverHarms) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   GraphCase c(700, Seed());
   const auto index = Build(&c, 30, {.links = 8});
@@ -287,7 +273,6 @@ TEST(GraphIndexTest, CorruptionIsFoundAndNeverHarms) {
 }
 
 TEST(GraphIndexTest, SearchesOfManyThreadsAgree) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(3000, Seed());
   const auto index = Build(&c, 100);
   ASSERT_NE(index, nullptr);

@@ -5,13 +5,10 @@
 #include <algorithm>
 #include <random>
 
+#include "tests/support/seed.h"
+
 namespace quarry {
 namespace {
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 void Link(uint32_t from, uint32_t to, GraphLinks* graph) {
   uint32_t* const row = graph->Row(from);
@@ -42,7 +39,6 @@ TEST(GraphReachTest, AKeyIsLinkedFromOneThatItLinksTo) {
 
 // Graphs as full as they may be: every key has one place left.
 TEST(GraphReachTest, EveryKeyOfAnyGraphIsReachedAndNoLinkIsLost) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   for (int round = 0; round < 200; ++round) {
     const auto keys = static_cast<uint32_t>(1 + random() % 300);

@@ -9,14 +9,10 @@
 #include "cpu_index/simd.h"
 #include "proto/half.h"
 #include "proto/types.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 struct Case {
   DType dtype;
@@ -78,7 +74,6 @@ class KernelsTest : public ::testing::TestWithParam<SimdLevel> {
 
 TEST_P(KernelsTest, ScoresEqualDotProductsInDouble) {
   std::mt19937 random(Seed());
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (const Case& c : Cases()) {
     Data data(c, &random);
     const size_t ld = c.tokens + 3;
@@ -110,7 +105,6 @@ TEST_P(KernelsTest, ScoresEqualDotProductsInDouble) {
 // Budgets compare scores of different batches and tiles: equal keys must tie exactly.
 TEST_P(KernelsTest, AScoreDependsOnItsQueryAndKeyAlone) {
   std::mt19937 random(Seed() + 8);
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     for (DType q_dtype : {DType::kBf16, DType::kFp32}) {
       for (uint32_t d : {48u, 64u, 128u}) {
@@ -149,7 +143,6 @@ TEST_P(KernelsTest, AScoreDependsOnItsQueryAndKeyAlone) {
 
 TEST_P(KernelsTest, AccumulatesInAndOutOfOrder) {
   std::mt19937 random(Seed() + 1);
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (const Case& c : Cases()) {
     Data data(c, &random);
     std::vector<float> p(size_t{c.queries} * (c.tokens + 1));

@@ -10,20 +10,12 @@
 
 #include "cpu_index/code_scan.h"
 #include "proto/half.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 using ::testing::HasSubstr;
-
-uint32_t Seed() {
-  static const uint32_t seed = [] {
-    const uint32_t s = std::random_device{}();
-    std::printf("seed %u\n", s);
-    return s;
-  }();
-  return seed;
-}
 
 // Keys whose dimensions differ in strength, cut into segments of odd lengths.
 struct Head {

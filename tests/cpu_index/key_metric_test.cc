@@ -3,19 +3,14 @@
 #include <gtest/gtest.h>
 
 #include <numeric>
-#include <random>
 
 #include "tests/cpu_index/graph_case.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 using testing::GraphCase;
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 // Keys at chosen points of a plane.
 KeyMetric Plane(const std::vector<std::pair<float, float>>& points) {
@@ -29,7 +24,6 @@ KeyMetric Plane(const std::vector<std::pair<float, float>>& points) {
 }
 
 TEST(KeyMetricTest, DistancesAreThoseOfScoresForATypicalQuery) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(1000, Seed());
   std::vector<float> queries;
   c.MakeQueries(500, &queries);

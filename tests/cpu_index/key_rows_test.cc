@@ -3,20 +3,18 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdio>
 #include <optional>
 #include <random>
 #include <vector>
+
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 // Rows of normal coordinates whose variance falls as in trained heads.
 struct Case {
-  explicit Case(uint32_t coordinates, uint32_t rows = 500) : random(std::random_device{}()) {
-    const uint32_t seed = random();
-    std::printf("seed %u\n", seed);
-    random.seed(seed);
+  explicit Case(uint32_t coordinates, uint32_t rows = 500) : random(Seed()) {
     std::normal_distribution<float> normal;
     for (uint32_t c = 0; c < coordinates; ++c) {
       variance.push_back(c == 3 ? 0.0f : 1.0f / (1.0f + 0.2f * c));

@@ -8,16 +8,13 @@
 #include <random>
 #include <vector>
 
+#include "tests/support/seed.h"
+
 namespace quarry {
 namespace {
 
 constexpr float kEmpty = -std::numeric_limits<float>::infinity();
 constexpr uint32_t kHeadDim = 48;
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 // Tokens with a score and a value each.
 struct Tokens {
@@ -102,7 +99,6 @@ std::vector<size_t> AllOf(size_t n) {
 }
 
 TEST(PartialTest, AnyCutAndAnyOrderGiveTheWhole) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   for (float spread : {0.1f, 1.0f, 10.0f, 40.0f}) {
     for (size_t parts : {1u, 2u, 16u, 128u}) {
@@ -122,7 +118,6 @@ TEST(PartialTest, AnyCutAndAnyOrderGiveTheWhole) {
 }
 
 TEST(PartialTest, MergingIsAssociative) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed() + 1);
   for (int round = 0; round < 50; ++round) {
     const Tokens tokens(60, 5.0f, &random);
@@ -183,7 +178,6 @@ TEST(PartialTest, FarApartMaximaKeepTheLargerSideExactly) {
 }
 
 TEST(MergeFinishedTest, EqualsMergingBeforeFinishing) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed() + 3);
   for (float spread : {0.1f, 5.0f, 40.0f}) {
     for (size_t parts : {2u, 5u, 64u}) {

@@ -9,20 +9,12 @@
 #include <vector>
 
 #include "proto/half.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 using ::testing::HasSubstr;
-
-uint32_t Seed() {
-  static const uint32_t seed = [] {
-    const uint32_t s = std::random_device{}();
-    std::printf("seed %u\n", s);
-    return s;
-  }();
-  return seed;
-}
 
 // Keys that lie near a subspace, and queries that look along another.
 struct Sample {

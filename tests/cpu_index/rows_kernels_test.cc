@@ -2,12 +2,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <random>
 #include <vector>
 
 #include "cpu_index/kernels.h"
 #include "cpu_index/simd.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -17,9 +17,6 @@ constexpr uint32_t kRows = 200, kTaken = 77;
 class RowsKernelsTest : public ::testing::Test {
  protected:
   RowsKernelsTest() {
-    const uint32_t seed = std::random_device{}();
-    std::printf("seed %u\n", seed);
-    random_.seed(seed);
     for (uint32_t r = 0; r < kTaken; ++r) which_.push_back(random_() % kRows);
   }
   void MakeRows(size_t stride) {
@@ -28,7 +25,7 @@ class RowsKernelsTest : public ::testing::Test {
     for (uint8_t& b : bytes_) b = static_cast<uint8_t>(random_());
   }
 
-  std::mt19937 random_;
+  std::mt19937 random_{Seed()};
   size_t stride_ = 0;
   std::vector<uint8_t> bytes_;
   std::vector<uint32_t> which_;

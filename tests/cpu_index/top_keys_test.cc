@@ -3,22 +3,16 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <random>
 
 #include "tests/cpu_index/graph_case.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 using testing::GraphCase;
 
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
-
 TEST(TopKeysTest, AreTheKeysWithTheLargestProducts) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     const GraphCase c(3001, Seed(), dtype);
     const std::span<const float> q(c.queries.q, size_t{GraphCase::kGroup} * GraphCase::kHeadDim);
@@ -48,7 +42,6 @@ TEST(TopKeysTest, OfEqualKeysAreTheFirst) {
 }
 
 TEST(TopKeysTest, AreTheSameOnAnyNumberOfThreads) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(2000, Seed());
   std::vector<float> queries;
   c.MakeQueries(70, &queries);
@@ -58,7 +51,6 @@ TEST(TopKeysTest, AreTheSameOnAnyNumberOfThreads) {
 }
 
 TEST(TopKeysTest, AreAllKeysOfAShortRun) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(30, Seed());
   const std::span<const float> q(c.queries.q, GraphCase::kHeadDim);
   std::vector<uint32_t> top = TopKeys(c.view, q, 100, 2);

@@ -3,17 +3,16 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdio>
 #include <random>
 #include <vector>
+
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 TEST(ValueRowsTest, WeightedSumsMissLittleOfTheStoredValuesLongOnesIncluded) {
-  const uint32_t seed = std::random_device{}();
-  std::printf("seed %u\n", seed);
-  std::mt19937 random(seed);
+  std::mt19937 random(Seed());
   std::normal_distribution<float> normal;
   for (const uint32_t head_dim : {16u, 64u, 80u, 128u}) {
     constexpr uint32_t kRows = 1003, kQueries = 5;

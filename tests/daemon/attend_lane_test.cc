@@ -12,6 +12,7 @@
 
 #include "daemon/run_registry.h"
 #include "tests/daemon/engine_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -62,7 +63,7 @@ class AttendLaneTest : public ::testing::Test {
     const uint64_t bytes = kShape.bytes_per_token() * kBlockTokens;
     constexpr uint32_t kBlocks = kTokens / kBlockTokens;
     EXPECT_OK(store_->Reserve("t", bytes, kBlocks));
-    std::mt19937_64 random(TestSeed());
+    std::mt19937_64 random(Seed());
     std::normal_distribution<float> normal;
     for (uint32_t b = 0; b < kBlocks; ++b) {
       blocks_.push_back(

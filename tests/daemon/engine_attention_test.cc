@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "tests/daemon/engine_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -15,7 +16,7 @@ class EngineAttentionTest : public EngineTest, public ::testing::WithParamInterf
   KvShape shape_ = SmallShape(GetParam());
 
   void ExpectExact(ContextId context, const KvData& data, TokenRange range, uint32_t layer = 1) {
-    const auto row = AttendOne(*engine_, session_, shape_, context, layer, range, TestSeed() + 7);
+    const auto row = AttendOne(*engine_, session_, shape_, context, layer, range, Seed() + 7);
     ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
     EXPECT_EQ(row->answer.covered, range);
     EXPECT_EQ(row->answer.tokens_attended, uint64_t{range.size()} * shape_.heads);
@@ -32,7 +33,7 @@ TEST_P(EngineAttentionTest, EqualsFullAttentionAtEveryLengthAroundTheWindow) {
   Start();
   for (const uint32_t tokens : {1u, 2u, 127u, 255u, 256u, 257u, 639u, 640u, 641u}) {
     SCOPED_TRACE(tokens);
-    const KvData data(shape_, tokens, TestSeed() + tokens);
+    const KvData data(shape_, tokens, Seed() + tokens);
     const OpenResult opened = OpenAndFill(
         session_, OpenFor(SmallModel(shape_), Tokens(tokens, tokens * 10000), tokens), data);
     ExpectExact(opened.context, data, {0, tokens}, 0);
@@ -49,7 +50,7 @@ TEST_P(EngineAttentionTest, EqualsFullAttentionOver40000TokensAlsoForked) {
   shape_ = {.layers = 1, .heads = 2, .kv_heads = 1, .head_dim = 32, .dtype = GetParam()};
   Start();
   constexpr uint32_t kTokens = 40000, kFork = 30001;
-  KvData data(shape_, kTokens, TestSeed());
+  KvData data(shape_, kTokens, Seed());
   const OpenResult opened =
       OpenAndFill(session_, OpenFor(SmallModel(shape_), Tokens(kTokens), kTokens), data);
   ExpectExact(opened.context, data, {kWindowFirst, kTokens - kWindowLast}, 0);
@@ -57,7 +58,7 @@ TEST_P(EngineAttentionTest, EqualsFullAttentionOver40000TokensAlsoForked) {
   auto fork = engine_->Fork(session_, {opened.context, kFork, kTokens, {}});
   ASSERT_TRUE(fork.ok()) << fork.status();
   KvData forked = data;
-  forked.Overwrite(kFork, KvData(shape_, kTokens, TestSeed() + 1));
+  forked.Overwrite(kFork, KvData(shape_, kTokens, Seed() + 1));
   ASSERT_OK(AppendAll(*engine_, session_, *fork, forked, {kFork, kTokens}));
   ExpectExact(*fork, forked, {0, kTokens}, 0);
   ExpectExact(opened.context, data, {0, kTokens}, 0);
@@ -68,7 +69,7 @@ TEST_P(EngineAttentionTest, EqualsFullAttentionAfterEvictionAndRecomputation) {
   options.arena.capacity_bytes = 8 << 20;
   Start(options);
   constexpr uint32_t kTokens = 1500;
-  const KvData data(shape_, kTokens, TestSeed());
+  const KvData data(shape_, kTokens, Seed());
   const OpenRequest request = OpenFor(SmallModel(shape_), Tokens(kTokens), kTokens);
   Cache(session_, request, data);
   EXPECT_EQ(Reused(session_, request), kTokens / kBlockTokens * kBlockTokens);
@@ -92,7 +93,7 @@ TEST_P(EngineAttentionTest, EqualsFullAttentionAfterEvictionAndRecomputation) {
 TEST_P(EngineAttentionTest, RowsOfABatchShareBlocksAndEachHasItsOwnAnswer) {
   Start();
   constexpr uint32_t kTokens = 3000, kMore = 3100;
-  KvData data(shape_, kMore, TestSeed());
+  KvData data(shape_, kMore, Seed());
   const OpenRequest request = OpenFor(SmallModel(shape_), Tokens(kTokens), kMore);
   const OpenResult first = OpenAndFill(session_, request, data);
   ASSERT_TRUE(engine_->Seal(session_, first.context).ok());
@@ -101,14 +102,13 @@ TEST_P(EngineAttentionTest, RowsOfABatchShareBlocksAndEachHasItsOwnAnswer) {
   auto fork = engine_->Fork(session_, {second.context, 1300, kMore, {}});
   ASSERT_TRUE(fork.ok()) << fork.status();
   KvData forked = data;
-  forked.Overwrite(1300, KvData(shape_, kMore, TestSeed() + 1));
+  forked.Overwrite(1300, KvData(shape_, kMore, Seed() + 1));
   ASSERT_OK(AppendAll(*engine_, session_, *fork, forked, {1300, kMore}));
 
   std::vector<std::unique_ptr<OwnedRow>> rows;
   std::vector<const KvData*> expected;
   const auto add = [&](ContextId context, uint32_t layer, TokenRange range, const KvData& kv) {
-    rows.push_back(
-        std::make_unique<OwnedRow>(shape_, context, layer, range, TestSeed() + rows.size()));
+    rows.push_back(std::make_unique<OwnedRow>(shape_, context, layer, range, Seed() + rows.size()));
     expected.push_back(&kv);
   };
   add(first.context, 0, {0, kTokens}, data);
@@ -134,7 +134,7 @@ TEST_P(EngineAttentionTest, RowsOfABatchShareBlocksAndEachHasItsOwnAnswer) {
 TEST_P(EngineAttentionTest, ARowOverNoTokensNeedsNoQueriesAndNoRoomAndStoresItsToken) {
   Start();
   constexpr uint32_t kTokens = 20;
-  const KvData data(shape_, kTokens + 1, TestSeed());
+  const KvData data(shape_, kTokens + 1, Seed());
   const OpenResult opened =
       OpenAndFill(session_, OpenFor(SmallModel(shape_), Tokens(kTokens), kTokens + 1), data);
   for (uint32_t layer = 0; layer < shape_.layers; ++layer) {
@@ -159,11 +159,11 @@ TEST_P(EngineAttentionTest, ARowOverNoTokensNeedsNoQueriesAndNoRoomAndStoresItsT
 
 TEST_P(EngineAttentionTest, ARangeOfHeadsIsAnsweredAlone) {
   Start();
-  const KvData data(shape_, 600, TestSeed());
+  const KvData data(shape_, 600, Seed());
   const OpenResult opened =
       OpenAndFill(session_, OpenFor(SmallModel(shape_), Tokens(600), 600), data);
   std::unique_ptr<OwnedRow> rows[1] = {
-      std::make_unique<OwnedRow>(shape_, opened.context, 0, TokenRange{0, 600}, TestSeed())};
+      std::make_unique<OwnedRow>(shape_, opened.context, 0, TokenRange{0, 600}, Seed())};
   OwnedRow& row = *rows[0];
   row.row.first_head = 2;
   row.row.heads = 2;
@@ -176,12 +176,12 @@ TEST_P(EngineAttentionTest, ARangeOfHeadsIsAnsweredAlone) {
 
 TEST_P(EngineAttentionTest, QueriesOfEveryDTypeAreWidenedExactly) {
   Start();
-  const KvData data(shape_, 300, TestSeed());
+  const KvData data(shape_, 300, Seed());
   const OpenResult opened =
       OpenAndFill(session_, OpenFor(SmallModel(shape_), Tokens(300), 300), data);
   for (const DType q_dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     SCOPED_TRACE(DTypeName(q_dtype));
-    OwnedRow row(shape_, opened.context, 0, {0, 300}, TestSeed());
+    OwnedRow row(shape_, opened.context, 0, {0, 300}, Seed());
     std::string narrow(row.q.size() * DTypeBytes(q_dtype), '\0');
     row.q[3] = 1e-7f;  // a subnormal half
     for (size_t i = 0; i < row.q.size(); ++i) {
@@ -201,13 +201,13 @@ TEST_P(EngineAttentionTest, QueriesOfEveryDTypeAreWidenedExactly) {
 TEST_P(EngineAttentionTest, DecodeStoresEachTokenBeforeItAnswers) {
   Start();
   constexpr uint32_t kPrompt = 500, kTokens = 800;
-  const KvData data(shape_, kTokens, TestSeed());
+  const KvData data(shape_, kTokens, Seed());
   OpenRequest request = OpenFor(SmallModel(shape_), Tokens(kPrompt), kTokens);
   const OpenResult opened = OpenAndFill(session_, request, data);
   for (uint32_t t = kPrompt; t < kTokens; ++t) {
     for (uint32_t l = 0; l < shape_.layers; ++l) {
-      std::unique_ptr<OwnedRow> rows[1] = {std::make_unique<OwnedRow>(
-          shape_, opened.context, l, TokenRange{0, t + 1}, TestSeed() + t)};
+      std::unique_ptr<OwnedRow> rows[1] = {
+          std::make_unique<OwnedRow>(shape_, opened.context, l, TokenRange{0, t + 1}, Seed() + t)};
       rows[0]->row.has_token = true;
       rows[0]->row.token_position = t;
       rows[0]->row.k = data.k(l, t);
@@ -232,11 +232,11 @@ TEST_P(EngineAttentionTest, DecodeStoresEachTokenBeforeItAnswers) {
 TEST_P(EngineAttentionTest, TopKRanksByScoreAndGathersTheirBytes) {
   Start();
   constexpr uint32_t kTokens = 2000, kTop = 50;
-  const KvData data(shape_, kTokens, TestSeed());
+  const KvData data(shape_, kTokens, Seed());
   const OpenResult opened =
       OpenAndFill(session_, OpenFor(SmallModel(shape_), Tokens(kTokens), kTokens), data);
   const TokenRange range{128, 1800};
-  OwnedRow row(shape_, opened.context, 1, range, TestSeed());
+  OwnedRow row(shape_, opened.context, 1, range, Seed());
   const TopKAnswer answer = engine_->TopK(session_, row.row, kTop, /*gather=*/true);
   ASSERT_TRUE(answer.status.ok()) << answer.status;
   ASSERT_EQ(answer.heads.size(), shape_.heads);

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "tests/daemon/uniform_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -27,7 +28,7 @@ class EngineBudgetTest : public EngineTest {
 TEST_F(EngineBudgetTest, TheSameTokensInFewOrManyRunsGiveTheSameAnswer) {
   const KvShape shape = {.layers = 1, .heads = 4, .kv_heads = 2, .head_dim = 32};
   constexpr uint32_t kTokens = 33000;
-  const KvData data(shape, kTokens, TestSeed());
+  const KvData data(shape, kTokens, Seed());
   std::vector<std::unique_ptr<OwnedRow>> first;
   for (const uint32_t run_tokens : {1u << 20, 32768u, 2048u, 256u}) {
     SCOPED_TRACE(run_tokens);
@@ -47,7 +48,7 @@ TEST_F(EngineBudgetTest, TheSameTokensInFewOrManyRunsGiveTheSameAnswer) {
           Budget{.kind = Budget::Kind::kSoftmaxLift, .k = 300, .seed = 5},
           Budget{.kind = Budget::Kind::kError, .error = 0.1f}}) {
       rows.push_back(std::make_unique<OwnedRow>(
-          shape, opened.context, 0, TokenRange{kWindowFirst, kTokens - kWindowLast}, TestSeed()));
+          shape, opened.context, 0, TokenRange{kWindowFirst, kTokens - kWindowLast}, Seed()));
       rows.back()->row.budget = budget;
     }
     AttendRows(*engine_, session_, rows);
@@ -72,13 +73,13 @@ TEST_F(EngineBudgetTest, AFixedBudgetAttendsTheBestTokensAndEstimatesWhatItLeft)
   Start();
   constexpr uint32_t kTokens = 4000, kBudget = 50;
   const KvShape shape = SmallShape(DType::kFp32);
-  const KvData data(shape, kTokens, TestSeed());
+  const KvData data(shape, kTokens, Seed());
   const OpenResult opened =
       OpenAndFill(session_, OpenFor(SmallModel(shape), Tokens(kTokens), kTokens), data);
   ASSERT_TRUE(engine_->Seal(session_, opened.context).ok());
   const TokenRange range{kWindowFirst, kTokens - kWindowLast};
   const auto row =
-      AttendOne(*engine_, session_, shape, opened.context, 1, range, TestSeed(), FixedK(kBudget));
+      AttendOne(*engine_, session_, shape, opened.context, 1, range, Seed(), FixedK(kBudget));
   ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
   EXPECT_EQ(row->answer.tokens_attended, uint64_t{kBudget} * shape.heads);
   const TopKAnswer top = engine_->TopK(session_, row->row, kBudget, false);
@@ -104,7 +105,7 @@ TEST_F(EngineBudgetTest, AFixedBudgetAttendsTheBestTokensAndEstimatesWhatItLeft)
 TEST_F(EngineBudgetTest, WithoutAnIndexAToleratedErrorIsAnsweredExactly) {
   Start(SmallOptions());
   const KvShape shape = SmallShape();
-  const KvData data(shape, 2000, TestSeed());
+  const KvData data(shape, 2000, Seed());
   const OpenResult opened = OpenAndFill(session_, OpenFor(SmallModel(shape), Tokens(2000), 2000),
                                         data);
   const auto row = AttendOne(*engine_, session_, shape, opened.context, 1, {100, 1900}, 1,
@@ -121,12 +122,12 @@ TEST_F(EngineBudgetTest, ASampledAnswerIsUnbiasedAndFollowsFromItsSeedAndPositio
   Start(SmallOptions());
   const KvShape shape = SmallShape();
   constexpr uint32_t kTokens = 2000, kDraws = 400;
-  const KvData data(shape, kTokens, TestSeed());
+  const KvData data(shape, kTokens, Seed());
   const OpenResult opened =
       OpenAndFill(session_, OpenFor(SmallModel(shape), Tokens(kTokens), kTokens), data);
   const auto ask = [&](Budget budget, uint32_t position) {
     std::unique_ptr<OwnedRow> rows[1] = {std::make_unique<OwnedRow>(
-        shape, opened.context, 1, TokenRange{0, kTokens}, TestSeed())};
+        shape, opened.context, 1, TokenRange{0, kTokens}, Seed())};
     rows[0]->row.budget = budget;
     rows[0]->row.token_position = position;
     AttendRows(*engine_, session_, rows);
@@ -157,7 +158,7 @@ TEST_F(EngineBudgetTest, ASampledAnswerIsUnbiasedAndFollowsFromItsSeedAndPositio
 
 TEST_F(EngineBudgetTest, ABudgetThatHoldsEverythingIsExact) {
   Start();
-  const UniformSequence sequence(2000, TestSeed());
+  const UniformSequence sequence(2000, Seed());
   const OpenResult opened = OpenAndFill(
       session_, OpenFor(SmallModel(UniformSequence::Shape()), Tokens(2000), 2000), sequence.data());
   for (const Budget& budget : {FixedK(2000), FixedK(~0u), TopP(1.0f), TopP(1.0f, 2000)}) {
@@ -173,8 +174,8 @@ TEST_F(EngineBudgetTest, TiesGoToTheLowestTokensAlsoAroundARunThatAForkCut) {
   EngineOptions options = SmallOptions();
   options.run_tokens = 512;  // [128, 640), which the fork keeps up to token 400
   Start(options);
-  const UniformSequence sequence(1000, TestSeed());
-  const UniformSequence other(1000, TestSeed() + 1);
+  const UniformSequence sequence(1000, Seed());
+  const UniformSequence other(1000, Seed() + 1);
   const OpenResult opened = OpenAndFill(
       session_, OpenFor(SmallModel(UniformSequence::Shape()), Tokens(1000), 1000), sequence.data());
   ASSERT_TRUE(engine_->Seal(session_, opened.context).ok());
@@ -197,14 +198,14 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
   options.run_tokens = 512;
   Start(options);
   constexpr uint32_t kTokens = 8000;
-  const UniformSequence sequence(kTokens, TestSeed());
-  const UniformSequence other(kTokens, TestSeed() + 1);  // what forks go on with
+  const UniformSequence sequence(kTokens, Seed());
+  const UniformSequence other(kTokens, Seed() + 1);  // what forks go on with
   const ModelSpec model = SmallModel(UniformSequence::Shape());
   auto opened = engine_->Open(session_, OpenFor(model, Tokens(kTokens), kTokens));
   ASSERT_TRUE(opened.ok()) << opened.status();
   std::atomic<uint32_t> stored{0};
   std::thread writer([&] {
-    std::mt19937_64 random(TestSeed());
+    std::mt19937_64 random(Seed());
     for (uint32_t t = 0; t < kTokens;) {
       const uint32_t next = std::min<uint32_t>(kTokens, t + 1 + random() % 200);
       ASSERT_OK(AppendAll(*engine_, session_, opened->context, sequence.data(), {t, next}));
@@ -262,8 +263,8 @@ TEST_F(EngineBudgetTest, EveryTokenCountsOnceDuringForkSlideAndSwap) {
     }
     if (fork.value != 0) EXPECT_OK(engine_->Close(session_, fork));
   };
-  std::thread reader([&] { attend(TestSeed() + 1); });
-  attend(TestSeed() + 2);
+  std::thread reader([&] { attend(Seed() + 1); });
+  attend(Seed() + 2);
   reader.join();
   writer.join();
   EXPECT_GT(engine_->Stats().runs_made, 0u);

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "tests/daemon/engine_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -37,7 +38,7 @@ class EngineContextTest : public EngineTest {
     EXPECT_TRUE(info.ok()) << info.status();
     return info.value_or(ContextInfo{});
   }
-  KvData data_{SmallShape(), 1000, TestSeed()};
+  KvData data_{SmallShape(), 1000, Seed()};
 };
 
 TEST_F(EngineContextTest, AppendsOutOfOrderOrOfTheWrongShapeNameTheNumbers) {
@@ -105,7 +106,7 @@ TEST_F(EngineContextTest, TokenIdsMustAgreeWithThoseKnown) {
 
 TEST_F(EngineContextTest, ABadQuerySampleIsNamedAndAdvancesNothing) {
   const KvShape shape = SmallShape();
-  const KvData data(shape, 40, TestSeed());
+  const KvData data(shape, 40, Seed());
   auto opened = engine_->Open(session_, OpenFor(SmallModel(shape), {}, 40));
   ASSERT_TRUE(opened.ok());
   const size_t floats = size_t{shape.kv_heads} * shape.group() * shape.head_dim;
@@ -136,7 +137,7 @@ TEST_F(EngineContextTest, NanInKOrVNamesLayerTokenAndHeadAndAdvancesNothing) {
   for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     for (const float bad : {std::nanf(""), INFINITY, -INFINITY}) {
       const KvShape shape = SmallShape(dtype);
-      KvData data(shape, 400, TestSeed());
+      KvData data(shape, 400, Seed());
       auto opened = engine_->Open(session_, OpenFor(SmallModel(shape), {}, 400));
       ASSERT_TRUE(opened.ok());
       StoreFromFloat(data.v(1, 300), shape.head_dim + 31, dtype, bad);
@@ -180,7 +181,7 @@ TEST_F(EngineContextTest, LayersAndHeadsAreWrittenBySeveralWriters) {
   auto sealed = engine_->Seal(session_, c);
   ASSERT_TRUE(sealed.ok());
   EXPECT_EQ(sealed->shared_tokens, 512u);
-  const auto row = AttendOne(*engine_, session_, SmallShape(), c, 1, {0, 600}, TestSeed());
+  const auto row = AttendOne(*engine_, session_, SmallShape(), c, 1, {0, 600}, Seed());
   ASSERT_TRUE(row->answer.status.ok());
   EXPECT_LE(WorstError(data_, *row), 1e-3);
 }
@@ -339,7 +340,7 @@ TEST_F(EngineContextTest, AFullArenaRefusesAtOpenAndNotLater) {
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted) << refused;
   EXPECT_GE(open.size(), 3u);
   for (const ContextId c : open) {
-    KvData data(SmallShape(), fits / 4, TestSeed());
+    KvData data(SmallShape(), fits / 4, Seed());
     EXPECT_OK(AppendAll(*engine_, session_, c, data, {0, fits / 4}));
     EXPECT_FALSE(engine_->Fork(session_, {c, 10, fits, {}}).ok());
   }
@@ -361,7 +362,7 @@ TEST_F(EngineContextTest, ForksShareWhatIsFullAndCopyTheRest) {
     EXPECT_EQ(Info(*fork).tokens, at);
     EXPECT_EQ(Info(*fork).known_tokens, at);
     KvData forked = data_;
-    forked.Overwrite(at, KvData(SmallShape(), 1000, TestSeed() + at + 1));
+    forked.Overwrite(at, KvData(SmallShape(), 1000, Seed() + at + 1));
     ASSERT_OK(AppendAll(*engine_, session_, *fork, forked, {at, 650}));
     const auto row = AttendOne(*engine_, session_, SmallShape(), *fork, 0, {0, 650}, 3);
     ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
@@ -376,7 +377,7 @@ TEST_F(EngineContextTest, ForksShareWhatIsFullAndCopyTheRest) {
   ASSERT_TRUE(fork.ok());
   ASSERT_OK(AppendAll(*engine_, session_, parent, data_, {600, 1000}));
   KvData forked = data_;
-  forked.Overwrite(600, KvData(SmallShape(), 1000, TestSeed() + 9));
+  forked.Overwrite(600, KvData(SmallShape(), 1000, Seed() + 9));
   ASSERT_OK(AppendAll(*engine_, session_, *fork, forked, {600, 1000}));
   EXPECT_LE(
       WorstError(data_, *AttendOne(*engine_, session_, SmallShape(), parent, 0, {0, 1000}, 3)),

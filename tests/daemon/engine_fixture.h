@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -36,18 +34,6 @@ namespace quarry {
     const absl::Status status_ = (expression); \
     EXPECT_TRUE(status_.ok()) << status_;      \
   } while (false)
-
-// From QUARRY_TEST_SEED if set; printed, so that a failure can be repeated.
-inline uint64_t TestSeed() {
-  static const uint64_t seed = [] {
-    const char* text = std::getenv("QUARRY_TEST_SEED");
-    const uint64_t value =
-        text != nullptr ? std::strtoull(text, nullptr, 10) : std::random_device{}();
-    std::printf("QUARRY_TEST_SEED=%llu\n", static_cast<unsigned long long>(value));
-    return value;
-  }();
-  return seed;
-}
 
 inline KvShape SmallShape(DType dtype = DType::kBf16) {
   return {.layers = 2, .heads = 4, .kv_heads = 2, .head_dim = 32, .dtype = dtype};

@@ -3,6 +3,7 @@
 
 #include "proto/identity.h"
 #include "tests/daemon/engine_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -24,7 +25,7 @@ class EngineIdentityTest : public EngineTest {
     ASSERT_EQ(Reused(session_, base_), kWhole);
   }
   OpenRequest base_ = OpenFor(SmallModel(), Tokens(kTokens), 1000);
-  KvData data_{SmallShape(), kTokens, TestSeed()};
+  KvData data_{SmallShape(), kTokens, Seed()};
 };
 
 TEST_F(EngineIdentityTest, OneDifferingFieldOfTheNamespaceIsAMiss) {
@@ -89,7 +90,7 @@ TEST_F(EngineIdentityTest, AnotherTenantsContextIsNotFoundByAnyCall) {
   EXPECT_TRUE(absl::IsNotFound(engine_->LeaseContextBlock(mallory, context, 0).status()));
   std::vector<std::byte> k(data_.token_bytes()), v(data_.token_bytes());
   EXPECT_TRUE(absl::IsNotFound(engine_->Read(mallory, context, 0, {0, 1}, k, v)));
-  const auto row = AttendOne(*engine_, mallory, SmallShape(), context, 0, {0, 10}, TestSeed());
+  const auto row = AttendOne(*engine_, mallory, SmallShape(), context, 0, {0, 10}, Seed());
   EXPECT_TRUE(absl::IsNotFound(row->answer.status)) << row->answer.status;
   EXPECT_TRUE(absl::IsNotFound(engine_->TopK(mallory, row->row, 3, true).status));
   AppendRequest append;
@@ -188,7 +189,7 @@ TEST_F(EngineIdentityTest, TwoContextsWithACommonPrefixHoldOneCopy) {
 TEST_F(EngineIdentityTest, TheEarlierOfTwoWritersWinsAndBothUseItsBlocks) {
   OpenRequest request = base_;
   request.tokens = Tokens(kTokens, 777000);
-  const KvData other(SmallShape(), kTokens, TestSeed() + 1);
+  const KvData other(SmallShape(), kTokens, Seed() + 1);
   auto first = engine_->Open(session_, request);
   auto second = engine_->Open(session_, request);
   ASSERT_TRUE(first.ok() && second.ok());
@@ -207,7 +208,7 @@ TEST_F(EngineIdentityTest, TheEarlierOfTwoWritersWinsAndBothUseItsBlocks) {
   KvData merged = data_;
   merged.Overwrite(kWhole, other);
   const auto row =
-      AttendOne(*engine_, session_, SmallShape(), second->context, 1, {0, kTokens}, TestSeed());
+      AttendOne(*engine_, session_, SmallShape(), second->context, 1, {0, kTokens}, Seed());
   ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
   EXPECT_LE(WorstError(merged, *row), 1e-3);
 }
@@ -215,15 +216,15 @@ TEST_F(EngineIdentityTest, TheEarlierOfTwoWritersWinsAndBothUseItsBlocks) {
 TEST_F(EngineIdentityTest, KvOfAnotherShapeStaysPrivateAndCorrect) {
   OpenRequest request = base_;
   request.spec.shape.dtype = DType::kFp32;
-  const KvData data(request.spec.shape, kTokens, TestSeed());
+  const KvData data(request.spec.shape, kTokens, Seed());
   const OpenResult opened = OpenAndFill(session_, request, data);
   EXPECT_EQ(opened.reused_tokens, 0u);
   auto info = engine_->Seal(session_, opened.context);
   ASSERT_TRUE(info.ok()) << info.status();
   EXPECT_EQ(info->shared_tokens, 0u);
   EXPECT_EQ(engine_->Stats().publish_failures, 1u);
-  const auto row = AttendOne(*engine_, session_, request.spec.shape, opened.context, 0,
-                             {0, kTokens}, TestSeed());
+  const auto row =
+      AttendOne(*engine_, session_, request.spec.shape, opened.context, 0, {0, kTokens}, Seed());
   ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
   EXPECT_LE(WorstError(data, *row), 1e-5);
 }

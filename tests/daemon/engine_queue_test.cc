@@ -1,5 +1,6 @@
 // The bound on attends that wait.
 #include "tests/daemon/engine_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -13,10 +14,10 @@ TEST_F(EngineQueueTest, AnAttendThatMeetsAFullQueueIsRefusedAndLaterOnesAreServe
   options.max_queued_batches = 1;
   options.inline_bytes = 0;
   Start(options);
-  const KvData data(SmallShape(), 600, TestSeed());
+  const KvData data(SmallShape(), 600, Seed());
   const ContextId context =
       OpenAndFill(session_, OpenFor(SmallModel(), Tokens(600), 601), data).context;
-  OwnedRow first(SmallShape(), context, 0, {0, 600}, TestSeed());
+  OwnedRow first(SmallShape(), context, 0, {0, 600}, Seed());
   absl::Notification answered, release;
   engine_->Attend(session_, {&first.row, 1}, {&first.answer, 1}, [&] {
     answered.Notify();
@@ -24,7 +25,7 @@ TEST_F(EngineQueueTest, AnAttendThatMeetsAFullQueueIsRefusedAndLaterOnesAreServe
   });
   answered.WaitForNotification();
   EXPECT_EQ(engine_->Stats().queued_batches, 0u);
-  OwnedRow second(SmallShape(), context, 0, {0, 600}, TestSeed());
+  OwnedRow second(SmallShape(), context, 0, {0, 600}, Seed());
   absl::Notification second_answered;
   engine_->Attend(session_, {&second.row, 1}, {&second.answer, 1},
                   [&] { second_answered.Notify(); });
@@ -49,10 +50,10 @@ TEST_F(EngineQueueTest, ARowWhoseScratchPassesTheLimitStoresNoTokenAndSmallerOne
   EngineOptions options = SmallOptions();
   options.max_attend_scratch_bytes = 64 << 10;
   Start(options);
-  const KvData data(SmallShape(), 5001, TestSeed());
+  const KvData data(SmallShape(), 5001, Seed());
   const ContextId context =
       OpenAndFill(session_, OpenFor(SmallModel(), Tokens(5000), 5001), data).context;
-  OwnedRow row(SmallShape(), context, 0, {0, 5001}, TestSeed());
+  OwnedRow row(SmallShape(), context, 0, {0, 5001}, Seed());
   row.row.budget = {Budget::Kind::kFixedK, 10, 1.0f};  // scores of every token
   row.row.has_token = true;
   row.row.token_position = 5000;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "tests/daemon/uniform_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -19,7 +20,7 @@ bool MayHappen(const absl::Status& status) {
 
 class EngineRaceTest : public EngineTest {
  protected:
-  EngineRaceTest() : sequence_(kTokens, TestSeed()), model_(SmallModel(UniformSequence::Shape())) {}
+  EngineRaceTest() : sequence_(kTokens, Seed()), model_(SmallModel(UniformSequence::Shape())) {}
 
   void StartSmall() {
     EngineOptions options = SmallOptions();
@@ -126,7 +127,7 @@ TEST_F(EngineRaceTest, ClientsThatDoEverythingAtOnceGetRightAnswers) {
   StartSmall();
   std::vector<std::thread> clients;
   for (int i = 0; i < 4; ++i) {
-    clients.emplace_back([this, i] { Client(TestSeed() + 100 + i, 12); });
+    clients.emplace_back([this, i] { Client(Seed() + 100 + i, 12); });
   }
   for (std::thread& client : clients) client.join();
   engine_->EndSession(session_);
@@ -150,7 +151,7 @@ TEST_F(EngineRaceTest, ASessionEndsInTheMiddleOfItsAttends) {
     std::vector<std::thread> attenders;
     for (int i = 0; i < 3; ++i) {
       attenders.emplace_back([&, i] {
-        std::mt19937_64 random(TestSeed() + round * 10 + i);
+        std::mt19937_64 random(Seed() + round * 10 + i);
         while (!ended.load()) AttendSome(random, session, opened.context, kTokens);
         // Late comers learn that it has ended.
         const auto row =
@@ -158,7 +159,7 @@ TEST_F(EngineRaceTest, ASessionEndsInTheMiddleOfItsAttends) {
         EXPECT_TRUE(absl::IsNotFound(row->answer.status)) << row->answer.status;
       });
     }
-    absl::SleepFor(absl::Microseconds(TestSeed() * 31 % 500 * round));
+    absl::SleepFor(absl::Microseconds(Seed() * 31 % 500 * round));
     engine_->EndSession(session);
     ended.store(true);
     for (std::thread& attender : attenders) attender.join();

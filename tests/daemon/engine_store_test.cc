@@ -4,6 +4,7 @@
 
 #include "proto/byte_digest.h"
 #include "tests/daemon/engine_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -89,7 +90,7 @@ TEST_F(EngineStoreTest, ALeasedBlockOutlivesItsPurge) {
 }
 
 TEST_F(EngineStoreTest, AContextGoesOnAfterItsBlocksArePurged) {
-  const KvData data(SmallShape(), 600, TestSeed());
+  const KvData data(SmallShape(), 600, Seed());
   const OpenRequest request = OpenFor(SmallModel(), Tokens(600), 600);
   const OpenResult opened = OpenAndFill(session_, request, data);
   ASSERT_TRUE(engine_->Seal(session_, opened.context).ok());
@@ -112,7 +113,7 @@ TEST_F(EngineStoreTest, PinnedContextsSurvivePressureAndOutliveTheirSession) {
   options.arena.capacity_bytes = 8 << 20;
   options.max_pinned_bytes_per_tenant = 4 * SmallShape().block_bytes();
   Start(options);
-  const KvData data(SmallShape(), 600, TestSeed());
+  const KvData data(SmallShape(), 600, Seed());
   const OpenRequest pinned = OpenFor(SmallModel(), Tokens(600), 600);
   const SessionId owner = NewSession("alice");
   const OpenResult opened = OpenAndFill(owner, pinned, data);

@@ -7,6 +7,7 @@
 
 #include "daemon/run_registry.h"
 #include "tests/daemon/engine_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -125,7 +126,7 @@ void ExpectEachTokenOnce(std::span<const ScanMember> members, std::span<const Sc
 TEST(ScanPlanTest, EveryTokenIsPlannedExactlyOnceAcrossRunsTailsAndForks) {
   for (uint64_t round = 0; round < 200; ++round) {
     SCOPED_TRACE(round);
-    TableMaker maker(TestSeed() + round);
+    TableMaker maker(Seed() + round);
     std::vector<BlockTable> tables = {maker.root()};
     while (tables.size() < 6) tables.push_back(maker.Fork(tables[maker.Random(tables.size())]));
     std::vector<ScanMember> members;
@@ -142,7 +143,7 @@ TEST(ScanPlanTest, EveryTokenIsPlannedExactlyOnceAcrossRunsTailsAndForks) {
 }
 
 TEST(ScanPlanTest, RowsThatShareBlocksAreScannedInOnePass) {
-  TableMaker maker(TestSeed());
+  TableMaker maker(Seed());
   constexpr uint32_t kShared = 10;
   const BlockTable fork = maker.ForkAt(maker.root(), kShared * kBlockTokens);
   const TokenRange all{0, kBlocks * kBlockTokens};
@@ -156,7 +157,7 @@ TEST(ScanPlanTest, RowsThatShareBlocksAreScannedInOnePass) {
 }
 
 TEST(ScanPlanTest, AnEmptyRangePlansNothing) {
-  TableMaker maker(TestSeed());
+  TableMaker maker(Seed());
   const std::vector<ScanMember> members = {{&maker.root(), {7, 7}}};
   EXPECT_TRUE(PlanScan(members, ScanKind::kExact, kTaskTokens).empty());
   EXPECT_TRUE(PlanScan(members, ScanKind::kIndexed, kTaskTokens).empty());

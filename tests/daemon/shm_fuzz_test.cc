@@ -8,18 +8,12 @@
 #include <thread>
 
 #include "tests/daemon/server_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry::testing {
 namespace {
 
 using shm::Opcode;
-
-uint64_t Seed() {
-  const char* text = std::getenv("QUARRY_SEED");
-  const uint64_t seed = text != nullptr ? std::strtoull(text, nullptr, 10) : 20250601;
-  std::printf("seed %llu (set QUARRY_SEED)\n", static_cast<unsigned long long>(seed));
-  return seed;
-}
 
 class ShmFuzzTest : public ServerFixture {
  protected:

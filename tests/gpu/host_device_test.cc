@@ -12,6 +12,7 @@
 #include "proto/half.h"
 #include "proto/retrieval_types.h"
 #include "proto/status_macros.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -19,11 +20,6 @@ namespace {
 // Buffers are the host's here, so tests look into them.
 class HostDeviceTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    seed_ = std::random_device{}();
-    random_.seed(seed_);
-    RecordProperty("seed", std::to_string(seed_));
-  }
   std::vector<float> Random(size_t n, float size = 1.0f) {
     std::normal_distribution<float> normal(0.0f, size);
     std::vector<float> out(n);
@@ -37,8 +33,7 @@ class HostDeviceTest : public ::testing::Test {
     return *std::move(out);
   }
 
-  uint32_t seed_ = 0;
-  std::mt19937 random_;
+  std::mt19937 random_{Seed()};
   std::unique_ptr<Device> device_ = MakeHostDevice({.threads = 3});
 };
 
@@ -231,7 +226,7 @@ TEST_F(HostDeviceTest, AttentionIsExactOverPartsWindowsAndGroups) {
         for (uint32_t d = 0; d < c.head_dim; ++d) {
           const double expected = sum == 0 ? 0.0 : want[d] / sum;
           ASSERT_NEAR(o[r * width + h * c.head_dim + d], expected, 1e-4)
-              << "row " << r << " head " << h << " seed " << seed_;
+              << "row " << r << " head " << h;
         }
       }
     }

@@ -7,6 +7,8 @@
 #include <random>
 #include <vector>
 
+#include "tests/support/seed.h"
+
 namespace quarry {
 namespace {
 
@@ -54,9 +56,7 @@ void ExpectWhole(const LocalKv& kv, uint32_t tokens) {
 }
 
 TEST(LocalKvTest, EveryTokenIsHeldOrElsewhereOnceDuringSlidesTruncationsAndClones) {
-  const uint32_t seed = std::random_device{}();
-  SCOPED_TRACE(::testing::Message() << "seed " << seed);
-  std::mt19937 random(seed);
+  std::mt19937 random(Seed());
   const auto device = MakeHostDevice({});
   for (const LocalKv::Window window : {LocalKv::Window{8, 16, false},
                                        {0, 16, false},

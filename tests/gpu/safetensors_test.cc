@@ -11,6 +11,7 @@
 
 #include "gpu/model.h"
 #include "gpu/safetensors.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -93,9 +94,7 @@ TEST_F(SafetensorsTest, ImpossibleHeaderLengthsAreRefused) {
 }
 
 TEST_F(SafetensorsTest, TruncatedAndMutatedFilesNeverCrash) {
-  const uint32_t seed = std::random_device{}();
-  SCOPED_TRACE(::testing::Message() << "seed " << seed);
-  std::mt19937 random(seed);
+  std::mt19937 random(Seed());
   const std::string source =
       std::string(QUARRY_TEST_MODELS) + "/tiny/llama-untied-mha/model.safetensors";
   std::ifstream in(source, std::ios::binary);

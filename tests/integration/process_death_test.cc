@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -18,6 +17,7 @@
 #include "absl/time/clock.h"
 #include "tests/support/daemon_process.h"
 #include "tests/support/kv_client.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -130,16 +130,8 @@ bool WithinASecond(const std::function<bool()>& condition) {
   return condition();
 }
 
-uint32_t PrintedSeed() {
-  const char* text = std::getenv("QUARRY_TEST_SEED");
-  const auto seed = static_cast<uint32_t>(text != nullptr ? std::strtoull(text, nullptr, 10)
-                                                          : absl::ToUnixNanos(absl::Now()));
-  std::printf("QUARRY_TEST_SEED=%u\n", seed);
-  return seed;
-}
-
 TEST(ProcessDeathTest, KilledAndStoppedWorkersCostOnlyTheirOwnContexts) {
-  std::mt19937 random(PrintedSeed());
+  std::mt19937 random(Seed());
   auto daemon = StartDaemon();
   ASSERT_NE(daemon, nullptr);
   ModelSpec spec = testing::SmallSpec();
@@ -171,7 +163,7 @@ TEST(ProcessDeathTest, KilledAndStoppedWorkersCostOnlyTheirOwnContexts) {
 }
 
 TEST(ProcessDeathTest, AKilledWorkersSessionAndLeasesAreGoneWithinASecondOfItsSocketsClosing) {
-  std::mt19937 random(PrintedSeed());
+  std::mt19937 random(Seed());
   auto daemon = StartDaemon();
   ASSERT_NE(daemon, nullptr);
   const ModelSpec spec = testing::SmallSpec();
@@ -207,7 +199,7 @@ TEST(ProcessDeathTest, AKilledWorkersSessionAndLeasesAreGoneWithinASecondOfItsSo
 // The bound is wide for a machine that does other things; a daemon that waited for the stopped
 // ones would wait until its client's deadline.
 TEST(ProcessDeathTest, StoppedWorkersDoNotDelayAnothersAttends) {
-  std::mt19937 random(PrintedSeed());
+  std::mt19937 random(Seed());
   auto daemon = StartDaemon();
   ASSERT_NE(daemon, nullptr);
   const ModelSpec spec = testing::SmallSpec();

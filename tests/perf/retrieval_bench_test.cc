@@ -1,7 +1,6 @@
 #include <gtest/gtest.h>
 
 #include <map>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -12,6 +11,7 @@
 #include "perf/retrieval/random_trace.h"
 #include "perf/retrieval/row.h"
 #include "perf/retrieval/trace_bench.h"
+#include "tests/support/seed.h"
 
 namespace quarry::perf {
 namespace {
@@ -24,13 +24,13 @@ constexpr bool kWithHnsw = false;
 constexpr bool kWithHnsw = true;
 #endif
 
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
-
 RandomTraceOptions Small() {
-  return {.tokens = 6000, .kv_heads = 2, .group = 2, .head_dim = 32, .queries = 6, .seed = Seed()};
+  return {.tokens = 6000,
+          .kv_heads = 2,
+          .group = 2,
+          .head_dim = 32,
+          .queries = 6,
+          .seed = static_cast<uint32_t>(Seed())};
 }
 
 BenchSettings Quick() {
@@ -73,7 +73,6 @@ TEST(RetrievalBenchTest, RowsHaveTheirFieldsAndComeBackFromJson) {
 }
 
 TEST(RetrievalBenchTest, TheExactScanHasNoErrorAndReadsEverything) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Trace trace = RandomTrace(Small());
   const auto bench = TraceBench::Create(trace, Quick());
   ASSERT_TRUE(bench.ok()) << bench.status();
@@ -93,7 +92,6 @@ TEST(RetrievalBenchTest, TheExactScanHasNoErrorAndReadsEverything) {
 }
 
 TEST(RetrievalBenchTest, ExactTopKIsTheOracleAndItsPredictionTheLostMass) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Trace trace = RandomTrace(Small());
   const auto bench = TraceBench::Create(trace, Quick());
   ASSERT_TRUE(bench.ok()) << bench.status();
@@ -112,7 +110,6 @@ TEST(RetrievalBenchTest, ExactTopKIsTheOracleAndItsPredictionTheLostMass) {
 }
 
 TEST(RetrievalBenchTest, RunsDoNotShowInAnExactBudget) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Trace trace = RandomTrace(Small());
   const auto bench = TraceBench::Create(trace, Quick());
   ASSERT_TRUE(bench.ok()) << bench.status();
@@ -130,7 +127,6 @@ TEST(RetrievalBenchTest, RunsDoNotShowInAnExactBudget) {
 }
 
 TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Trace trace = RandomTrace(Small());
   BenchSettings settings = Quick();
   settings.samples = 2;
@@ -159,7 +155,6 @@ TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
 }
 
 TEST(RetrievalBenchTest, OracleRowsKeepTheirErrors) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Trace trace = RandomTrace(Small());
   const auto bench = TraceBench::Create(trace, Quick());
   ASSERT_TRUE(bench.ok()) << bench.status();
@@ -174,7 +169,6 @@ TEST(RetrievalBenchTest, OracleRowsKeepTheirErrors) {
 }
 
 TEST(RetrievalBenchTest, ClassesComeFromTrainingQueriesAlone) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   Trace trace = RandomTrace(Small());
   // Head 0's queries are small, so its attention is flat; head 1's are strong.
   const auto bench = TraceBench::Create(trace, Quick());

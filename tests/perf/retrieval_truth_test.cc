@@ -7,6 +7,7 @@
 
 #include "perf/retrieval/head_class.h"
 #include "perf/retrieval/truth.h"
+#include "tests/support/seed.h"
 
 namespace quarry::perf {
 namespace {
@@ -109,9 +110,7 @@ TEST(RetrievalTruthTest, AContextWithinItsWindowHasNothingToRetrieve) {
 }
 
 TEST(RetrievalTruthTest, OracleOverManyTokensMeetsEveryError) {
-  const uint32_t seed = std::random_device{}();
-  SCOPED_TRACE(::testing::Message() << "seed " << seed);
-  std::mt19937 random(seed);
+  std::mt19937 random(Seed());
   std::normal_distribution<float> normal;
   constexpr uint32_t kTokens = 3000, kDim = 16;
   std::vector<float> k(kTokens * kDim), v(kTokens * kDim), q(kDim);

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -13,14 +12,10 @@
 #include "perf/retrieval/mass_scale.h"
 #include "perf/retrieval/truth.h"
 #include "proto/half.h"
+#include "tests/support/seed.h"
 
 namespace quarry::perf {
 namespace {
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 RandomTraceOptions Shape(uint32_t tokens, uint32_t queries, uint32_t kv_heads = 4) {
   return {.tokens = tokens,
@@ -29,7 +24,7 @@ RandomTraceOptions Shape(uint32_t tokens, uint32_t queries, uint32_t kv_heads = 
           .head_dim = 64,
           .train_queries = 32,
           .queries = queries,
-          .seed = Seed()};
+          .seed = static_cast<uint32_t>(Seed())};
 }
 
 Trace TraceOf(const std::string& family, const RandomTraceOptions& shape) {
@@ -164,7 +159,6 @@ double QueriesStay(const Trace& t, uint32_t count) {
 }
 
 TEST(SyntheticTraceTest, MassIsAsConcentratedAsAskedFor) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (const char* family : {"mass-30", "mass-300", "mass-3000", "mass-30000"}) {
     const Trace t = TraceOf(family, Shape(16384, 64, 2));
     for (uint32_t h = 0; h < t.kv_heads; ++h) {
@@ -175,7 +169,6 @@ TEST(SyntheticTraceTest, MassIsAsConcentratedAsAskedFor) {
 }
 
 TEST(SyntheticTraceTest, EveryFamilyIsNearItsTargets) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (const std::string family : {"needles", "rope", "mean-key", "low-rank"}) {
     const Trace t = TraceOf(family, Shape(8192, 256));
     for (uint32_t h = 0; h < t.kv_heads; ++h) {
@@ -188,7 +181,6 @@ TEST(SyntheticTraceTest, EveryFamilyIsNearItsTargets) {
 }
 
 TEST(SyntheticTraceTest, ClassesOfHeadsFollowFromTheMass) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const std::map<std::string, HeadClass> wanted = {{"mass-30", HeadClass::kSharp},
                                                    {"mass-300", HeadClass::kMedium},
                                                    {"mass-30000", HeadClass::kDiffuse}};
@@ -203,7 +195,6 @@ TEST(SyntheticTraceTest, ClassesOfHeadsFollowFromTheMass) {
 }
 
 TEST(SyntheticTraceTest, FamiliesHaveTheirStructure) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::map<std::string, Trace> traces;
   for (const std::string& family : SyntheticFamilies()) {
     traces.emplace(family, TraceOf(family, Shape(4096, 128)));
@@ -242,7 +233,6 @@ double QueriesFromKeys(const Trace& t, const Centred& keys) {
 }
 
 TEST(SyntheticTraceTest, NeighboursAreAlikeAndQueriesAreFarFromKeys) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   const Trace t = TraceOf("rope", Shape(8192, 256)), random = RandomTrace(Shape(8192, 256));
   const Centred keys(t, t.Keys(0)), random_keys(random, random.Keys(0));
   double near = 0, far = 0;

@@ -8,6 +8,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "tests/support/seed.h"
+
 namespace quarry {
 namespace {
 
@@ -438,9 +440,7 @@ size_t TakeAnythingAsEverything(const std::string& bytes) {
 }
 
 TEST(ConvertFuzzTest, TruncatedAndDamagedMessagesGiveErrorsOrValues) {
-  const uint32_t seed = std::random_device{}();
-  SCOPED_TRACE(::testing::Message() << "seed " << seed);
-  std::mt19937 random(seed);
+  std::mt19937 random(Seed());
   AttendRow row;
   const std::string q(64, 'q');
   row.heads = 2;
@@ -461,9 +461,7 @@ TEST(ConvertFuzzTest, TruncatedAndDamagedMessagesGiveErrorsOrValues) {
 }
 
 TEST(ConvertFuzzTest, RandomBytesGiveErrorsOrValues) {
-  const uint32_t seed = std::random_device{}();
-  SCOPED_TRACE(::testing::Message() << "seed " << seed);
-  std::mt19937 random(seed);
+  std::mt19937 random(Seed());
   size_t parsed = 0;
   for (int i = 0; i < 20000; ++i) {
     std::string bytes(random() % 40, '\0');

@@ -9,6 +9,8 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/support/seed.h"
+
 namespace quarry {
 namespace {
 
@@ -109,9 +111,7 @@ TEST(HalfTest, RoundsToNearestEvenAtEveryMidpoint) {
 }
 
 TEST(HalfTest, RoundsRandomFloatsToNearestEven) {
-  const uint32_t seed = std::random_device{}();
-  SCOPED_TRACE(::testing::Message() << "seed " << seed);
-  std::mt19937 random(seed);
+  std::mt19937 random(Seed());
   for (int i = 0; i < 500000; ++i) {
     const float f = std::bit_cast<float>(static_cast<uint32_t>(random()));
     if (std::isnan(f)) continue;

@@ -1,7 +1,5 @@
-// Random operations against simple models of the store. The seed is printed; QUARRY_SEED sets it.
+// Random operations against simple models of the store.
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <random>
 #include <set>
@@ -10,19 +8,12 @@
 
 #include "proto/byte_digest.h"
 #include "tests/storage/store_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
 
 constexpr int kSteps = 6000;
-
-uint32_t Seed() {
-  const char* given = std::getenv("QUARRY_SEED");
-  const uint32_t seed =
-      given != nullptr ? static_cast<uint32_t>(std::atoll(given)) : std::random_device()();
-  std::printf("QUARRY_SEED=%u\n", seed);
-  return seed;
-}
 
 // ---- One tenant, one size: the model knows exactly what must happen.
 
@@ -228,13 +219,12 @@ class ExactPropertyTest : public StoreTest {
     }
   }
 
-  std::mt19937 random_;
+  std::mt19937 random_{Seed()};
   ExactModel model_{kSlots};
   std::map<uint64_t, std::set<uint64_t>> pins_;  // by name
 };
 
 TEST_F(ExactPropertyTest, TheStoreDoesExactlyWhatTheModelDoes) {
-  random_.seed(Seed());
   for (int step = 0; step < kSteps && !HasFatalFailure(); ++step) {
     SCOPED_TRACE(testing::Message() << "step " << step);
     switch (Pick(24)) {
@@ -419,13 +409,12 @@ class MixedPropertyTest : public StoreTest {
     }
   }
 
-  std::mt19937_64 random_;
+  std::mt19937_64 random_{Seed()};
   std::vector<LiveBlock> held_;  // one entry per lease
   uint64_t evicted_ = 0, refusals_ = 0;
 };
 
 TEST_F(MixedPropertyTest, LeasesHoldParentsStayAndReservationsAreHonoured) {
-  random_.seed(Seed());
   for (int step = 0; step < kSteps && !HasFatalFailure(); ++step) {
     SCOPED_TRACE(testing::Message() << "step " << step);
     switch (Pick(12)) {

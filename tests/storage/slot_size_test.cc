@@ -5,6 +5,8 @@
 
 #include <gtest/gtest.h>
 
+#include "tests/support/seed.h"
+
 namespace quarry {
 namespace {
 
@@ -19,10 +21,7 @@ void CheckSlot(uint64_t bytes) {
 
 TEST(SlotSizeTest, SlotsHoldTheirBytesAndWasteAtMostAnEighthBeyondTheUnit) {
   for (uint64_t bytes = 1; bytes < 300'000; ++bytes) CheckSlot(bytes);
-  const uint32_t seed = std::random_device()();
-  RecordProperty("seed", static_cast<int>(seed));
-  SCOPED_TRACE(testing::Message() << "seed " << seed);
-  std::mt19937_64 random(seed);
+  std::mt19937_64 random(Seed());
   for (int i = 0; i < 100'000; ++i) CheckSlot((random() >> (random() % 40 + 2)) + 1);
 }
 
