@@ -7,11 +7,11 @@
 #include <random>
 #include <set>
 #include <span>
-#include <thread>
 #include <vector>
 
 #include "cpu_index/baselines/inner_product.h"
 #include "cpu_index/simd.h"
+#include "tests/cpu_index/score_threads.h"
 #include "tests/support/kv_reference.h"
 #include "tests/support/seed.h"
 
@@ -218,15 +218,7 @@ TEST(BaselinesTest, SearchesOfManyThreadsAgree) {
   for (BaselineKind kind : kKinds) {
     const auto index = Build(kind, c);
     ASSERT_NE(index, nullptr);
-    std::vector<CoarseScores> lists(4);
-    std::vector<std::thread> threads;
-    for (CoarseScores& mine : lists) {
-      threads.emplace_back([&] {
-        for (int i = 0; i < 10; ++i) index->Score(c.view, c.queries, &mine);
-      });
-    }
-    for (std::thread& t : threads) t.join();
-    for (const CoarseScores& mine : lists) EXPECT_EQ(mine.node, lists[0].node);
+    testing::ExpectThreadsAgree(*index, c.view, c.queries);
   }
 }
 

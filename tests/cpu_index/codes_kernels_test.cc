@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -19,6 +20,10 @@ using kernels::kCodeCoordinates;
 
 constexpr uint32_t kStored = 90, kQueries = 5;
 
+// Which part of a tile says where its stored blocks begin.
+const uint8_t*& StoredOf(kernels::CodeTile& tile) { return tile.codes; }
+const uint8_t*& StoredOf(kernels::CentroidTile& tile) { return tile.centroids; }
+
 class CodesKernelsTest : public ::testing::Test {
  protected:
   CodesKernelsTest() {
@@ -27,6 +32,56 @@ class CodesKernelsTest : public ::testing::Test {
     weights_.resize(kQueries * kCodeCoordinates);
     for (int8_t& w : weights_) w = static_cast<int8_t>(random_());
     for (uint32_t b = 0; b < 37; ++b) which_.push_back(random_() % kStored);
+  }
+
+  // All queries with `blocks` blocks: those of `which`, or the first ones if it is null.
+  template <typename Tile>
+  Tile MakeTile(const uint32_t* which, uint32_t blocks, std::vector<int32_t>* out) {
+    out->assign(size_t{kQueries} * blocks * kCodeBlockKeys, -1);
+    Tile tile{};
+    StoredOf(tile) = codes_.data();
+    tile.which = which;
+    tile.blocks = blocks;
+    tile.weights = weights_.data();
+    tile.queries = kQueries;
+    tile.out = out->data();
+    tile.ld_out = size_t{blocks} * kCodeBlockKeys;
+    return tile;
+  }
+
+  // [queries][keys] from the layout: code(block, key, c) in stored blocks of `block_bytes`.
+  template <typename Code>
+  std::vector<int32_t> SumsOf(const std::vector<uint32_t>& blocks, size_t block_bytes, Code code) {
+    std::vector<int32_t> sums;
+    for (uint32_t i = 0; i < kQueries; ++i) {
+      for (const uint32_t b : blocks) {
+        for (uint32_t key = 0; key < kCodeBlockKeys; ++key) {
+          int32_t sum = 0;
+          for (uint32_t c = 0; c < kCodeCoordinates; ++c) {
+            sum +=
+                weights_[i * kCodeCoordinates + c] * code(codes_.data() + b * block_bytes, key, c);
+          }
+          sums.push_back(sum);
+        }
+      }
+    }
+    return sums;
+  }
+
+  // Of the first blocks and of chosen ones, at every level.
+  template <typename Tile, typename Code>
+  void ExpectSums(void (*kernels::Table::*kernel)(const Tile&), size_t block_bytes, Code code) {
+    const auto blocks = static_cast<uint32_t>(which_.size());
+    std::vector<uint32_t> first(blocks);
+    std::iota(first.begin(), first.end(), 0);
+    for (const bool chosen : {false, true}) {
+      const std::vector<int32_t> wanted = SumsOf(chosen ? which_ : first, block_bytes, code);
+      for (const SimdLevel level : SupportedSimdLevels()) {
+        std::vector<int32_t> out;
+        (KernelsOf(level).*kernel)(MakeTile<Tile>(chosen ? which_.data() : nullptr, blocks, &out));
+        EXPECT_EQ(out, wanted) << SimdLevelName(level) << (chosen ? ", chosen" : ", the first");
+      }
+    }
   }
 
   std::mt19937 random_{Seed()};
@@ -43,47 +98,23 @@ int KeyCode(const uint8_t* block, uint32_t key, uint32_t c) {
   return lane[128 + 64 * (e / 16) + e % 4] >> (2 * (e % 16 / 4)) & 3;
 }
 
+// A centroid's, likewise.
+int CentroidByte(const uint8_t* block, uint32_t key, uint32_t c) {
+  return block[c / 4 * 64 + key * 4 + c % 4];
+}
+
 TEST_F(CodesKernelsTest, SumsOfCodedKeysFollowTheLayout) {
-  const auto n = static_cast<uint32_t>(which_.size() * kCodeBlockKeys);
-  for (const bool chosen : {false, true}) {
-    std::vector<int32_t> wanted;
-    for (uint32_t i = 0; i < kQueries; ++i) {
-      for (uint32_t t = 0; t < n; ++t) {
-        const uint32_t b = t / kCodeBlockKeys;
-        int32_t sum = 0;
-        for (uint32_t c = 0; c < kCodeCoordinates; ++c) {
-          sum += weights_[i * kCodeCoordinates + c] *
-                 KeyCode(codes_.data() + (chosen ? which_[b] : b) * 256, t % kCodeBlockKeys, c);
-        }
-        wanted.push_back(sum);
-      }
-    }
-    for (const SimdLevel level : SupportedSimdLevels()) {
-      std::vector<int32_t> out(kQueries * n, -1);
-      kernels::CodeTile tile{};
-      tile.codes = codes_.data();
-      tile.which = chosen ? which_.data() : nullptr;
-      tile.blocks = static_cast<uint32_t>(which_.size());
-      tile.weights = weights_.data();
-      tile.queries = kQueries;
-      tile.out = out.data();
-      tile.ld_out = n;
-      KernelsOf(level).sum_codes(tile);
-      EXPECT_EQ(out, wanted) << SimdLevelName(level);
-    }
-  }
+  ExpectSums(&kernels::Table::sum_codes, 256, KeyCode);
+}
+
+TEST_F(CodesKernelsTest, SumsOfCentroidsFollowTheLayout) {
+  ExpectSums(&kernels::Table::sum_centroids, kernels::kCentroidBlockBytes, CentroidByte);
 }
 
 TEST_F(CodesKernelsTest, BlocksWithALargeSumAreFound) {
   constexpr uint32_t kBlocks = 64;
-  std::vector<int32_t> sums(kQueries * kBlocks * kCodeBlockKeys);
-  kernels::CodeTile tile{};
-  tile.codes = codes_.data();
-  tile.blocks = kBlocks;
-  tile.weights = weights_.data();
-  tile.queries = kQueries;
-  tile.out = sums.data();
-  tile.ld_out = kBlocks * kCodeBlockKeys;
+  std::vector<int32_t> sums;
+  auto tile = MakeTile<kernels::CodeTile>(nullptr, kBlocks, &sums);
   KernelsOf(SimdLevel::kScalar).sum_codes(tile);
   // Just at, or just above, the largest sum of a block, for one query.
   std::vector<int32_t> least(kQueries * kBlocks, std::numeric_limits<int32_t>::max());
@@ -98,38 +129,6 @@ TEST_F(CodesKernelsTest, BlocksWithALargeSumAreFound) {
   tile.ld_out = kBlocks;
   for (const SimdLevel level : SupportedSimdLevels()) {
     EXPECT_EQ(KernelsOf(level).find_codes(tile, least.data()), wanted) << SimdLevelName(level);
-  }
-}
-
-TEST_F(CodesKernelsTest, SumsOfCentroidsFollowTheLayout) {
-  const auto n = static_cast<uint32_t>(which_.size() * kCodeBlockKeys);
-  for (const bool chosen : {false, true}) {
-    std::vector<int32_t> wanted;
-    for (uint32_t i = 0; i < kQueries; ++i) {
-      for (uint32_t t = 0; t < n; ++t) {
-        const uint32_t b = t / kCodeBlockKeys, at = chosen ? which_[b] : b;
-        const uint8_t* const block = codes_.data() + at * kernels::kCentroidBlockBytes;
-        int32_t sum = 0;
-        for (uint32_t c = 0; c < kCodeCoordinates; ++c) {
-          sum += weights_[i * kCodeCoordinates + c] *
-                 block[c / 4 * 64 + t % kCodeBlockKeys * 4 + c % 4];
-        }
-        wanted.push_back(sum);
-      }
-    }
-    for (const SimdLevel level : SupportedSimdLevels()) {
-      std::vector<int32_t> out(kQueries * n, -1);
-      kernels::CentroidTile tile{};
-      tile.centroids = codes_.data();
-      tile.which = chosen ? which_.data() : nullptr;
-      tile.blocks = static_cast<uint32_t>(which_.size());
-      tile.weights = weights_.data();
-      tile.queries = kQueries;
-      tile.out = out.data();
-      tile.ld_out = n;
-      KernelsOf(level).sum_centroids(tile);
-      EXPECT_EQ(out, wanted) << SimdLevelName(level);
-    }
   }
 }
 

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 #include <random>
-#include <thread>
 
 #include "cpu_index/baselines/baselines.h"
 #include "cpu_index/budget.h"
@@ -14,6 +13,7 @@
 #include "cpu_index/index_form.h"
 #include "proto/byte_digest.h"
 #include "tests/cpu_index/graph_case.h"
+#include "tests/cpu_index/score_threads.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -276,15 +276,7 @@ TEST(GraphIndexTest, SearchesOfManyThreadsAgree) {
   GraphCase c(3000, Seed());
   const auto index = Build(&c, 100);
   ASSERT_NE(index, nullptr);
-  std::vector<CoarseScores> lists(4);
-  std::vector<std::thread> threads;
-  for (CoarseScores& mine : lists) {
-    threads.emplace_back([&] {
-      for (int i = 0; i < 10; ++i) index->Score(c.view, c.queries, &mine);
-    });
-  }
-  for (std::thread& t : threads) t.join();
-  for (const CoarseScores& mine : lists) EXPECT_EQ(mine.node, lists[0].node);
+  testing::ExpectThreadsAgree(*index, c.view, c.queries);
 }
 
 TEST(GraphIndexTest, WhatCannotBeIndexedIsRefused) {
