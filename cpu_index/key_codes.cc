@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "cpu_index/byte_weights.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
 #include "proto/status_macros.h"
@@ -138,21 +139,15 @@ std::vector<float> KeyCodes::ErrorVariance(std::span<const float> coordinates) c
 }
 
 KeyCodes::Query KeyCodes::Prepare(std::span<const float> coordinates, float mean_score) const {
-  float weight[kCoordinates], largest = 0;
-  for (uint32_t c = 0; c < basis_.rank; ++c) {
-    weight[c] = coordinates[c] * step_[c];
-    largest = std::max(largest, std::fabs(weight[c]));
-  }
+  // A code stands for the middle of its interval.
+  const auto middle = [](size_t c) {
+    return 0.5f - static_cast<float>(Levels(static_cast<uint32_t>(c))) / 2;
+  };
   Query out{};
-  out.scale = largest / 127;
-  out.offset = mean_score;
-  if (largest == 0) return out;
-  for (uint32_t c = 0; c < basis_.rank; ++c) {
-    out.weight[c] = static_cast<int8_t>(std::lround(weight[c] / out.scale));
-    // A code stands for the middle of its interval.
-    out.offset += out.scale * static_cast<float>(out.weight[c]) *
-                  (0.5f - static_cast<float>(Levels(c)) / 2);
-  }
+  const CodedScore score =
+      ToByteWeights(coordinates.first(basis_.rank), step_, middle, mean_score, out.weight);
+  out.scale = score.scale;
+  out.offset = score.offset;
   return out;
 }
 

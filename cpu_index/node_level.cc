@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu_index/byte_weights.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
 #include "proto/status_macros.h"
@@ -90,18 +91,10 @@ void NodeLevel::Centre(uint32_t node, std::span<float> out) const {
 
 NodeLevel::Query NodeLevel::Prepare(std::span<const float> coordinates, float mean_score) const {
   Query out{};
-  float weight[kWidth] = {}, largest = 0;
-  for (size_t c = 0; c < coordinates.size(); ++c) {
-    weight[c] = coordinates[c] * step_[c];
-    largest = std::max(largest, std::fabs(weight[c]));
-  }
-  out.offset = mean_score;
-  if (largest == 0) return out;
-  out.scale = largest / 127;
-  for (uint32_t c = 0; c < kWidth; ++c) {
-    out.weight[c] = static_cast<int8_t>(std::lround(weight[c] / out.scale));
-    out.offset -= out.scale * 128.0f * static_cast<float>(out.weight[c]);
-  }
+  const auto middle = [](size_t) { return -128.0f; };
+  const CodedScore score = ToByteWeights(coordinates, step_, middle, mean_score, out.weight);
+  out.scale = score.scale;
+  out.offset = score.offset;
   return out;
 }
 
