@@ -1,5 +1,7 @@
 // Budgets span the whole query, and every token counts once, whatever runs it lies in.
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <thread>
 #include <vector>
 
@@ -137,8 +139,14 @@ TEST_F(EngineBudgetTest, ASampledAnswerIsUnbiasedAndFollowsFromItsSeedAndPositio
   const auto exact = ask({}, 0);
   Budget lift{.kind = Budget::Kind::kSoftmaxLift, .k = 200};
   const auto first = ask(lift, 1), again = ask(lift, 1), next = ask(lift, 2);
-  EXPECT_EQ(first->o, again->o);
-  EXPECT_NE(first->o, next->o);
+  const auto furthest = [](const std::vector<float>& a, const std::vector<float>& b) {
+    float most = 0;
+    for (size_t i = 0; i < a.size(); ++i) most = std::max(most, std::fabs(a[i] - b[i]));
+    return most;
+  };
+  // Not to the bit: blocks published in between are other units to merge.
+  EXPECT_LT(furthest(first->o, again->o), 1e-5f);
+  EXPECT_GT(furthest(first->o, next->o), 1e-3f);
   EXPECT_EQ(first->answer.tokens_attended, uint64_t{200} * shape.heads);
   EXPECT_GT(first->answer.error_estimate, 0);
   EXPECT_LT(first->answer.error_estimate, 0.15);  // 1 / sqrt(k), and some room

@@ -102,8 +102,9 @@ TEST(RetrievalBenchTest, ExactTopKIsTheOracleAndItsPredictionTheLostMass) {
       EXPECT_GE(row.recall_at_100, 0.99);  // but for ties within rounding
       ASSERT_TRUE(row.predicted_error.has_value());
       EXPECT_NEAR(*row.predicted_error, 1 - row.mass, 1e-3);
-      // Each query with as few as it needs for the mean error: near the same for all.
-      EXPECT_GT(row.oracle_tokens, 30);
+      // Each query with as few as it needs for the mean error: not far from the same for all, but
+      // queries may differ much (17 was the least of 250 seeds).
+      EXPECT_GT(row.oracle_tokens, 10);
       EXPECT_LT(row.oracle_tokens, 300);
     }
   }
