@@ -19,6 +19,7 @@
 #include "cpu_index/index_form.h"
 #include "proto/byte_digest.h"
 #include "tests/cpu_index/graph_case.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -27,11 +28,6 @@ using testing::GraphCase;
 using Bytes = std::vector<std::byte>;
 
 const char* const kKinds[] = {"exact", "graph", "codes", "clusters"};
-
-uint32_t Seed() {
-  static const uint32_t seed = std::random_device{}();
-  return seed;
-}
 
 // Sampled queries, scaled as scores are.
 std::vector<float> Sample(GraphCase* c) {
@@ -112,7 +108,6 @@ std::vector<Budget> Budgets() {
 }
 
 TEST(AnyIndexTest, WhatWasReadBackAnswersBitForBitLikeTheOriginal) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   for (const uint32_t tokens : {1u, 17u, 2500u}) {
     GraphCase c(tokens, Seed());
     const std::vector<float> sample = Sample(&c);
@@ -142,7 +137,6 @@ TEST(AnyIndexTest, WhatWasReadBackAnswersBitForBitLikeTheOriginal) {
 }
 
 TEST(AnyIndexTest, EqualBuildsHaveEqualBytesAndOthersDoNot) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(1500, Seed()), other(1500, Seed() + 1);
   const std::vector<float> sample = Sample(&c), other_sample = Sample(&other);
   for (const std::string kind : {"graph", "codes", "clusters"}) {
@@ -154,7 +148,6 @@ TEST(AnyIndexTest, EqualBuildsHaveEqualBytesAndOthersDoNot) {
 }
 
 TEST(AnyIndexTest, AnIndexFitsRunsOfItsOwnSizeOnly) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(400, Seed()), longer(401, Seed());
   const std::vector<float> sample = Sample(&c);
   KvView wide = c.view;
@@ -184,7 +177,6 @@ bool IsRefusal(const absl::Status& status) {
 }
 
 TEST(AnyIndexTest, WhatIsCutOffOrAlteredIsRefused) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   std::mt19937 random(Seed());
   GraphCase c(700, Seed());
   const std::vector<float> sample = Sample(&c);
@@ -295,7 +287,6 @@ Bytes Mangled(const Bytes& bytes, const std::vector<size_t>& telling, uint32_t t
 }
 
 TEST(AnyIndexTest, WrongDataWithARightChecksumIsRefusedOrCanBeSearched) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   constexpr uint32_t kTokens = 600;
   std::mt19937 random(Seed());
   GraphCase c(kTokens, Seed());
@@ -333,7 +324,6 @@ Bytes With(const Bytes& bytes, size_t at, T value) {
 }
 
 TEST(AnyIndexTest, AnOrderThatIsNoPermutationIsRefused) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   constexpr uint32_t kTokens = 600, kPadded = 608, kDim = GraphCase::kHeadDim, kCoded = 48;
   GraphCase c(kTokens, Seed());
   const Bytes bytes = Form(*Build("clusters", c, Sample(&c)));
@@ -354,7 +344,6 @@ TEST(AnyIndexTest, AnOrderThatIsNoPermutationIsRefused) {
 }
 
 TEST(AnyIndexTest, DoubtsThatNoBuildHasAreRefused) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(300, Seed());
   const Bytes bytes = Form(*Build("clusters", c, Sample(&c)));
   // The last words: five doubts, the log of a length, how codes are read.
@@ -375,7 +364,6 @@ TEST(AnyIndexTest, DoubtsThatNoBuildHasAreRefused) {
 }
 
 TEST(AnyIndexTest, QueriesNearTheEndOfFloatsDoNoHarm) {
-  SCOPED_TRACE(::testing::Message() << "seed " << Seed());
   GraphCase c(600, Seed());
   const auto index = Build("clusters", c, Sample(&c));
   ASSERT_NE(index, nullptr);

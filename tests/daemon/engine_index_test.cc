@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "tests/daemon/engine_fixture.h"
+#include "tests/support/seed.h"
 
 namespace quarry {
 namespace {
@@ -46,7 +47,7 @@ class EngineIndexTest : public EngineTest {
     request.range = {0, kTokens};
     request.k = data_.k(0, 0);
     request.v = data_.v(0, 0);
-    std::mt19937_64 random(TestSeed());
+    std::mt19937_64 random(Seed());
     std::normal_distribution<float> normal;
     std::vector<float> q(size_t{kSamples} * IndexedShape().heads * IndexedShape().head_dim);
     for (float& x : q) x = normal(random);
@@ -89,7 +90,7 @@ class EngineIndexTest : public EngineTest {
   // Whether an index answered: it reads less than the keys and values, and says how far it may be off.
   static bool Indexed(const OwnedRow& row) { return row.answer.error_estimate > 0; }
 
-  const KvData data_{IndexedShape(), kTokens, TestSeed()};
+  const KvData data_{IndexedShape(), kTokens, Seed()};
 };
 
 TEST_F(EngineIndexTest, RunsAreIndexedInTheBackgroundAndAnswersStayWithinTheirError) {
@@ -98,10 +99,10 @@ TEST_F(EngineIndexTest, RunsAreIndexedInTheBackgroundAndAnswersStayWithinTheirEr
   WaitForBuilt(kHeads * kRuns);
   EXPECT_EQ(Index().failed, 0u);
   EXPECT_GT(Index().bytes, 0u);
-  const auto row = Ask(context, kWithinError, TestSeed());
+  const auto row = Ask(context, kWithinError, Seed());
   EXPECT_TRUE(Indexed(*row));
   EXPECT_LT(ErrorOf(*row), 0.2);
-  const auto whole = Ask(context, {}, TestSeed());
+  const auto whole = Ask(context, {}, Seed());
   EXPECT_FALSE(Indexed(*whole));
   EXPECT_LT(ErrorOf(*whole), 1e-4);
 }
@@ -110,12 +111,12 @@ TEST_F(EngineIndexTest, AContextWithTheSameTokensFindsTheIndexesOfAClosedOne) {
   StartIndexed();
   const ContextId first = OpenFilled();
   WaitForBuilt(kHeads * kRuns);
-  const auto before = Ask(first, kWithinError, TestSeed());
+  const auto before = Ask(first, kWithinError, Seed());
   ASSERT_TRUE(engine_->Seal(session_, first).ok());
   const auto fork = engine_->Fork(session_, {first, kTokens, kTokens + 100, {}});
   ASSERT_TRUE(fork.ok()) << fork.status();
   EXPECT_OK(engine_->Close(session_, first));
-  EXPECT_EQ(Ask(*fork, kWithinError, TestSeed())->o, before->o);
+  EXPECT_EQ(Ask(*fork, kWithinError, Seed())->o, before->o);
   EXPECT_OK(engine_->Close(session_, *fork));
   WaitUntilUnleased();  // indexes hold no block
   EXPECT_GT(Index().bytes, 0u);
@@ -124,7 +125,7 @@ TEST_F(EngineIndexTest, AContextWithTheSameTokensFindsTheIndexesOfAClosedOne) {
   for (int ms = 0; engine_->Stats().runs_live < kRuns && ms < 10000; ++ms) {
     absl::SleepFor(absl::Milliseconds(1));
   }
-  EXPECT_EQ(Ask(second, kWithinError, TestSeed())->o, before->o);
+  EXPECT_EQ(Ask(second, kWithinError, Seed())->o, before->o);
   EXPECT_EQ(Index().built, kHeads * kRuns);
 }
 
@@ -145,7 +146,7 @@ TEST_F(EngineIndexTest, AnIndexMadeFromKeysAloneIsLearnedAgainFromLiveQueries) {
   EXPECT_EQ(Index().relearned, 0u);
   for (uint32_t i = 0; i < 16 * 32; ++i) Ask(context, kWithinError, i);
   WaitFor([](const IndexStats& s) { return s.relearned == kRuns && s.built == 2 * kHeads * kRuns; });
-  const auto row = Ask(context, kWithinError, TestSeed());
+  const auto row = Ask(context, kWithinError, Seed());
   EXPECT_TRUE(Indexed(*row));
   EXPECT_LT(ErrorOf(*row), 0.2);
 }
@@ -157,7 +158,7 @@ TEST_F(EngineIndexTest, WithoutRoomForIndexesRunsAreScanned) {
   EXPECT_GT(Index().built, 0u);
   EXPECT_GT(Index().failed, 0u);
   EXPECT_LE(Index().bytes, 1u << 20);
-  EXPECT_LT(ErrorOf(*Ask(context, kWithinError, TestSeed())), kFromKeysAlone);
+  EXPECT_LT(ErrorOf(*Ask(context, kWithinError, Seed())), kFromKeysAlone);
 }
 
 TEST_F(EngineIndexTest, IndexesThatNobodyUsesGiveWayToThoseOfNewRuns) {
@@ -186,7 +187,7 @@ TEST_F(EngineIndexTest, ShortRunsAreScanned) {
   }
   WaitFor([](const IndexStats& s) { return s.queued_runs == 0; });
   EXPECT_EQ(Index().built, 0u);
-  const auto row = Ask(context, kWithinError, TestSeed());
+  const auto row = Ask(context, kWithinError, Seed());
   EXPECT_FALSE(Indexed(*row));
   EXPECT_LT(ErrorOf(*row), 1e-4);
 }
@@ -195,7 +196,7 @@ TEST_F(EngineIndexTest, ClustersLeaveBudgetsOfTokensToTheExactScan) {
   StartIndexed();
   const ContextId context = OpenFilled();
   WaitForBuilt(kHeads * kRuns);
-  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, TestSeed());
+  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, Seed());
   EXPECT_EQ(row->answer.tokens_attended, uint64_t{2000} * IndexedShape().heads);
 }
 
@@ -206,9 +207,9 @@ TEST_P(EngineIndexKindTest, CanBeForced) {
   StartIndexed([](IndexOptions& o) { o.choice.kind = GetParam(); });
   const ContextId context = OpenFilled();
   WaitForBuilt(kHeads * kRuns);
-  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, TestSeed());
+  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, Seed());
   EXPECT_LT(row->answer.bytes_touched,
-            Ask(context, {}, TestSeed())->answer.bytes_touched);
+            Ask(context, {}, Seed())->answer.bytes_touched);
   EXPECT_EQ(row->answer.tokens_attended, uint64_t{2000} * IndexedShape().heads);
 }
 
@@ -227,7 +228,7 @@ TEST_F(EngineIndexTest, AnswersStayRightWhileRunsGrowAndIndexesAreSwapped) {
   const ContextId context = opened->context;
   std::atomic<uint32_t> stored{0};
   std::thread writer([&] {
-    std::mt19937_64 random(TestSeed());
+    std::mt19937_64 random(Seed());
     std::normal_distribution<float> normal;
     std::vector<float> q(IndexedShape().heads * IndexedShape().head_dim);
     for (uint32_t t = 0; t < kTokens;) {
@@ -270,8 +271,8 @@ TEST_F(EngineIndexTest, AnswersStayRightWhileRunsGrowAndIndexesAreSwapped) {
       if (asked != context) EXPECT_OK(engine_->Close(session_, asked));
     }
   };
-  std::thread reader([&] { attend(TestSeed() + 1); });
-  attend(TestSeed() + 2);
+  std::thread reader([&] { attend(Seed() + 1); });
+  attend(Seed() + 2);
   reader.join();
   writer.join();
   WaitForBuilt(kHeads * kRuns);
