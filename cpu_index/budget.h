@@ -21,22 +21,18 @@ struct RunShare {
   float threshold = -std::numeric_limits<float>::infinity();
   uint32_t ties = 0;
   float floor = -std::numeric_limits<float>::infinity();  // of weights
-  float exact = -std::numeric_limits<float>::infinity();
 };
 
 // Shares `budget` out over one query's runs, given in token order, as if they were one: the same
-// tokens cut differently give the same selection. Ties go to the lowest tokens. A group of tokens
-// is taken whole, so a budget may be overrun by part of one group. Of a run with lists only the
-// nodes in them are known, so what is said of shares and errors is of these.
-// Returns 1 less the error estimate of AttendAnswer, so where nothing is sampled or estimated the
-// share of the softmax mass that the selection holds; 1 for no tokens at all.
+// tokens cut differently give the same selection. Ties go to the lowest tokens. Of a run with lists
+// only the tokens in them are known, so what is said of shares and errors is of these. Not for
+// Budget::kError, which is for indexes that estimate.
+// Returns 1 less the error estimate of AttendAnswer, so where nothing is sampled the share of the
+// softmax mass that the selection holds; 1 for no tokens at all.
 // Cost: three passes over the scores, at the speed of vectors, and a selection among the few that
 // a sample shows may be taken.
-// other_length: as QueryBlock's, of this query; only Budget::kError uses it.
-// lift_key: of LiftKey, for Budget::kSoftmaxLift: then nodes must be single tokens.
+// lift_key: of LiftKey, for Budget::kSoftmaxLift.
 double AllocateBudget(const Budget& budget, std::span<const RunScores> runs,
-                      std::span<RunShare> shares,
-                      float other_length = -std::numeric_limits<float>::infinity(),
-                      uint64_t lift_key = 0);
+                      std::span<RunShare> shares, uint64_t lift_key = 0);
 
 }  // namespace quarry

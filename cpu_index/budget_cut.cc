@@ -18,20 +18,11 @@ constexpr size_t kSample = 1024;
 
 std::span<const float> RowOf(const RunScores& run) { return run.coarse->Row(run.query); }
 
-// Tokens of the row's i-th node.
-uint32_t WeightOf(const RunScores& run, size_t i) {
-  const std::span<const CoarseScores::Stretch> stretches = run.coarse->stretches;
-  if (stretches.empty()) return 1;
-  return std::upper_bound(stretches.begin(), stretches.end(), i,
-                          [](size_t node, const auto& stretch) { return node < stretch.end; })
-      ->weight;
-}
-
 uint32_t TokenOf(const RunScores& run, size_t i) {
   return run.coarse->tokens.lo + run.coarse->NodeOf(run.query, i);
 }
 
-// The ranks of a block of one row's scores, of nodes that are tokens.
+// The ranks of a block of one row's scores.
 void Lift(uint64_t key, const RunScores& run, size_t first, std::span<const float> scores,
           float* ranks) {
   if (run.coarse->dense()) {
@@ -94,7 +85,7 @@ void RankedNodes::ForSample(F&& f) const {
     for (; next < before + row.size(); next += stride) {
       const size_t i = next - before;
       const float lift = lift_key_ == 0 ? 0 : TokenLift(lift_key_, TokenOf(run, i));
-      f(row[i] + lift, row[i], WeightOf(run, i));
+      f(row[i] + lift, row[i]);
     }
     before += row.size();
   }
@@ -106,14 +97,10 @@ double RankedNodes::TotalMass() const {
   double total = 0;
   for (const RunScores& run : runs_) {
     const std::span<const float> row = RowOf(run);
-    const bool weighted = !run.coarse->stretches.empty();
     for (size_t at = 0; at < row.size(); at += kTile) {
       const size_t n = std::min(kTile, row.size() - at);
       std::copy_n(row.data() + at, n, mass.data());
       Kernels().exp_sum(mass.data(), n, largest_);
-      for (size_t i = 0; weighted && i < n; ++i) {
-        mass[i] *= static_cast<float>(WeightOf(run, at + i));
-      }
       total += SumInDouble(mass.data(), n);
     }
   }
@@ -124,7 +111,7 @@ float RankedNodes::GuessRank(uint64_t count) const {
   if (nodes_ <= kSample || count >= nodes_) return kNone;
   std::vector<float> ranks;
   ranks.reserve(kSample);
-  ForSample([&](float rank, float, uint32_t) { ranks.push_back(rank); });
+  ForSample([&](float rank, float) { ranks.push_back(rank); });
   // Four standard deviations of how many of the best `count` are in the sample.
   const double expected =
       static_cast<double>(count) * static_cast<double>(ranks.size()) / static_cast<double>(nodes_);
@@ -142,12 +129,12 @@ float RankedNodes::GuessFloor(double mass) const {
   // The mass of each eighth of a nat, of the sample alone.
   std::array<double, kBins> bins{};
   size_t sampled = 0;
-  ForSample([&](float, float score, uint32_t weight) {
+  ForSample([&](float, float score) {
     ++sampled;
     const float below = (largest_ - score) * kPerNat;
     if (below >= kBins) return;  // 32 nats: no mass
     const int bin = std::max(0, static_cast<int>(below));
-    bins[bin] += weight * std::exp(-double{below} / kPerNat);
+    bins[bin] += std::exp(-double{below} / kPerNat);
   });
   const double share = static_cast<double>(sampled) / static_cast<double>(nodes_);
   const double allowed = 0.8 * mass * share;
@@ -161,11 +148,11 @@ float RankedNodes::GuessFloor(double mass) const {
 
 void RankedNodes::Gather(float from, float to, std::vector<RankedNode>* out) const {
   const size_t first = out->size();
-  ForBlocks([&](size_t r, size_t at, std::span<const float> scores, std::span<const float> ranks) {
+  ForBlocks([&](size_t, size_t, std::span<const float> scores, std::span<const float> ranks) {
     if (!(Kernels().max(ranks.data(), ranks.size()) > from)) return;
     for (size_t i = 0; i < ranks.size(); ++i) {
       if (!(ranks[i] > from) || ranks[i] > to) continue;
-      out->push_back({ranks[i], scores[i], 0.0f, WeightOf(runs_[r], at + i)});
+      out->push_back({ranks[i], scores[i], 0.0f});
     }
   });
   std::array<float, kBlock> mass;
@@ -173,9 +160,7 @@ void RankedNodes::Gather(float from, float to, std::vector<RankedNode>* out) con
     const size_t n = std::min(kBlock, out->size() - at);
     for (size_t i = 0; i < n; ++i) mass[i] = (*out)[at + i].score;
     Kernels().exp_sum(mass.data(), n, largest_);
-    for (size_t i = 0; i < n; ++i) {
-      (*out)[at + i].mass = mass[i] * static_cast<float>((*out)[at + i].weight);
-    }
+    for (size_t i = 0; i < n; ++i) (*out)[at + i].mass = mass[i];
   }
 }
 
@@ -197,12 +182,9 @@ Cut FindCut(std::vector<RankedNode>* nodes, uint64_t tokens, double mass) {
   while (hi - lo > 1) {
     auto middle = lo + (hi - lo) / 2;
     std::nth_element(lo, middle, hi, better);
-    uint64_t left_tokens = 0;
+    const auto left_tokens = static_cast<uint64_t>(middle - lo);
     double left_mass = 0;
-    for (auto it = lo; it != middle; ++it) {
-      left_tokens += it->weight;
-      left_mass += it->mass;
-    }
+    for (auto it = lo; it != middle; ++it) left_mass += it->mass;
     if (left_tokens >= tokens_left || left_mass >= mass_left) {
       hi = middle;
     } else {
@@ -215,7 +197,6 @@ Cut FindCut(std::vector<RankedNode>* nodes, uint64_t tokens, double mass) {
   for (auto it = nodes->begin(); it <= lo; ++it) {
     cut.ties += it->rank == cut.threshold ? 1 : 0;
     cut.mass += it->mass;
-    cut.tokens += it->weight;
   }
   cut.all_ties = std::none_of(lo + 1, nodes->end(), [&](const RankedNode& node) {
     return node.rank == cut.threshold;

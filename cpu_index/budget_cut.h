@@ -15,8 +15,7 @@ namespace quarry {
 struct RankedNode {
   float rank;
   float score;
-  float mass;  // e^(score - largest score), of all its tokens
-  uint32_t weight;
+  float mass;  // e^(score - largest score)
 };
 
 // Where the taken nodes end: those of rank > threshold are taken, and `ties` of those equal to it.
@@ -24,7 +23,6 @@ struct Cut {
   float threshold = -std::numeric_limits<float>::infinity();
   uint32_t ties = 0;
   double mass = 0;        // of what is taken
-  uint64_t tokens = 0;
   bool all_ties = false;  // nothing of that rank is left
 };
 
@@ -55,7 +53,7 @@ class RankedNodes {
   template <typename F>
   void ForBlocks(F&& f) const;
   template <typename F>
-  void ForSample(F&& f) const;  // f(rank, score, weight)
+  void ForSample(F&& f) const;  // f(rank, score)
 
   const std::span<const RunScores> runs_;
   const uint64_t lift_key_;
@@ -63,8 +61,8 @@ class RankedNodes {
   float largest_ = kNone;
 };
 
-// The fewest of the nodes, best first, whose weights reach `tokens` or whose mass reaches `mass`,
-// whichever comes first. `nodes`, not empty, is reordered.
+// The fewest of the nodes, best first, that are `tokens` or whose mass reaches `mass`, whichever comes
+// first. `nodes`, not empty, is reordered.
 Cut FindCut(std::vector<RankedNode>* nodes, uint64_t tokens, double mass);
 
 }  // namespace quarry

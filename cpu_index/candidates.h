@@ -25,7 +25,7 @@ void ListCandidates(TokenRange run, std::span<const TokenRange> ranges,
 // however many queries share it, to `lists->bytes`.
 void RescoreCandidates(const KvView& run, const QueryBlock& queries, CoarseScores* lists);
 
-// KeyIndex::Refine for lists of tokens with exact scores: reads nothing but the values allotted.
+// TokenIndex::Refine for lists of tokens with exact scores: reads nothing but the values allotted.
 void AttendCandidates(const KvView& run, const QueryBlock& queries, const CoarseScores& lists,
                       const RunAllotment& allotment, std::span<Partial> acc);
 

@@ -1,18 +1,19 @@
-// What a clustered index learns from its run and from sampled queries: how far its estimates can be
-// trusted, and what makes them better.
+#include "cpu_index/cluster_learn.h"
+
 #include <Eigen/Dense>
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <numeric>
-#include <vector>
+#include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "cpu_index/balanced_tree.h"
-#include "cpu_index/budget.h"
-#include "cpu_index/cluster_index.h"
+#include "cpu_index/cluster_calibrate.h"
+#include "cpu_index/cluster_rows.h"
 #include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
 #include "proto/half.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
@@ -20,31 +21,22 @@ namespace {
 using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 constexpr uint32_t kWidth = KeyCodes::kCoordinates;
+constexpr uint32_t kTrials = 2;           // runs that tell how runs of the head are
 constexpr uint32_t kInsideTokens = 4096;  // that say how tokens lie in their nodes
 constexpr uint32_t kSlopeTokens = 8192;   // that say how values go with keys
 constexpr uint32_t kAttendedBy = 32;      // sampled queries that say which tokens these are
 constexpr double kEvenShare = 0.2;        // of them, whether attended or not
-// Codes may be right for most tokens; of one that holds much of the mass they are not believed.
-constexpr float kLeastTokenDoubt = 0.7f;
-constexpr float kTried = 0.05f;  // a tolerated error
-constexpr float kLeastRowDoubt = 0.15f;  // 4 bits of a value alone miss 0.11 of it
-constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
-constexpr uint32_t kToldQueries = 32;     // that say what estimates are worth
 
-// Some of the queries [][head_dim], evenly spread.
-std::vector<float> Spread(std::span<const float> queries, uint32_t head_dim, uint32_t most) {
-  const size_t n = queries.size() / head_dim, taken = std::min<size_t>(n, most);
-  std::vector<float> out;
-  for (size_t i = 0; i < taken; ++i) {
-    const auto row = queries.subspan((2 * i + 1) * n / (2 * taken) * head_dim, head_dim);
-    out.insert(out.end(), row.begin(), row.end());
-  }
-  return out;
-}
+// A run that the model is learned from.
+struct Trial {
+  const KvView* run;
+  ClusterIndex::Draft draft;
+  std::unique_ptr<ClusterIndex> index;
+};
 
 // About `count` places of the order, each as often as its token's share says.
 std::vector<uint32_t> Draw(std::span<const double> share, std::span<const uint32_t> order,
-                           uint32_t count) {
+                           double count) {
   std::vector<uint32_t> out;
   double sum = 0;
   for (uint32_t at = 0; at < order.size(); ++at) {
@@ -54,42 +46,43 @@ std::vector<uint32_t> Draw(std::span<const double> share, std::span<const uint32
   return out;
 }
 
-float RootMean(std::span<const double> squares) {
-  const double sum = std::accumulate(squares.begin(), squares.end(), 0.0);
-  return static_cast<float>(std::sqrt(sum / static_cast<double>(squares.size())));
+std::vector<uint16_t> Rounded(const Matrix& m) {
+  std::vector<uint16_t> out(m.size());
+  for (Eigen::Index i = 0; i < m.size(); ++i) out[i] = FloatToBf16(m.data()[i]);
+  return out;
 }
 
-}  // namespace
-
-ClusterIndex::Inside ClusterIndex::LookInside(std::span<const float> rows, uint32_t node_rows,
-                                              float lost_variance) {
-  const auto n = static_cast<uint32_t>(rows.size() / kWidth);
-  const uint32_t nodes = (n + node_rows - 1) / node_rows;
-  const uint32_t taken = std::min(nodes, std::max(1u, kInsideTokens / node_rows));
+ClusterModel::Inside LookInside(std::span<const Trial> trials, uint32_t node_rows,
+                                float lost_variance) {
   Matrix covariance = Matrix::Zero(kWidth, kWidth);
   double tokens = 0;
-  for (uint32_t i = 0; i < taken; ++i) {
-    const uint32_t lo = static_cast<uint32_t>(uint64_t{i} * nodes / taken) * node_rows;
-    const uint32_t count = std::min(node_rows, n - lo);
-    Matrix dy = Eigen::Map<const Matrix>(rows.data() + size_t{lo} * kWidth, count, kWidth);
-    dy.rowwise() -= dy.colwise().mean().eval();
-    covariance += dy.transpose() * dy;
-    tokens += count;
+  for (const Trial& trial : trials) {
+    const std::vector<float>& rows = trial.draft.rows;
+    const auto n = static_cast<uint32_t>(rows.size() / kWidth);
+    const uint32_t nodes = (n + node_rows - 1) / node_rows;
+    const uint32_t taken = std::min(nodes, std::max(1u, kInsideTokens / node_rows));
+    for (uint32_t i = 0; i < taken; ++i) {
+      const uint32_t lo = static_cast<uint32_t>(uint64_t{i} * nodes / taken) * node_rows;
+      const uint32_t count = std::min(node_rows, n - lo);
+      Matrix dy = Eigen::Map<const Matrix>(rows.data() + size_t{lo} * kWidth, count, kWidth);
+      dy.rowwise() -= dy.colwise().mean().eval();
+      covariance += dy.transpose() * dy;
+      tokens += count;
+    }
   }
   covariance /= static_cast<float>(tokens);
-  Inside inside;
+  ClusterModel::Inside inside;
   inside.covariance.assign(covariance.data(), covariance.data() + covariance.size());
-  inside.lost_variance = lost_variance;
   inside.variance = covariance.trace() + lost_variance;
   return inside;
 }
 
-// How often the sampled queries attend each token, and a little of every token: [tokens], sums
-// to 1.
-std::vector<double> ClusterIndex::AttendedShare(const KvView& run,
-                                                std::span<const float> queries) const {
-  const std::vector<float> q = Spread(queries, run.head_dim, kAttendedBy);
-  std::vector<double> share(tokens(), 1.0 / tokens());
+// How often the sampled queries attend each token of a trial, and a little of every token: [tokens],
+// sums to 1.
+std::vector<double> AttendedShare(const KvView& run, std::span<const float> queries) {
+  const std::vector<float> q = SpreadQueries(queries, run.head_dim, kAttendedBy);
+  const uint32_t tokens = run.tokens().size();
+  std::vector<double> share(tokens, 1.0 / tokens);
   const auto told = static_cast<uint32_t>(q.size() / run.head_dim);
   if (told == 0) return share;
   const std::vector<TokenRange> ranges(told, run.tokens());
@@ -106,211 +99,188 @@ std::vector<double> ClusterIndex::AttendedShare(const KvView& run,
   return share;
 }
 
-// slopes: how values go with what is missed of keys, where queries look.
-void ClusterIndex::LearnSlopes(const KvView& run, std::span<const float> queries) {
-  const RunRows keys(run, KvPart::kKey), values(run, KvPart::kValue);
-  const uint32_t d = run.head_dim, rank = p_.codes.basis().rank;
-  const std::vector<uint32_t> chosen = Draw(AttendedShare(run, queries), p_.order, kSlopeTokens);
-  const auto m = static_cast<Eigen::Index>(chosen.size());
-  Matrix v(m, d), missed(m, d), codes(m, rank), leaf(m, rank), super(m, rank);
-  std::vector<float> centre(kWidth);
-  for (Eigen::Index i = 0; i < m; ++i) {
-    const uint32_t at = chosen[i];
-    keys.Widen(p_.order[at], missed.row(i).data());
-    values.Widen(p_.order[at], v.row(i).data());
-    p_.leaves.Centre(at / kLeafRows, centre);
-    std::copy_n(centre.begin(), rank, leaf.row(i).data());
-    p_.supers.Centre(at / kSuperRows, centre);
-    std::copy_n(centre.begin(), rank, super.row(i).data());
-    p_.codes.Decode(at, std::span(codes.row(i).data(), rank));
-    codes.row(i) *= Bf16ToFloat(p_.scale[at]);
-  }
-  const Eigen::Map<const Eigen::RowVectorXf> mean(p_.basis.mean.data(), d);
-  const Eigen::Map<const Matrix> dual(p_.basis.query_map.data(), rank, d);
-  missed.rowwise() -= mean;
-  missed.noalias() -= (leaf + codes) * dual;
-  v.rowwise() -= v.colwise().mean().eval();
-  missed.rowwise() -= missed.colwise().mean().eval();
-  v /= static_cast<float>(m);
-  Matrix slope = v.transpose() * missed;
-  const auto keep = [&](std::vector<float>* out) {
-    out->assign(slope.data(), slope.data() + slope.size());
-  };
-  keep(&token_slope_);
-  slope.noalias() += (v.transpose() * codes) * dual;
-  keep(&inside_leaf_.slope);
-  slope.noalias() += (v.transpose() * (leaf - super)) * dual;
-  keep(&inside_super_.slope);
-}
-
-// Sampled queries and their exact answers.
-struct ClusterIndex::Sampled {
-  const KvView& run;
-  std::vector<float> q;
-  std::vector<TokenRange> ranges;
-  QueryBlock queries;
-  std::vector<float> answers;  // [queries][head_dim]
-  double mean_square = 0;      // of the answers' lengths
-
-  QueryBlock Query(uint32_t i) const {
-    QueryBlock one = queries;
-    one.q += size_t{i} * queries.head_dim;
-    one.queries = 1;
-    one.ranges = one.ranges.subspan(i, 1);
-    return one;
-  }
+// What tokens of the trials have, as they are attended, a row each.
+struct SlopeRows {
+  Matrix values, missed, codes, leaf, super;
+  SlopeRows(Eigen::Index rows, uint32_t head_dim, uint32_t rank)
+      : values(rows, head_dim), missed(rows, head_dim), codes(rows, rank), leaf(rows, rank),
+        super(rows, rank) {}
 };
 
-void ClusterIndex::LearnDoubts(const KvView& run, std::span<const float> queries) {
-  Sampled s{run, Spread(queries, run.head_dim, kToldQueries), {}, {}, {}, 0};
-  const auto told = static_cast<uint32_t>(s.q.size() / run.head_dim);
-  if (told == 0) return;
-  s.ranges.assign(told, run.tokens());
-  s.queries = {s.q.data(), DType::kFp32, told, run.head_dim, 1.0f, s.ranges};
-  s.answers.resize(s.q.size());
-  std::vector<float> acc(s.q.size());
-  std::vector<Partial> partials(told);
-  for (uint32_t i = 0; i < told; ++i) {
-    partials[i].acc = std::span(acc).subspan(size_t{i} * run.head_dim, run.head_dim);
+SlopeRows GatherRows(const ClusterModel& m, std::span<const Trial> trials,
+                     std::span<const float> queries) {
+  std::vector<std::vector<uint32_t>> chosen;
+  Eigen::Index rows = 0;
+  for (const Trial& trial : trials) {
+    chosen.push_back(Draw(AttendedShare(*trial.run, queries), trial.draft.order,
+                          static_cast<double>(kSlopeTokens) / static_cast<double>(trials.size())));
+    rows += static_cast<Eigen::Index>(chosen.back().size());
   }
-  ExactScan().AttendAll(run, s.queries, partials);
-  for (uint32_t i = 0; i < told; ++i) {
-    partials[i].Finish(std::span(s.answers).subspan(size_t{i} * run.head_dim, run.head_dim));
-  }
-  for (float x : s.answers) s.mean_square += double{x} * x / told;
-  Calibrate(s);
-}
-
-std::vector<float> ClusterIndex::Answers(const Sampled& sampled, const CoarseScores& coarse,
-                                         Refined refined) const {
-  std::vector<float> out(sampled.answers.size()), scores, acc(head_dim());
-  CoarseScores one = coarse;  // of each query alone: a block's queries share what is refined
-  for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
-    const QueryBlock query = sampled.Query(i);
-    one.score.assign(coarse.Row(i).begin(), coarse.Row(i).end());
-    RunAllotment allotment{{HUGE_VALF}, {0}, {}};
-    if (!refined.exactly) allotment.exact = {HUGE_VALF};
-    if (refined.tokens > 0 && one.score.size() > refined.tokens) {
-      scores = one.score;
-      std::nth_element(scores.begin(), scores.begin() + refined.tokens, scores.end(),
-                       std::greater<>());
-      allotment.threshold[0] = scores[refined.tokens];
+  SlopeRows out(rows, m.head_dim(), m.rank());
+  std::vector<float> centre(kWidth);
+  Eigen::Index row = 0;
+  for (size_t t = 0; t < trials.size(); ++t) {
+    const ClusterIndex::Parts& p = trials[t].index->parts();
+    const RunRows keys(*trials[t].run, KvPart::kKey), values(*trials[t].run, KvPart::kValue);
+    for (uint32_t at : chosen[t]) {
+      keys.Widen(p.order[at], out.missed.row(row).data());
+      values.Widen(p.order[at], out.values.row(row).data());
+      p.leaves.Centre(at / kLeafRows, m.centre_step, centre);
+      std::copy_n(centre.begin(), m.rank(), out.leaf.row(row).data());
+      p.supers.Centre(at / kSuperRows, m.centre_step, centre);
+      std::copy_n(centre.begin(), m.rank(), out.super.row(row).data());
+      p.codes.Decode(at, std::span(out.codes.row(row).data(), m.rank()));
+      out.codes.row(row++) *= Bf16ToFloat(p.scale[at]);
     }
-    std::fill(acc.begin(), acc.end(), 0.0f);
-    Partial partial{.acc = acc};
-    Refine(sampled.run, query, one, allotment, {&partial, 1});
-    partial.Finish(std::span(out).subspan(size_t{i} * head_dim(), head_dim()));
   }
   return out;
 }
 
-std::vector<double> ClusterIndex::Errors(const Sampled& sampled, std::span<const float> answers,
-                                         std::span<const float> wanted) const {
-  std::vector<double> errors;
-  for (size_t lo = 0; lo < answers.size(); lo += head_dim()) {
-    double difference = 0, length = 1e-30;
-    for (size_t at = lo; at < lo + head_dim(); ++at) {
-      const double from = double{answers[at]} - wanted[at];
-      difference += from * from;
-      length += double{sampled.answers[at]} * sampled.answers[at];
+// How values go with what is missed of keys, where queries look.
+void LearnSlopes(std::span<const Trial> trials, std::span<const float> queries, ClusterModel* m) {
+  SlopeRows r = GatherRows(*m, trials, queries);
+  const uint32_t d = m->head_dim();
+  const Eigen::Map<const Eigen::RowVectorXf> mean(m->basis.mean.data(), d);
+  const Eigen::Map<const Matrix> dual(m->basis.query_map.data(), m->rank(), d);
+  r.missed.rowwise() -= mean;
+  r.missed.noalias() -= (r.leaf + r.codes) * dual;
+  r.values.rowwise() -= r.values.colwise().mean().eval();
+  r.missed.rowwise() -= r.missed.colwise().mean().eval();
+  r.values /= static_cast<float>(r.values.rows());
+  Matrix slope = r.values.transpose() * r.missed;
+  m->token_slope = Rounded(slope);
+  slope.noalias() += (r.values.transpose() * r.codes) * dual;
+  m->leaf.slope = Rounded(slope);
+  slope.noalias() += (r.values.transpose() * (r.leaf - r.super)) * dual;
+  m->super.slope = Rounded(slope);
+}
+
+// Means over the trials.
+void AddMean(std::span<const float> of_one, size_t trials, std::vector<float>* mean) {
+  mean->resize(of_one.size());
+  for (size_t i = 0; i < of_one.size(); ++i) (*mean)[i] += of_one[i] / static_cast<float>(trials);
+}
+
+// [head_dim] root mean squares of leaves' means around their super's, and of tokens' values around
+// their leaf's.
+void LearnDeviations(std::span<const Trial> trials, ClusterModel* m) {
+  const uint32_t d = m->head_dim();
+  std::vector<double> of_leaves(d), of_tokens(d);
+  double leaves = 0, tokens = 0;
+  std::vector<float> value(d), super(d);
+  for (const Trial& trial : trials) {
+    const RunRows values(*trial.run, KvPart::kValue);
+    const std::vector<uint32_t>& order = trial.draft.order;
+    const LeafMeans means = MeanValues(*trial.run, order);
+    const auto nodes = static_cast<uint32_t>(means.means.size() / d);
+    for (uint32_t lo = 0; lo < nodes; lo += kLeavesPerSuper) {
+      const uint32_t hi = std::min(nodes, lo + kLeavesPerSuper);
+      std::fill(super.begin(), super.end(), 0.0f);
+      for (uint32_t l = lo; l < hi; ++l) {
+        for (uint32_t i = 0; i < d; ++i) super[i] += means.Of(l)[i] / static_cast<float>(hi - lo);
+      }
+      for (uint32_t l = lo; l < hi; ++l, ++leaves) {
+        for (uint32_t i = 0; i < d; ++i) {
+          of_leaves[i] += (means.Of(l)[i] - super[i]) * (means.Of(l)[i] - super[i]);
+        }
+      }
     }
-    errors.push_back(difference / length);
-  }
-  return errors;
-}
-
-void ClusterIndex::Calibrate(const Sampled& sampled) {
-  log_length_ = static_cast<float>(0.5 * std::log(sampled.mean_square + 1e-30));
-  std::vector<Unrest> unrest;
-  const QueryBasis::Coordinates at = p_.basis.EncodeQueries(sampled.queries);
-  for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
-    unrest.push_back(UnrestOf(at.Row(i).first(p_.codes.basis().rank)));
-  }
-  const auto of_level = [&](Depth depth, float Unrest::*part) {
-    CoarseScores coarse;
-    Look(sampled.run, sampled.queries, depth, &coarse);
-    std::vector<double> squares =
-        Errors(sampled, Answers(sampled, coarse, {}), sampled.answers);
-    for (size_t i = 0; i < squares.size(); ++i) {
-      squares[i] /= double{unrest[i].*part} * (unrest[i].*part);
+    for (uint32_t at = 0; at < order.size(); at += 4, ++tokens) {
+      values.Widen(order[at], value.data());
+      const float* const mean = means.Of(at / kLeafRows);
+      for (uint32_t i = 0; i < d; ++i) of_tokens[i] += (value[i] - mean[i]) * (value[i] - mean[i]);
     }
-    return std::clamp<float>(RootMean(squares), 1e-4f, 2.0f);
-  };
-  super_doubt_ = of_level(Depth::kSupers, &Unrest::super);
-  leaf_doubt_ = of_level(Depth::kLeaves, &Unrest::leaf);
-  CalibrateTokens(sampled, unrest);
-  ChooseDepth(sampled);
-}
-
-// Where estimates of groups are not to be trusted, every code is read.
-void ClusterIndex::ChooseDepth(const Sampled& sampled) {
-  const auto missed = [&](bool open_all) {
-    open_all_ = open_all;
-    std::vector<double> errors = Errors(sampled, AnswersWithin(sampled, kTried), sampled.answers);
-    for (double& square : errors) square *= square;  // what is seldom but large counts
-    return std::sqrt(RootMean(errors));
-  };
-  const float all = missed(true), groups = missed(false);
-  open_all_ = groups > 1.5f * kTried && groups > 1.5f * all;
-}
-
-// Answers of an error that is tolerated, [queries][head_dim].
-std::vector<float> ClusterIndex::AnswersWithin(const Sampled& sampled, float tolerance) const {
-  std::vector<float> out(sampled.answers.size()), acc(head_dim());
-  Budget budget;
-  budget.kind = Budget::Kind::kError;
-  budget.error = tolerance;
-  for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
-    QueryBlock query = sampled.Query(i);
-    query.tolerance = tolerance;
-    CoarseScores coarse;
-    Score(sampled.run, query, &coarse);
-    const RunScores scores{&coarse, 0};
-    RunShare share;
-    AllocateBudget(budget, {&scores, 1}, {&share, 1});
-    std::fill(acc.begin(), acc.end(), 0.0f);
-    Partial partial{.acc = acc};
-    Refine(sampled.run, query, coarse, {{share.threshold}, {share.ties}, {share.exact}},
-           {&partial, 1});
-    partial.Finish(std::span(out).subspan(size_t{i} * head_dim(), head_dim()));
   }
+  for (uint32_t i = 0; i < d; ++i) {
+    m->leaf_deviation.push_back(static_cast<float>(std::sqrt(of_leaves[i] / leaves)));
+    m->token_deviation.push_back(static_cast<float>(std::sqrt(of_tokens[i] / tokens)));
+  }
+}
+
+// Quantisers for what the trials' tokens differ in from their leaves.
+void LearnQuantisers(std::span<const Trial> trials, ClusterModel* m) {
+  m->centre_step.assign(kWidth, 0.0f);
+  for (const Trial& trial : trials) {
+    const std::vector<float> step = NodeLevel::StepFor(trial.draft.rows, kLeafRows);
+    for (uint32_t c = 0; c < kWidth; ++c) m->centre_step[c] = std::max(m->centre_step[c], step[c]);
+  }
+  std::vector<std::vector<float>> differences;
+  for (const Trial& trial : trials) {
+    const NodeLevel leaves(trial.draft.rows, kLeafRows, m->centre_step, m->lost_variance);
+    differences.push_back(
+        Differences(trial.draft.coordinates, trial.draft.order, leaves, m->centre_step));
+    AddMean(SecondMoments(differences.back(), m->head_dim()), trials.size(),
+            &m->difference_variance);
+  }
+  for (std::vector<float>& rows : differences) {
+    Equalise(m->difference_variance, rows);
+    AddMean(SecondMoments(rows, m->head_dim()), trials.size(), &m->row_variance);
+  }
+  for (const std::vector<float>& rows : differences) {
+    const std::vector<float> narrow = Narrowed(rows, m->head_dim());
+    AddMean(KeyCodes::Encode(narrow, m->CodeBasis()).ErrorVariance(narrow), trials.size(),
+            &m->code_error);
+  }
+  LearnDeviations(trials, m);
+}
+
+absl::Status LearnBasis(std::span<const KvView> runs, std::span<const float> queries,
+                        ClusterModel* m) {
+  // One behind another, whatever lies between them.
+  std::vector<KvSegment> all;
+  uint32_t tokens = 0;
+  for (const KvView& run : runs) {
+    for (KvSegment segment : run.segments) {
+      const uint32_t size = segment.tokens.size();
+      segment.tokens = {tokens, tokens + size};
+      tokens += size;
+      all.push_back(segment);
+    }
+  }
+  const KvView whole{all, runs.front().head_dim, runs.front().dtype};
+  QUARRY_ASSIGN_OR_RETURN(m->basis, FitQueryBasis(whole, queries, whole.head_dim));
+  m->lost_variance =
+      std::accumulate(m->basis.variance.begin() + m->rank(), m->basis.variance.end(), 0.0f);
+  for (float x : m->basis.query_map) m->query_map.push_back(FloatToBf16(x));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
+                                              std::span<const float> queries) {
+  if (runs.empty() || runs.front().tokens().empty() || runs.front().head_dim % 16 != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "clusters of ", runs.size(), " runs, of head_dim ",
+        runs.empty() ? 0 : runs.front().head_dim, ": wanted are tokens and a multiple of 16"));
+  }
+  auto model = std::make_shared<ClusterModel>();
+  QUARRY_RETURN_IF_ERROR(LearnBasis(runs, queries, model.get()));
+  std::vector<Trial> trials;
+  const size_t count = std::min<size_t>(kTrials, runs.size());
+  for (size_t i = 0; i < count; ++i) {
+    const KvView& run = runs[(2 * i + 1) * runs.size() / (2 * count)];
+    trials.push_back({&run, ClusterIndex::MakeDraft(run, model->basis), nullptr});
+  }
+  LearnQuantisers(trials, model.get());
+  model->leaf = LookInside(trials, kLeafRows, model->lost_variance);
+  model->super = LookInside(trials, kSuperRows, model->lost_variance);
+  for (Trial& trial : trials) trial.index = ClusterIndex::Build(*trial.run, model, trial.draft);
+  LearnSlopes(trials, queries, model.get());
+  LearnedClusters out;
+  for (const KvView& run : runs) {
+    const auto trial = std::find_if(trials.begin(), trials.end(),
+                                    [&](const Trial& t) { return t.run == &run; });
+    if (trial != trials.end()) {
+      out.indexes.push_back(std::move(trial->index));
+      continue;
+    }
+    QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<ClusterIndex> index, ClusterIndex::Build(run, model));
+    out.indexes.push_back(std::move(index));
+  }
+  CalibrateClusters(runs, out.indexes, queries, model.get());
+  out.model = std::move(model);
   return out;
-}
-
-// Without the best tokens, what is common to the others is left; the rest is the single tokens'.
-void ClusterIndex::CalibrateTokens(const Sampled& sampled, std::span<const Unrest> unrest) {
-  CoarseScores coarse;
-  Look(sampled.run, sampled.queries, Depth::kTokens, &coarse);
-  const std::vector<float> refined = Answers(sampled, coarse, {kRefinedTokens, true});
-  std::vector<double> single = Errors(sampled, Answers(sampled, coarse, {}), sampled.answers);
-  std::vector<double> common = Errors(sampled, refined, sampled.answers);
-  std::vector<double> by_rows =
-      Errors(sampled, Answers(sampled, coarse, {kRefinedTokens, false}), refined);
-  std::vector<double> share;  // of the squares of single tokens' masses
-  std::vector<float> scores;
-  for (uint32_t i = 0; i < sampled.queries.queries; ++i) {
-    scores.assign(coarse.Row(i).begin(), coarse.Row(i).end());
-    std::sort(scores.begin(), scores.end(), std::greater<>());
-    double mass = 0, squares = 0, tail = 0, tail_squares = 0;
-    for (size_t t = 0; t < scores.size(); ++t) {
-      const double w = std::exp(double{scores[t]} - scores[0]);
-      mass += w;
-      squares += w * w;
-      tail += t < kRefinedTokens ? 0 : w;
-      tail_squares += t < kRefinedTokens ? 0 : w * w;
-    }
-    const double usual = double{unrest[i].token} * unrest[i].token;
-    by_rows[i] *= mass * mass / ((squares - tail_squares) * usual);
-    common[i] = tail > 0 ? common[i] * (mass / tail) * (mass / tail) / usual : 0;
-    share.push_back(squares * usual / (mass * mass));
-  }
-  common_doubt_ = std::clamp<float>(RootMean(common), 1e-4f, 2.0f);
-  for (size_t i = 0; i < share.size(); ++i) {
-    const double shared = double{common_doubt_} * unrest[i].token;
-    single[i] = std::max(0.0, single[i] - shared * shared) / share[i];
-  }
-  token_doubt_ = std::clamp<float>(RootMean(single), kLeastTokenDoubt, 20.0f);
-  row_doubt_ = std::clamp<float>(RootMean(by_rows), kLeastRowDoubt, token_doubt_);
 }
 
 }  // namespace quarry

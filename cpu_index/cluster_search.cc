@@ -1,12 +1,12 @@
-// How a clustered index looks for what a query attends: supers, leaves, tokens.
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <functional>
-#include <limits>
-#include <vector>
-
+// How clustered indexes look for what queries attend: supers, leaves, tokens.
 #include "cpu_index/cluster_search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu_index/cluster_attend.h"
+#include "cpu_index/error_cut.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
 #include "proto/half.h"
@@ -15,6 +15,10 @@ namespace quarry {
 namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr float kAll = std::numeric_limits<float>::infinity();
+constexpr float kLeast = std::numeric_limits<float>::lowest();
+const float kLogLeaf = std::log(static_cast<float>(kLeafRows));
+const float kLogSuper = std::log(static_cast<float>(kSuperRows));
 
 // Of the tolerated error: what supers, and leaves, that stay closed may make of it.
 constexpr float kSuperShare = 0.3f, kLeafShare = 0.4f;
@@ -25,281 +29,383 @@ constexpr float kOutlierShare = 1.0f / 32;
 // higher. Of 1,700 tokens with 2% of a query's mass or more, whose codes missed 3 nats of their
 // scores or more, 9 in 10 were among the best 30 to 250.
 constexpr uint32_t kRankedTokens = 512;
-
-// The least weight (a log, of a whole node) that has to be opened, so that those below it sum up to
-// at most e^allowed. A histogram of quarters of a nat: no exponentials, no sort.
-float OpenFrom(std::span<const float> weights, float allowed) {
-  constexpr int kBins = 96;
-  constexpr float kLowest = 16, kPerNat = 4;
-  std::array<uint32_t, kBins> count{};
-  for (float weight : weights) {
-    // In this order what is no number comes to be 0.
-    const float at = std::min((weight - allowed + kLowest) * kPerNat, float{kBins - 1});
-    ++count[static_cast<int>(std::max(0.0f, at))];
-  }
-  double sum = 0;
-  for (int bin = 0; bin < kBins; ++bin) {
-    const float low = static_cast<float>(bin) / kPerNat - kLowest;
-    sum += count[bin] * std::exp(low + 0.5f / kPerNat);
-    if (sum > 1) return bin == 0 ? kNone : allowed + low;
-  }
-  return std::numeric_limits<float>::infinity();
-}
-
-}  // namespace
-
-float LogSum(std::span<float> x) {
-  const float largest = Kernels().max(x.data(), x.size());
-  if (largest == kNone) return kNone;
-  return largest + std::log(Kernels().exp_sum(x.data(), x.size(), largest));
-}
+constexpr float kNoBreadth = 1e-30f;  // times no node's variance, -infinity, it is still that
 
 float LogAdd(float a, float b) {
   const float most = std::max(a, b);
   return most == kNone ? kNone : most + std::log(std::exp(a - most) + std::exp(b - most));
 }
 
-float ClusterIndex::Inside::Breadth(std::span<const float> y) const {
-  float sum = 0, length = 0;
-  for (size_t a = 0; a < y.size(); ++a) {
-    float row = 0;
-    for (size_t b = 0; b < y.size(); ++b) row += covariance[a * KeyCodes::kCoordinates + b] * y[b];
-    sum += row * y[a];
-    length += y[a] * y[a];
-  }
-  sum += lost_variance * length / static_cast<float>(y.size());
-  return std::max(sum, 1e-6f * variance) / std::max(variance, 1e-12f);
+}  // namespace
+
+float ClusterSearch::LogSum(std::span<const float> x) {
+  float* const copy = s_.copy.Take(x.size());
+  std::copy(x.begin(), x.end(), copy);
+  const float largest = Kernels().max(copy, x.size());
+  if (largest == kNone) return kNone;
+  return largest + std::log(Kernels().exp_sum(copy, x.size(), largest));
 }
 
-float ClusterIndex::CodeVariance(std::span<const float> y) const {
-  float sum = 0, length = 0;
-  for (size_t c = 0; c < y.size(); ++c) {
-    sum += code_error_[c] * y[c] * y[c];
-    length += y[c] * y[c];
-  }
-  sum += inside_leaf_.lost_variance * length / static_cast<float>(y.size());
-  return std::min(sum, 2.0f);
-}
-
-ClusterIndex::Unrest ClusterIndex::UnrestOf(std::span<const float> y) const {
-  // A weight e^x, with x normal of this variance, and a value that has an error of its own.
-  constexpr float kOwn = 0.7f, kMost = 3;
-  const auto unrest = [=](float variance) {
-    return std::sqrt(std::exp(std::min(variance, kMost)) - 1 + kOwn);
-  };
-  return {unrest(CodeVariance(y)), unrest(inside_leaf_.variance * inside_leaf_.Breadth(y)),
-          unrest(inside_super_.variance * inside_super_.Breadth(y))};
-}
-
-void ClusterIndex::ScoreSupers(const QueryBlock& queries, Search* s) const {
-  const QueryBasis::Coordinates at = p_.basis.EncodeQueries(queries);
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    const std::span<const float> y = at.Row(i).first(p_.codes.basis().rank);
-    s->code.push_back(p_.codes.Prepare(y, 0.0f));  // of differences from a centre
-    s->leaf.push_back(p_.leaves.Prepare(y, at.mean_score[i]));
-    s->super.push_back(p_.supers.Prepare(y, at.mean_score[i]));
-    s->leaf_breadth.push_back(inside_leaf_.Breadth(y));
-    s->super_breadth.push_back(inside_super_.Breadth(y));
-    s->code_variance.push_back(CodeVariance(y));
-    s->unrest.push_back(UnrestOf(y));
-  }
-  s->own_mass.resize(queries.queries);
-  s->mass.resize(queries.queries);
-  const NodeLevel& supers = p_.supers;
-  const size_t row = size_t{supers.blocks()} * NodeLevel::kBlockNodes;
-  s->super_score.resize(queries.queries * row);
-  supers.Score(s->super, nullptr, supers.blocks(), s->super_score);
-  s->bytes += row * (NodeLevel::kCentreBytes + sizeof(float));
-  std::vector<float> weight(supers.nodes());
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    // From padded rows to rows of the supers there are.
-    const float* const from = s->super_score.data() + i * row;
-    float* const score = s->super_score.data() + size_t{i} * supers.nodes();
-    for (uint32_t n = 0; n < supers.nodes(); ++n) {
-      score[n] = supers.Lifted(n, from[n], s->super_breadth[i]);
-      weight[n] = score[n] + supers.log_count(n);
+ClusterSearch::ClusterSearch(std::span<const ClusterRun> runs, const QueryBlock& queries,
+                             const ClusterLimits& limits, ClusterScratch* scratch)
+    : runs_(runs),
+      queries_(queries),
+      limits_(limits),
+      model_(*runs.front().index->model()),
+      count_(queries.queries),
+      s_(*scratch) {
+  for (const ClusterRun& run : runs) {
+    QUARRY_CHECK(run.index->model().get() == &model_ && run.index->Fits(*run.view));
+    first_super_.push_back(supers_);
+    supers_ += run.index->parts().supers.blocks() * NodeLevel::kBlockNodes;
+    bool whole = true;
+    for (const TokenRange& range : run.ranges) {
+      whole &= range.lo <= run.view->tokens().lo && range.hi >= run.view->tokens().hi;
     }
-    s->SetMass(i, LogSum(weight), log_length_);
+    whole_.push_back(whole);
+  }
+  first_super_.push_back(supers_);
+  MakeReady();
+}
+
+void ClusterSearch::MakeReady() {
+  const uint32_t d = queries_.head_dim;
+  coordinates_.resize(size_t{count_} * d);
+  std::vector<float> mean_score(count_);
+  kernels::ScoreTile tile{};
+  tile.q = queries_.q;
+  tile.queries = count_;
+  tile.head_dim = d;
+  tile.scale = queries_.scale;
+  tile.dtype = kernels::kBf16;
+  tile.k = model_.query_map.data();
+  tile.tokens = d;
+  tile.out = coordinates_.data();
+  tile.ld_out = d;
+  Kernels().score(tile);
+  tile.dtype = kernels::kFp32;
+  tile.k = model_.basis.mean.data();
+  tile.tokens = 1;
+  tile.out = mean_score.data();
+  tile.ld_out = 1;
+  Kernels().score(tile);
+  node_ = NodeLevel::Prepare(coordinates_, d, model_.rank(), mean_score, model_.centre_step);
+  const KeyCodes codes = KeyCodes::Encode(std::span<const float>(), model_.CodeBasis());
+  for (uint32_t i = 0; i < count_; ++i) {
+    const KeyCodes::Query code = codes.Prepare(Coordinates(i).first(model_.rank()), 0);
+    code_.weight.insert(code_.weight.end(), code.weight, code.weight + KeyCodes::kCoordinates);
+    code_.scale.push_back(code.scale);
+    code_.offset.push_back(code.offset);
+  }
+  leaf_breadth_ = model_.Breadth(model_.leaf, coordinates_, count_);
+  super_breadth_ = model_.Breadth(model_.super, coordinates_, count_);
+  code_variance_ = model_.CodeVariance(coordinates_, count_);
+  for (uint32_t i = 0; i < count_; ++i) {
+    unrest_.push_back(model_.UnrestOf(code_variance_[i], leaf_breadth_[i], super_breadth_[i]));
+  }
+  mass_.resize(count_);
+  closed_.resize(count_);
+  bytes_ += model_.query_bytes();
+}
+
+std::span<const float> ClusterSearch::Coordinates(uint32_t query) const {
+  return std::span(coordinates_).subspan(size_t{query} * queries_.head_dim, queries_.head_dim);
+}
+
+// In the units of the tokens' weights.
+float ClusterSearch::Elsewhere(uint32_t query) const {
+  return limits_.other_length.empty() ? kNone
+                                      : limits_.other_length[query] - model_.log_length;
+}
+
+void ClusterSearch::Look() {
+  ScoreSupers();
+  const Depth depth = limits_.depth;
+  if (depth == Depth::kSupers) {
+    s_.opened_supers.Take(0);
+    s_.opened.Take(0);
+  } else {
+    OpenSupers();
+    ScoreLeaves();
+    OpenLeaves();
+  }
+  CloseOpened();
+  ScoreTokens();
+}
+
+void ClusterSearch::ScoreSupers() {
+  float* const score = s_.super_score.Take(size_t{count_} * supers_);
+  for (size_t r = 0; r < runs_.size(); ++r) {
+    const NodeLevel& level = runs_[r].index->parts().supers;
+    level.Score(node_, super_breadth_, nullptr, level.blocks(), score + first_super_[r], supers_);
+    bytes_ += size_t{level.blocks()} * NodeLevel::kBlockNodes * NodeLevel::kNodeBytes;
+    CountLast(level, kSuperRows, first_super_[r], score, supers_);
+  }
+  for (uint32_t i = 0; i < count_; ++i) {
+    mass_[i] = LogAdd(kLogSuper + LogSum({score + size_t{i} * supers_, supers_}), Elsewhere(i));
   }
 }
 
-void ClusterIndex::OpenSupers(float tolerance, std::span<const uint32_t> outliers,
-                              Search* s) const {
-  const uint32_t supers = p_.supers.nodes();
-  std::vector<uint8_t> open(supers, tolerance <= 0 ? 1 : 0);
-  for (uint32_t leaf : outliers) open[leaf / kLeavesPerSuper] = 1;
-  std::vector<float> weight(supers);
-  for (uint32_t i = 0; i < s->queries.queries && tolerance > 0; ++i) {
-    for (uint32_t n = 0; n < supers; ++n) {
-      weight[n] = s->super_score[size_t{i} * supers + n] + p_.supers.log_count(n);
-    }
-    const float from =
-        OpenFrom(weight, s->mass[i] + std::log(kSuperShare * tolerance / (super_doubt_ * s->unrest[i].super)));
-    for (uint32_t n = 0; n < supers; ++n) open[n] |= weight[n] >= from ? 1 : 0;
-  }
-  for (uint32_t n = 0; n < supers; ++n) (open[n] ? s->opened_supers : s->closed_supers).push_back(n);
+// A level's last node may have fewer tokens: it scores as a full one of the same mass. `at`: of the
+// level's first node.
+void ClusterSearch::CountLast(const NodeLevel& level, uint32_t rows, size_t at, float* score,
+                              size_t ld) const {
+  const uint32_t last = level.nodes() - 1, tokens = level.count(last);
+  if (tokens == rows) return;
+  const float less = std::log(static_cast<float>(tokens) / static_cast<float>(rows));
+  for (uint32_t i = 0; i < count_; ++i) score[i * ld + at + last] += less;
 }
 
-// The leaf at a place of the opened supers' rows; may lie behind the last leaf.
-uint32_t ClusterIndex::LeafAt(const Search& s, size_t at) {
-  return s.opened_supers[at / kLeavesPerSuper] * kLeavesPerSuper +
-         static_cast<uint32_t>(at % kLeavesPerSuper);
+bool ClusterSearch::Everything() const {
+  const Depth depth = limits_.depth;
+  return depth == Depth::kAsNeeded ? limits_.tolerance <= 0 : depth >= Depth::kCodes;
 }
 
-void ClusterIndex::ScoreLeaves(Search* s) const {
-  const NodeLevel& leaves = p_.leaves;
-  const size_t row = s->leaf_row();
-  s->leaf_score.resize(s->queries.queries * row);
-  leaves.Score(s->leaf, s->opened_supers.data(), static_cast<uint32_t>(s->opened_supers.size()),
-               s->leaf_score);
-  s->bytes += row * (NodeLevel::kCentreBytes + sizeof(float));
-  std::vector<float> weight;
-  for (uint32_t i = 0; i < s->queries.queries; ++i) {
-    weight.resize(row);
-    float* const score = s->leaf_score.data() + i * row;
-    for (size_t at = 0; at < row; ++at) {
-      const uint32_t leaf = LeafAt(*s, at);
-      const bool is = leaf < leaves.nodes();
-      score[at] = is ? leaves.Lifted(leaf, score[at], s->leaf_breadth[i]) : kNone;
-      weight[at] = is ? score[at] + leaves.log_count(leaf) : kNone;
-    }
-    for (uint32_t n : s->closed_supers) {
-      weight.push_back(s->super_score[size_t{i} * p_.supers.nodes() + n] + p_.supers.log_count(n));
-    }
-    s->SetMass(i, LogSum(weight), log_length_);
+// A query that sees a part of a run has to know its tokens one by one.
+void ClusterSearch::OpenSupers() {
+  std::vector<float> least(count_, kLeast);
+  const bool groups = limits_.depth == Depth::kAsNeeded && !Everything() && !model_.open_all;
+  for (uint32_t i = 0; i < count_ && groups; ++i) {
+    const float allowed =
+        mass_[i] - kLogSuper +
+        std::log(kSuperShare * limits_.tolerance / (model_.super_doubt * unrest_[i].super));
+    least[i] = std::max(kLeast, OpenFrom(SuperScores(i), allowed));
   }
+  uint32_t* const opened = s_.opened_supers.Take(supers_ + kLeafRows);
+  size_t n = 0;
+  for (size_t r = 0; r < runs_.size(); ++r) {
+    const uint32_t lo = first_super_[r], size = first_super_[r + 1] - lo;
+    const std::vector<float> any(count_, kLeast);
+    const size_t found = Kernels().select(s_.super_score.data() + lo, supers_, count_, size,
+                                          whole_[r] ? least.data() : any.data(), opened + n);
+    for (size_t j = n; j < n + found; ++j) opened[j] += lo;
+    n += found;
+  }
+  s_.opened_supers.Shrink(n);
 }
 
-void ClusterIndex::OpenLeaves(float tolerance, std::span<const uint32_t> outliers,
-                              Search* s) const {
-  const size_t row = s->leaf_row();
-  s->opened_leaf.assign(row, tolerance <= 0 ? 1 : 0);
-  std::vector<float> weight(row);
-  const float log_count = std::log(static_cast<float>(kLeafRows));  // the last leaf may have fewer
-  for (uint32_t i = 0; i < s->queries.queries && tolerance > 0; ++i) {
-    for (size_t at = 0; at < row; ++at) weight[at] = s->leaf_score[i * row + at] + log_count;
-    const float from =
-        OpenFrom(weight, s->mass[i] + std::log(kLeafShare * tolerance / (leaf_doubt_ * s->unrest[i].leaf)));
-    for (size_t at = 0; at < row; ++at) s->opened_leaf[at] |= weight[at] >= from ? 1 : 0;
-  }
-  for (size_t at = 0, next = 0; at < row; ++at) {
-    const uint32_t leaf = LeafAt(*s, at);
-    while (next < outliers.size() && outliers[next] < leaf) ++next;
-    if (next < outliers.size() && outliers[next] == leaf) s->opened_leaf[at] = 1;
-    if (leaf >= p_.leaves.nodes()) s->opened_leaf[at] = 0;
-    if (s->opened_leaf[at] != 0) s->leaves.push_back(leaf);
+void ClusterSearch::ScoreLeaves() {
+  const size_t row = leaf_row();
+  float* const score = s_.leaf_score.Take(count_ * row);
+  if (model_.open_all && limits_.depth == Depth::kAsNeeded) FindOutliers();
+  ForOpenedSupers([&](size_t r, size_t lo, size_t n) {
+    const NodeLevel& level = runs_[r].index->parts().leaves;
+    const uint32_t* const which = LocalSupers(r, lo, n);
+    level.Score(node_, leaf_breadth_, which, static_cast<uint32_t>(n),
+                score + lo * kLeavesPerSuper, row);
+    bytes_ += n * kLeavesPerSuper * NodeLevel::kNodeBytes;
+    if (s_.opened_supers[lo + n - 1] - first_super_[r] + 1 != (level.nodes() + 15) / 16) return;
+    // The last of the run's leaves is there.
+    const uint32_t last = level.nodes() - 1;
+    const size_t at = (lo + n - 1) * kLeavesPerSuper;
+    CountLast(level, kLeafRows, at - last / kLeavesPerSuper * kLeavesPerSuper, score, row);
+  });
+  for (uint32_t i = 0; i < count_; ++i) {
+    float* const supers = s_.super_score.data() + size_t{i} * supers_;
+    for (uint32_t n : s_.opened_supers.all()) supers[n] = kNone;
+    const float closed = kLogSuper + LogSum({supers, supers_});
+    const float leaves = kLogLeaf + LogSum(LeafScores(i));
+    mass_[i] = LogAdd(LogAdd(closed, leaves), Elsewhere(i));
   }
 }
 
-std::vector<uint32_t> ClusterIndex::FindOutliers(float tolerance, Search* s) const {
-  if (!open_all_ || tolerance <= 0) return {};
-  const uint32_t queries = s->queries.queries, leaves = p_.leaves.nodes();
-  const size_t row = size_t{p_.leaves.blocks()} * NodeLevel::kBlockNodes;
-  std::vector<float> centre(queries * row);
-  p_.leaves.Score(s->leaf, nullptr, p_.leaves.blocks(), centre);
-  s->bytes += row * NodeLevel::kCentreBytes + p_.codes.code_bytes();
-  std::vector<int32_t> least(size_t{queries} * leaves);
-  for (uint32_t i = 0; i < queries; ++i) {
-    const std::span<const float> of_query = std::span(centre).subspan(i * row, leaves);
+// The numbers within their run of n opened supers from the lo-th on.
+const uint32_t* ClusterSearch::LocalSupers(size_t run, size_t lo, size_t n) {
+  uint32_t* const which = s_.local.Take(n);
+  for (size_t j = 0; j < n; ++j) which[j] = s_.opened_supers[lo + j] - first_super_[run];
+  return which;
+}
+
+// Of heads whose groups hide tokens: leaves with a token that stands out by its code. All supers are
+// opened.
+void ClusterSearch::FindOutliers() {
+  const size_t row = leaf_row();
+  float* const score = s_.leaf_score.data();
+  const std::vector<float> breadth(count_, kNoBreadth);
+  ForOpenedSupers([&](size_t r, size_t lo, size_t n) {
+    const NodeLevel& level = runs_[r].index->parts().leaves;
+    level.Score(node_, breadth, LocalSupers(r, lo, n), static_cast<uint32_t>(n),
+                score + lo * kLeavesPerSuper, row);
+  });
+  std::vector<float> least(count_);
+  for (uint32_t i = 0; i < count_; ++i) {
     // A lower bound of the mass: estimates from spread are least true of such heads.
-    std::vector<float> weight(of_query.begin(), of_query.end());
-    s->SetMass(i, LogSum(weight) + std::log(static_cast<float>(kLeafRows)), log_length_);
-    const KeyCodes::Query& code = s->code[i];
-    s->ranked_from.push_back(BestBy(of_query, code, kRankedTokens));
-    const float from =
-        std::min(s->mass[i] + std::log(tolerance * kOutlierShare), s->ranked_from[i]);
-    for (uint32_t leaf = 0; leaf < leaves; ++leaf) {
-      // Of the token whose code stands for most.
-      const float above = (from - of_query[leaf]) / std::max(most_scale_[leaf], 1e-20f);
-      const float sum = code.scale > 0 ? (above - code.offset) / code.scale : 1e9f;
-      // In this order what is no number comes to be the least.
-      least[size_t{i} * leaves + leaf] =
-          static_cast<int32_t>(std::max(-1e9f, std::min(sum, 1e9f)));
-    }
+    const float mass = LogAdd(kLogLeaf + LogSum(LeafScores(i)), Elsewhere(i));
+    ranked_from_.push_back(BestByCodes(i, kRankedTokens));
+    least[i] = std::min(mass + std::log(limits_.tolerance * kOutlierShare), ranked_from_[i]);
   }
-  return p_.codes.FindBlocks(s->code, least);
+  uint32_t* const found = s_.outliers.Take(row);
+  size_t count = 0;
+  ForOpenedSupers([&](size_t r, size_t lo, size_t) {
+    const ClusterIndex::Parts& p = runs_[r].index->parts();
+    kernels::CodedKeyTile tile = CodeTile(p, nullptr, p.leaves.nodes());
+    tile.centre = score + lo * kLeavesPerSuper;
+    tile.ld_centre = row;
+    const uint32_t some = Kernels().find_codes(tile, least.data(), found + count);
+    for (size_t j = count; j < count + some; ++j) {
+      found[j] += static_cast<uint32_t>(lo * kLeavesPerSuper);
+    }
+    count += some;
+    bytes_ += p.codes.code_bytes() + 2 * p.scale.size();
+  });
+  s_.outliers.Shrink(count);
 }
 
-// About the score that `count` of the run's tokens have at least by their codes, from a sample.
-float ClusterIndex::BestBy(std::span<const float> centre, const KeyCodes::Query& code,
-                           uint32_t count) const {
-  constexpr uint32_t kSampledLeaves = 512;
-  const auto leaves = static_cast<uint32_t>(centre.size());
-  const uint32_t taken = std::min(leaves, kSampledLeaves);
-  std::vector<uint32_t> which(taken);
-  for (uint32_t l = 0; l < taken; ++l) {
-    which[l] = static_cast<uint32_t>((uint64_t{2} * l + 1) * leaves / (2 * taken));
-  }
-  std::vector<int32_t> sums(size_t{taken} * kLeafRows);
-  p_.codes.SumBlocks({&code, 1}, which, sums);
+kernels::CodedKeyTile ClusterSearch::CodeTile(const ClusterIndex::Parts& p, const uint32_t* which,
+                                              uint32_t blocks) const {
+  kernels::CodedKeyTile tile{};
+  tile.codes = p.codes.data();
+  tile.key_scale = p.scale.data();
+  tile.which = which;
+  tile.blocks = blocks;
+  tile.weights = code_.weight.data();
+  tile.scale = code_.scale.data();
+  tile.offset = code_.offset.data();
+  tile.queries = count_;
+  return tile;
+}
+
+// About the score that `count` of all tokens have at least by their codes, from a sample of leaves.
+// Leaves' scores are their centres'.
+float ClusterSearch::BestByCodes(uint32_t query, uint32_t count) {
+  constexpr size_t kSampledLeaves = 512;
   std::vector<float> scores;
-  for (size_t t = 0; t < sums.size(); ++t) {
-    const uint32_t place = which[t / kLeafRows] * kLeafRows + static_cast<uint32_t>(t % kLeafRows);
-    if (place >= tokens()) continue;
-    const float above = code.scale * static_cast<float>(sums[t]) + code.offset;
-    const float score = above * Bf16ToFloat(p_.scale[place]) + centre[which[t / kLeafRows]];
-    scores.push_back(std::max(kNone, score));  // what is no number has no order
-  }
-  const auto rank = static_cast<size_t>(uint64_t{count} * scores.size() / tokens());
-  if (rank >= scores.size()) return kNone;
+  size_t all = 0;
+  for (const ClusterRun& run : runs_) all += run.index->parts().leaves.nodes();
+  ForOpenedSupers([&](size_t r, size_t lo, size_t) {
+    const ClusterIndex::Parts& p = runs_[r].index->parts();
+    const uint32_t nodes = p.leaves.nodes();
+    const size_t some = std::min<size_t>(nodes, kSampledLeaves * nodes / all + 1);
+    std::vector<uint32_t> which(some);
+    std::vector<float> centre(some);
+    for (size_t l = 0; l < some; ++l) {
+      which[l] = static_cast<uint32_t>((2 * l + 1) * nodes / (2 * some));
+      centre[l] = LeafScores(query)[lo * kLeavesPerSuper + which[l]];
+    }
+    kernels::CodedKeyTile tile = CodeTile(p, which.data(), static_cast<uint32_t>(some));
+    tile.weights += size_t{query} * KeyCodes::kCoordinates;
+    tile.scale += query;
+    tile.offset += query;
+    tile.queries = 1;
+    tile.centre = centre.data();
+    const size_t first = scores.size();
+    scores.resize(first + some * kLeafRows);
+    tile.out = scores.data() + first;
+    Kernels().score_codes(tile);
+  });
+  const auto rank = static_cast<size_t>(uint64_t{count} * scores.size() / (all * kLeafRows));
+  if (rank >= scores.size()) return kLeast;
   std::nth_element(scores.begin(), scores.begin() + static_cast<ptrdiff_t>(rank), scores.end(),
                    std::greater<>());
-  return scores[rank];
+  return std::max(kLeast, scores[rank]);
 }
 
-void ClusterIndex::Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const {
-  QUARRY_CHECK(Fits(run));
-  // A query that sees a part of the run has to know its tokens one by one.
-  Depth depth = queries.tolerance > 0 ? Depth::kAsNeeded : Depth::kTokens;
-  for (const TokenRange& range : queries.ranges) {
-    if (range.lo > run.tokens().lo || range.hi < run.tokens().hi) depth = Depth::kTokens;
+void ClusterSearch::OpenLeaves() {
+  const size_t row = leaf_row();
+  uint32_t* const opened = s_.opened.Take(row + kLeafRows);
+  std::vector<float> least(count_, Everything() ? kLeast : kAll);
+  const bool needed = limits_.depth == Depth::kAsNeeded && !Everything();
+  for (uint32_t i = 0; i < count_ && needed; ++i) {
+    const float allowed =
+        mass_[i] - kLogLeaf +
+        std::log(kLeafShare * limits_.tolerance / (model_.leaf_doubt * unrest_[i].leaf));
+    least[i] = std::max(kLeast, OpenFrom(LeafScores(i), allowed));
   }
-  Look(run, queries, depth, out);
+  const std::vector<float> any(count_, kLeast);
+  size_t n = 0;
+  ForOpenedSupers([&](size_t r, size_t lo, size_t supers) {
+    const size_t from = lo * kLeavesPerSuper;
+    const size_t found = Kernels().select(s_.leaf_score.data() + from, row, count_,
+                                          supers * kLeavesPerSuper,
+                                          whole_[r] ? least.data() : any.data(), opened + n);
+    for (size_t j = n; j < n + found; ++j) opened[j] += static_cast<uint32_t>(from);
+    n += found;
+  });
+  s_.opened.Shrink(n);
+  if (ranked_from_.empty() || !needed) return;
+  std::vector<uint32_t> both(n + s_.outliers.size());
+  both.resize(std::set_union(opened, opened + n, s_.outliers.data(),
+                             s_.outliers.data() + s_.outliers.size(), both.begin()) -
+              both.begin());
+  std::copy(both.begin(), both.end(), s_.opened.Take(both.size()));
 }
 
-// Scores beyond what floats hold become the largest, or none: budgets compare and subtract them.
-void ClusterIndex::Bound(CoarseScores* out) {
-  constexpr float kMost = 1e30f;
-  for (float& score : out->score) score = std::min(std::max(kNone, score), kMost);
-}
-
-void ClusterIndex::Look(const KvView& run, const QueryBlock& queries, Depth depth,
-                        CoarseScores* out) const {
-  Search s{.queries = queries};
-  ScoreSupers(queries, &s);
-  const float tolerance = depth == Depth::kAsNeeded ? queries.tolerance : 0;
-  if (depth == Depth::kSupers) {
-    for (uint32_t n = 0; n < p_.supers.nodes(); ++n) s.closed_supers.push_back(n);
-  } else {
-    const std::vector<uint32_t> outliers = FindOutliers(tolerance, &s);
-    OpenSupers(tolerance, outliers, &s);
-    ScoreLeaves(&s);
-    if (depth == Depth::kLeaves) {
-      s.opened_leaf.assign(s.leaf_row(), 0);
-    } else {
-      OpenLeaves(tolerance, outliers, &s);
-    }
+// Takes opened leaves out of the leaves' scores, keeps their centres' scores, and adds up what closed
+// groups may err by.
+void ClusterSearch::CloseOpened() {
+  const size_t row = leaf_row(), n = s_.opened.size();
+  float* const centre = s_.centre.Take(count_ * n);
+  uint32_t* const leaf = s_.opened_leaf.Take(n);
+  s_.run_ends.Take(runs_.size());
+  std::fill_n(s_.run_ends.data(), runs_.size(), 0u);
+  for (size_t j = 0; j < n; ++j) {
+    const uint32_t entry = s_.opened[j];
+    leaf[j] = s_.opened_supers[entry / kLeavesPerSuper] * kLeavesPerSuper + entry % kLeavesPerSuper;
   }
-  out->Clear();
-  out->tokens = run.tokens();
-  out->bytes = s.bytes;
-  ListNodes(s, out);
-  Doubt(s, out);
-  ScoreClosed(s, out);
-  ScoreTokens(s, out);
-  if (!s.ranked_from.empty()) Rank(run, s, out);
-  MaskTokens(run, queries, out);
-  Bound(out);
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    std::vector<float> weight(out->Row(i).begin(), out->Row(i).end());
-    for (size_t stretch = kFullLeaves; stretch < kStretches; ++stretch) {
-      const auto log_count = std::log(static_cast<float>(out->stretches[stretch].weight));
-      for (uint32_t e = out->stretches[stretch - 1].end; e < out->stretches[stretch].end; ++e) {
-        weight[e] += log_count;
+  size_t j = 0;
+  for (size_t r = 0; r < runs_.size(); ++r) {
+    const NodeLevel& level = runs_[r].index->parts().leaves;
+    const uint32_t first = first_super_[r] * kLeavesPerSuper;
+    for (; j < n && leaf[j] < first_super_[r + 1] * kLeavesPerSuper; ++j) {
+      leaf[j] -= first;
+      const uint32_t tokens = level.count(leaf[j]);
+      const float less =
+          tokens == kLeafRows ? 0 : std::log(static_cast<float>(tokens) / float{kLeafRows});
+      for (uint32_t i = 0; i < count_; ++i) {
+        float& score = s_.leaf_score[i * row + s_.opened[j]];
+        centre[i * n + j] = score - less - level.Lift(leaf[j], leaf_breadth_[i]) +
+                            0.5f * code_variance_[i];
+        score = kNone;
       }
     }
-    out->length.push_back(LogSum(weight) + log_length_);
+    s_.run_ends[r] = static_cast<uint32_t>(j);
   }
+}
+
+void ClusterSearch::ScoreTokens() {
+  const size_t n = s_.opened.size(), row = n * kLeafRows;
+  float* const score = s_.token_score.Take(count_ * row);
+  ForOpenedLeaves([&](size_t r, size_t lo, size_t leaves) {
+    kernels::CodedKeyTile tile = CodeTile(runs_[r].index->parts(), s_.opened_leaf.data() + lo,
+                                          static_cast<uint32_t>(leaves));
+    tile.centre = s_.centre.data() + lo;
+    tile.ld_centre = n;
+    tile.out = score + lo * kLeafRows;
+    tile.ld_out = row;
+    Kernels().score_codes(tile);
+    Mask(r, lo, leaves);
+  });
+  if (ranked_from_.empty()) bytes_ += row * (KeyCodes::kBytes + sizeof(uint16_t));
+}
+
+// Takes out places behind a run's last token, and tokens that a query must not see.
+void ClusterSearch::Mask(size_t run, size_t lo, size_t leaves) {
+  const ClusterIndex& index = *runs_[run].index;
+  const size_t row = s_.opened.size() * kLeafRows;
+  const uint32_t first = runs_[run].view->tokens().lo;
+  for (size_t j = lo; j < lo + leaves; ++j) {
+    const uint32_t place = s_.opened_leaf[j] * kLeafRows;
+    if (whole_[run] && place + kLeafRows <= index.tokens()) continue;
+    for (uint32_t t = 0; t < kLeafRows; ++t) {
+      const bool there = place + t < index.tokens();
+      const uint32_t token = there ? first + index.parts().order[place + t] : 0;
+      for (uint32_t i = 0; i < count_; ++i) {
+        const TokenRange range = runs_[run].ranges[i];
+        if (there && token >= range.lo && token < range.hi) continue;
+        s_.token_score[i * row + j * kLeafRows + t] = kNone;
+      }
+    }
+  }
+}
+
+void SearchClusters(std::span<const ClusterRun> runs, const QueryBlock& queries,
+                    const ClusterLimits& limits, std::span<Partial> acc,
+                    std::vector<uint32_t>* refined) {
+  if (runs.empty() || queries.queries == 0) return;
+  static thread_local ClusterScratch scratch;
+  ClusterSearch search(runs, queries, limits, &scratch);
+  search.Look();
+  search.Attend(acc, refined);
 }
 
 }  // namespace quarry

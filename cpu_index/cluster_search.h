@@ -1,49 +1,43 @@
-// What a clustered index holds while it searches; its own files include this, nothing else.
+// The search of clustered indexes: all runs of a query that share a model, at once.
 #pragma once
 
-#include <cmath>
-#include <limits>
+#include <cstdint>
 #include <span>
 #include <vector>
 
-#include "cpu_index/balanced_tree.h"
 #include "cpu_index/cluster_index.h"
+#include "cpu_index/key_index.h"
 
 namespace quarry {
 
-inline constexpr uint32_t kLeavesPerSuper = kSuperRows / kLeafRows;
-static_assert(kLeafRows == KeyCodes::kBlockKeys && kLeavesPerSuper == NodeLevel::kBlockNodes);
-
-// log of the sum of e^x; x is lost.
-float LogSum(std::span<float> x);
-float LogAdd(float a, float b);
-
-// What a search has found so far; all queries have the same nodes.
-struct ClusterIndex::Search {
-  const QueryBlock& queries;
-  std::vector<KeyCodes::Query> code;
-  std::vector<NodeLevel::Query> leaf, super;  // [queries]
-  // [queries] what NodeLevel calls breadth, and of a token's score around its code's.
-  std::vector<float> leaf_breadth, super_breadth, code_variance;
-  std::vector<Unrest> unrest;
-  // [queries] log of the sum of the run's weights, estimated, and of what errors are measured by:
-  // with that of the tokens elsewhere, as if their values were as long as this run's answers.
-  std::vector<float> own_mass, mass;
-  std::vector<float> ranked_from;  // [queries], or empty: tokens with this score are ranked
-  std::vector<uint32_t> opened_supers, closed_supers;  // rising
-  std::vector<float> super_score;       // [queries][supers], lifted
-  std::vector<float> leaf_score;        // [queries][opened supers * 16], lifted; none: no leaf
-  std::vector<uint8_t> opened_leaf;     // [opened supers * 16]
-  std::vector<uint32_t> leaves;         // opened, rising
-  uint64_t bytes = 0;
-
-  size_t leaf_row() const { return opened_supers.size() * kLeavesPerSuper; }
-  // of_run: log of the sum of the run's weights.
-  void SetMass(uint32_t query, float of_run, float log_length) {
-    own_mass[query] = mass[query] = of_run;
-    if (queries.other_length.empty()) return;
-    mass[query] = LogAdd(of_run, queries.other_length[query] - log_length);
-  }
+// One run that is searched.
+struct ClusterRun {
+  const ClusterIndex* index = nullptr;
+  const KvView* view = nullptr;          // that the index fits
+  std::span<const TokenRange> ranges;    // [queries] of tokens that each query sees of it
 };
+
+// How far a search goes. A query's answer is estimated where it is not read; its predicted error
+// (Partial::doubt) is to be at most `tolerance` of the length of what the answer is merged with,
+// the answer itself included.
+struct ClusterLimits {
+  float tolerance = 0;         // 0: every token's key and value are read
+  uint32_t most_tokens = ~0u;  // read one by one for a query
+  // [queries] log of the length of the sum of e^score * value over what the answer will be merged
+  // with, as far as it is known: it makes errors here matter less. Empty: nothing is.
+  std::span<const float> other_length;
+  // What calibration forces. Depths: supers alone; all leaves; all codes; and then the rows, or the
+  // keys and values, of so many best tokens of each query.
+  enum class Depth { kAsNeeded, kSupers, kLeaves, kCodes, kRows, kExact };
+  Depth depth = Depth::kAsNeeded;
+  uint32_t best_tokens = 0;
+};
+
+// Attention of every query over the tokens that it sees of `runs`, all of one model, merged into acc
+// [queries]; the bytes of all of it go to acc[0]. queries.ranges is not used. Cost: see README.md.
+// refined: may be null; the tokens whose rows, or keys and values, were read, in no order.
+void SearchClusters(std::span<const ClusterRun> runs, const QueryBlock& queries,
+                    const ClusterLimits& limits, std::span<Partial> acc,
+                    std::vector<uint32_t>* refined = nullptr);
 
 }  // namespace quarry

@@ -14,7 +14,7 @@ namespace quarry {
 // An index of one run. Sequential reads of 16 bytes a key for all queries together, then random
 // reads of the candidates' keys. Nothing that has a high score hides: heads whose mass lies on
 // single tokens are served by it. Thread-safe but for set_candidates.
-class CodeScan final : public KeyIndex {
+class CodeScan final : public TokenIndex {
  public:
   // queries: [n][head_dim], sampled, scaled as scores are; may be empty.
   static absl::StatusOr<std::unique_ptr<CodeScan>> Build(const KvView& run,
@@ -30,7 +30,6 @@ class CodeScan final : public KeyIndex {
   bool Fits(const KvView& run) const override {
     return run.tokens().size() == codes_.keys() && run.head_dim == codes_.basis().head_dim;
   }
-  bool lists_tokens() const override { return true; }
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override;
   void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const override;

@@ -1,4 +1,4 @@
-// Sums of coded keys with AVX-512 VNNI: 16 keys a register, 4 coordinates an instruction.
+// Sums and scores of coded keys with AVX-512 VNNI: 16 keys a register, 4 coordinates an instruction.
 #pragma once
 
 #include <immintrin.h>
@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu_index/kernels.h"
+#include "cpu_index/vector_avx512.h"
 
 // Compiled anew for every level: nothing here may be shared between object files.
 namespace quarry::kernels {
@@ -42,8 +43,9 @@ size_t BlockAt(const Tile& tile, uint32_t b) {
   return tile.which == nullptr ? b : tile.which[b];
 }
 
+// Inlined by force: GCC drops calls to a function that only prefetches.
 template <size_t kBytes>
-void PrefetchBlock(const uint8_t* block) {
+inline __attribute__((always_inline)) void PrefetchBlock(const uint8_t* block) {
   for (size_t line = 0; line < kBytes; line += 64) {
     _mm_prefetch(reinterpret_cast<const char*>(block) + line, _MM_HINT_T0);
   }
@@ -74,36 +76,137 @@ void SumCodesAvx512(const CodeTile& tile) {
   }
 }
 
-uint64_t FindCodesAvx512(const CodeTile& tile, const int32_t* least) {
-  uint64_t found = 0;
-  for (uint32_t b = 0; b < tile.blocks; ++b) {
-    // Tiles follow one another, so what lies behind this one is wanted next.
-    const size_t ahead = tile.which == nullptr ? b + kBlocksAhead : BlockAt(tile, b + kBlocksAhead);
-    PrefetchBlock<kCodeBlockBytes>(tile.codes + ahead * kCodeBlockBytes);
-    const UnpackedCodes codes(tile.codes + BlockAt(tile, b) * kCodeBlockBytes);
-    uint32_t hits = 0;
-    for (uint32_t i = 0; i < tile.queries; ++i) {
-      hits |= _mm512_cmpge_epi32_mask(
-          WeightedSum(codes.part, tile.weights + size_t{i} * kCodeCoordinates),
-          _mm512_set1_epi32(least[i * tile.ld_out + b]));
-    }
-    found |= uint64_t{hits != 0} << b;
-  }
-  return found;
+// What is no number becomes -infinity: the second operand is taken then.
+inline __m512 BoundedScores(__m512 x) {
+  return _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-__builtin_inff())),
+                       _mm512_set1_ps(kMostScore));
 }
 
-void SumCentroidsAvx512(const CentroidTile& tile) {
+inline __m512 LoadBf16Lanes(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+// Of the tile's b-th block, whose codes and scales are given.
+inline __m512 CodedKeyScores(const CodedKeyTile& tile, const UnpackedCodes& codes, __m512 key_scale,
+                             uint32_t b, uint32_t query) {
+  const __m512 sum = _mm512_cvtepi32_ps(
+      WeightedSum(codes.part, tile.weights + size_t{query} * kCodeCoordinates));
+  const __m512 above = _mm512_fmadd_ps(sum, _mm512_set1_ps(tile.scale[query]),
+                                       _mm512_set1_ps(tile.offset[query]));
+  return BoundedScores(_mm512_fmadd_ps(
+      above, key_scale, _mm512_set1_ps(tile.centre[query * tile.ld_centre + b])));
+}
+
+inline __attribute__((always_inline)) void PrefetchCodedKeys(const CodedKeyTile& tile, size_t at) {
+  PrefetchBlock<kCodeBlockBytes>(tile.codes + at * kCodeBlockBytes);
+  _mm_prefetch(reinterpret_cast<const char*>(tile.key_scale + at * kCodeBlockKeys), _MM_HINT_T0);
+}
+
+void ScoreCodesAvx512(const CodedKeyTile& tile) {
+  for (uint32_t b = 0; b < tile.blocks; ++b) {
+    PrefetchCodedKeys(tile, BlockAt(tile, b + kBlocksAhead));
+    const size_t at = BlockAt(tile, b);
+    const UnpackedCodes codes(tile.codes + at * kCodeBlockBytes);
+    const __m512 key_scale = LoadBf16Lanes(tile.key_scale + at * kCodeBlockKeys);
+    for (uint32_t i = 0; i < tile.queries; ++i) {
+      _mm512_storeu_ps(tile.out + i * tile.ld_out + size_t{b} * kCodeBlockKeys,
+                       CodedKeyScores(tile, codes, key_scale, b, i));
+    }
+  }
+}
+
+uint32_t FindCodesAvx512(const CodedKeyTile& tile, const float* least, uint32_t* found) {
+  uint32_t count = 0;
+  for (uint32_t b = 0; b < tile.blocks; ++b) {
+    PrefetchCodedKeys(tile, BlockAt(tile, b + kBlocksAhead));
+    const size_t at = BlockAt(tile, b);
+    const UnpackedCodes codes(tile.codes + at * kCodeBlockBytes);
+    const __m512 key_scale = LoadBf16Lanes(tile.key_scale + at * kCodeBlockKeys);
+    uint32_t hits = 0;
+    for (uint32_t i = 0; i < tile.queries; ++i) {
+      hits |= _mm512_cmp_ps_mask(CodedKeyScores(tile, codes, key_scale, b, i),
+                                 _mm512_set1_ps(least[i]), _CMP_GE_OQ);
+    }
+    found[count] = b;
+    count += hits != 0 ? 1 : 0;
+  }
+  return count;
+}
+
+void ScoreNodesAvx512(const NodeTile& tile) {
   constexpr uint32_t kVectors = kCodeCoordinates / 4;
   for (uint32_t b = 0; b < tile.blocks; ++b) {
-    const uint8_t* const block = tile.centroids + BlockAt(tile, b) * kCentroidBlockBytes;
-    PrefetchBlock<kCentroidBlockBytes>(tile.centroids + BlockAt(tile, b + kBlocksAhead) *
-                                                            kCentroidBlockBytes);
+    const size_t ahead = BlockAt(tile, b + kBlocksAhead), at = BlockAt(tile, b);
+    PrefetchBlock<kCentroidBlockBytes>(tile.centroids + ahead * kCentroidBlockBytes);
+    _mm_prefetch(reinterpret_cast<const char*>(tile.variance + ahead * kCodeBlockKeys), _MM_HINT_T0);
+    const uint8_t* const block = tile.centroids + at * kCentroidBlockBytes;
+    const __m512 variance = _mm512_loadu_ps(tile.variance + at * kCodeBlockKeys);
     __m512i part[kVectors];
     for (uint32_t v = 0; v < kVectors; ++v) part[v] = _mm512_loadu_si512(block + 64 * v);
     for (uint32_t i = 0; i < tile.queries; ++i) {
-      _mm512_storeu_si512(tile.out + i * tile.ld_out + size_t{b} * kCodeBlockKeys,
-                          WeightedSum(part, tile.weights + size_t{i} * kCodeCoordinates));
+      const __m512 sum = _mm512_cvtepi32_ps(
+          WeightedSum(part, tile.weights + size_t{i} * kCodeCoordinates));
+      const __m512 spread = _mm512_min_ps(_mm512_mul_ps(variance, _mm512_set1_ps(tile.breadth[i])),
+                                          _mm512_set1_ps(kMostNodeVariance));
+      const __m512 centre = _mm512_fmadd_ps(sum, _mm512_set1_ps(tile.scale[i]),
+                                            _mm512_set1_ps(tile.offset[i]));
+      _mm512_storeu_ps(tile.out + i * tile.ld_out + size_t{b} * kCodeBlockKeys,
+                       BoundedScores(_mm512_fmadd_ps(spread, _mm512_set1_ps(0.5f), centre)));
     }
+  }
+}
+
+size_t SelectAvx512(const float* x, size_t ld, uint32_t rows, size_t n, const float* least,
+                    uint32_t* out) {
+  size_t count = 0;
+  __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (size_t i = 0; i < n; i += 16) {
+    const __mmask16 there = n - i < 16 ? static_cast<__mmask16>((1u << (n - i)) - 1) : 0xffff;
+    __mmask16 taken = 0;
+    for (uint32_t r = 0; r < rows; ++r) {
+      const __m512 scores = _mm512_maskz_loadu_ps(there, x + r * ld + i);
+      taken |= _mm512_mask_cmp_ps_mask(there, scores, _mm512_set1_ps(least[r]), _CMP_GE_OQ);
+    }
+    _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(taken, at));
+    count += static_cast<size_t>(__builtin_popcount(taken));
+    at = _mm512_add_epi32(at, _mm512_set1_epi32(16));
+  }
+  return count;
+}
+
+void ExpGroupsAvx512(const float* x, size_t groups, float shift, float* out) {
+  const __m512 s = _mm512_set1_ps(shift);
+  for (size_t g = 0; g < groups; g += 16) {
+    const size_t some = groups - g < 16 ? groups - g : 16;
+    __m512 e[16];
+    for (size_t j = 0; j < 16; ++j) {
+      const float* const from = x + (g + (j < some ? j : 0)) * kCodeBlockKeys;
+      e[j] = Exp<Vector>(_mm512_sub_ps(_mm512_loadu_ps(from), s));
+    }
+    const __mmask16 there = static_cast<__mmask16>((1u << some) - 1);
+    _mm512_mask_storeu_ps(out + g, there, Vector::SumEach(e));
+  }
+}
+
+void HistogramAvx512(const float* x, size_t n, float top, float per_unit, uint32_t* counts) {
+  // Neighbours often share a bin: four tables, lest each waits for the one before.
+  uint32_t table[4][kHistogramBins] = {};
+  const __m512 from = _mm512_set1_ps(top), step = _mm512_set1_ps(per_unit);
+  const __m512 last = _mm512_set1_ps(kHistogramBins - 1);
+  for (size_t i = 0; i < n; i += 16) {
+    const size_t some = n - i < 16 ? n - i : 16;
+    const __m512 values =
+        _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << some) - 1), x + i);
+    // What is no number goes last: the second operand is taken then.
+    const __m512 depth = _mm512_max_ps(
+        _mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(from, values), step), last), _mm512_setzero_ps());
+    alignas(64) uint32_t bins[16];
+    _mm512_store_si512(bins, _mm512_cvttps_epi32(depth));
+    for (size_t j = 0; j < some; ++j) ++table[j % 4][bins[j]];
+  }
+  for (uint32_t b = 0; b < kHistogramBins; ++b) {
+    counts[b] += table[0][b] + table[1][b] + table[2][b] + table[3][b];
   }
 }
 

@@ -193,10 +193,9 @@ class AttendPass {
   std::vector<Line> scratch_;
 };
 
-class ExactScanIndex final : public KeyIndex {
+class ExactScanIndex final : public TokenIndex {
  public:
   std::string_view kind() const override { return "exact"; }
-  bool lists_tokens() const override { return true; }
 
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override {
@@ -302,9 +301,9 @@ static_assert(kGatherTokens <= 64, "Refine marks a tile's rows in one word");
 
 }  // namespace
 
-std::unique_ptr<KeyIndex> MakeExactScan() { return std::make_unique<ExactScanIndex>(); }
+std::unique_ptr<TokenIndex> MakeExactScan() { return std::make_unique<ExactScanIndex>(); }
 
-const KeyIndex& ExactScan() {
+const TokenIndex& ExactScan() {
   static const ExactScanIndex index;
   return index;
 }

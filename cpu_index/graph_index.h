@@ -16,7 +16,7 @@ namespace quarry {
 // An index of one run, of a whole group's queries. It reads the run's own keys, a few percent of
 // them, in no order, and holds nothing but links. Score returns every key that it read, with its
 // exact score, for each query of whose range it is. Thread-safe but for set_queue.
-class GraphIndex final : public KeyIndex {
+class GraphIndex final : public TokenIndex {
  public:
   // As BuildGraph.
   static absl::StatusOr<std::unique_ptr<GraphIndex>> Build(const KvView& run,
@@ -31,7 +31,6 @@ class GraphIndex final : public KeyIndex {
   bool Fits(const KvView& run) const override {
     return run.tokens() == tokens_ && run.head_dim == head_dim_;
   }
-  bool lists_tokens() const override { return true; }
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override;
   void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const override;

@@ -2,9 +2,10 @@
 
 #include <utility>
 
-#include "cpu_index/cluster_index.h"
+#include "cpu_index/cluster_learn.h"
 #include "cpu_index/code_scan.h"
 #include "cpu_index/graph_index.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
@@ -16,24 +17,60 @@ absl::StatusOr<MadeIndex> Made(absl::StatusOr<std::unique_ptr<Index>> index) {
   return MadeIndex{*std::move(index), bytes};
 }
 
-}  // namespace
-
-absl::StatusOr<MadeIndex> MakeIndex(const IndexChoice& choice, const KvView& run,
+// Of kinds that learn nothing for other runs.
+absl::StatusOr<MadeIndex> MakeIndex(IndexKind kind, const KvView& run,
                                     std::span<const float> queries) {
-  switch (choice.kind) {
-    case IndexKind::kExact:
-      return MadeIndex{};
+  switch (kind) {
     case IndexKind::kCodes:
       return Made(CodeScan::Build(run, queries));
     case IndexKind::kGraph:
       return Made(GraphIndex::Build(run, queries, GraphOptions{}));
-    case IndexKind::kAuto:
-      if (run.tokens().size() < choice.min_run_tokens) return MadeIndex{};
-      break;
-    case IndexKind::kClusters:
-      break;
+    default:
+      return MadeIndex{};
   }
-  return Made(ClusterIndex::Build(run, queries));
+}
+
+// What kAuto means for a run.
+IndexKind KindFor(const IndexChoice& choice, const KvView& run) {
+  if (choice.kind != IndexKind::kAuto) return choice.kind;
+  return run.tokens().size() < choice.min_run_tokens ? IndexKind::kExact : IndexKind::kClusters;
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<MadeIndex>> MakeIndexes(const IndexChoice& choice,
+                                                   std::span<const KvView> runs,
+                                                   std::span<const float> queries) {
+  std::vector<MadeIndex> out(runs.size());
+  std::vector<KvView> clustered;
+  std::vector<size_t> places;
+  for (size_t r = 0; r < runs.size(); ++r) {
+    const IndexKind kind = KindFor(choice, runs[r]);
+    if (kind == IndexKind::kClusters) {
+      clustered.push_back(runs[r]);
+      places.push_back(r);
+      continue;
+    }
+    QUARRY_ASSIGN_OR_RETURN(out[r], MakeIndex(kind, runs[r], queries));
+  }
+  if (clustered.empty()) return out;
+  QUARRY_ASSIGN_OR_RETURN(LearnedClusters learned, LearnClusters(clustered, queries));
+  for (size_t i = 0; i < places.size(); ++i) {
+    const uint64_t bytes =
+        learned.indexes[i]->memory_bytes() + (i == 0 ? learned.model->memory_bytes() : 0);
+    out[places[i]] = {std::move(learned.indexes[i]), bytes};
+  }
+  return out;
+}
+
+absl::StatusOr<MadeIndex> MakeIndexLike(const KeyIndex& neighbour, const IndexChoice& choice,
+                                        const KvView& run, std::span<const float> queries) {
+  const IndexKind kind = KindFor(choice, run);
+  if (kind != IndexKind::kClusters) return MakeIndex(kind, run, queries);
+  const auto* clusters = dynamic_cast<const ClusterIndex*>(&neighbour);
+  if (clusters != nullptr) return Made(ClusterIndex::Build(run, clusters->model()));
+  QUARRY_ASSIGN_OR_RETURN(std::vector<MadeIndex> made, MakeIndexes(choice, {&run, 1}, queries));
+  return std::move(made.front());
 }
 
 }  // namespace quarry

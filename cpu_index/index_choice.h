@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "cpu_index/key_index.h"
@@ -28,11 +29,17 @@ struct MadeIndex {
   uint64_t bytes = 0;
 };
 
-// The index of one (layer, KV head) of a run. queries: [n][head_dim] fp32 of all heads of the group,
-// multiplied by the attention's scale; none: it is made from the keys alone. One thread. Clusters
-// choose by the queries whether every token's code is read. InvalidArgument: head_dim or number of
+// The indexes of one (layer, KV head), of disjoint runs in token order. queries: [n][head_dim] fp32
+// of all heads of the group, multiplied by the attention's scale; none: they are made from the keys
+// alone. What one of them learns, all of them use. One thread. InvalidArgument: head_dim or number of
 // tokens that the kind cannot have.
-absl::StatusOr<MadeIndex> MakeIndex(const IndexChoice& choice, const KvView& run,
-                                    std::span<const float> queries);
+absl::StatusOr<std::vector<MadeIndex>> MakeIndexes(const IndexChoice& choice,
+                                                   std::span<const KvView> runs,
+                                                   std::span<const float> queries);
+
+// The index of one more run, with what `neighbour`, of the same head, has learned, where its kind
+// learns anything for others; that costs much less than MakeIndexes.
+absl::StatusOr<MadeIndex> MakeIndexLike(const KeyIndex& neighbour, const IndexChoice& choice,
+                                        const KvView& run, std::span<const float> queries);
 
 }  // namespace quarry

@@ -82,16 +82,46 @@ struct CodeTile {
   size_t ld_out;
 };
 
-// The same for centroids: a block is kCodeBlockKeys nodes in twelve vectors of 64 bytes, byte j of
-// lane t (4 bytes) of vector v being coordinate 4 v + j of node t, plus 128.
+// Scores beyond kMostScore become it, and what is no number has none (-infinity): budgets compare
+// and subtract them.
+inline constexpr float kMostScore = 1e30f;
+
+// Scores of nodes, groups of keys: the log of the mean of e^score over a node's keys, whose scores are
+// taken as normal around their centre's. A block is kCodeBlockKeys nodes: their centroids are twelve
+// vectors of 64 bytes, byte j of lane t (4 bytes) of vector v being coordinate 4 v + j of node t,
+// plus 128. out[i * ld_out + n] = scale[i] * sum + offset[i]
+//                                 + 0.5 * min(variance[n] * breadth[i], kMostNodeVariance).
 inline constexpr uint32_t kCentroidBlockBytes = kCodeCoordinates * kCodeBlockKeys;
-struct CentroidTile {
+// Beyond it the tail of a normal distribution says nothing about 16 or 256 keys.
+inline constexpr float kMostNodeVariance = 6;
+struct NodeTile {
   const uint8_t* centroids;  // [][kCentroidBlockBytes]
+  const float* variance;     // [][kCodeBlockKeys]
   const uint32_t* which;     // as in CodeTile
   uint32_t blocks;
   const int8_t* weights;     // [queries][kCodeCoordinates]
+  const float* scale;        // [queries], as the next two
+  const float* offset;
+  const float* breadth;
   uint32_t queries;
-  int32_t* out;              // as in CodeTile
+  float* out;  // nodes of what is taken one behind another
+  size_t ld_out;
+};
+
+// Scores of coded keys around the centres of their blocks: out[i * ld_out + key] =
+// (scale[i] * sum + offset[i]) * key_scale[key] + centre[i * ld_centre + block taken].
+struct CodedKeyTile {
+  const uint8_t* codes;       // as in CodeTile
+  const uint16_t* key_scale;  // bf16 [][kCodeBlockKeys]
+  const uint32_t* which;      // as in CodeTile
+  uint32_t blocks;
+  const int8_t* weights;
+  const float* scale;  // [queries]
+  const float* offset;
+  uint32_t queries;
+  const float* centre;
+  size_t ld_centre;
+  float* out;
   size_t ld_out;
 };
 
@@ -131,6 +161,8 @@ struct ValueRowTile {
   float* acc;
 };
 
+inline constexpr uint32_t kHistogramBins = 256;
+
 struct Table {
   const char* name;
   size_t (*attend_scratch_bytes)(const AttendRun&);
@@ -141,12 +173,22 @@ struct Table {
   float (*exp_sum)(float* x, size_t n, float shift);  // x = e^(x - shift) in place; their sum
   void (*scale)(float* x, size_t n, float factor);
   void (*sum_codes)(const CodeTile&);
-  // A bit for each of at most 64 blocks b in which some key's sum for some query i is at least
-  // least[i * ld_out + b]; the tile's `out` is not used.
-  uint64_t (*find_codes)(const CodeTile&, const int32_t* least);
+  void (*score_nodes)(const NodeTile&);
+  void (*score_codes)(const CodedKeyTile&);
+  // Writes which of the blocks taken have a key whose score for some query i is at least least[i], and
+  // returns how many; the tile's `out` is not used. found: [blocks].
+  uint32_t (*find_codes)(const CodedKeyTile&, const float* least, uint32_t* found);
+  // Writes, rising, which i < n have x[r * ld + i] >= least[r] for some row r, and returns how many.
+  // out: [n + 16].
+  size_t (*select)(const float* x, size_t ld, uint32_t rows, size_t n, const float* least,
+                   uint32_t* out);
+  // out[g]: the sum of e^(x - shift) over the g-th kCodeBlockKeys of x.
+  void (*exp_groups)(const float* x, size_t groups, float shift, float* out);
+  // Adds to counts[b], b < kHistogramBins, how many of x lie b to b + 1 steps of 1 / per_unit below
+  // top: those above it in the first, those far below and -infinity in the last.
+  void (*histogram)(const float* x, size_t n, float top, float per_unit, uint32_t* counts);
   void (*score_key_rows)(const KeyRowTile&);
   void (*add_value_rows)(const ValueRowTile&);
-  void (*sum_centroids)(const CentroidTile&);
 };
 
 // Each defined in its own file, compiled for that instruction set alone.

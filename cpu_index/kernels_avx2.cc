@@ -85,10 +85,14 @@ const Table& Avx2Table() {
       .exp_sum = ExpSum<Vector>,
       .scale = Scale<Vector>,
       .sum_codes = SumCodesScalar,
+      .score_nodes = ScoreNodesScalar,
+      .score_codes = ScoreCodesScalar,
       .find_codes = FindCodesScalar,
+      .select = SelectScalar,
+      .exp_groups = ExpGroupsScalar,
+      .histogram = HistogramScalar,
       .score_key_rows = ScoreKeyRowsScalar,
       .add_value_rows = AddValueRowsScalar,
-      .sum_centroids = SumCentroidsScalar,
   };
   return kTable;
 }

@@ -16,10 +16,14 @@ const Table& Avx512Table() {
       .exp_sum = ExpSum<Vector>,
       .scale = Scale<Vector>,
       .sum_codes = SumCodesAvx512,
+      .score_nodes = ScoreNodesAvx512,
+      .score_codes = ScoreCodesAvx512,
       .find_codes = FindCodesAvx512,
+      .select = SelectAvx512,
+      .exp_groups = ExpGroupsAvx512,
+      .histogram = HistogramAvx512,
       .score_key_rows = ScoreKeyRowsAvx512,
       .add_value_rows = AddValueRowsAvx512,
-      .sum_centroids = SumCentroidsAvx512,
   };
   return kTable;
 }

@@ -148,10 +148,14 @@ const Table& ScalarTable() {
       .exp_sum = ExpSum,
       .scale = Scale,
       .sum_codes = SumCodesScalar,
+      .score_nodes = ScoreNodesScalar,
+      .score_codes = ScoreCodesScalar,
       .find_codes = FindCodesScalar,
+      .select = SelectScalar,
+      .exp_groups = ExpGroupsScalar,
+      .histogram = HistogramScalar,
       .score_key_rows = ScoreKeyRowsScalar,
       .add_value_rows = AddValueRowsScalar,
-      .sum_centroids = SumCentroidsScalar,
   };
   return kTable;
 }

@@ -151,56 +151,20 @@ KeyCodes::Query KeyCodes::Prepare(std::span<const float> coordinates, float mean
   return out;
 }
 
-void KeyCodes::Run(std::span<const Query> queries, const uint32_t* which, uint32_t blocks,
-                   std::span<int32_t> sums) const {
-  QUARRY_CHECK(sums.size() == queries.size() * blocks * kBlockKeys);
-  if (blocks == 0) return;
+void KeyCodes::Sum(std::span<const Query> queries, std::span<int32_t> sums) const {
+  QUARRY_CHECK(sums.size() == queries.size() * keys_padded());
   std::vector<int8_t> weights;
   for (const Query& query : queries) {
     weights.insert(weights.end(), query.weight, query.weight + kCoordinates);
   }
   kernels::CodeTile tile{};
   tile.codes = codes_.data();
-  tile.which = which;
-  tile.blocks = blocks;
+  tile.blocks = keys_padded() / kBlockKeys;
   tile.weights = weights.data();
   tile.queries = static_cast<uint32_t>(queries.size());
   tile.out = sums.data();
-  tile.ld_out = size_t{blocks} * kBlockKeys;
+  tile.ld_out = keys_padded();
   Kernels().sum_codes(tile);
-}
-
-void KeyCodes::Sum(std::span<const Query> queries, std::span<int32_t> sums) const {
-  Run(queries, nullptr, keys_padded() / kBlockKeys, sums);
-}
-
-void KeyCodes::SumBlocks(std::span<const Query> queries, std::span<const uint32_t> which,
-                         std::span<int32_t> sums) const {
-  Run(queries, which.data(), static_cast<uint32_t>(which.size()), sums);
-}
-
-std::vector<uint32_t> KeyCodes::FindBlocks(std::span<const Query> queries,
-                                           std::span<const int32_t> least) const {
-  constexpr uint32_t kTileBlocks = 64;
-  std::vector<int8_t> weights;
-  for (const Query& query : queries) {
-    weights.insert(weights.end(), query.weight, query.weight + kCoordinates);
-  }
-  std::vector<uint32_t> found;
-  kernels::CodeTile tile{};
-  tile.weights = weights.data();
-  tile.queries = static_cast<uint32_t>(queries.size());
-  const uint32_t blocks = keys_padded() / kBlockKeys;
-  QUARRY_CHECK(least.size() == queries.size() * blocks);
-  tile.ld_out = blocks;
-  for (uint32_t first = 0; first < blocks; first += kTileBlocks) {
-    tile.codes = codes_.data() + size_t{first} * kBlockKeys * kBytes;
-    tile.blocks = std::min(kTileBlocks, blocks - first);
-    for (uint64_t hits = Kernels().find_codes(tile, least.data() + first); hits != 0; hits &= hits - 1) {
-      found.push_back(first + static_cast<uint32_t>(std::countr_zero(hits)));
-    }
-  }
-  return found;
 }
 
 uint64_t KeyCodes::memory_bytes() const {

@@ -44,21 +44,17 @@ class KeyCodes {
   // sums[i * keys_padded() + t]: query i and the run's t-th key. Every code is read once for all
   // queries.
   void Sum(std::span<const Query> queries, std::span<int32_t> sums) const;
-  // The same of the blocks `which` alone: sums [queries][which.size() * kBlockKeys].
-  void SumBlocks(std::span<const Query> queries, std::span<const uint32_t> which,
-                 std::span<int32_t> sums) const;
-  // Blocks b with a key whose sum for some query i is at least least[i * blocks + b], rising.
-  std::vector<uint32_t> FindBlocks(std::span<const Query> queries,
-                                   std::span<const int32_t> least) const;
-
   // [rank] mean square of what the codes miss of each coordinate, over some of the keys, given
   // their coordinates [keys][kCoordinates].
   std::vector<float> ErrorVariance(std::span<const float> coordinates) const;
 
   uint32_t keys() const { return keys_; }
   uint32_t keys_padded() const { return (keys_ + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
+  const uint8_t* data() const { return codes_.data(); }
   uint64_t code_bytes() const { return codes_.size(); }
   uint64_t memory_bytes() const;
+  // Whether a query made ready for one can score the other.
+  bool SameSteps(const KeyCodes& other) const { return step_ == other.step_; }
   const QueryBasis& basis() const { return basis_; }
 
  private:
@@ -67,8 +63,6 @@ class KeyCodes {
   void SetStep(uint32_t c, float step);
   uint32_t Level(uint32_t c, float coordinate) const;
   void Store(uint32_t key, std::span<const float> coordinates);
-  void Run(std::span<const Query> queries, const uint32_t* which, uint32_t blocks,
-           std::span<int32_t> sums) const;
 
   QueryBasis basis_;
   uint32_t keys_ = 0;

@@ -43,49 +43,23 @@ struct QueryBlock {
   uint32_t head_dim = 0;
   float scale = 1.0f;
   std::span<const TokenRange> ranges;  // [queries]
-  // How much of the answer's length may be in error: indexes look closely enough for that. 0: as
-  // closely as they can.
-  float tolerance = 0;
-  // [queries] log of the length of the sum of e^score * value over the tokens that this answer will
-  // be merged with, as far as it is known: it makes errors here matter less. Empty: nothing is.
-  std::span<const float> other_length = {};
 };
 
-// Coarse scores of one run: of nodes (tokens, or groups of tokens), per query.
-// Dense: every query has a score for each node; the exact scan has one node per token with its exact
-// score, in token order.
-// Lists: each query has only the nodes that an index found for it, in rising order.
-// What is not refined is either dropped, or estimated: then its doubts are known.
+// Scores of one run's tokens, per query.
+// Dense: every query has the exact score of each token, in token order.
+// Lists: each query has only the tokens that an index found for it, in rising order.
+// What is not refined is dropped.
 struct CoarseScores {
-  TokenRange tokens;             // nodes cover exactly these
-  uint32_t nodes = 0;
-  std::vector<float> score;      // dense: [queries][nodes]; lists: one behind another.
-                                 // -infinity outside the query's range
-  std::vector<uint32_t> first;   // lists: [queries + 1], where each begins; dense: empty
-  std::vector<uint32_t> node;    // lists: the node of each score; dense: the index's own notes of
-                                 // which nodes these are
-  uint64_t bytes = 0;            // of keys and index data read, shared reads counted once
-
-  // Nodes that are alike, dense only: those from the previous stretch's end on. Empty: nodes are
-  // tokens.
-  struct Stretch {
-    uint32_t end = 0;     // a node
-    uint32_t weight = 1;  // tokens of each node
-  };
-  std::vector<Stretch> stretches;
-  // Where what is not refined is estimated, the error makes a query's sum of e^score * value wrong by
-  // a vector of some length: [queries][stretches] log of that length, by e^score. Errors of groups
-  // add up, those of single tokens are independent but for a part. Empty: it is dropped.
-  std::vector<float> doubt;
-  std::vector<float> length;  // [queries] if there are doubts: log of the length of that sum
-  float common_doubt = 0;     // the part of tokens' doubts that adds up
-  // What is left of a token's doubt where it is refined, unless it is read exactly; and how far (in
-  // log) its score should be above the least that is refined for that.
-  float refined_doubt = 0;
-  float exact_above = 0;
+  TokenRange tokens;            // of the run
+  uint32_t nodes = 0;           // dense: tokens
+  std::vector<float> score;     // dense: [queries][nodes]; lists: one behind another.
+                                // -infinity outside the query's range
+  std::vector<uint32_t> first;  // lists: [queries + 1], where each begins; dense: empty
+  std::vector<uint32_t> node;   // lists: the token (within the run) of each score
+  uint64_t bytes = 0;           // of keys and index data read, shared reads counted once
 
   bool dense() const { return first.empty(); }
-  // One query's scores, and the node of the i-th of them.
+  // One query's scores, and the token (within the run) of the i-th of them.
   std::span<const float> Row(uint32_t query) const {
     const std::span<const float> all(score);
     return dense() ? all.subspan(size_t{query} * nodes, nodes)
@@ -100,24 +74,17 @@ struct CoarseScores {
     nodes = 0;
     bytes = 0;
     score.clear();
-    stretches.clear();
-    doubt.clear();
-    length.clear();
-    common_doubt = refined_doubt = exact_above = 0;
     first.clear();
     node.clear();
   }
 };
 
-// What a budget allots one run: per query, of the nodes that have a score, those with rank >
-// threshold are refined, and of those equal to it the first `ties`. A node's rank is its score; where
-// tokens are sampled it is a token's score plus TokenLift, and it weighs e^max(score, floor).
+// What a budget allots one run: per query, of the tokens that have a score, those with rank >
+// threshold are refined, and of those equal to it the first `ties`. A token's rank is its score; where
+// tokens are sampled it is its score plus TokenLift, and it weighs e^max(score, floor).
 struct RunAllotment {
   std::vector<float> threshold;    // [queries]
   std::vector<uint32_t> ties;      // [queries]
-  // [queries] of what is refined, tokens with a rank above it are read exactly, others may be
-  // approximated as the coarse scores' refined_doubt says. Empty: all are read exactly.
-  std::vector<float> exact;
   std::vector<float> floor;        // [queries]; empty: no query samples
   std::vector<uint64_t> lift_key;  // [queries] of LiftKey, 0: not sampled; empty with `floor`
 };
@@ -150,24 +117,25 @@ class AllottedTokens {
   float floor_ = -std::numeric_limits<float>::infinity();
 };
 
-// An index over one immutable run, or over a growing tail through a fresh view per query.
+// An index of one immutable run, or what scans any. How it is searched, its own kind says: TokenIndex
+// run by run, ClusterIndex all runs of a query at once (cluster_search.h).
 // Thread-safe after construction; methods are const and do not block.
 class KeyIndex {
  public:
   virtual ~KeyIndex() = default;
 
-  // "exact", later "graph", "clusters", ...
+  // "exact", "codes", "graph", "clusters", ...
   virtual std::string_view kind() const = 0;
 
   // Whether it can be of this run, by the run's size alone. An index that was read from bytes is not
   // to be searched with a run that it does not fit.
   virtual bool Fits(const KvView& /*run*/) const { return true; }
+};
 
-  // Whether nodes are tokens, listed with their exact scores: then Refine follows every allotment to
-  // the token, also one that samples. Other indexes are for Budget::kError alone, and are to be passed
-  // by for other budgets, by the exact scan.
-  virtual bool lists_tokens() const { return false; }
-
+// An index that finds tokens, with their exact scores, for budgets that choose among these. It
+// estimates nothing, so Budget::kError is not for it.
+class TokenIndex : public KeyIndex {
+ public:
   // Exact attention over every token of run that lies in each query's range; merged into acc.
   // Cost: one pass over K and V for all queries.
   virtual void AttendAll(const KvView& run, const QueryBlock& queries,
@@ -176,15 +144,15 @@ class KeyIndex {
   // First pass of a budgeted query.
   virtual void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const = 0;
 
-  // Second pass: attention over what was allotted, and an estimate of the rest where there are
-  // doubts; merged into acc. Its bytes are those of both passes.
+  // Second pass: attention over what was allotted, merged into acc. Its bytes are those of both
+  // passes.
   virtual void Refine(const KvView& run, const QueryBlock& queries, const CoarseScores& coarse,
                       const RunAllotment& allotment, std::span<Partial> acc) const = 0;
 };
 
 // The exact scan: no data of its own, one instance serves every run.
-const KeyIndex& ExactScan();
+const TokenIndex& ExactScan();
 // Another instance.
-std::unique_ptr<KeyIndex> MakeExactScan();
+std::unique_ptr<TokenIndex> MakeExactScan();
 
 }  // namespace quarry

@@ -179,10 +179,10 @@ KeyRows::Queries KeyRows::Prepare(std::span<const float> coordinates, uint32_t c
   return out;
 }
 
-void KeyRows::Score(const Queries& queries, std::span<const uint32_t> which,
-                    std::span<float> out) const {
-  QUARRY_CHECK(out.size() == queries.count * which.size());
-  std::vector<int32_t> sums(out.size());
+void KeyRows::Score(const Queries& queries, std::span<const uint32_t> which, float* out,
+                    size_t ld_out) const {
+  if (which.empty()) return;
+  std::vector<int32_t> sums(queries.count * which.size());
   kernels::KeyRowTile tile{};
   tile.rows = rows_.data();
   tile.stride = rows_.stride();
@@ -200,7 +200,7 @@ void KeyRows::Score(const Queries& queries, std::span<const uint32_t> which,
   Kernels().score_key_rows(tile);
   for (size_t i = 0, at = 0; i < queries.count; ++i) {
     for (size_t r = 0; r < which.size(); ++r, ++at) {
-      out[at] = queries.scale[i] * static_cast<float>(sums[at]) + queries.offset[i];
+      out[i * ld_out + r] = queries.scale[i] * static_cast<float>(sums[at]) + queries.offset[i];
     }
   }
 }

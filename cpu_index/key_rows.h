@@ -39,13 +39,18 @@ class KeyRows {
   };
   Queries Prepare(std::span<const float> coordinates, uint32_t count) const;
 
-  // out[i * which.size() + r]: the product of query i and row which[r].
-  void Score(const Queries& queries, std::span<const uint32_t> which, std::span<float> out) const;
+  // out[i * ld_out + r]: the product of query i and row which[r].
+  void Score(const Queries& queries, std::span<const uint32_t> which, float* out,
+             size_t ld_out) const;
 
   // Of the rows `which`, rising: every line once.
   uint64_t BytesOf(std::span<const uint32_t> which) const { return rows_.BytesOf(which); }
   // The mean square of what rows miss, summed over the coordinates, where each has its variance.
   float error_variance() const { return error_variance_; }
+  // Whether a query made ready for one can score the other.
+  bool SameSteps(const KeyRows& other) const {
+    return width_ == other.width_ && step_ == other.step_;
+  }
   uint64_t memory_bytes() const { return rows_.bytes() + 4 * step_.size(); }
 
  private:

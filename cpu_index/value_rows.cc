@@ -70,21 +70,22 @@ void ValueRows::Store(uint32_t row, std::span<const float> value) {
 }
 
 void ValueRows::Decode(uint32_t row, std::span<float> value) const {
-  const std::vector<float> one{1.0f};
+  constexpr float one = 1;
   std::fill(value.begin(), value.end(), 0.0f);
-  AddWeighted({&row, 1}, one, 1, value);
+  AddWeighted({&row, 1}, &one, 1, 1, value);
 }
 
-void ValueRows::AddWeighted(std::span<const uint32_t> which, std::span<const float> weights,
-                            uint32_t queries, std::span<float> sums) const {
-  QUARRY_CHECK(weights.size() == queries * which.size() &&
-               sums.size() == size_t{queries} * head_dim_);
+void ValueRows::AddWeighted(std::span<const uint32_t> which, const float* weights,
+                            size_t ld_weights, uint32_t queries, std::span<float> sums) const {
+  QUARRY_CHECK(sums.size() == size_t{queries} * head_dim_);
   if (which.empty()) return;
   const uint32_t padded = Padded(head_dim_);
-  std::vector<float> scaled(weights.begin(), weights.end()), acc(size_t{queries} * padded);
+  std::vector<float> scaled(queries * which.size()), acc(size_t{queries} * padded);
   for (size_t r = 0; r < which.size(); ++r) {
     const float scale = Bf16ToFloat(scale_[which[r]]);
-    for (uint32_t i = 0; i < queries; ++i) scaled[i * which.size() + r] *= scale;
+    for (uint32_t i = 0; i < queries; ++i) {
+      scaled[i * which.size() + r] = weights[i * ld_weights + r] * scale;
+    }
   }
   kernels::ValueRowTile tile{};
   tile.rows = rows_.data();

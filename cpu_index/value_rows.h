@@ -27,8 +27,8 @@ class ValueRows {
   void Store(uint32_t row, std::span<const float> value);
   void Decode(uint32_t row, std::span<float> value) const;
 
-  // sums[i * head_dim + d] += sum over r of weights[i * which.size() + r] * row which[r].
-  void AddWeighted(std::span<const uint32_t> which, std::span<const float> weights,
+  // sums[i * head_dim + d] += sum over r of weights[i * ld_weights + r] * row which[r].
+  void AddWeighted(std::span<const uint32_t> which, const float* weights, size_t ld_weights,
                    uint32_t queries, std::span<float> sums) const;
 
   // Of the rows `which`, rising: every line once, and the rows' scales.

@@ -18,9 +18,11 @@ class AttendLane::View {
       : index(*lane.indexes_[u]),
         // The exact scan reads no more than is asked; another index wants its whole run.
         segments(*lane.key_.shape, lane.key_.layer, lane.key_.kv_head,
-                 &index == &ExactScan() ? lane.unit(u).tokens : lane.unit(u).run->tokens(),
+                 &index == &ExactScan() && lane.clusters_[u] == nullptr
+                     ? lane.unit(u).tokens
+                     : lane.unit(u).run->tokens(),
                  lane.unit(u).blocks, lane.unit(u).first_block) {}
-  const KeyIndex& index;
+  const TokenIndex& index;
   const KvSegments segments;
 };
 
@@ -38,14 +40,6 @@ class AttendLane::Queries {
     block_.head_dim = s.head_dim;
     block_.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
     block_.ranges = ranges_;
-    if (lane.elsewhere_.empty()) return;
-    for (uint32_t member : unit.members) {
-      for (uint32_t g = 0; g < lane.group_; ++g) {
-        elsewhere_.push_back(lane.elsewhere_[member * lane.group_ + g]);
-      }
-    }
-    block_.tolerance = lane.key_.tolerance;
-    block_.other_length = elsewhere_;
   }
   const QueryBlock& block() const { return block_; }
 
@@ -67,7 +61,7 @@ class AttendLane::Queries {
   }
 
   absl::InlinedVector<TokenRange, 32> ranges_;
-  std::vector<float> packed_, elsewhere_;
+  std::vector<float> packed_;
   QueryBlock block_;
 };
 
@@ -98,34 +92,50 @@ AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
   first_slot_.push_back(static_cast<uint32_t>(slots));
   partials_.resize(slots);
   acc_ = std::make_unique_for_overwrite<float[]>(slots * head_dim);
-  if (key.kind == ScanKind::kIndexed) {
+  if (!searched_.empty()) {
     coarse_.resize(units_.size());
     allotments_.resize(units_.size());
     for (size_t u = 0; u < units_.size(); ++u) {
       allotments_[u].threshold.resize(units_[u].members.size() * group_);
       allotments_[u].ties.resize(units_[u].members.size() * group_);
-      allotments_[u].exact.resize(units_[u].members.size() * group_);
       if (!key.samples) continue;
       allotments_[u].floor.resize(units_[u].members.size() * group_);
       allotments_[u].lift_key.resize(units_[u].members.size() * group_);
     }
     lost_mass_.resize(members_.size() * group_);
   }
-  EnterPhase(whole_.empty() ? Phase::kScore : Phase::kAttend);
+  if (whole_.empty() && searched_.empty()) MeasureElsewhere();
+  EnterPhase(!whole_.empty()      ? Phase::kAttend
+             : !searched_.empty() ? Phase::kScore
+                                  : Phase::kSearch);
 }
 
 void AttendLane::PickIndexes(std::span<const KeyIndex* const> indexes) {
-  for (uint32_t u = 0; u < units_.size() + rest_.size(); ++u) {
-    const KeyIndex* index = &ExactScan();
-    if (key_.kind == ScanKind::kIndexed && u < units_.size()) {
-      index = indexes[u];
-      if (key_.tolerance == 0 && !index->lists_tokens()) index = &ExactScan();
+  clusters_.resize(units_.size() + rest_.size());
+  indexes_.assign(clusters_.size(), &ExactScan());
+  for (uint32_t u = 0; u < clusters_.size(); ++u) {
+    const KeyIndex* const index =
+        key_.kind == ScanKind::kIndexed && u < units_.size() ? indexes[u] : nullptr;
+    if (key_.kind == ScanKind::kIndexed && key_.tolerance == 0) {
+      const auto* const tokens = dynamic_cast<const TokenIndex*>(index);
+      if (tokens != nullptr) indexes_[u] = tokens;
+      searched_.push_back(u);
+    } else if (const auto* const clusters = dynamic_cast<const ClusterIndex*>(index)) {
+      AddToFamily(u, clusters);
+    } else {
+      whole_.push_back(u);
     }
-    indexes_.push_back(index);
-    const bool whole = key_.kind == ScanKind::kExact ||
-                       (key_.tolerance > 0 && index == &ExactScan());
-    (whole ? whole_ : searched_).push_back(u);
   }
+}
+
+void AttendLane::AddToFamily(uint32_t u, const ClusterIndex* clusters) {
+  clusters_[u] = clusters;
+  const auto same = std::find_if(families_.begin(), families_.end(), [&](const Family& family) {
+    return clusters_[family.front()]->model() == clusters->model() &&
+           units_[family.front()].members == units_[u].members;
+  });
+  if (same != families_.end()) return same->push_back(u);
+  families_.push_back({u});
 }
 
 uint64_t AttendLane::scan_bytes() const {
@@ -164,6 +174,8 @@ uint32_t AttendLane::tasks() const {
       return static_cast<uint32_t>(whole_.size());
     case Phase::kAllocate:
       return static_cast<uint32_t>(members_.size() * group_);
+    case Phase::kSearch:
+      return static_cast<uint32_t>(families_.size());
     case Phase::kScore:
     case Phase::kRefine:
       break;
@@ -181,6 +193,8 @@ void AttendLane::RunTask(uint32_t task) {
       return Allocate(task);
     case Phase::kRefine:
       return Refine(searched_[task]);
+    case Phase::kSearch:
+      return Search(families_[task]);
   }
 }
 
@@ -190,12 +204,23 @@ void AttendLane::EnterPhase(Phase phase) {
 }
 
 bool AttendLane::NextPhase() {
-  if (phase_ == Phase::kRefine || searched_.empty()) return false;
-  if (phase_ == Phase::kAttend) MeasureElsewhere();
-  EnterPhase(phase_ == Phase::kAttend  ? Phase::kScore
-             : phase_ == Phase::kScore ? Phase::kAllocate
-                                       : Phase::kRefine);
-  return true;
+  switch (phase_) {
+    case Phase::kAttend:
+      if (families_.empty()) return false;
+      MeasureElsewhere();
+      EnterPhase(Phase::kSearch);
+      return true;
+    case Phase::kScore:
+      EnterPhase(Phase::kAllocate);
+      return true;
+    case Phase::kAllocate:
+      EnterPhase(Phase::kRefine);
+      return true;
+    case Phase::kRefine:
+    case Phase::kSearch:
+      break;
+  }
+  return false;
 }
 
 // The lengths of the sums over what has been attended whole.
@@ -252,13 +277,11 @@ void AttendLane::Allocate(uint32_t query) {
   const uint32_t head = key_.kv_head * group_ + query % group_;
   const uint64_t lift_key =
       key_.samples ? LiftKey(asked.budget.seed, key_.layer, head, asked.position) : 0;
-  const double mass = AllocateBudget(asked.budget, scores, shares,
-                                     elsewhere_.empty() ? kEmptyLse : elsewhere_[query], lift_key);
+  const double mass = AllocateBudget(asked.budget, scores, shares, lift_key);
   for (size_t i = 0; i < shares.size(); ++i) {
     RunAllotment& allotment = allotments_[places[i].unit];
     allotment.threshold[places[i].row] = shares[i].threshold;
     allotment.ties[places[i].row] = shares[i].ties;
-    allotment.exact[places[i].row] = shares[i].exact;
     if (!key_.samples) continue;
     allotment.floor[places[i].row] = shares[i].floor;
     allotment.lift_key[places[i].row] = lift_key;
@@ -273,6 +296,35 @@ void AttendLane::Refine(uint32_t u) {
   view.index.Refine(view.segments.view(), queries.block(), coarse_[u], allotments_[u],
                     UnitPartials(u));
   coarse_[u] = CoarseScores{};  // of no more use, and large
+}
+
+void AttendLane::Search(const Family& family) {
+  std::vector<std::unique_ptr<View>> views;
+  std::vector<std::unique_ptr<Queries>> queries;  // the same but for what they see
+  std::vector<ClusterRun> runs;
+  for (uint32_t u : family) {
+    ClearPartials(u);
+    views.push_back(std::make_unique<View>(*this, u));
+    queries.push_back(std::make_unique<Queries>(*this, units_[u]));
+  }
+  std::vector<KvView> of_view;
+  for (const auto& view : views) of_view.push_back(view->segments.view());
+  for (size_t i = 0; i < family.size(); ++i) {
+    runs.push_back({clusters_[family[i]], &of_view[i], queries[i]->block().ranges});
+  }
+  std::vector<float> elsewhere;
+  for (uint32_t member : units_[family.front()].members) {
+    for (uint32_t g = 0; g < group_; ++g) elsewhere.push_back(elsewhere_[member * group_ + g]);
+  }
+  ClusterLimits limits;
+  limits.tolerance = key_.tolerance;
+  limits.other_length = elsewhere;
+  // All queries of a block share what is read, so its members' least cap is for all of them.
+  for (uint32_t member : units_[family.front()].members) {
+    const uint32_t most = members_[member].budget.k;
+    if (most > 0) limits.most_tokens = std::min(limits.most_tokens, most);
+  }
+  SearchClusters(runs, queries.front()->block(), limits, UnitPartials(family.front()));
 }
 
 std::span<const Partial> AttendLane::MergeUnits(std::vector<Partial>* totals,
@@ -302,6 +354,23 @@ void AttendLane::MergeUnit(uint32_t u, std::span<Partial> totals) {
   }
 }
 
+// Of what a query did not read; where answers are merged elsewhere, by that merge.
+float AttendLane::ErrorOf(const Partial& total, uint32_t query) const {
+  if (!lost_mass_.empty()) return lost_mass_[query];
+  if (total.doubt <= 0) return 0;
+  std::vector<float> acc(total.acc.begin(), total.acc.end());
+  Partial merged = total;
+  merged.acc = acc;
+  for (auto u = static_cast<uint32_t>(units_.size()); u < indexes_.size(); ++u) {
+    const std::span<const Partial> partials =
+        std::span(partials_).subspan(first_slot_[u], first_slot_[u + 1] - first_slot_[u]);
+    for (size_t i = 0; i < partials.size(); ++i) {
+      if (unit(u).members[i / group_] * group_ + i % group_ == query) merged.Merge(partials[i]);
+    }
+  }
+  return merged.RelativeError();
+}
+
 void AttendLane::Finish() {
   const size_t head_dim = key_.shape->head_dim;
   std::vector<Partial> merged;
@@ -313,10 +382,8 @@ void AttendLane::Finish() {
       members_[m].lse[g] = total.Finish(std::span(members_[m].o + g * head_dim, head_dim));
       results_[m].tokens += total.tokens;
       results_[m].bytes += total.bytes;
-      if (!lost_mass_.empty()) {
-        results_[m].error_estimate =
-            std::max(results_[m].error_estimate, lost_mass_[m * group_ + g]);
-      }
+      results_[m].error_estimate =
+          std::max(results_[m].error_estimate, ErrorOf(total, m * group_ + g));
     }
   }
 }

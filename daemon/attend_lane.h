@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "cpu_index/cluster_search.h"
 #include "cpu_index/key_index.h"
 #include "cpu_index/partial.h"
 #include "daemon/scan_plan.h"
@@ -44,8 +45,9 @@ struct LaneResult {
 // Works in phases of tasks that any threads run in any order; partials are merged in the order of
 // the units, so the answer does not depend on the threads. An exact lane scans its units. An
 // indexed one scores its units, shares each query's budget out over them, then refines them. One
-// with a tolerance first attends the units without an index, and the `rest`, tokens that the
-// answers will be merged with elsewhere: beside a long sum of these errors matter less.
+// with a tolerance first attends the units that no index estimates, and the `rest`, tokens that the
+// answers will be merged with elsewhere: beside a long sum of these errors matter less. Then it
+// searches the others, all at once that have the same members and the same model.
 class AttendLane {
  public:
   // `units` and `rest` are PlanScan's answers for these members; indexes[u] may answer for unit u
@@ -73,7 +75,9 @@ class AttendLane {
   std::span<const LaneResult> results() const { return results_; }  // by member
 
  private:
-  enum class Phase { kAttend, kScore, kAllocate, kRefine };
+  enum class Phase { kAttend, kScore, kAllocate, kRefine, kSearch };
+  // Units that are searched together.
+  using Family = std::vector<uint32_t>;
   class View;
   class Queries;
 
@@ -88,6 +92,9 @@ class AttendLane {
   void Score(uint32_t unit);
   void Allocate(uint32_t query);
   void Refine(uint32_t unit);
+  void Search(const Family& family);
+  void AddToFamily(uint32_t unit, const ClusterIndex* clusters);
+  float ErrorOf(const Partial& total, uint32_t query) const;
   std::span<Partial> UnitPartials(uint32_t unit);
   void MergeUnit(uint32_t unit, std::span<Partial> totals);
   // One partial per query; in partials_, or merged into the two buffers.
@@ -97,8 +104,10 @@ class AttendLane {
   const LaneKey key_;
   const uint32_t group_;
   const std::span<const ScanUnit> units_, rest_;
-  std::vector<const KeyIndex*> indexes_;    // per unit, also of the rest
+  std::vector<const TokenIndex*> indexes_;      // per unit, also of the rest
+  std::vector<const ClusterIndex*> clusters_;  // per unit; null: indexes_ has what is used
   std::vector<uint32_t> whole_, searched_;  // units, and of the rest, that are attended; searched
+  std::vector<Family> families_;            // of the others
   std::vector<LaneMember> members_;
   std::vector<float> packed_q_;           // [member][group][head_dim], if there are several
   std::vector<uint32_t> first_slot_;      // per unit, of partials_; one past the end at the end
@@ -108,7 +117,7 @@ class AttendLane {
   std::vector<RunAllotment> allotments_;  // indexed lanes: per unit
   std::vector<LaneResult> results_;
   std::vector<float> lost_mass_;  // indexed lanes: per query, of all members' groups
-  std::vector<float> elsewhere_;  // with a tolerance: per query, as QueryBlock::other_length
+  std::vector<float> elsewhere_;  // with a tolerance: per query, as ClusterLimits::other_length
   Phase phase_;
   std::atomic<uint32_t> tasks_left_;
 };

@@ -97,9 +97,7 @@ void Context::IndexRuns() {
   if (samples_ == nullptr) return;
   const absl::StatusOr<std::shared_ptr<const BlockTable>> table = Table();
   if (!table.ok()) return;  // closed
-  for (const RunUse& use : (*table)->runs) {
-    services_.indexer->Consider(use.run, shape(), samples_);
-  }
+  services_.indexer->Consider((*table)->runs, shape(), samples_);
 }
 
 }  // namespace quarry

@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/kv_segments.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
@@ -21,20 +22,29 @@ constexpr int kNice = 10;  // yields to decode when cores are short
 
 }  // namespace
 
-// One run's heads. Ends what RunIndexes::Begin began.
+// All heads of some runs. Ends what RunIndexes::Begin began.
 struct RunIndexer::Job {
-  Job(const std::shared_ptr<const Run>& of, const KvShape& of_shape,
-      std::shared_ptr<const QuerySamples> queries)
-      : run(of), indexes(of->indexes()), shape(of_shape), samples(std::move(queries)) {}
-  ~Job() { indexes->End(built == heads()); }
+  ~Job() {
+    for (const auto& part : parts) {
+      part.indexes->End(part.built == heads() ? std::optional(learning) : std::nullopt);
+    }
+  }
   uint32_t heads() const { return shape.layers * shape.kv_heads; }
 
-  const std::weak_ptr<const Run> run;
-  const std::shared_ptr<RunIndexes> indexes;
-  const KvShape shape;
-  const std::shared_ptr<const QuerySamples> samples;
-  uint32_t next = 0;               // under the indexer's mutex
-  std::atomic<uint32_t> built{0};  // or known to have none
+  struct Part {
+    explicit Part(const std::shared_ptr<const Run>& of) : run(of), indexes(of->indexes()) {}
+    const std::weak_ptr<const Run> run;
+    const std::shared_ptr<RunIndexes> indexes;
+    std::atomic<uint32_t> built{0};  // heads, or known to have none
+  };
+
+  KvShape shape;
+  std::deque<Part> parts;
+  // Of a run whose indexes have learned what these are to be made with; null: they learn themselves.
+  std::shared_ptr<RunIndexes> neighbour;
+  RunIndexes::Learning learning;
+  std::shared_ptr<const QuerySamples> samples;
+  uint32_t next = 0;  // under the indexer's mutex
   std::atomic<bool> warned{false};
 };
 
@@ -57,13 +67,31 @@ RunIndexer::~RunIndexer() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void RunIndexer::Consider(const std::shared_ptr<const Run>& run, const KvShape& shape,
+void RunIndexer::Consider(std::span<const RunUse> runs, const KvShape& shape,
                           const std::shared_ptr<const QuerySamples>& samples) {
-  if (!enabled()) return;
-  const RunIndexes::Due due = run->indexes()->Begin(samples->LeastKept());
-  if (due == RunIndexes::Due::kNo) return;
-  if (due == RunIndexes::Due::kAgain) relearned_.fetch_add(1, std::memory_order_relaxed);
-  auto job = std::make_shared<Job>(run, shape, samples);
+  if (!enabled() || runs.empty()) return;
+  auto job = std::make_shared<Job>();
+  job->shape = shape;
+  job->samples = samples;
+  job->learning.samples = samples->LeastKept();
+  for (const RunUse& use : runs) job->learning.tokens += use.run->tokens().size();
+  bool again = false;
+  for (const RunUse& use : runs) {
+    const std::shared_ptr<RunIndexes>& indexes = use.run->indexes();
+    const RunIndexes::Due due = indexes->Begin(job->learning);
+    if (due == RunIndexes::Due::kNo) {
+      if (indexes->learned().has_value()) job->neighbour = indexes;
+      continue;
+    }
+    if (due == RunIndexes::Due::kAgain) relearned_.fetch_add(1, std::memory_order_relaxed);
+    again |= due == RunIndexes::Due::kAgain;
+    job->parts.emplace_back(use.run);
+  }
+  if (job->parts.empty()) return;
+  if (again) job->neighbour = nullptr;
+  if (job->neighbour != nullptr) {
+    job->learning = job->neighbour->learned().value_or(job->learning);
+  }
   absl::MutexLock lock(&mutex_);
   if (!stopping_) queue_.push_back(std::move(job));
 }
@@ -87,32 +115,61 @@ void RunIndexer::Loop() {
   while (const std::shared_ptr<Job> job = NextHead(&head)) BuildHead(*job, head);
 }
 
+absl::StatusOr<std::vector<MadeIndex>> RunIndexer::MakeHead(
+    const Job& job, uint32_t layer, uint32_t kv_head, std::span<const KvView> views) const {
+  const std::vector<float> queries = job.samples->Scaled(layer, kv_head);
+  const std::shared_ptr<const KeyIndex> like =
+      job.neighbour == nullptr ? nullptr : job.neighbour->Get(layer, kv_head);
+  if (like == nullptr) return MakeIndexes(options_.choice, views, queries);
+  std::vector<MadeIndex> made;
+  for (const KvView& view : views) {
+    QUARRY_ASSIGN_OR_RETURN(MadeIndex one,
+                            MakeIndexLike(*like, options_.choice, view, queries));
+    made.push_back(std::move(one));
+  }
+  return made;
+}
+
 void RunIndexer::BuildHead(Job& job, uint32_t head) {
-  const std::shared_ptr<const Run> run = job.run.lock();
-  if (run == nullptr) return;  // no context wants it any more
-  const auto start = std::chrono::steady_clock::now();
   const uint32_t layer = head / job.shape.kv_heads, kv_head = head % job.shape.kv_heads;
-  const KvSegments segments(job.shape, layer, kv_head, run->tokens(), run->blocks().data(),
-                            run->tokens().lo / kBlockTokens);
-  absl::StatusOr<MadeIndex> made =
-      MakeIndex(options_.choice, segments.view(), job.samples->Scaled(layer, kv_head));
+  std::vector<std::shared_ptr<const Run>> runs;  // that some context still wants
+  std::vector<Job::Part*> parts;
+  std::deque<KvSegments> segments;
+  std::vector<KvView> views;
+  for (Job::Part& part : job.parts) {
+    std::shared_ptr<const Run> run = part.run.lock();
+    if (run == nullptr) continue;
+    segments.emplace_back(job.shape, layer, kv_head, run->tokens(), run->blocks().data(),
+                          run->tokens().lo / kBlockTokens);
+    views.push_back(segments.back().view());
+    parts.push_back(&part);
+    runs.push_back(std::move(run));
+  }
+  if (runs.empty()) return;
+  const auto start = std::chrono::steady_clock::now();
+  absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, layer, kv_head, views);
   absl::Status status = made.status();
-  if (status.ok()) status = MakeRoom(made->bytes);
+  for (size_t r = 0; status.ok() && r < runs.size(); ++r) {
+    if ((*made)[r].index == nullptr) continue;
+    status = MakeRoom((*made)[r].bytes);
+    if (!status.ok()) break;
+    parts[r]->indexes->Set(layer, kv_head, Account(std::move((*made)[r])));
+    built_.fetch_add(1, std::memory_order_relaxed);
+  }
   if (!status.ok()) {
     failed_.fetch_add(1, std::memory_order_relaxed);
-    // The other heads of the run will say the same.
-    if (!job.warned.exchange(true)) spdlog::warn("run not indexed tokens=[{}, {}) layer={} kv_head={} error=\"{}\"",
-                 run->tokens().lo, run->tokens().hi, layer, kv_head,
-                 std::string(status.message()));
-  } else if (made->index != nullptr) {
-    job.indexes->Set(layer, kv_head, Account(*std::move(made)));
-    built_.fetch_add(1, std::memory_order_relaxed);
+    // The other heads of the runs will say the same.
+    if (!job.warned.exchange(true)) {
+      spdlog::warn("runs not indexed tokens=[{}, {}) layer={} kv_head={} error=\"{}\"",
+                   runs.front()->tokens().lo, runs.back()->tokens().hi, layer, kv_head,
+                   std::string(status.message()));
+    }
   }
   build_micros_.fetch_add(static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
                               std::chrono::steady_clock::now() - start)
                                                     .count()),
                           std::memory_order_relaxed);
-  job.built.fetch_add(1);
+  for (Job::Part* part : parts) part->built.fetch_add(1);
 }
 
 // Several threads may pass the bound by one index each.

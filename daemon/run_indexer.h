@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <span>
 #include <thread>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "cpu_index/index_choice.h"
+#include "daemon/block_table.h"
 #include "daemon/index_options.h"
 #include "daemon/query_samples.h"
 #include "daemon/run_registry.h"
@@ -18,7 +20,9 @@
 namespace quarry {
 
 // Head by head, of runs in the order in which they came; each head is used as soon as it is built.
-// A run that no context uses any more is left where it stands. Thread-safe.
+// Runs of one context that are due together are learned from together; a run that comes later gets
+// its first indexes with what its neighbours' have learned, until so much more is known that all are
+// learned anew. Runs that no context uses any more are left where they stand. Thread-safe.
 class RunIndexer {
  public:
   // Where there is no room, indexes that no context uses are dropped from `runs`, which outlives it.
@@ -28,8 +32,9 @@ class RunIndexer {
   RunIndexer(const RunIndexer&) = delete;
   RunIndexer& operator=(const RunIndexer&) = delete;
 
-  // Has the run indexed, or indexed anew if many more queries are known than when it was.
-  void Consider(const std::shared_ptr<const Run>& run, const KvShape& shape,
+  // Has the runs of a context, in token order, indexed, or indexed anew if many more queries or
+  // tokens are known than when they were.
+  void Consider(std::span<const RunUse> runs, const KvShape& shape,
                 const std::shared_ptr<const QuerySamples>& samples);
 
   bool enabled() const { return options_.choice.kind != IndexKind::kExact; }
@@ -43,6 +48,8 @@ class RunIndexer {
   // The next head of a run; null: stop.
   std::shared_ptr<Job> NextHead(uint32_t* head);
   void BuildHead(Job& job, uint32_t head);
+  absl::StatusOr<std::vector<MadeIndex>> MakeHead(const Job& job, uint32_t layer, uint32_t kv_head,
+                                                  std::span<const KvView> views) const;
   absl::Status MakeRoom(uint64_t bytes);
   std::shared_ptr<const KeyIndex> Account(MadeIndex made);
 

@@ -5,8 +5,8 @@
 namespace quarry {
 namespace {
 
-// To learn again costs a build: it is worth it with enough samples, and several times more than
-// before.
+// To learn again costs a build: it is worth it with enough samples, and several times more of them or
+// of the tokens than before.
 constexpr uint32_t kLeastSamples = 32, kTimesMore = 4;
 
 }  // namespace
@@ -16,22 +16,26 @@ bool RunIndexes::empty() const {
   return std::all_of(heads_.begin(), heads_.end(), [](const auto& head) { return !head; });
 }
 
-RunIndexes::Due RunIndexes::Begin(uint32_t samples) {
+RunIndexes::Due RunIndexes::Begin(const Learning& now) {
   absl::MutexLock lock(&mutex_);
   if (busy_) return Due::kNo;
-  if (learned_from_.has_value() &&
-      (samples < kLeastSamples || samples / kTimesMore < *learned_from_)) {
-    return Due::kNo;
+  if (!learned_.has_value()) {
+    busy_ = true;
+    return Due::kFirst;
   }
+  const bool samples =
+      now.samples >= kLeastSamples && now.samples / kTimesMore >= learned_->samples;
+  const bool tokens =
+      now.tokens / kTimesMore >= learned_->tokens && now.samples >= learned_->samples;
+  if (!samples && !tokens) return Due::kNo;
   busy_ = true;
-  learning_from_ = samples;
-  return learned_from_.has_value() ? Due::kAgain : Due::kFirst;
+  return Due::kAgain;
 }
 
-void RunIndexes::End(bool done) {
+void RunIndexes::End(std::optional<Learning> learned) {
   absl::MutexLock lock(&mutex_);
   busy_ = false;
-  if (done) learned_from_ = learning_from_;
+  if (learned.has_value()) learned_ = learned;
 }
 
 }  // namespace quarry

@@ -33,13 +33,24 @@ class RunIndexes {
 
   bool empty() const;
 
-  // Whether all heads are to be indexed now, with so many sampled positions to learn from: for the
-  // first time, or again since there are several times more samples than then. The caller who is told
-  // so is the one who does it, until End.
+  // What indexes were learned from.
+  struct Learning {
+    uint32_t samples = 0;  // positions whose queries were known
+    uint32_t tokens = 0;   // of the runs that were learned from together
+  };
+
+  // Whether all heads are to be indexed now, if that much can be learned from: for the first time, or
+  // again since it is several times more than then. The caller who is told so is the one who does
+  // it, until End.
   enum class Due { kNo, kFirst, kAgain };
-  Due Begin(uint32_t samples);
-  // done: false if it was given up, as if Begin had not been called.
-  void End(bool done);
+  Due Begin(const Learning& now);
+  // learned: what was learned from; none if it was given up, as if Begin had not been called.
+  void End(std::optional<Learning> learned);
+  // None: never indexed.
+  std::optional<Learning> learned() const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return learned_;
+  }
 
  private:
   size_t Head(uint32_t layer, uint32_t kv_head) const {
@@ -50,8 +61,7 @@ class RunIndexes {
   mutable absl::Mutex mutex_;
   std::vector<std::shared_ptr<const KeyIndex>> heads_ ABSL_GUARDED_BY(mutex_);
   bool busy_ ABSL_GUARDED_BY(mutex_) = false;
-  uint32_t learning_from_ ABSL_GUARDED_BY(mutex_) = 0;
-  std::optional<uint32_t> learned_from_ ABSL_GUARDED_BY(mutex_);  // positions; none: never indexed
+  std::optional<Learning> learned_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace quarry

@@ -39,9 +39,8 @@ struct BaselineSearch {
 // ranking, and clusters and graphs are the better for it. Score returns lists of exact scores; a
 // query whose range is a part of the run asks for correspondingly more of the whole run.
 // Searches may run on many threads at once; FAISS is kept to the calling thread.
-class BaselineIndex : public KeyIndex {
+class BaselineIndex : public TokenIndex {
  public:
-  bool lists_tokens() const override { return true; }
   // Not while searches run.
   void set_search(const BaselineSearch& search) {
     search_ = search;

@@ -52,12 +52,13 @@ std::vector<SearchSpec> Searches(BaselineKind kind, const BaselineOptions& optio
 IndexSpec Baseline(BaselineKind kind, std::string built, const BaselineOptions& options) {
   IndexSpec spec;
   spec.name = absl::StrCat(std::string(BaselineName(kind)), built.empty() ? "" : "/", built);
-  spec.build = [kind, options](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
-    absl::StatusOr<std::unique_ptr<BaselineIndex>> index = BuildBaseline(kind, input.run, options);
+  spec.build = RunByRun([kind, options](const KvView& run,
+                                        const BuildInput&) -> absl::StatusOr<BuiltIndex> {
+    absl::StatusOr<std::unique_ptr<BaselineIndex>> index = BuildBaseline(kind, run, options);
     if (!index.ok()) return index.status();
     const uint64_t bytes = (*index)->memory_bytes();
     return BuiltIndex{std::move(*index), bytes};
-  };
+  });
   spec.searches = Searches(kind, options);
   spec.builds_on_one_thread = true;
   return spec;
@@ -88,7 +89,9 @@ std::string BudgetName(const Budget& budget) {
 IndexSpec ExactSpec() {
   IndexSpec spec;
   spec.name = "exact";
-  spec.build = [](const BuildInput&) -> absl::StatusOr<BuiltIndex> { return BuiltIndex{}; };
+  spec.build = RunByRun([](const KvView&, const BuildInput&) -> absl::StatusOr<BuiltIndex> {
+    return BuiltIndex{};
+  });
   for (const Budget& budget : {Budget{}, FixedK(100), FixedK(1000), TopP(0.9f), TopP(0.99f),
                                TopP(0.99f, 4096)}) {
     spec.searches.push_back({"", budget, nullptr, true});

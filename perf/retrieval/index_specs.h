@@ -14,9 +14,9 @@
 
 namespace quarry::perf {
 
-// What an index of one run may be built from.
+// What the indexes of a head may be built from.
 struct BuildInput {
-  KvView run;
+  std::span<const KvView> runs;  // consecutive
   // The prefill's queries of the head's group, by rising position: [queries][head_dim].
   std::span<const float> train_queries;
   std::span<const uint32_t> train_positions;  // one per `group` queries
@@ -40,15 +40,25 @@ struct SearchSpec {
 
 struct IndexSpec {
   std::string name;  // and how it is built: "hnsw/M=32/ef=200"
-  std::function<absl::StatusOr<BuiltIndex>(const BuildInput&)> build;
+  // One for each run.
+  std::function<absl::StatusOr<std::vector<BuiltIndex>>(const BuildInput&)> build;
   std::vector<SearchSpec> searches;
   bool builds_on_one_thread = false;  // so several heads are built at once, each timed alone
-  // Adds the tokens that one query attends exactly of what it was allotted, in any order. Null:
-  // nodes are single tokens.
-  std::function<void(const KeyIndex&, const CoarseScores&, const RunAllotment&, uint32_t query,
-                     std::vector<uint32_t>*)>
-      attended;
 };
+
+// A spec's build, from one that makes the index of one run, knowing nothing of the others.
+template <typename F>
+auto RunByRun(F build_one) {
+  return [build_one](const BuildInput& input) -> absl::StatusOr<std::vector<BuiltIndex>> {
+    std::vector<BuiltIndex> out;
+    for (const KvView& run : input.runs) {
+      absl::StatusOr<BuiltIndex> built = build_one(run, input);
+      if (!built.ok()) return built.status();
+      out.push_back(*std::move(built));
+    }
+    return out;
+  };
+}
 
 // "all", "top-100", "mass-0.95", "mass-0.95-cap-4096", "error-0.02".
 std::string BudgetName(const Budget& budget);

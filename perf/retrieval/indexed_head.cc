@@ -1,6 +1,7 @@
 #include "perf/retrieval/indexed_head.h"
 
 #include <algorithm>
+#include <cmath>
 #include <ctime>
 #include <utility>
 
@@ -30,51 +31,37 @@ absl::StatusOr<std::unique_ptr<IndexedHead>> IndexedHead::Build(const IndexSpec&
                                                                 TokenRange indexed, uint32_t end,
                                                                 uint32_t runs, BuildInput input) {
   auto head = std::make_unique<IndexedHead>();
-  uint64_t bytes = 0;
   head->units_.reserve(runs + 1);  // views keep pointing into the units
-  const auto add = [&](TokenRange tokens) -> Unit& {
+  const auto add = [&](TokenRange tokens) {
     Unit& unit = head->units_.emplace_back();
     unit.index = &ExactScan();
     unit.segments = memory.Segments(tokens);
     unit.view = memory.View(unit.segments);
-    return unit;
   };
-  head->attended_ = spec.attended;
+  for (uint32_t i = 0; i < runs; ++i) {
+    const TokenRange tokens = Part(indexed, i, runs);
+    if (!tokens.empty()) add(tokens);
+  }
+  std::vector<KvView> views;
+  for (const Unit& unit : head->units_) views.push_back(unit.view);
+  input.runs = views;
   const clockid_t clock =
       spec.builds_on_one_thread ? CLOCK_THREAD_CPUTIME_ID : CLOCK_PROCESS_CPUTIME_ID;
   const double before = CoreSeconds(clock);
-  for (uint32_t i = 0; i < runs; ++i) {
-    const TokenRange tokens = Part(indexed, i, runs);
-    if (tokens.empty()) continue;
-    Unit& unit = add(tokens);
-    input.run = unit.view;
-    absl::StatusOr<BuiltIndex> built = spec.build(input);
-    if (!built.ok()) return built.status();
-    bytes += built->memory_bytes;
-    if (built->index == nullptr) continue;
-    unit.index = built->index.get();
-    head->own_.push_back(std::move(built->index));
+  absl::StatusOr<std::vector<BuiltIndex>> built = spec.build(input);
+  if (!built.ok()) return built.status();
+  uint64_t bytes = 0;
+  for (size_t i = 0; i < built->size(); ++i) {
+    bytes += (*built)[i].memory_bytes;
+    if ((*built)[i].index == nullptr) continue;
+    head->own_.push_back(std::move((*built)[i].index));
+    head->units_[i].index = dynamic_cast<const TokenIndex*>(head->own_.back().get());
+    head->units_[i].clusters = dynamic_cast<const ClusterIndex*>(head->own_.back().get());
   }
   head->build_core_s_ = head->own_.empty() ? 0 : CoreSeconds(clock) - before;
   head->bytes_per_token_ = static_cast<double>(bytes) / std::max(1u, indexed.size());
   if (end > indexed.hi) add({indexed.hi, end});
   return head;
-}
-
-void IndexedHead::Attended(const Unit& unit, const CoarseScores& coarse,
-                           const RunAllotment& allotment, uint32_t query,
-                           std::vector<uint32_t>* out) const {
-  if (attended_ != nullptr && unit.index != &ExactScan()) {
-    attended_(*unit.index, coarse, allotment, query, out);
-    return;
-  }
-  QUARRY_CHECK(coarse.stretches.empty());
-  const std::span<const float> row = coarse.Row(query);
-  AllottedTokens allotted(allotment, query);
-  for (size_t i = 0; i < row.size(); ++i) {
-    const uint32_t token = coarse.tokens.lo + coarse.NodeOf(query, i);
-    if (allotted.Take(token, row[i])) out->push_back(token);
-  }
 }
 
 void IndexedHead::Prepare(const SearchSpec& search) {
@@ -94,22 +81,54 @@ void HeadAnswer::Reset(const QueryBlock& queries, size_t units) {
   for (RunAllotment& allotment : allotments_) {
     allotment.threshold.resize(queries.queries);
     allotment.ties.resize(queries.queries);
-    allotment.exact.resize(queries.queries);
   }
 }
 
-void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries, const Budget& budget) {
+// What of all this is no cluster is attended whole; `elsewhere` grows by it.
+void HeadAnswer::AnswerWithin(const IndexedHead& head, const QueryBlock& queries,
+                              std::span<const float> elsewhere, float error) {
+  std::vector<ClusterRun> runs;
+  for (const auto& unit : head.units()) {
+    if (unit.clusters != nullptr) {
+      runs.push_back({unit.clusters, &unit.view, queries.ranges});
+    } else {
+      unit.index->AttendAll(unit.view, queries, partials_);
+    }
+  }
+  std::vector<float> other;
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    double square = 0;
+    for (float x : partials_[i].acc) square += double{x} * x;
+    const double whole = square > 0 ? partials_[i].max + 0.5 * std::log(square) : kEmptyLse;
+    const double window = elsewhere.empty() ? kEmptyLse : elsewhere[i];
+    const double most = std::max(whole, window);
+    other.push_back(static_cast<float>(
+        most == kEmptyLse ? kEmptyLse
+                          : most + std::log(std::hypot(std::exp(whole - most),
+                                                       std::exp(window - most)))));
+  }
+  ClusterLimits limits;
+  limits.tolerance = error;
+  limits.other_length = other;
+  refined_.clear();
+  SearchClusters(runs, queries, limits, partials_, &refined_);
+}
+
+void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries,
+                        std::span<const float> elsewhere, const Budget& budget) {
   const std::span<const IndexedHead::Unit> units = head.units();
   Reset(queries, units.size());
-  all_ = budget.kind == Budget::Kind::kUnlimited;
-  if (all_) {
+  refined_.clear();
+  whole_ = budget.kind == Budget::Kind::kUnlimited || budget.kind == Budget::Kind::kError;
+  if (budget.kind == Budget::Kind::kError) {
+    return AnswerWithin(head, queries, elsewhere, budget.error);
+  }
+  if (whole_) {
     for (const auto& unit : units) unit.index->AttendAll(unit.view, queries, partials_);
     return;
   }
-  QueryBlock tolerant = queries;
-  tolerant.tolerance = budget.error;
   for (size_t u = 0; u < units.size(); ++u) {
-    units[u].index->Score(units[u].view, tolerant, &coarse_[u]);
+    units[u].index->Score(units[u].view, queries, &coarse_[u]);
   }
   const bool samples = budget.kind == Budget::Kind::kSoftmaxLift;
   for (RunAllotment& allotment : allotments_) {
@@ -121,12 +140,10 @@ void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries, cons
   for (uint32_t i = 0; i < queries.queries; ++i) {
     for (size_t u = 0; u < units.size(); ++u) scores[u] = {&coarse_[u], i};
     const uint64_t key = samples ? LiftKey(budget.seed, 0, i, queries.ranges[i].hi) : 0;
-    const float other = queries.other_length.empty() ? kEmptyLse : queries.other_length[i];
-    lost_mass_[i] = 1.0 - AllocateBudget(budget, scores, shares, other, key);
+    lost_mass_[i] = 1.0 - AllocateBudget(budget, scores, shares, key);
     for (size_t u = 0; u < units.size(); ++u) {
       allotments_[u].threshold[i] = shares[u].threshold;
       allotments_[u].ties[i] = shares[u].ties;
-      allotments_[u].exact[i] = shares[u].exact;
       if (!samples) continue;
       allotments_[u].floor[i] = shares[u].floor;
       allotments_[u].lift_key[i] = key;
@@ -146,15 +163,24 @@ uint64_t HeadAnswer::bytes() const {
 std::vector<uint32_t> HeadAnswer::Attended(const IndexedHead& head, const QueryBlock& queries,
                                            uint32_t query) const {
   std::vector<uint32_t> out;
-  if (all_) {
-    for (const auto& unit : head.units()) {
+  for (uint32_t token : refined_) {
+    if (Intersect(queries.ranges[query], {token, token + 1}).size() > 0) out.push_back(token);
+  }
+  for (size_t u = 0; u < head.units().size(); ++u) {
+    const IndexedHead::Unit& unit = head.units()[u];
+    if (unit.clusters != nullptr) continue;
+    if (whole_) {
       const TokenRange range = Intersect(queries.ranges[query], unit.view.tokens());
       for (uint32_t t = range.lo; t < range.hi; ++t) out.push_back(t);
+      continue;
     }
-    return out;
-  }
-  for (size_t u = 0; u < coarse_.size(); ++u) {
-    head.Attended(head.units()[u], coarse_[u], allotments_[u], query, &out);
+    const CoarseScores& coarse = coarse_[u];
+    const std::span<const float> row = coarse.Row(query);
+    AllottedTokens allotted(allotments_[u], query);
+    for (size_t i = 0; i < row.size(); ++i) {
+      const uint32_t token = coarse.tokens.lo + coarse.NodeOf(query, i);
+      if (allotted.Take(token, row[i])) out.push_back(token);
+    }
   }
   return out;
 }

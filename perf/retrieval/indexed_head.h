@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "cpu_index/key_index.h"
+#include "cpu_index/cluster_search.h"
 #include "perf/retrieval/head_memory.h"
 #include "perf/retrieval/index_specs.h"
 
@@ -17,13 +17,14 @@ namespace quarry::perf {
 class IndexedHead {
  public:
   struct Unit {
-    const KeyIndex* index;
+    const TokenIndex* index = nullptr;       // or
+    const ClusterIndex* clusters = nullptr;  // which is searched with those of other units
     std::vector<KvSegment> segments;
     KvView view;
   };
 
   // `runs` runs of equal length over `indexed`, and a tail that is scanned up to `end`.
-  // input.run is set here. Time counts this thread alone, or the whole process, as the spec says.
+  // input.runs is set here. Time counts this thread alone, or the whole process, as the spec says.
   static absl::StatusOr<std::unique_ptr<IndexedHead>> Build(const IndexSpec& spec,
                                                             const HeadMemory& memory,
                                                             TokenRange indexed, uint32_t end,
@@ -31,39 +32,41 @@ class IndexedHead {
 
   void Prepare(const SearchSpec& search);  // not while answers are made
   std::span<const Unit> units() const { return units_; }
-  // What one query attends of a unit, as IndexSpec::attended.
-  void Attended(const Unit& unit, const CoarseScores& coarse, const RunAllotment& allotment,
-                uint32_t query, std::vector<uint32_t>* out) const;
   double build_core_s() const { return build_core_s_; }  // of all threads that worked on it
   double bytes_per_token() const { return bytes_per_token_; }
 
  private:
   std::vector<Unit> units_;
   std::vector<std::unique_ptr<KeyIndex>> own_;
-  decltype(IndexSpec::attended) attended_;
   double build_core_s_ = 0;
   double bytes_per_token_ = 0;
 };
 
-// Answers queries as the daemon does: every unit scores, the budget shares out, every unit refines.
+// Answers queries as the daemon does: every unit scores, the budget shares out, every unit refines; or,
+// under a tolerated error, units without clusters are attended whole, then all clusters are searched.
 // Keeps its buffers from one answer to the next. For one thread.
 class HeadAnswer {
  public:
   // queries.ranges bound the units' tokens. Overwrites the last answer.
-  void Answer(const IndexedHead& head, const QueryBlock& queries, const Budget& budget);
+  // elsewhere: [queries] as ClusterLimits::other_length, of the window.
+  void Answer(const IndexedHead& head, const QueryBlock& queries,
+              std::span<const float> elsewhere, const Budget& budget);
 
   std::span<const Partial> partials() const { return partials_; }  // by query
   uint64_t bytes() const;                                          // of all queries together
   // Under budgets that drop what they do not attend: the share of the mass that they do not.
   double lost_mass(uint32_t query) const { return lost_mass_[query]; }
-  // The tokens that the query attended exactly.
+  // The tokens that the query attended, exactly or by their rows.
   std::vector<uint32_t> Attended(const IndexedHead& head, const QueryBlock& queries,
                                  uint32_t query) const;
 
  private:
   void Reset(const QueryBlock& queries, size_t units);
+  void AnswerWithin(const IndexedHead& head, const QueryBlock& queries,
+                    std::span<const float> elsewhere, float error);
 
-  bool all_ = false;  // everything was attended, without scores
+  bool whole_ = false;  // units of tokens were attended without scores
+  std::vector<uint32_t> refined_;          // of clusters, by any query
   std::vector<CoarseScores> coarse_;       // by unit
   std::vector<RunAllotment> allotments_;   // by unit
   std::vector<float> acc_;

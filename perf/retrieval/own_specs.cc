@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "cpu_index/cluster_index.h"
+#include "cpu_index/cluster_learn.h"
 #include "cpu_index/code_scan.h"
 #include "cpu_index/graph_index.h"
 
@@ -20,13 +20,15 @@ std::vector<float> Scaled(const BuildInput& input) {
 IndexSpec CodeScanSpec(bool aware) {
   IndexSpec spec;
   spec.name = aware ? "codes" : "codes/keys-only";
-  spec.build = [aware](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
+  spec.build = RunByRun([aware](const KvView& run,
+                               const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
     const std::vector<float> queries = aware ? Scaled(input) : std::vector<float>();
-    absl::StatusOr<std::unique_ptr<CodeScan>> index = CodeScan::Build(input.run, queries);
+    absl::StatusOr<std::unique_ptr<CodeScan>> index =
+        CodeScan::Build(run, queries);
     if (!index.ok()) return index.status();
     const uint64_t bytes = (*index)->memory_bytes();
     return BuiltIndex{std::move(*index), bytes};
-  };
+  });
   for (const uint32_t k : {100u, 1000u, 4000u}) {
     for (const uint32_t factor : {1u, 4u}) {
       spec.searches.push_back({absl::StrCat("rerank=", factor), Budget{Budget::Kind::kFixedK, k, 1},
@@ -42,12 +44,15 @@ IndexSpec CodeScanSpec(bool aware) {
 IndexSpec ClusterSpec() {
   IndexSpec spec;
   spec.name = "clusters";
-  spec.build = [](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
-    absl::StatusOr<std::unique_ptr<ClusterIndex>> index =
-        ClusterIndex::Build(input.run, Scaled(input));
-    if (!index.ok()) return index.status();
-    const uint64_t bytes = (*index)->memory_bytes();
-    return BuiltIndex{std::move(*index), bytes};
+  spec.build = [](const BuildInput& input) -> absl::StatusOr<std::vector<BuiltIndex>> {
+    absl::StatusOr<LearnedClusters> learned = LearnClusters(input.runs, Scaled(input));
+    if (!learned.ok()) return learned.status();
+    std::vector<BuiltIndex> out;
+    for (std::unique_ptr<ClusterIndex>& index : learned->indexes) {
+      const uint64_t bytes = index->memory_bytes() + (out.empty() ? learned->model->memory_bytes() : 0);
+      out.push_back({std::move(index), bytes});
+    }
+    return out;
   };
   for (const float error : {0.1f, 0.05f, 0.02f, 0.01f}) {
     SearchSpec search;
@@ -57,12 +62,6 @@ IndexSpec ClusterSpec() {
     spec.searches.push_back(std::move(search));
   }
   spec.builds_on_one_thread = true;
-  spec.attended = [](const KeyIndex& index, const CoarseScores& coarse,
-                     const RunAllotment& allotment, uint32_t query, std::vector<uint32_t>* out) {
-    const size_t before = out->size();
-    static_cast<const ClusterIndex&>(index).Selected(coarse, allotment, query, out);
-    for (size_t i = before; i < out->size(); ++i) (*out)[i] += coarse.tokens.lo;
-  };
   return spec;
 }
 
@@ -70,14 +69,15 @@ IndexSpec ClusterSpec() {
 IndexSpec GraphSpec(bool aware) {
   IndexSpec spec;
   spec.name = aware ? "graph" : "graph/keys-only";
-  spec.build = [aware](const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
+  spec.build = RunByRun([aware](const KvView& run,
+                               const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
     const std::vector<float> queries = aware ? Scaled(input) : std::vector<float>();
     absl::StatusOr<std::unique_ptr<GraphIndex>> index =
-        GraphIndex::Build(input.run, queries, GraphOptions{});
+        GraphIndex::Build(run, queries, GraphOptions{});
     if (!index.ok()) return index.status();
     const uint64_t bytes = (*index)->memory_bytes();
     return BuiltIndex{std::move(*index), bytes};
-  };
+  });
   const auto add = [&spec](uint32_t queue, uint32_t k) {
     spec.searches.push_back({absl::StrCat("L=", queue), Budget{Budget::Kind::kFixedK, k, 1},
                              [queue](KeyIndex* index) {

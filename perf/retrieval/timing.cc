@@ -24,7 +24,7 @@ TraceBench::Times TraceBench::Time(const Heads& heads, const Budget& budget,
         const uint32_t h = first + thread;
         if (h >= count) continue;
         const QueryBlock queries = Queries(heads_[h], query, ranges);
-        const double us = Microseconds([&] { answer.Answer(*heads[h], queries, budget); });
+        const double us = Microseconds([&] { answer.Answer(*heads[h], queries, Elsewhere(heads_[h], query), budget); });
         if (round > 0) mine[thread][h].push_back(us);  // the first warms up the thread's buffers
       }
       together.arrive_and_wait();

@@ -173,12 +173,13 @@ std::vector<TokenRange> TraceBench::Ranges(uint32_t query) const {
 
 QueryBlock TraceBench::Queries(const Head& head, uint32_t query,
                                std::span<const TokenRange> ranges) const {
-  QueryBlock block{head.q.data() + size_t{query} * trace_.group() * trace_.head_dim, trace_.dtype,
-                   trace_.group(), trace_.head_dim, trace_.scale, ranges};
-  // As the daemon, which holds the window's tokens too, can tell an index.
-  block.other_length =
-      std::span(head.window).subspan(size_t{query} * trace_.group(), trace_.group());
-  return block;
+  return {head.q.data() + size_t{query} * trace_.group() * trace_.head_dim, trace_.dtype,
+          trace_.group(), trace_.head_dim, trace_.scale, ranges};
+}
+
+// As the daemon, which holds the window's tokens too, can tell an index.
+std::span<const float> TraceBench::Elsewhere(const Head& head, uint32_t query) const {
+  return std::span(head.window).subspan(size_t{query} * trace_.group(), trace_.group());
 }
 
 Row TraceBench::RowOf(uint32_t kv_head) const {
@@ -201,7 +202,7 @@ void TraceBench::FillQuality(const Head& head, const IndexedHead& indexed, const
   for (uint32_t i = 0; i < chosen_.size(); ++i) {
     const std::vector<TokenRange> ranges = Ranges(i);
     const QueryBlock queries = Queries(head, i, ranges);
-    answer.Answer(indexed, queries, search.budget);
+    answer.Answer(indexed, queries, Elsewhere(head, i), search.budget);
     bytes += static_cast<double>(answer.bytes());
     for (uint32_t g = 0; g < trace_.group(); ++g) {
       const Partial& partial = answer.partials()[g];

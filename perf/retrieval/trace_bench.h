@@ -64,6 +64,7 @@ class TraceBench {
                                                          uint32_t kv_head) const;
   absl::StatusOr<Heads> BuildAll(const IndexSpec& spec, uint32_t runs) const;
   QueryBlock Queries(const Head& head, uint32_t query, std::span<const TokenRange> ranges) const;
+  std::span<const float> Elsewhere(const Head& head, uint32_t query) const;
   std::vector<TokenRange> Ranges(uint32_t query) const;
   Row RowOf(uint32_t kv_head) const;
   void FillQuality(const Head& head, const IndexedHead& indexed, const SearchSpec& search,

@@ -1,0 +1,22 @@
+// How far the estimates of clustered indexes can be trusted, learned from sampled queries.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cpu_index/cluster_index.h"
+
+namespace quarry {
+
+// Some of the queries [][head_dim], evenly spread.
+std::vector<float> SpreadQueries(std::span<const float> queries, uint32_t head_dim, uint32_t most);
+
+// Sets the model's doubts, and whether every code is read, by what searches of the indexes, which
+// have this model, miss of the exact answers to sampled queries (scaled as scores are). Without
+// queries nothing is set. Nobody else may use the model meanwhile.
+void CalibrateClusters(std::span<const KvView> runs,
+                       std::span<const std::unique_ptr<ClusterIndex>> indexes,
+                       std::span<const float> queries, ClusterModel* model);
+
+}  // namespace quarry

@@ -1,0 +1,174 @@
+#include "cpu_index/cluster_model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "cpu_index/simd.h"
+#include "proto/half.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+constexpr uint32_t kWidth = KeyCodes::kCoordinates;
+// Of what one doubt may be; learned ones lie between 1e-4 and 20.
+constexpr float kLeastDoubt = 1e-6f, kMostDoubt = 1e3f;
+constexpr float kMostCodeVariance = 2;
+
+void Put(std::span<const float> numbers, IndexWriter* out) { out->PutAll(numbers); }
+void Put(std::span<const uint16_t> numbers, IndexWriter* out) { out->PutAll(numbers); }
+
+void Write(const ClusterModel::Inside& inside, IndexWriter* out) {
+  out->Put(inside.variance);
+  Put(inside.covariance, out);
+  Put(inside.slope, out);
+}
+
+absl::Status Read(IndexReader* in, uint64_t slope, ClusterModel::Inside* out) {
+  QUARRY_RETURN_IF_ERROR(in->GetNumber("variance inside nodes", 0, &out->variance));
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("covariance inside nodes", uint64_t{kWidth} * kWidth,
+                                        kAnyNumber, &out->covariance));
+  return in->GetBf16("slope inside nodes", slope, kAnyNumber, &out->slope);
+}
+
+}  // namespace
+
+uint32_t ClusterModel::rank() const { return std::min(basis.head_dim, kWidth); }
+
+QueryBasis ClusterModel::CodeBasis() const {
+  QueryBasis out;
+  out.head_dim = basis.head_dim;
+  out.rank = rank();
+  out.variance.assign(row_variance.begin(), row_variance.begin() + out.rank);
+  return out;
+}
+
+std::vector<float> ClusterModel::Breadth(const Inside& inside, std::span<const float> coordinates,
+                                         uint32_t queries) const {
+  const size_t stride = coordinates.size() / queries, used = rank();
+  std::vector<float> y(size_t{queries} * kWidth), along(y.size()), out;
+  for (uint32_t i = 0; i < queries; ++i) {
+    std::copy_n(coordinates.data() + i * stride, used, y.data() + size_t{i} * kWidth);
+  }
+  kernels::ScoreTile tile{};
+  tile.q = y.data();
+  tile.queries = queries;
+  tile.head_dim = kWidth;
+  tile.k = inside.covariance.data();
+  tile.tokens = kWidth;
+  tile.dtype = kernels::kFp32;
+  tile.scale = 1;
+  tile.out = along.data();
+  tile.ld_out = kWidth;
+  Kernels().score(tile);
+  for (size_t at = 0; at < y.size(); at += kWidth) {
+    float sum = 0, length = 0;
+    for (uint32_t c = 0; c < kWidth; ++c) {
+      sum += along[at + c] * y[at + c];
+      length += y[at + c] * y[at + c];
+    }
+    sum += lost_variance * length / static_cast<float>(used);
+    out.push_back(std::max(sum, 1e-6f * inside.variance) / std::max(inside.variance, 1e-12f));
+  }
+  return out;
+}
+
+std::vector<float> ClusterModel::CodeVariance(std::span<const float> coordinates,
+                                              uint32_t queries) const {
+  const size_t stride = coordinates.size() / queries;
+  std::vector<float> out;
+  for (uint32_t i = 0; i < queries; ++i) {
+    const float* const y = coordinates.data() + i * stride;
+    float sum = 0, length = 0;
+    for (size_t c = 0; c < code_error.size(); ++c) {
+      sum += code_error[c] * y[c] * y[c];
+      length += y[c] * y[c];
+    }
+    sum += lost_variance * length / static_cast<float>(code_error.size());
+    out.push_back(std::min(sum, kMostCodeVariance));
+  }
+  return out;
+}
+
+ClusterModel::Unrest ClusterModel::UnrestOf(float code_variance, float leaf_breadth,
+                                            float super_breadth) const {
+  // A weight e^x, with x normal of this variance, and a value that has an error of its own.
+  constexpr float kOwn = 0.7f, kMost = 3;
+  const auto unrest = [=](float variance) {
+    return std::sqrt(std::exp(std::min(variance, kMost)) - 1 + kOwn);
+  };
+  return {unrest(code_variance), unrest(leaf.variance * leaf_breadth),
+          unrest(super.variance * super_breadth)};
+}
+
+uint64_t ClusterModel::query_bytes() const {
+  return 2 * (query_map.size() + leaf.slope.size() + super.slope.size() + token_slope.size()) +
+         4 * (basis.mean.size() + leaf.covariance.size() + super.covariance.size() +
+              code_error.size() + centre_step.size());
+}
+
+uint64_t ClusterModel::memory_bytes() const {
+  return query_bytes() + 4 * (basis.key_map.size() + basis.query_map.size() +
+                              difference_variance.size() + row_variance.size() +
+                              token_deviation.size() + leaf_deviation.size());
+}
+
+void ClusterModel::Write(IndexWriter* out) const {
+  basis.Write(out);
+  out->Put(lost_variance);
+  for (const auto* numbers : {&centre_step, &difference_variance, &row_variance, &token_deviation,
+                              &leaf_deviation, &code_error}) {
+    Put(*numbers, out);
+  }
+  quarry::Write(leaf, out);
+  quarry::Write(super, out);
+  Put(token_slope, out);
+  for (float number :
+       {super_doubt, leaf_doubt, common_doubt, token_doubt, row_doubt, log_length}) {
+    out->Put(number);
+  }
+  for (uint32_t number : {open_all ? 1u : 0u, learned_queries, learned_tokens}) out->Put(number);
+}
+
+absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
+  ClusterModel m;
+  QUARRY_ASSIGN_OR_RETURN(m.basis, QueryBasis::Read(in));
+  const uint32_t d = m.basis.head_dim;
+  if (m.basis.rank != d || !m.basis.has_maps() || d % 16 != 0) {
+    return absl::DataLossError(
+        absl::StrCat("clusters: a basis of ", m.basis.rank, " of ", d, " coordinates"));
+  }
+  for (float x : m.basis.query_map) m.query_map.push_back(FloatToBf16(x));
+  QUARRY_RETURN_IF_ERROR(in->GetNumber("lost variance", 0, &m.lost_variance));
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("step of centres", kWidth, 0, &m.centre_step));
+  for (auto* numbers : {&m.difference_variance, &m.row_variance, &m.token_deviation,
+                        &m.leaf_deviation}) {
+    QUARRY_RETURN_IF_ERROR(in->GetNumbers("variance", d, 0, numbers));
+  }
+  QUARRY_RETURN_IF_ERROR(in->GetNumbers("error of codes", m.rank(), 0, &m.code_error));
+  const uint64_t slope = uint64_t{d} * d;
+  QUARRY_RETURN_IF_ERROR(quarry::Read(in, slope, &m.leaf));
+  QUARRY_RETURN_IF_ERROR(quarry::Read(in, slope, &m.super));
+  QUARRY_RETURN_IF_ERROR(in->GetBf16("slope of tokens", slope, kAnyNumber, &m.token_slope));
+  for (float* doubt :
+       {&m.super_doubt, &m.leaf_doubt, &m.common_doubt, &m.token_doubt, &m.row_doubt}) {
+    QUARRY_RETURN_IF_ERROR(in->GetNumber("doubt", kLeastDoubt, doubt));
+    if (*doubt > kMostDoubt) {
+      return absl::DataLossError(absl::StrCat("clusters: a doubt of ", *doubt));
+    }
+  }
+  QUARRY_RETURN_IF_ERROR(in->GetNumber("log of a length", kAnyNumber, &m.log_length));
+  uint32_t open_all = 0;
+  for (uint32_t* number : {&open_all, &m.learned_queries, &m.learned_tokens}) {
+    QUARRY_RETURN_IF_ERROR(in->Get(number));
+  }
+  if (open_all > 1) {
+    return absl::DataLossError(absl::StrCat("clusters: how codes are read is ", open_all));
+  }
+  m.open_all = open_all == 1;
+  return m;
+}
+
+}  // namespace quarry

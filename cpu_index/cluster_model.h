@@ -1,0 +1,78 @@
+// What the clustered indexes of one head have in common, however many runs its keys are cut into.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "cpu_index/index_form.h"
+#include "cpu_index/key_codes.h"
+#include "cpu_index/key_index.h"
+#include "cpu_index/key_rows.h"
+#include "cpu_index/query_basis.h"
+
+namespace quarry {
+
+// The coordinates of keys, the quantisers, and what was learned of estimates: how they are made
+// better, and how far they can be trusted. A query is made ready once for all runs of a model.
+// Learned from runs of one head, good for later runs of the same head. Constant once calibrated, and
+// thread-safe then.
+struct ClusterModel {
+  // What the nodes of a level have inside, on average: tokens around their node's mean.
+  struct Inside {
+    std::vector<uint16_t> slope;    // bf16 [head_dim][head_dim] mean of value * (what its node
+                                    // misses of its key)^T where queries look
+    std::vector<float> covariance;  // [KeyCodes::kCoordinates]^2 mean of dy dy^T
+    float variance = 0;             // of a typical query's scores
+  };
+  // How much more than usual a query's scores vary around what they are estimated by, and so errors:
+  // factors of the doubts.
+  struct Unrest {
+    float token = 1, leaf = 1, super = 1;
+  };
+
+  QueryBasis basis;         // of all head_dim coordinates
+  float lost_variance = 0;  // of a typical query's scores, outside the codes' coordinates
+  std::vector<uint16_t> query_map;  // bf16 of the basis's, which queries are made ready by
+  std::vector<float> centre_step;   // NodeLevel's, of leaves and supers alike
+  // [head_dim] second moments of what tokens differ in from their leaf's centre, and the same after
+  // each token was divided by its own length.
+  std::vector<float> difference_variance, row_variance;
+  std::vector<float> token_deviation, leaf_deviation;  // [head_dim] ValueRows' quantisers
+  std::vector<float> code_error;      // [rank] variance of what codes miss of each coordinate
+  Inside leaf, super;
+  std::vector<uint16_t> token_slope;  // as Inside::slope, of codes
+
+  // Errors of estimates by the answer's length: of all supers, of all leaves, of all tokens what is
+  // common to them, and of a single token; what is left of that when its rows are read.
+  float super_doubt = 0.5f, leaf_doubt = 0.3f, common_doubt = 0.1f, token_doubt = 1.5f;
+  float row_doubt = 0.2f;
+  float log_length = 0;  // of a typical answer
+  // Whether every code is read, as heads need whose mass lies on single tokens that groups hide.
+  bool open_all = false;
+  uint32_t learned_queries = 0;  // that it was calibrated by; 0: its doubts are guesses
+  uint32_t learned_tokens = 0;
+
+  uint32_t head_dim() const { return basis.head_dim; }
+  uint32_t rank() const;  // of the codes
+  // Of the codes: all variances of differences, no maps.
+  QueryBasis CodeBasis() const;
+  // The variance of a query's scores inside nodes of a level, by that of a typical one: [queries].
+  std::vector<float> Breadth(const Inside& inside, std::span<const float> coordinates,
+                             uint32_t queries) const;
+  // [queries] variance of a token's score around its code's.
+  std::vector<float> CodeVariance(std::span<const float> coordinates, uint32_t queries) const;
+  Unrest UnrestOf(float code_variance, float leaf_breadth, float super_breadth) const;
+  // Read for each query block: maps, covariances, slopes.
+  uint64_t query_bytes() const;
+  uint64_t memory_bytes() const;
+
+  void Write(IndexWriter* out) const;
+  // DataLoss: cut off, or numbers of no model.
+  static absl::StatusOr<ClusterModel> Read(IndexReader* in);
+};
+
+}  // namespace quarry

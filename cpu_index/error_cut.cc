@@ -1,0 +1,91 @@
+#include "cpu_index/error_cut.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "cpu_index/simd.h"
+
+namespace quarry {
+namespace {
+
+constexpr int kBins = kernels::kHistogramBins;
+constexpr float kPerNat = 8;
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr float kAll = std::numeric_limits<float>::infinity();
+// Where groups alone come near to what is allowed, tokens need not be much better than they.
+constexpr double kBesideGroups = 1.4;
+
+// e^(-(b + 0.5) / kPerNat)
+const std::array<float, kBins>& MassOfBin() {
+  static const std::array<float, kBins> mass = [] {
+    std::array<float, kBins> out;
+    for (int b = 0; b < kBins; ++b) out[b] = std::exp(-(static_cast<float>(b) + 0.5f) / kPerNat);
+    return out;
+  }();
+  return mass;
+}
+
+// How much more than the least that is refined a token has to weigh to be read exactly. A byte should
+// take away as much of the squared error wherever it is read: of a token that is refined a row takes
+// away 1, of one that is read exactly key and value, four times as long, refined_part^2.
+int ExactAboveBins(float refined_part) {
+  return static_cast<int>(kPerNat * std::max(0.0f, std::log(2 / std::max(refined_part, 1e-4f))));
+}
+
+}  // namespace
+
+ErrorCut FindErrorCut(const ErrorCutInput& in) {
+  const std::array<float, kBins>& mass = MassOfBin();
+  uint32_t count[kBins] = {};
+  Kernels().histogram(in.scores.data(), in.scores.size(), in.top, kPerNat, count);
+  const double doubt = double{in.token_doubt} * in.token_doubt;
+  const double refined_part = double{in.refined_part} * in.refined_part;
+  const auto squares_of = [&](int b) { return doubt * mass[b] * mass[b] * count[b]; };
+  const auto common_of = [&](int b) {
+    return double{in.token_doubt} * in.common_part * mass[b] * count[b];
+  };
+  double squares = 0, common = in.closed, refined = 0;
+  for (int b = 0; b < kBins - 1; ++b) {  // the last one holds what cannot be seen
+    squares += squares_of(b);
+    common += common_of(b);
+  }
+  const double allowed = std::max<double>(in.allowed, kBesideGroups * in.closed);
+  const auto left = [&] { return squares + refined + common * common; };
+  const int exact_above = ExactAboveBins(in.refined_part);
+  uint64_t tokens = 0;
+  int cut = 0, exact = 0;  // the first bins that are not refined, and not read exactly
+  for (; cut < kBins - 1 && left() > allowed * allowed; ++cut) {
+    if (tokens + count[cut] > in.most_tokens) break;
+    tokens += count[cut];
+    squares -= squares_of(cut);
+    common -= common_of(cut);
+    refined += refined_part * squares_of(cut);
+    if (cut >= exact_above) refined -= refined_part * squares_of(exact++);
+  }
+  for (; exact < cut && left() > allowed * allowed; ++exact) {
+    refined -= refined_part * squares_of(exact);
+  }
+  const auto edge = [&](int bin) {
+    return bin == 0 ? kAll : in.top - static_cast<float>(bin) / kPerNat;
+  };
+  return {edge(cut), edge(exact),
+          static_cast<float>(std::sqrt(std::max(0.0, squares + refined) + common * common))};
+}
+
+float OpenFrom(std::span<const float> weights, float allowed) {
+  constexpr float kAbove = 16;  // nats above what is allowed in all, beyond which all are alike
+  uint32_t count[kBins] = {};
+  Kernels().histogram(weights.data(), weights.size(), allowed + kAbove, kPerNat, count);
+  const std::array<float, kBins>& mass = MassOfBin();
+  double sum = 0;
+  const double most = std::exp(-kAbove);
+  for (int b = kBins - 2; b >= 0; --b) {
+    sum += double{mass[b]} * count[b];
+    if (sum > most) return allowed + kAbove - static_cast<float>(b + 1) / kPerNat;
+  }
+  return kAll;
+}
+
+}  // namespace quarry
