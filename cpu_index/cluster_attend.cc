@@ -23,6 +23,15 @@ constexpr float kLeast = std::numeric_limits<float>::lowest();
 constexpr float kNegligible = 1e-3f;
 // Rows' scores are not believed beyond so much more than anything had before.
 constexpr float kMostSurprise = 40;
+const float kLogLeaf = std::log(static_cast<float>(kLeafRows));
+const float kLogSuper = std::log(static_cast<float>(kSuperRows));
+
+// In four sums, so that additions need not wait for one another.
+float SumOfSixteen(const float* x) {
+  float sum[4];
+  for (int j = 0; j < 4; ++j) sum[j] = (x[j] + x[4 + j]) + (x[8 + j] + x[12 + j]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
 
 // out [queries][dims] += weight[i] * slope * query i
 void AddSlope(std::span<const uint16_t> slope, const QueryBlock& queries,
@@ -118,8 +127,8 @@ void ClusterSearch::WeighGroups(std::span<Partial> parts) {
     const float shift = largest == kNone ? 0 : largest;
     Kernels().exp_groups(TokenScores(i), opened, shift, leaf_sum + i * opened);
     for (size_t j = 0; j < opened; ++j) by_code_[i] += leaf_sum[i * opened + j];
-    by_leaf_[i] = Kernels().exp_sum(leaf, leaves, shift) * kLeafRows;
-    by_super_[i] = Kernels().exp_sum(supers, supers_, shift) * kSuperRows;
+    by_leaf_[i] = Kernels().exp_sum(leaf, leaves, shift - kLogLeaf);
+    by_super_[i] = Kernels().exp_sum(supers, supers_, shift - kLogSuper);
     closed_[i] = by_leaf_[i] * model_.leaf_doubt * unrest_[i].leaf +
                  by_super_[i] * model_.super_doubt * unrest_[i].super;
   }
@@ -169,7 +178,7 @@ void ClusterSearch::TakeTokens() {
 void ClusterSearch::ScoreRows(std::span<const uint32_t> entries, float* out) {
   const size_t n = entries.size(), opened = s_.opened.size();
   uint32_t* const place = s_.row_place.Take(n);
-  if (row_queries_.count == 0) {
+  if (row_queries_.scale.empty()) {
     row_queries_ = KeyRows(0, model_.row_variance).Prepare(coordinates_, count_);
   }
   ForTaken(entries, [&](size_t r, size_t lo, size_t some) {
@@ -178,14 +187,14 @@ void ClusterSearch::ScoreRows(std::span<const uint32_t> entries, float* out) {
       place[e] = s_.opened_leaf[entries[e] / kLeafRows] * kLeafRows + entries[e] % kLeafRows;
     }
     const std::span<const uint32_t> which(place + lo, some);
-    p.key_rows.Score(row_queries_, which, out + lo, n);
+    p.key_rows.Score(row_queries_, which, p.scale, out + lo, n);
     bytes_ += p.key_rows.BytesOf(which);
     for (uint32_t i = 0; i < count_; ++i) {
       const float* const centre = s_.centre.data() + i * opened;
       const float* const coded = TokenScores(i);
       for (size_t e = lo; e < lo + some; ++e) {
-        const float score = out[i * n + e] * Bf16ToFloat(p.scale[place[e]]) +
-                            centre[entries[e] / kLeafRows] - 0.5f * code_variance_[i];
+        const float score =
+            out[i * n + e] + centre[entries[e] / kLeafRows] - 0.5f * code_variance_[i];
         // In this order what is no number has none.
         out[i * n + e] = coded[entries[e]] == kNone ? kNone : std::max(kNone, score);
       }
@@ -270,15 +279,20 @@ void ClusterSearch::AttendExactly(std::span<const uint32_t> entries, std::span<P
     for (size_t first = 0; first < some; first += kTogether) {
       const size_t n = std::min<size_t>(kTogether, some - first);
       const std::span<const uint32_t> part = std::span(tokens).subspan(first, n);
+      const std::byte* key[kTogether];
+      const std::byte* value[kTogether];
       for (size_t t = 0; t < n; ++t) {
-        const uint32_t ahead = part[std::min(t + kAhead, n - 1)] - view.tokens().lo;
+        key[t] = keys.At(part[t] - view.tokens().lo);
+        value[t] = values.At(part[t] - view.tokens().lo);
+      }
+      for (size_t t = 0; t < n; ++t) {
+        const size_t ahead = std::min(t + kAhead, n - 1);
         for (size_t line = 0; line < row; line += 64) {
-          __builtin_prefetch(keys.At(ahead) + line);
-          __builtin_prefetch(values.At(ahead) + line);
+          __builtin_prefetch(key[ahead] + line);
+          __builtin_prefetch(value[ahead] + line);
         }
-        const uint32_t token = part[t] - view.tokens().lo;
-        std::memcpy(gathered + t * row, keys.At(token), row);
-        std::memcpy(gathered + (kTogether + t) * row, values.At(token), row);
+        std::memcpy(gathered + t * row, key[t], row);
+        std::memcpy(gathered + (kTogether + t) * row, value[t], row);
       }
       for (uint32_t i = 0; i < count_; ++i) {
         const auto place = [&](uint32_t token) {
@@ -343,14 +357,10 @@ void ClusterSearch::AddLeafValues(std::span<const Partial> parts, std::span<floa
   std::vector<float> least;
   for (uint32_t i = 0; i < count_; ++i) {
     float* const leaf = s_.leaf_score.data() + i * row;
-    for (size_t e = 0; e < row; ++e) leaf[e] *= kLeafRows;
     for (size_t j = 0; j < opened; ++j) leaf[s_.opened[j]] = s_.leaf_sum[i * opened + j];
     float* const supers = s_.super_score.data() + size_t{i} * supers_;
-    for (uint32_t s = 0; s < supers_; ++s) supers[s] *= kSuperRows;
     for (size_t s = 0; s < s_.opened_supers.size(); ++s) {
-      float sum = 0;
-      for (uint32_t l = 0; l < kLeavesPerSuper; ++l) sum += leaf[s * kLeavesPerSuper + l];
-      supers[s_.opened_supers[s]] = sum;
+      supers[s_.opened_supers[s]] = SumOfSixteen(leaf + s * kLeavesPerSuper);
     }
     least.push_back(std::max(kNegligible * parts[i].sum / std::sqrt(static_cast<float>(row + 1)),
                              std::numeric_limits<float>::min()));

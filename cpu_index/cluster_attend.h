@@ -56,7 +56,7 @@ class ClusterSearch {
   void FindOutliers();
   kernels::CodedKeyTile CodeTile(const ClusterIndex::Parts& p, const uint32_t* which,
                                  uint32_t blocks) const;
-  float BestByCodes(uint32_t query, uint32_t count);
+  std::vector<float> BestByCodes(uint32_t count);
   void OpenLeaves();
   void CloseOpened();
   void ScoreTokens();
@@ -124,7 +124,7 @@ class ClusterSearch {
   uint32_t supers_ = 0;                // with gaps
   std::vector<float> coordinates_;     // [queries][head_dim]
   CodedQueries node_, code_;
-  KeyRows::Queries row_queries_;  // of those whose rows were wanted
+  CodedQueries row_queries_;  // of those whose rows were wanted
   std::vector<float> leaf_breadth_, super_breadth_, code_variance_;  // [queries], as the rest
   std::vector<ClusterModel::Unrest> unrest_;
   std::vector<float> mass_;         // log of all weights, with what is known to be elsewhere

@@ -228,13 +228,13 @@ void ClusterSearch::FindOutliers() {
                 score + lo * kLeavesPerSuper, row);
   });
   std::vector<float> least(count_);
+  ranked_from_ = BestByCodes(kRankedTokens);
   for (uint32_t i = 0; i < count_; ++i) {
     // A lower bound of the mass: estimates from spread are least true of such heads.
     const float mass = LogAdd(kLogLeaf + LogSum(LeafScores(i)), Elsewhere(i));
-    ranked_from_.push_back(BestByCodes(i, kRankedTokens));
     least[i] = std::min(mass + std::log(limits_.tolerance * kOutlierShare), ranked_from_[i]);
   }
-  uint32_t* const found = s_.outliers.Take(row);
+  uint32_t* const found = s_.outliers.Take(row + kLeafRows);
   size_t count = 0;
   ForOpenedSupers([&](size_t r, size_t lo, size_t) {
     const ClusterIndex::Parts& p = runs_[r].index->parts();
@@ -265,39 +265,49 @@ kernels::CodedKeyTile ClusterSearch::CodeTile(const ClusterIndex::Parts& p, cons
   return tile;
 }
 
-// About the score that `count` of all tokens have at least by their codes, from a sample of leaves.
-// Leaves' scores are their centres'.
-float ClusterSearch::BestByCodes(uint32_t query, uint32_t count) {
+// [queries] about the score that `count` of all tokens have at least by their codes, from a sample of
+// leaves. Leaves' scores are their centres'.
+std::vector<float> ClusterSearch::BestByCodes(uint32_t count) {
   constexpr size_t kSampledLeaves = 512;
-  std::vector<float> scores;
-  size_t all = 0;
+  constexpr float kPerNat = 8;
+  size_t all = 0, taken = 0;
   for (const ClusterRun& run : runs_) all += run.index->parts().leaves.nodes();
+  const size_t most = (std::min(all, kSampledLeaves) + runs_.size()) * kLeafRows;
+  float* const score = s_.copy.Take(count_ * most);
   ForOpenedSupers([&](size_t r, size_t lo, size_t) {
     const ClusterIndex::Parts& p = runs_[r].index->parts();
     const uint32_t nodes = p.leaves.nodes();
     const size_t some = std::min<size_t>(nodes, kSampledLeaves * nodes / all + 1);
     std::vector<uint32_t> which(some);
-    std::vector<float> centre(some);
+    std::vector<float> centre(count_ * some);
     for (size_t l = 0; l < some; ++l) {
       which[l] = static_cast<uint32_t>((2 * l + 1) * nodes / (2 * some));
-      centre[l] = LeafScores(query)[lo * kLeavesPerSuper + which[l]];
+      for (uint32_t i = 0; i < count_; ++i) {
+        centre[i * some + l] = LeafScores(i)[lo * kLeavesPerSuper + which[l]];
+      }
     }
     kernels::CodedKeyTile tile = CodeTile(p, which.data(), static_cast<uint32_t>(some));
-    tile.weights += size_t{query} * KeyCodes::kCoordinates;
-    tile.scale += query;
-    tile.offset += query;
-    tile.queries = 1;
     tile.centre = centre.data();
-    const size_t first = scores.size();
-    scores.resize(first + some * kLeafRows);
-    tile.out = scores.data() + first;
+    tile.ld_centre = some;
+    tile.out = score + taken;
+    tile.ld_out = most;
     Kernels().score_codes(tile);
+    taken += some * kLeafRows;
   });
-  const auto rank = static_cast<size_t>(uint64_t{count} * scores.size() / (all * kLeafRows));
-  if (rank >= scores.size()) return kLeast;
-  std::nth_element(scores.begin(), scores.begin() + static_cast<ptrdiff_t>(rank), scores.end(),
-                   std::greater<>());
-  return std::max(kLeast, scores[rank]);
+  const uint64_t rank = uint64_t{count} * taken / (all * kLeafRows);
+  std::vector<float> out;
+  for (uint32_t i = 0; i < count_; ++i) {
+    const float top = Kernels().max(score + i * most, taken);
+    uint32_t bins[kernels::kHistogramBins] = {};
+    Kernels().histogram(score + i * most, taken, top, kPerNat, bins);
+    uint64_t above = 0;
+    uint32_t b = 0;
+    while (b < kernels::kHistogramBins && (above += bins[b]) <= rank) ++b;
+    out.push_back(b + 1 < kernels::kHistogramBins && top != kNone
+                      ? top - static_cast<float>(b + 1) / kPerNat
+                      : kLeast);
+  }
+  return out;
 }
 
 void ClusterSearch::OpenLeaves() {

@@ -116,20 +116,53 @@ void ScoreCodesAvx512(const CodedKeyTile& tile) {
   }
 }
 
+// Two blocks of 16 keys of one query: what they have in common is loaded once.
+struct TwoSums {
+  __m512i first, second;
+};
+inline TwoSums WeightedSums(const __m512i* first, const __m512i* second, const int8_t* weights) {
+  TwoSums even = {_mm512_setzero_si512(), _mm512_setzero_si512()}, odd = even;
+  for (uint32_t p = 0; p < kCodeCoordinates / 4; p += 2) {
+    int32_t four[2];
+    std::memcpy(four, weights + 4 * p, sizeof(four));
+    const __m512i a = _mm512_set1_epi32(four[0]), b = _mm512_set1_epi32(four[1]);
+    even.first = _mm512_dpbusd_epi32(even.first, first[p], a);
+    even.second = _mm512_dpbusd_epi32(even.second, second[p], a);
+    odd.first = _mm512_dpbusd_epi32(odd.first, first[p + 1], b);
+    odd.second = _mm512_dpbusd_epi32(odd.second, second[p + 1], b);
+  }
+  return {_mm512_add_epi32(even.first, odd.first), _mm512_add_epi32(even.second, odd.second)};
+}
+
 uint32_t FindCodesAvx512(const CodedKeyTile& tile, const float* least, uint32_t* found) {
   uint32_t count = 0;
-  for (uint32_t b = 0; b < tile.blocks; ++b) {
+  for (uint32_t b = 0; b < tile.blocks; b += 2) {
+    const uint32_t next = b + 1 < tile.blocks ? b + 1 : b;
     PrefetchCodedKeys(tile, BlockAt(tile, b + kBlocksAhead));
-    const size_t at = BlockAt(tile, b);
-    const UnpackedCodes codes(tile.codes + at * kCodeBlockBytes);
-    const __m512 key_scale = LoadBf16Lanes(tile.key_scale + at * kCodeBlockKeys);
-    uint32_t hits = 0;
+    PrefetchCodedKeys(tile, BlockAt(tile, b + kBlocksAhead + 1));
+    const size_t at[2] = {BlockAt(tile, b), BlockAt(tile, next)};
+    const UnpackedCodes first(tile.codes + at[0] * kCodeBlockBytes);
+    const UnpackedCodes second(tile.codes + at[1] * kCodeBlockBytes);
+    const __m512 first_scale = LoadBf16Lanes(tile.key_scale + at[0] * kCodeBlockKeys);
+    const __m512 second_scale = LoadBf16Lanes(tile.key_scale + at[1] * kCodeBlockKeys);
+    uint32_t hits[2] = {0, 0};
     for (uint32_t i = 0; i < tile.queries; ++i) {
-      hits |= _mm512_cmp_ps_mask(CodedKeyScores(tile, codes, key_scale, b, i),
-                                 _mm512_set1_ps(least[i]), _CMP_GE_OQ);
+      const TwoSums sums =
+          WeightedSums(first.part, second.part, tile.weights + size_t{i} * kCodeCoordinates);
+      const __m512 scale = _mm512_set1_ps(tile.scale[i]), offset = _mm512_set1_ps(tile.offset[i]);
+      const float* const centre = tile.centre + i * tile.ld_centre;
+      const auto hit = [&](__m512i sum, __m512 key_scale, float of_block) {
+        const __m512 above = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, offset);
+        const __m512 score = _mm512_fmadd_ps(above, key_scale, _mm512_set1_ps(of_block));
+        return _mm512_cmp_ps_mask(score, _mm512_set1_ps(least[i]), _CMP_GE_OQ);
+      };
+      hits[0] |= hit(sums.first, first_scale, centre[b]);
+      hits[1] |= hit(sums.second, second_scale, centre[next]);
     }
     found[count] = b;
-    count += hits != 0 ? 1 : 0;
+    count += hits[0] != 0 ? 1 : 0;
+    found[count] = b + 1;
+    count += hits[1] != 0 && next != b ? 1 : 0;
   }
   return count;
 }

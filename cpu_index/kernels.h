@@ -129,29 +129,35 @@ struct CodedKeyTile {
 // first; 64 coordinates, a part, begin at a byte of their own and fill at most 64 bytes. Coordinate c
 // is (the 8 bytes from[c & ~7 .. c | 7] of its part) >> shift[c] & mask[c]; coordinates behind the
 // last have weight 0. A line behind the last row is readable.
+// out[i * ld_out + r] = (scale[i] * (the sum of weights by codes) + offset[i]) * row_scale[which[r]].
 struct KeyRowTile {
   const uint8_t* rows;
-  size_t stride;            // in bytes
-  const uint32_t* which;    // [count] rows to take
+  size_t stride;              // in bytes
+  const uint16_t* row_scale;  // bf16
+  const uint32_t* which;      // [count] rows to take
   uint32_t count;
   uint32_t parts;
-  const uint16_t* part;     // [parts] where each begins in a row
-  const uint8_t* from;      // [parts * 64]
+  const uint16_t* part;       // [parts] where each begins in a row
+  const uint8_t* from;        // [parts * 64]
   const uint8_t* shift;
   const uint8_t* mask;
-  const int8_t* weights;    // [queries][parts * 64]
+  const int8_t* weights;      // [queries][parts * 64]
+  const float* scale;         // [queries]
+  const float* offset;
   uint32_t queries;
-  int32_t* out;             // out[i * ld_out + r]
+  float* out;
   size_t ld_out;
 };
 
-// acc[i * dims + d] += sum over r of weights[i * ld_weights + r] * (code(which[r], d) - 7.5). Of
-// each kValueRowGroup dimensions the first half are the low, the others the high 4 bits of as many
-// bytes.
+// acc[i * dims + d] += sum over r of
+//     weights[i * ld_weights + r] * row_scale[which[r]] * (code(which[r], d) - 7.5).
+// Of each kValueRowGroup dimensions the first half are the low, the others the high 4 bits of as
+// many bytes.
 inline constexpr uint32_t kValueRowGroup = 32;
 struct ValueRowTile {
   const uint8_t* rows;
   size_t stride;          // in bytes
+  const uint16_t* row_scale;  // bf16
   const uint32_t* which;  // [count] rows to take
   uint32_t count;
   uint32_t dims;          // a multiple of kValueRowGroup
@@ -176,7 +182,7 @@ struct Table {
   void (*score_nodes)(const NodeTile&);
   void (*score_codes)(const CodedKeyTile&);
   // Writes which of the blocks taken have a key whose score for some query i is at least least[i], and
-  // returns how many; the tile's `out` is not used. found: [blocks].
+  // returns how many; the tile's `out` is not used. found: [blocks + 1].
   uint32_t (*find_codes)(const CodedKeyTile&, const float* least, uint32_t* found);
   // Writes, rising, which i < n have x[r * ld + i] >= least[r] for some row r, and returns how many.
   // out: [n + 16].

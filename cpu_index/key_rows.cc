@@ -154,9 +154,8 @@ void KeyRows::Decode(uint32_t row, std::span<float> coordinates) const {
   }
 }
 
-KeyRows::Queries KeyRows::Prepare(std::span<const float> coordinates, uint32_t count) const {
-  Queries out;
-  out.count = count;
+CodedQueries KeyRows::Prepare(std::span<const float> coordinates, uint32_t count) const {
+  CodedQueries out;
   out.weight.resize(count * mask_.size());
   std::vector<float> weight(coordinates_);
   for (uint32_t i = 0; i < count; ++i) {
@@ -179,13 +178,13 @@ KeyRows::Queries KeyRows::Prepare(std::span<const float> coordinates, uint32_t c
   return out;
 }
 
-void KeyRows::Score(const Queries& queries, std::span<const uint32_t> which, float* out,
-                    size_t ld_out) const {
+void KeyRows::Score(const CodedQueries& queries, std::span<const uint32_t> which,
+                    std::span<const uint16_t> row_scale, float* out, size_t ld_out) const {
   if (which.empty()) return;
-  std::vector<int32_t> sums(queries.count * which.size());
   kernels::KeyRowTile tile{};
   tile.rows = rows_.data();
   tile.stride = rows_.stride();
+  tile.row_scale = row_scale.data();
   tile.which = which.data();
   tile.count = static_cast<uint32_t>(which.size());
   tile.parts = static_cast<uint32_t>(part_.size());
@@ -194,15 +193,12 @@ void KeyRows::Score(const Queries& queries, std::span<const uint32_t> which, flo
   tile.shift = shift_.data();
   tile.mask = mask_.data();
   tile.weights = queries.weight.data();
-  tile.queries = queries.count;
-  tile.out = sums.data();
-  tile.ld_out = which.size();
+  tile.scale = queries.scale.data();
+  tile.offset = queries.offset.data();
+  tile.queries = static_cast<uint32_t>(queries.scale.size());
+  tile.out = out;
+  tile.ld_out = ld_out;
   Kernels().score_key_rows(tile);
-  for (size_t i = 0, at = 0; i < queries.count; ++i) {
-    for (size_t r = 0; r < which.size(); ++r, ++at) {
-      out[i * ld_out + r] = queries.scale[i] * static_cast<float>(sums[at]) + queries.offset[i];
-    }
-  }
 }
 
 }  // namespace quarry

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "cpu_index/coded_queries.h"
 #include "cpu_index/index_form.h"
 #include "cpu_index/row_bytes.h"
 
@@ -31,17 +32,12 @@ class KeyRows {
   // What a row stands for.
   void Decode(uint32_t row, std::span<float> coordinates) const;
 
-  // Queries made ready. coordinates: [queries][stride], of which the first ones count.
-  struct Queries {
-    uint32_t count = 0;
-    std::vector<int8_t> weight;        // [count][padded coordinates]
-    std::vector<float> scale, offset;  // [count]: score = scale * sum + offset
-  };
-  Queries Prepare(std::span<const float> coordinates, uint32_t count) const;
+  // coordinates: [count][coordinates].
+  CodedQueries Prepare(std::span<const float> coordinates, uint32_t count) const;
 
-  // out[i * ld_out + r]: the product of query i and row which[r].
-  void Score(const Queries& queries, std::span<const uint32_t> which, float* out,
-             size_t ld_out) const;
+  // out[i * ld_out + r]: the product of query i and row which[r], by row_scale (bf16) of that row.
+  void Score(const CodedQueries& queries, std::span<const uint32_t> which,
+             std::span<const uint16_t> row_scale, float* out, size_t ld_out) const;
 
   // Of the rows `which`, rising: every line once.
   uint64_t BytesOf(std::span<const uint32_t> which) const { return rows_.BytesOf(which); }

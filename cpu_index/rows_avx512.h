@@ -1,4 +1,4 @@
-// Rows of coded keys and values with AVX-512 VBMI and VNNI: 16 queries, or 16 dimensions, a
+// Rows of coded keys and values with AVX-512 VBMI and VNNI: 64 coordinates, or 16 dimensions, a
 // register.
 #pragma once
 
@@ -7,14 +7,14 @@
 #include <cstring>
 
 #include "cpu_index/kernels.h"
+#include "cpu_index/vector_avx512.h"
 
 // Compiled anew for every level: nothing here may be shared between object files.
 namespace quarry::kernels {
 namespace {
 
 // Rows that are fetched ahead: about the latency of DRAM.
-constexpr uint32_t kRowsAhead = 12;
-constexpr uint32_t kMostParts = 8;  // of 64 coordinates
+constexpr uint32_t kRowsAhead = 16;
 
 inline __attribute__((always_inline)) void PrefetchRow(const uint8_t* row, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) {
@@ -22,59 +22,67 @@ inline __attribute__((always_inline)) void PrefetchRow(const uint8_t* row, size_
   }
 }
 
-// The codes of one row, a byte each.
-void UnpackKeyRow(const KeyRowTile& tile, const uint8_t* row, uint8_t* codes) {
-  for (uint32_t p = 0; p < tile.parts; ++p) {
-    const __m512i packed = _mm512_loadu_si512(row + tile.part[p]);
-    const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(tile.from + 64 * p), packed);
-    const __m512i fields =
-        _mm512_multishift_epi64_epi8(_mm512_loadu_si512(tile.shift + 64 * p), bytes);
-    _mm512_storeu_si512(codes + 64 * p,
-                        _mm512_and_si512(fields, _mm512_loadu_si512(tile.mask + 64 * p)));
-  }
+// One part of a row's codes, a byte each.
+inline __m512i UnpackKeyRow(const KeyRowTile& tile, const uint8_t* row, uint32_t p) {
+  const __m512i packed = _mm512_loadu_si512(row + tile.part[p]);
+  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(tile.from + 64 * p), packed);
+  const __m512i fields =
+      _mm512_multishift_epi64_epi8(_mm512_loadu_si512(tile.shift + 64 * p), bytes);
+  return _mm512_and_si512(fields, _mm512_loadu_si512(tile.mask + 64 * p));
 }
 
-// [parts * 16] registers of four coordinates' weights for each of 16 queries; 0 for those that
-// there are not.
-void LayWeights(const KeyRowTile& tile, uint32_t first, int32_t (*out)[16]) {
-  for (uint32_t c = 0; c < tile.parts * 16; ++c) {
-    for (uint32_t i = 0; i < 16; ++i) {
-      out[c][i] = 0;
-      if (first + i >= tile.queries) continue;
-      std::memcpy(&out[c][i], tile.weights + size_t{first + i} * tile.parts * 64 + 4 * c, 4);
+// Four queries (those past the end are the last one) and four rows, likewise.
+void ScoreFourRows(const KeyRowTile& tile, uint32_t query, uint32_t first) {
+  const int8_t* weights[4];
+  float scale[4], offset[4];
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t q = query + i < tile.queries ? query + i : tile.queries - 1;
+    weights[i] = tile.weights + size_t{q} * tile.parts * 64;
+    scale[i] = tile.scale[q];
+    offset[i] = tile.offset[q];
+  }
+  __m512 sum[16];
+  float row_scale[4];
+  for (uint32_t r = 0; r < 4; ++r) {
+    const uint32_t at = tile.which[first + r < tile.count ? first + r : tile.count - 1];
+    const uint8_t* const row = tile.rows + at * tile.stride;
+    row_scale[r] = _mm512_cvtss_f32(
+        _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(uint32_t{tile.row_scale[at]} << 16))));
+    __m512i of_query[4] = {};
+    for (uint32_t p = 0; p < tile.parts; ++p) {
+      const __m512i codes = UnpackKeyRow(tile, row, p);
+      for (uint32_t i = 0; i < 4; ++i) {
+        of_query[i] = _mm512_dpbusd_epi32(of_query[i], codes,
+                                          _mm512_loadu_si512(weights[i] + 64 * p));
+      }
+    }
+    for (uint32_t i = 0; i < 4; ++i) sum[4 * i + r] = _mm512_cvtepi32_ps(of_query[i]);
+  }
+  // Lane 4 i + r is of query i and row r.
+  const __m512 sums = Vector::SumEach(sum);
+  const auto by_query = [](const float* x) {
+    return _mm512_setr_ps(x[0], x[0], x[0], x[0], x[1], x[1], x[1], x[1], x[2], x[2], x[2], x[2],
+                          x[3], x[3], x[3], x[3]);
+  };
+  const __m512 rows = _mm512_broadcast_f32x4(_mm_loadu_ps(row_scale));
+  alignas(64) float out[16];
+  _mm512_store_ps(out, _mm512_mul_ps(_mm512_fmadd_ps(sums, by_query(scale), by_query(offset)), rows));
+  const uint32_t queries = tile.queries - query < 4 ? tile.queries - query : 4;
+  const uint32_t count = tile.count - first < 4 ? tile.count - first : 4;
+  for (uint32_t i = 0; i < queries; ++i) {
+    for (uint32_t r = 0; r < count; ++r) {
+      tile.out[(query + i) * tile.ld_out + first + r] = out[4 * i + r];
     }
   }
-}
-
-// Sums of up to 16 queries, a lane each.
-__m512i KeyRowSums(const uint8_t* codes, uint32_t fours, const int32_t (*weights)[16]) {
-  __m512i sum[4] = {};
-  for (uint32_t c = 0; c < fours; c += 4) {
-    for (uint32_t j = 0; j < 4; ++j) {
-      int32_t four;
-      std::memcpy(&four, codes + 4 * (c + j), sizeof(four));
-      sum[j] = _mm512_dpbusd_epi32(sum[j], _mm512_set1_epi32(four),
-                                   _mm512_loadu_si512(weights[c + j]));
-    }
-  }
-  return _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3]));
 }
 
 void ScoreKeyRowsAvx512(const KeyRowTile& tile) {
-  alignas(64) int32_t weights[kMostParts * 16][16];
-  alignas(64) uint8_t codes[kMostParts * 64];
   const uint32_t last = tile.count - 1;
-  for (uint32_t first = 0; first < tile.queries; first += 16) {
-    LayWeights(tile, first, weights);
-    const uint32_t queries = tile.queries - first < 16 ? tile.queries - first : 16;
-    for (uint32_t r = 0; r < tile.count; ++r) {
-      const uint32_t ahead = r + kRowsAhead < last ? r + kRowsAhead : last;
-      PrefetchRow(tile.rows + tile.which[ahead] * tile.stride, tile.stride);
-      UnpackKeyRow(tile, tile.rows + tile.which[r] * tile.stride, codes);
-      alignas(64) int32_t sums[16];
-      _mm512_store_si512(sums, KeyRowSums(codes, tile.parts * 16, weights));
-      for (uint32_t i = 0; i < queries; ++i) tile.out[(first + i) * tile.ld_out + r] = sums[i];
+  for (uint32_t first = 0; first < tile.count; first += 4) {
+    for (uint32_t r = first + kRowsAhead; r < first + kRowsAhead + 4; ++r) {
+      PrefetchRow(tile.rows + tile.which[r < last ? r : last] * tile.stride, tile.stride);
     }
+    for (uint32_t query = 0; query < tile.queries; query += 4) ScoreFourRows(tile, query, first);
   }
 }
 
@@ -95,6 +103,8 @@ void AddValueRowsPart(const ValueRowTile& tile, uint32_t query, uint32_t dim) {
     const uint32_t ahead = r + kRowsAhead < tile.count ? r + kRowsAhead : tile.count - 1;
     const uint8_t* const row = tile.rows + tile.which[r] * tile.stride + dim / 2;
     if (dim == 0) PrefetchRow(tile.rows + tile.which[ahead] * tile.stride, tile.stride);
+    const __m512 row_scale = _mm512_castsi512_ps(
+        _mm512_set1_epi32(static_cast<int>(uint32_t{tile.row_scale[tile.which[r]]} << 16)));
     for (uint32_t g = 0; g < groups; ++g) {
       const __m512i two = _mm512_cvtepu8_epi32(
           _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 16 * g)));
@@ -102,7 +112,8 @@ void AddValueRowsPart(const ValueRowTile& tile, uint32_t query, uint32_t dim) {
       const __m512 low = _mm512_permutexvar_ps(two, level);
       const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(two, 4), level);
       for (uint32_t i = 0; i < kQueries; ++i) {
-        const __m512 w = _mm512_set1_ps(tile.weights[(query + i) * tile.ld_weights + r]);
+        const __m512 w = _mm512_mul_ps(
+            row_scale, _mm512_set1_ps(tile.weights[(query + i) * tile.ld_weights + r]));
         acc[i][2 * g] = _mm512_fmadd_ps(w, low, acc[i][2 * g]);
         acc[i][2 * g + 1] = _mm512_fmadd_ps(w, high, acc[i][2 * g + 1]);
       }

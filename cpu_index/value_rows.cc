@@ -80,21 +80,16 @@ void ValueRows::AddWeighted(std::span<const uint32_t> which, const float* weight
   QUARRY_CHECK(sums.size() == size_t{queries} * head_dim_);
   if (which.empty()) return;
   const uint32_t padded = Padded(head_dim_);
-  std::vector<float> scaled(queries * which.size()), acc(size_t{queries} * padded);
-  for (size_t r = 0; r < which.size(); ++r) {
-    const float scale = Bf16ToFloat(scale_[which[r]]);
-    for (uint32_t i = 0; i < queries; ++i) {
-      scaled[i * which.size() + r] = weights[i * ld_weights + r] * scale;
-    }
-  }
+  std::vector<float> acc(size_t{queries} * padded);
   kernels::ValueRowTile tile{};
   tile.rows = rows_.data();
   tile.stride = rows_.stride();
   tile.which = which.data();
   tile.count = static_cast<uint32_t>(which.size());
   tile.dims = padded;
-  tile.weights = scaled.data();
-  tile.ld_weights = which.size();
+  tile.row_scale = scale_.data();
+  tile.weights = weights;
+  tile.ld_weights = ld_weights;
   tile.queries = queries;
   tile.acc = acc.data();
   Kernels().add_value_rows(tile);

@@ -54,7 +54,7 @@ IndexSpec ClusterSpec() {
     }
     return out;
   };
-  for (const float error : {0.1f, 0.05f, 0.02f, 0.01f}) {
+  for (const float error : {0.1f, 0.05f, 0.04f, 0.03f, 0.02f, 0.01f}) {
     SearchSpec search;
     search.budget.kind = Budget::Kind::kError;
     search.budget.error = error;
