@@ -83,7 +83,15 @@ void ClusterSearch::Attend(std::span<Partial> acc, std::vector<uint32_t>* refine
   TakeTokens();
   const std::vector<uint32_t> exact = SplitExact(parts);
   if (refined != nullptr) ListTokens(s_.taken.all(), refined);
-  for (uint32_t i = 0; i < count_; ++i) acc[i].tokens += s_.taken.size() - exact.size();
+  for (uint32_t i = 0; i < count_; ++i) {
+    // Those of its own that are read by their rows.
+    const auto seen = [&](std::span<const uint32_t> entries) {
+      return static_cast<uint64_t>(std::count_if(entries.begin(), entries.end(), [&](uint32_t e) {
+        return TokenScores(i)[e] != kNone;
+      }));
+    };
+    acc[i].tokens += seen(s_.taken.all()) - seen(exact);
+  }
   AttendExactly(exact, acc);
   AddValues(parts);
   acc[0].bytes += bytes_;

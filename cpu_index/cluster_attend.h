@@ -47,6 +47,8 @@ class ClusterSearch {
   float Elsewhere(uint32_t query) const;
   // Log of the sum of e^x.
   float LogSum(std::span<const float> x);
+  float SuperMass(uint32_t query);
+  float LeafMass(uint32_t query);
   void ScoreSupers();
   void CountLast(const NodeLevel& level, uint32_t rows, size_t at, float* score, size_t ld) const;
   bool Everything() const;

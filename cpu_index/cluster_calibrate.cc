@@ -178,7 +178,9 @@ void CalibrateTokens(const Sampled& sampled, ClusterModel* m) {
   for (size_t i = 0; i < weights.size(); ++i) {
     const Sampled::Weights& w = weights[i];
     const double usual = double{unrest[i].token} * unrest[i].token;
-    by_rows[i] *= w.mass * w.mass / ((w.squares - w.tail_squares) * usual);
+    const double refined_squares = w.squares - w.tail_squares;
+    by_rows[i] =
+        refined_squares > 0 ? by_rows[i] * w.mass * w.mass / (refined_squares * usual) : 0;
     common[i] = w.tail > 0 ? common[i] * (w.mass / w.tail) * (w.mass / w.tail) / usual : 0;
   }
   m->common_doubt = std::clamp<float>(RootMean(common), 1e-4f, 2.0f);

@@ -185,7 +185,8 @@ void LearnDeviations(std::span<const Trial> trials, ClusterModel* m) {
         }
       }
     }
-    for (uint32_t at = 0; at < order.size(); at += 4, ++tokens) {
+    const uint32_t apart = order.size() < kSuperRows ? 1 : 4;
+    for (uint32_t at = 0; at < order.size(); at += apart, ++tokens) {
       values.Widen(order[at], value.data());
       const float* const mean = means.Of(at / kLeafRows);
       for (uint32_t i = 0; i < d; ++i) of_tokens[i] += (value[i] - mean[i]) * (value[i] - mean[i]);
@@ -249,11 +250,15 @@ absl::Status LearnBasis(std::span<const KvView> runs, std::span<const float> que
 
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
                                               std::span<const float> queries) {
-  if (runs.empty() || runs.front().tokens().empty() || runs.front().head_dim % 16 != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "clusters of ", runs.size(), " runs, of head_dim ",
-        runs.empty() ? 0 : runs.front().head_dim, ": wanted are tokens and a multiple of 16"));
+  for (const KvView& run : runs) {
+    if (!run.tokens().empty() && run.head_dim == runs.front().head_dim && run.head_dim % 16 == 0) {
+      continue;
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat("clusters of ", run.tokens().size(), " tokens, of head_dim ", run.head_dim,
+                     ": wanted are tokens and a multiple of 16, the same for all runs"));
   }
+  if (runs.empty()) return absl::InvalidArgumentError("clusters of no runs");
   auto model = std::make_shared<ClusterModel>();
   QUARRY_RETURN_IF_ERROR(LearnBasis(runs, queries, model.get()));
   std::vector<Trial> trials;

@@ -16,6 +16,9 @@ constexpr uint32_t kWidth = KeyCodes::kCoordinates;
 // Of what one doubt may be; learned ones lie between 1e-4 and 20.
 constexpr float kLeastDoubt = 1e-6f, kMostDoubt = 1e3f;
 constexpr float kMostCodeVariance = 2;
+// A breadth is a number above 0: times the variance of a place without a node, -infinity, it must
+// leave that as it is.
+constexpr float kLeastBreadth = 1e-30f, kMostBreadth = 1e30f;
 
 void Put(std::span<const float> numbers, IndexWriter* out) { out->PutAll(numbers); }
 void Put(std::span<const uint16_t> numbers, IndexWriter* out) { out->PutAll(numbers); }
@@ -70,7 +73,10 @@ std::vector<float> ClusterModel::Breadth(const Inside& inside, std::span<const f
       length += y[at + c] * y[at + c];
     }
     sum += lost_variance * length / static_cast<float>(used);
-    out.push_back(std::max(sum, 1e-6f * inside.variance) / std::max(inside.variance, 1e-12f));
+    const float breadth =
+        std::max(sum, 1e-6f * inside.variance) / std::max(inside.variance, 1e-12f);
+    // In this order what is no number is the least.
+    out.push_back(std::min(kMostBreadth, std::max(kLeastBreadth, breadth)));
   }
   return out;
 }
@@ -87,7 +93,7 @@ std::vector<float> ClusterModel::CodeVariance(std::span<const float> coordinates
       length += y[c] * y[c];
     }
     sum += lost_variance * length / static_cast<float>(code_error.size());
-    out.push_back(std::min(sum, kMostCodeVariance));
+    out.push_back(std::min(kMostCodeVariance, sum));
   }
   return out;
 }
@@ -97,7 +103,7 @@ ClusterModel::Unrest ClusterModel::UnrestOf(float code_variance, float leaf_brea
   // A weight e^x, with x normal of this variance, and a value that has an error of its own.
   constexpr float kOwn = 0.7f, kMost = 3;
   const auto unrest = [=](float variance) {
-    return std::sqrt(std::exp(std::min(variance, kMost)) - 1 + kOwn);
+    return std::sqrt(std::exp(std::min(kMost, variance)) - 1 + kOwn);
   };
   return {unrest(code_variance), unrest(leaf.variance * leaf_breadth),
           unrest(super.variance * super_breadth)};

@@ -133,6 +133,27 @@ void ClusterSearch::Look() {
   ScoreTokens();
 }
 
+// What a query's groups weigh, of the runs that are seen whole: a part of another may be the lesser
+// one, and what is hidden must not make other errors matter less.
+float ClusterSearch::SuperMass(uint32_t query) {
+  float mass = kNone;
+  for (size_t r = 0; r < runs_.size(); ++r) {
+    const uint32_t lo = first_super_[r], n = first_super_[r + 1] - lo;
+    if (whole_[r]) mass = LogAdd(mass, LogSum(SuperScores(query).subspan(lo, n)));
+  }
+  return kLogSuper + mass;
+}
+
+float ClusterSearch::LeafMass(uint32_t query) {
+  float mass = kNone;
+  ForOpenedSupers([&](size_t r, size_t lo, size_t n) {
+    if (!whole_[r]) return;
+    const auto scores = LeafScores(query).subspan(lo * kLeavesPerSuper, n * kLeavesPerSuper);
+    mass = LogAdd(mass, LogSum(scores));
+  });
+  return kLogLeaf + mass;
+}
+
 void ClusterSearch::ScoreSupers() {
   float* const score = s_.super_score.Take(size_t{count_} * supers_);
   for (size_t r = 0; r < runs_.size(); ++r) {
@@ -142,7 +163,7 @@ void ClusterSearch::ScoreSupers() {
     CountLast(level, kSuperRows, first_super_[r], score, supers_);
   }
   for (uint32_t i = 0; i < count_; ++i) {
-    mass_[i] = LogAdd(kLogSuper + LogSum({score + size_t{i} * supers_, supers_}), Elsewhere(i));
+    mass_[i] = LogAdd(SuperMass(i), Elsewhere(i));
   }
 }
 
@@ -175,6 +196,10 @@ void ClusterSearch::OpenSupers() {
   size_t n = 0;
   for (size_t r = 0; r < runs_.size(); ++r) {
     const uint32_t lo = first_super_[r], size = first_super_[r + 1] - lo;
+    if (model_.open_all && limits_.depth == Depth::kAsNeeded) {  // whatever their scores
+      for (uint32_t s = 0; s < runs_[r].index->parts().supers.nodes(); ++s) opened[n++] = lo + s;
+      continue;
+    }
     const std::vector<float> any(count_, kLeast);
     const size_t found = Kernels().select(s_.super_score.data() + lo, supers_, count_, size,
                                           whole_[r] ? least.data() : any.data(), opened + n);
@@ -203,9 +228,7 @@ void ClusterSearch::ScoreLeaves() {
   for (uint32_t i = 0; i < count_; ++i) {
     float* const supers = s_.super_score.data() + size_t{i} * supers_;
     for (uint32_t n : s_.opened_supers.all()) supers[n] = kNone;
-    const float closed = kLogSuper + LogSum({supers, supers_});
-    const float leaves = kLogLeaf + LogSum(LeafScores(i));
-    mass_[i] = LogAdd(LogAdd(closed, leaves), Elsewhere(i));
+    mass_[i] = LogAdd(LogAdd(SuperMass(i), LeafMass(i)), Elsewhere(i));
   }
 }
 
@@ -231,7 +254,7 @@ void ClusterSearch::FindOutliers() {
   ranked_from_ = BestByCodes(kRankedTokens);
   for (uint32_t i = 0; i < count_; ++i) {
     // A lower bound of the mass: estimates from spread are least true of such heads.
-    const float mass = LogAdd(kLogLeaf + LogSum(LeafScores(i)), Elsewhere(i));
+    const float mass = LogAdd(LeafMass(i), Elsewhere(i));
     least[i] = std::min(mass + std::log(limits_.tolerance * kOutlierShare), ranked_from_[i]);
   }
   uint32_t* const found = s_.outliers.Take(row + kLeafRows);

@@ -46,6 +46,7 @@ struct Settings {
   std::vector<std::string> synthetic;     // families
   std::vector<uint32_t> tokens = {32768};  // of synthetic traces
   std::vector<std::string> indexes;       // beginnings of names; none: all
+  std::vector<std::string> budgets;       // likewise
   std::vector<uint32_t> runs = {1};
   std::vector<uint32_t> threads = {1, 0};  // 0: all
   uint32_t train_queries = 64;    // positions, of random and synthetic traces
@@ -61,11 +62,18 @@ std::vector<IndexSpec> ChosenSpecs(const Settings& settings) {
   std::vector<IndexSpec> all = {ExactSpec()};
   for (IndexSpec& spec : OwnSpecs()) all.push_back(std::move(spec));
   for (IndexSpec& spec : BaselineSpecs(settings.seed)) all.push_back(std::move(spec));
-  if (settings.indexes.empty()) return all;
-  std::erase_if(all, [&](const IndexSpec& spec) {
-    return std::none_of(settings.indexes.begin(), settings.indexes.end(),
-                        [&](const std::string& name) { return spec.name.starts_with(name); });
-  });
+  const auto chosen = [](const std::vector<std::string>& beginnings, const std::string& name) {
+    return beginnings.empty() ||
+           std::any_of(beginnings.begin(), beginnings.end(),
+                       [&](const std::string& beginning) { return name.starts_with(beginning); });
+  };
+  std::erase_if(all, [&](const IndexSpec& spec) { return !chosen(settings.indexes, spec.name); });
+  for (IndexSpec& spec : all) {
+    std::erase_if(spec.searches, [&](const SearchSpec& search) {
+      return !chosen(settings.budgets, BudgetName(search.budget));
+    });
+  }
+  std::erase_if(all, [](const IndexSpec& spec) { return spec.searches.empty(); });
   return all;
 }
 
@@ -176,6 +184,7 @@ int main(int argc, char** argv) {
       ->delimiter(',');
   app.add_option("--tokens", settings.tokens, "of synthetic traces")->delimiter(',');
   app.add_option("--indexes", settings.indexes, "only indexes whose names begin like these");
+  app.add_option("--budgets", settings.budgets, "only budgets whose names begin like these");
   app.add_option("--runs", settings.runs, "runs that an index is cut into")
       ->check(CLI::PositiveNumber);
   app.add_option("--threads", settings.threads, "answers at once; 0: as many as processors");

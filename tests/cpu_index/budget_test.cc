@@ -30,7 +30,7 @@ struct Cut {
   std::vector<RunScores> runs;
   std::vector<RunShare> shares;
 
-  Cut(const std::vector<float>& score, const std::vector<uint32_t>& weight, size_t run_nodes) {
+  Cut(const std::vector<float>& score, size_t run_nodes) {
     for (size_t lo = 0; lo < score.size(); lo += run_nodes) {
       const size_t n = std::min(run_nodes, score.size() - lo);
       CoarseScores c;
@@ -38,9 +38,6 @@ struct Cut {
       c.tokens = {static_cast<uint32_t>(lo), static_cast<uint32_t>(lo + n)};
       c.score.assign(n, 1e9f);
       c.score.insert(c.score.end(), score.begin() + lo, score.begin() + lo + n);
-      for (uint32_t i = 0; i < n && !weight.empty(); ++i) {
-        c.stretches.push_back({i + 1, weight[lo + i]});
-      }
       coarse.push_back(std::move(c));
     }
     for (const CoarseScores& c : coarse) runs.push_back({&c, 1});
@@ -64,12 +61,12 @@ struct Cut {
     }
   }
 
-  // What a run takes, as KeyIndex::Refine does, with the logs of what it weighs.
+  // What a run takes, as TokenIndex::Refine does, with the logs of what it weighs.
   std::map<uint32_t, float> Weights(uint64_t lift_key = 0) const {
     std::map<uint32_t, float> out;
     for (size_t r = 0; r < runs.size(); ++r) {
       AllottedTokens allotted(
-          {{shares[r].threshold}, {shares[r].ties}, {}, {shares[r].floor}, {lift_key}}, 0);
+          {{shares[r].threshold}, {shares[r].ties}, {shares[r].floor}, {lift_key}}, 0);
       const std::span<const float> row = coarse[r].Row(1);
       for (uint32_t i = 0; i < row.size(); ++i) {
         const uint32_t token = coarse[r].tokens.lo + coarse[r].NodeOf(1, i);
@@ -91,18 +88,14 @@ struct Best {
 };
 
 // By a full sort: highest score first, lowest token first among equals.
-Best BruteForce(const std::vector<float>& score, const std::vector<uint32_t>& weight,
-                const Budget& budget) {
+Best BruteForce(const std::vector<float>& score, const Budget& budget) {
   std::vector<uint32_t> order;
   for (uint32_t i = 0; i < score.size(); ++i) {
     if (score[i] != kMasked) order.push_back(i);
   }
   std::stable_sort(order.begin(), order.end(),
                    [&](uint32_t a, uint32_t b) { return score[a] > score[b]; });
-  const auto weight_of = [&](uint32_t i) { return weight.empty() ? 1u : weight[i]; };
-  const auto mass_of = [&](uint32_t i) {
-    return weight_of(i) * std::exp(double{score[i]} - score[order[0]]);
-  };
+  const auto mass_of = [&](uint32_t i) { return std::exp(double{score[i]} - score[order[0]]); };
   double total = 0, mass = 0;
   const bool dipr = budget.kind == Budget::Kind::kDipr;
   for (uint32_t i : order) total += mass_of(i);
@@ -114,7 +107,7 @@ Best BruteForce(const std::vector<float>& score, const std::vector<uint32_t>& we
     if (budget.kind == Budget::Kind::kTopP && budget.mass < 1 && mass >= budget.mass * total) break;
     if (dipr && score[i] < score[order[0]] - budget.beta) break;
     best.nodes.insert(i);
-    tokens += weight_of(i);
+    ++tokens;
     mass += mass_of(i);
   }
   if (!order.empty()) best.captured = mass / total;
@@ -141,11 +134,11 @@ TEST(BudgetTest, EqualsAFullSortHoweverTheRunsAreCut) {
         const std::vector<float> score = RandomScores(n, spread, with_ties, &random);
         for (const Budget& budget :
              {Budget{}, FixedK(1), FixedK(7), FixedK(100), FixedK(100000), TopP(0.1f), TopP(0.5f),
-              TopP(0.9f), TopP(0.99f), TopP(1.0f), TopP(0.9f, 5), TopP(1.0f, 50), Dipr(0), Dipr(1), Dipr(1, 9),
-              Dipr(1000)}) {
-          const Best best = BruteForce(score, {}, budget);
+              TopP(0.9f), TopP(0.99f), TopP(1.0f), TopP(0.9f, 5), TopP(1.0f, 50), Dipr(0), Dipr(1),
+              Dipr(1, 9), Dipr(1000)}) {
+          const Best best = BruteForce(score, budget);
           for (size_t run_nodes : {n, (n + 15) / 16, (n + 127) / 128}) {
-            Cut cut(score, {}, run_nodes);
+            Cut cut(score, run_nodes);
             const double captured = AllocateBudget(budget, cut.runs, cut.shares);
             EXPECT_NEAR(captured, best.captured, 1e-5);
             const std::set<uint32_t> got = cut.Selected();
@@ -169,29 +162,13 @@ TEST(BudgetTest, EqualsAFullSortHoweverTheRunsAreCut) {
   }
 }
 
-TEST(BudgetTest, GroupsOfTokensAreTakenWholeUntilTheirTokensReachTheBudget) {
-  std::mt19937 random(Seed() + 1);
-  for (int round = 0; round < 20; ++round) {
-    const std::vector<float> score = RandomScores(300, 3.0f, false, &random);
-    std::vector<uint32_t> weight(score.size());
-    for (uint32_t& w : weight) w = 1 + random() % 32;
-    for (const Budget& budget : {FixedK(1), FixedK(64), FixedK(1000), FixedK(100000)}) {
-      const Best best = BruteForce(score, weight, budget);
-      for (size_t run_nodes : {300u, 20u, 3u}) {
-        Cut cut(score, weight, run_nodes);
-        EXPECT_NEAR(AllocateBudget(budget, cut.runs, cut.shares), best.captured, 1e-5);
-        ASSERT_EQ(cut.Selected(), best.nodes) << "k " << budget.k;
-      }
-    }
-  }
-}
-
 TEST(BudgetTest, ListsOfTheTokensInRangeShareOutLikeAllTokens) {
   std::mt19937 random(Seed() + 3);
   const std::vector<float> score = RandomScores(700, 2.0f, true, &random);
-  for (const Budget& budget : {Budget{}, FixedK(1), FixedK(64), FixedK(100000), TopP(0.9f), Dipr(2)}) {
+  for (const Budget& budget :
+       {Budget{}, FixedK(1), FixedK(64), FixedK(100000), TopP(0.9f), Dipr(2)}) {
     for (size_t run_nodes : {700u, 50u, 3u}) {
-      Cut dense(score, {}, run_nodes), lists(score, {}, run_nodes);
+      Cut dense(score, run_nodes), lists(score, run_nodes);
       lists.MakeLists();
       const double captured = AllocateBudget(budget, dense.runs, dense.shares);
       EXPECT_EQ(AllocateBudget(budget, lists.runs, lists.shares), captured);
@@ -203,7 +180,7 @@ TEST(BudgetTest, ListsOfTheTokensInRangeShareOutLikeAllTokens) {
 TEST(BudgetTest, AllTokensAlikeGoToTheLowestTokensFirst) {
   const std::vector<float> score(1000, 0.125f);
   for (size_t run_nodes : {1000u, 63u, 8u}) {
-    Cut cut(score, {}, run_nodes);
+    Cut cut(score, run_nodes);
     EXPECT_NEAR(AllocateBudget(FixedK(100), cut.runs, cut.shares), 0.1, 1e-6);
     std::set<uint32_t> want;
     for (uint32_t i = 0; i < 100; ++i) want.insert(i);
@@ -215,7 +192,7 @@ TEST(BudgetTest, AShareOfMassIsNeverPromisedButMissed) {
   std::mt19937 random(Seed() + 2);
   for (float mass : {0.01f, 0.3f, 0.95f, 0.9999f}) {
     const std::vector<float> score = RandomScores(5000, 4.0f, false, &random);
-    Cut cut(score, {}, 512);
+    Cut cut(score, 512);
     const double captured = AllocateBudget(TopP(mass), cut.runs, cut.shares);
     EXPECT_GE(captured, mass - 1e-6);
     EXPECT_LE(captured, 1.0);
@@ -226,20 +203,20 @@ constexpr uint64_t kKey = 77;
 
 TEST(BudgetTest, EverythingMaskedOrNothingThereSelectsNothing) {
   for (const Budget& budget : {Budget{}, FixedK(4), TopP(0.5f), Dipr(1), Lift(4)}) {
-    Cut masked(std::vector<float>(40, kMasked), {}, 16);
-    EXPECT_EQ(AllocateBudget(budget, masked.runs, masked.shares, kMasked, kKey), 1.0);
+    Cut masked(std::vector<float>(40, kMasked), 16);
+    EXPECT_EQ(AllocateBudget(budget, masked.runs, masked.shares, kKey), 1.0);
     EXPECT_TRUE(masked.Selected().empty());
-    EXPECT_EQ(AllocateBudget(budget, {}, {}, kMasked, kKey), 1.0);
-    Cut empty_run({1.0f, 2.0f}, {}, 1);
+    EXPECT_EQ(AllocateBudget(budget, {}, {}, kKey), 1.0);
+    Cut empty_run({1.0f, 2.0f}, 1);
     empty_run.coarse[0] = CoarseScores{};  // a run of no nodes beside one of one
-    EXPECT_EQ(AllocateBudget(budget, empty_run.runs, empty_run.shares, kMasked, kKey), 1.0);
+    EXPECT_EQ(AllocateBudget(budget, empty_run.runs, empty_run.shares, kKey), 1.0);
     EXPECT_EQ(empty_run.Selected(), std::set<uint32_t>{1});
   }
 }
 
 TEST(BudgetTest, ExtremeScoresStayFinite) {
   const float big = std::numeric_limits<float>::max();
-  Cut cut({-big, big, 0.0f, -big, big}, {}, 2);
+  Cut cut({-big, big, 0.0f, -big, big}, 2);
   const double captured = AllocateBudget(FixedK(1), cut.runs, cut.shares);
   EXPECT_NEAR(captured, 0.5, 1e-6);
   EXPECT_EQ(cut.Selected(), std::set<uint32_t>{1});
@@ -251,14 +228,14 @@ TEST(BudgetTest, EveryKindSelectsTheSameHoweverTheRunsAreCut) {
     const std::vector<float> score = RandomScores(40000, spread, spread < 1, &random);
     for (const Budget& budget : {FixedK(100), FixedK(20000), TopP(0.5f), TopP(0.99f),
                                  TopP(0.999f, 300), Dipr(2), Dipr(2, 20), Lift(1), Lift(500)}) {
-      Cut whole(score, {}, score.size());
+      Cut whole(score, score.size());
       const double estimate =
-          AllocateBudget(budget, whole.runs, whole.shares, kMasked, kKey);
+          AllocateBudget(budget, whole.runs, whole.shares, kKey);
       const bool lifted = budget.kind == Budget::Kind::kSoftmaxLift;
       const auto want = whole.Weights(lifted ? kKey : 0);
       for (size_t run_nodes : {2500u, 313u}) {  // 16 and 128 runs
-        Cut cut(score, {}, run_nodes);
-        EXPECT_NEAR(AllocateBudget(budget, cut.runs, cut.shares, kMasked, kKey), estimate, 1e-12);
+        Cut cut(score, run_nodes);
+        EXPECT_NEAR(AllocateBudget(budget, cut.runs, cut.shares, kKey), estimate, 1e-12);
         ASSERT_EQ(cut.Weights(lifted ? kKey : 0), want) << "kind " << static_cast<int>(budget.kind);
       }
     }
@@ -284,12 +261,12 @@ TEST(BudgetTest, SamplingTakesTheBestPrioritiesAndWeighsByTheNext) {
         want[order[i].second] = k < order.size() ? std::max(own, order[k].first) : own;
       }
       for (size_t run_nodes : {n, (n + 15) / 16}) {
-        Cut cut(score, {}, run_nodes);
-        AllocateBudget(Lift(k), cut.runs, cut.shares, kMasked, key);
+        Cut cut(score, run_nodes);
+        AllocateBudget(Lift(k), cut.runs, cut.shares, key);
         ASSERT_EQ(cut.Weights(key), want) << n << " tokens, k " << k;
-        Cut lists(score, {}, run_nodes);
+        Cut lists(score, run_nodes);
         lists.MakeLists();
-        AllocateBudget(Lift(k), lists.runs, lists.shares, kMasked, key);
+        AllocateBudget(Lift(k), lists.runs, lists.shares, key);
         ASSERT_EQ(lists.Weights(key), want) << n << " listed tokens, k " << k;
       }
     }
@@ -315,8 +292,8 @@ TEST(BudgetTest, SampledSumsAreUnbiasedAndAsFarOffAsPredicted) {
     double mean_mass = 0, mean_sum = 0, square_mass = 0, square_sum = 0, predicted = 0;
     for (uint32_t draw = 0; draw < kDraws; ++draw) {
       const uint64_t key = LiftKey(Seed(), 0, 0, draw);
-      Cut cut(score, {}, 200);
-      const double error = 1 - AllocateBudget(Lift(k), cut.runs, cut.shares, kMasked, key);
+      Cut cut(score, 200);
+      const double error = 1 - AllocateBudget(Lift(k), cut.runs, cut.shares, key);
       double drawn_mass = 0, drawn_sum = 0;
       for (const auto& [token, weight] : cut.Weights(key)) {
         drawn_mass += std::exp(double{weight});

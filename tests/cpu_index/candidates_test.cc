@@ -132,7 +132,7 @@ TEST(CandidatesTest, AttentionIsOverExactlyWhatWasAllotted) {
       std::vector<float> sorted(c.lists.Row(0).begin(), c.lists.Row(0).end());
       std::sort(sorted.begin(), sorted.end());
       const float cut = sorted[sorted.size() / 2];
-      const RunAllotment allotment{{cut, -INFINITY, -INFINITY}, {1, 0, 0}, {}};
+      const RunAllotment allotment{{cut, -INFINITY, -INFINITY}, {1, 0, 0}, {}, {}};
       std::vector<std::set<uint32_t>> want = c.wanted;
       want[0].clear();
       uint32_t ties = 1;

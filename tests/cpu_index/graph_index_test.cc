@@ -198,7 +198,7 @@ TEST(GraphIndexTest, WhatIsRefinedIsAttendedExactly) {
   index->set_queue(400);  // finds all
   CoarseScores lists;
   index->Score(c.view, c.queries, &lists);
-  const RunAllotment all{std::vector<float>(4, -1e30f), std::vector<uint32_t>(4, 0), {}};
+  const RunAllotment all{std::vector<float>(4, -1e30f), std::vector<uint32_t>(4, 0), {}, {}};
   std::vector<float> sums(2 * 4 * GraphCase::kHeadDim);
   std::vector<Partial> some(4), exact(4);
   for (uint32_t i = 0; i < 4; ++i) {

@@ -61,16 +61,20 @@ TEST(KeyRowsTest, ScoresAreTheProductsWithWhatIsStored) {
     for (float& x : q) x = normal(c.random);
     std::vector<uint32_t> which;
     for (uint32_t r = 0; r < 500; r += 1 + c.random() % 5) which.push_back(r);
-    std::vector<float> scores(kQueries * which.size()), row(coordinates);
-    c.keys->Score(c.keys->Prepare(q, kQueries), which, scores);
+    const size_t ld = which.size() + 3;
+    std::vector<float> scores(kQueries * ld, -7.0f), row(coordinates);
+    c.keys->Score(c.keys->Prepare(q, kQueries), which, scores.data(), ld);
     for (uint32_t i = 0; i < kQueries; ++i) {
       for (size_t r = 0; r < which.size(); ++r) {
         c.keys->Decode(which[r], row);
         double wanted = 0;
-        for (uint32_t d = 0; d < coordinates; ++d) wanted += double{q[i * coordinates + d]} * row[d];
+        for (uint32_t d = 0; d < coordinates; ++d) {
+          wanted += double{q[i * coordinates + d]} * row[d];
+        }
         // Weights are rounded to a 127th of the largest: half of that by each coordinate's part.
-        ASSERT_NEAR(scores[i * which.size() + r], wanted, 0.06 * std::sqrt(c.total)) << coordinates;
+        ASSERT_NEAR(scores[i * ld + r], wanted, 0.06 * std::sqrt(c.total)) << coordinates;
       }
+      for (size_t r = which.size(); r < ld; ++r) ASSERT_EQ(scores[i * ld + r], -7.0f);
     }
   }
 }
@@ -83,6 +87,16 @@ TEST(KeyRowsTest, LinesThatRowsShareCountOnce) {
   const Case wide(96);  // of 48: the second one lies across two lines
   EXPECT_EQ(wide.keys->BytesOf(std::vector<uint32_t>{1}), 128u);
   EXPECT_EQ(wide.keys->BytesOf(std::vector<uint32_t>{0, 1, 2, 3}), 192u);
+}
+
+TEST(KeyRowsTest, RowsOfTheSameVarianceTakeTheSameQueries) {
+  const std::vector<float> variance(64, 0.5f);
+  std::vector<float> other = variance;
+  other[5] = 4;
+  const KeyRows keys(3, variance);
+  EXPECT_TRUE(keys.SameSteps(KeyRows(0, variance)));
+  EXPECT_FALSE(keys.SameSteps(KeyRows(3, other)));
+  EXPECT_FALSE(keys.SameSteps(KeyRows(3, std::vector<float>(32, 0.5f))));
 }
 
 // The rows' form: their error, a byte for each group's width, a step for each coordinate, the rows.
@@ -137,7 +151,7 @@ TEST(KeyRowsTest, KeysThatDoNotVaryScoreNothing) {
   const std::vector<float> q(64, 1.0f);
   const std::vector<uint32_t> which{0, 1, 2};
   std::vector<float> scores(3, -1.0f);
-  keys.Score(keys.Prepare(q, 1), which, scores);
+  keys.Score(keys.Prepare(q, 1), which, scores.data(), 3);
   EXPECT_EQ(scores, std::vector<float>(3, 0.0f));
 }
 

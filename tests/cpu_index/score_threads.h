@@ -13,7 +13,7 @@ namespace quarry::testing {
 
 // Expects the same from each of four threads that score the run again and again, all at once, as
 // from this one alone.
-inline void ExpectThreadsAgree(const KeyIndex& index, const KvView& run,
+inline void ExpectThreadsAgree(const TokenIndex& index, const KvView& run,
                                const QueryBlock& queries) {
   CoarseScores wanted;
   index.Score(run, queries, &wanted);

@@ -40,18 +40,19 @@ TEST(ValueRowsTest, WeightedSumsMissLittleOfTheStoredValuesLongOnesIncluded) {
     // Sums are those of what is stored.
     std::vector<uint32_t> which;
     for (uint32_t r = 0; r < kRows; r += 3) which.push_back(r);
-    std::vector<float> weights(kQueries * which.size()), sums(kQueries * head_dim, 1.0f);
+    const size_t ld = which.size() + 5;
+    std::vector<float> weights(kQueries * ld), sums(kQueries * head_dim, 1.0f);
     for (float& w : weights) w = std::exp(normal(random));
     std::vector<double> wanted(sums.size(), 1.0);
     for (size_t r = 0; r < which.size(); ++r) {
       rows.Decode(which[r], decoded);
       for (uint32_t i = 0; i < kQueries; ++i) {
         for (uint32_t d = 0; d < head_dim; ++d) {
-          wanted[i * head_dim + d] += double{weights[i * which.size() + r]} * decoded[d];
+          wanted[i * head_dim + d] += double{weights[i * ld + r]} * decoded[d];
         }
       }
     }
-    rows.AddWeighted(which, weights, kQueries, sums);
+    rows.AddWeighted(which, weights.data(), ld, kQueries, sums);
     for (size_t at = 0; at < sums.size(); ++at) EXPECT_NEAR(sums[at], wanted[at], 1e-2) << head_dim;
   }
 }

@@ -5,130 +5,82 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
-#include <random>
 #include <vector>
 
-#include "daemon/run_registry.h"
-#include "tests/daemon/engine_fixture.h"
-#include "tests/support/seed.h"
+#include "cpu_index/cluster_learn.h"
+#include "tests/daemon/held_tokens.h"
 
 namespace quarry {
 namespace {
 
-constexpr KvShape kShape = {
-    .layers = 1, .heads = 2, .kv_heads = 1, .head_dim = 16, .dtype = DType::kFp32};
-constexpr uint32_t kTokens = 2560;
-constexpr TokenRange kRun{128, 2176}, kTail{2176, 2304}, kBefore{0, 128}, kBehind{2304, kTokens};
-constexpr float kDoubt = -1.0f, kLength = 2.0f;
+constexpr KvShape kShape = HeldTokens::kShape;
+constexpr uint32_t kTokens = 2560, kGroup = 2, kHeadDim = kShape.head_dim;
+constexpr TokenRange kBefore{0, 128}, kFirst{128, 1152}, kSecond{1152, 2176}, kTail{2176, 2304},
+    kBehind{2304, kTokens};
+constexpr Budget kTolerant{.kind = Budget::Kind::kError, .error = 0.05f};
 
-// Estimates a run as one group, without any error; remembers what it was asked.
-class GroupIndex final : public KeyIndex {
- public:
-  std::string_view kind() const override { return "group"; }
-  void AttendAll(const KvView& run, const QueryBlock& queries,
-                 std::span<Partial> acc) const override {
-    ExactScan().AttendAll(run, queries, acc);
-  }
-  void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const override {
-    tolerance = queries.tolerance;
-    other_length.assign(queries.other_length.begin(), queries.other_length.end());
-    out->Clear();
-    out->tokens = run.tokens();
-    out->nodes = 1;
-    out->stretches = {{1, run.tokens().size()}};
-    out->score.assign(queries.queries, 0);
-    out->doubt.assign(queries.queries, kDoubt);
-    out->length.assign(queries.queries, kLength);
-  }
-  void Refine(const KvView& run, const QueryBlock& queries, const CoarseScores&,
-              const RunAllotment&, std::span<Partial> acc) const override {
-    ExactScan().AttendAll(run, queries, acc);
-  }
-
-  mutable float tolerance = -1;  // as asked last; -1: never
-  mutable std::vector<float> other_length;
-};
-
+// Two runs with clusters of one model, and a tail.
 class AttendLaneTest : public ::testing::Test {
  protected:
+  struct Cut {
+    std::shared_ptr<const quarry::Run> run;  // a test has a Run() of its own
+    std::unique_ptr<KvSegments> segments;
+    std::unique_ptr<ClusterIndex> index;
+  };
+
   AttendLaneTest() {
-    BlockStoreOptions options;
-    options.arena.capacity_bytes = 16 << 20;
-    options.arena.extent_bytes = 1 << 20;
-    options.arena.huge_pages = ArenaOptions::HugePages::kNever;
-    options.arena.prefault = false;
-    store_ = *BlockStore::Create(options);
-    const uint64_t bytes = kShape.bytes_per_token() * kBlockTokens;
-    constexpr uint32_t kBlocks = kTokens / kBlockTokens;
-    EXPECT_OK(store_->Reserve("t", bytes, kBlocks));
-    std::mt19937_64 random(Seed());
-    std::normal_distribution<float> normal;
-    for (uint32_t b = 0; b < kBlocks; ++b) {
-      blocks_.push_back(
-          std::make_shared<HeldBlock>(*store_, *store_->Begin("t", bytes), BlockOrigin{}));
-      for (uint64_t at = 0; at < bytes; at += 4) {
-        const float x = normal(random);
-        std::memcpy(blocks_.back()->writable() + at, &x, 4);
-      }
+    std::vector<KvView> views;
+    for (const TokenRange tokens : {kFirst, kSecond}) {
+      cuts_.push_back({held_.RunOf(tokens), held_.Segments(tokens), nullptr});
+      views.push_back(cuts_.back().segments->view());
     }
-    for (float& x : q_) x = normal(random);
-    run_ = std::make_unique<quarry::Run>(kRun, blocks_, nullptr);
-    units_ = {UnitOf(kRun), UnitOf(kTail)};
-    units_[0].run = run_.get();
-    units_[0].first_block = 0;
-    units_[0].blocks = run_->blocks().data();
+    LearnedClusters learned = *LearnClusters(views, sampled_);
+    for (size_t r = 0; r < 2; ++r) cuts_[r].index = std::move(learned.indexes[r]);
+    units_ = {UnitOf(kFirst, 0), UnitOf(kSecond, 1), UnitOf(kTail)};
     rest_ = {UnitOf(kBefore), UnitOf(kBehind)};
   }
+  static std::vector<float> Scaled(std::vector<float> q) {
+    for (float& x : q) x *= 0.25f;
+    return q;
+  }
 
-  ScanUnit UnitOf(TokenRange tokens) const {
+  // `run`: whose index may answer; -1: none. Of the first member.
+  ScanUnit UnitOf(TokenRange tokens, int run = -1) const {
     ScanUnit unit;
     unit.tokens = tokens;
-    unit.first_block = tokens.lo / kBlockTokens;
-    unit.blocks = &blocks_[unit.first_block];
     unit.members = {0};
     unit.ranges = {tokens};
+    if (run >= 0) {
+      unit.run = cuts_[run].run.get();
+      unit.first_block = unit.run->tokens().lo / kBlockTokens;
+      unit.blocks = unit.run->blocks().data();
+    } else {
+      unit.first_block = tokens.lo / kBlockTokens;
+      unit.blocks = &held_.blocks()[unit.first_block];
+    }
     return unit;
   }
 
-  const float* Vector(KvPart part, uint32_t token) const {
-    const std::byte* block = blocks_[token / kBlockTokens]->data();
-    return reinterpret_cast<const float*>(block + kShape.strip_offset(0, part, 0) +
-                                          token % kBlockTokens * kShape.vector_bytes());
-  }
-  // The sums of e^score * value, with that of e^score behind them.
-  std::vector<double> Sums(uint32_t head, std::initializer_list<TokenRange> ranges) const {
-    std::vector<double> sums(kShape.head_dim + 1);
-    for (const TokenRange& range : ranges) {
-      for (uint32_t t = range.lo; t < range.hi; ++t) {
-        double score = 0;
-        for (uint32_t d = 0; d < kShape.head_dim; ++d) {
-          score += double{q_[head * kShape.head_dim + d]} * Vector(KvPart::kKey, t)[d];
-        }
-        const double weight = std::exp(score / 4);
-        for (uint32_t d = 0; d < kShape.head_dim; ++d) {
-          sums[d] += weight * Vector(KvPart::kValue, t)[d];
-        }
-        sums.back() += weight;
-      }
+  struct Answer {
+    std::vector<float> o, lse;  // [members][group][head_dim]
+    std::vector<LaneResult> results;
+  };
+  // Runs a lane of as many members as budgets; runs are answered by their clusters.
+  Answer Ask(std::span<const Budget> budgets, std::span<const ScanUnit> rest = {}) {
+    Answer answer{std::vector<float>(budgets.size() * kGroup * kHeadDim),
+                  std::vector<float>(budgets.size() * kGroup), {}};
+    std::vector<LaneMember> members;
+    for (size_t m = 0; m < budgets.size(); ++m) {
+      members.push_back({Query(m, 0).data(), budgets[m], 7,
+                         answer.o.data() + m * kGroup * kHeadDim, answer.lse.data() + m * kGroup});
     }
-    return sums;
-  }
-  static double LogLength(std::span<const double> sums) {
-    double square = 0;
-    for (double x : sums.first(kShape.head_dim)) square += x * x;
-    return 0.5 * std::log(square);
-  }
-
-  // Runs a lane; the run is answered by `index`.
-  LaneResult Answer(const Budget& budget, std::span<const ScanUnit> rest) {
-    const LaneMember member{q_.data(), budget, 7, o_.data(), lse_.data()};
-    const KeyIndex* indexes[] = {&index_, &ExactScan()};
+    std::vector<const KeyIndex*> indexes;
+    for (const ScanUnit& unit : units_) indexes.push_back(IndexOf(unit));
     LaneKey key{.shape = &kShape, .kind = ScanKind::kIndexed};
-    key.samples = budget.kind == Budget::Kind::kSoftmaxLift;
-    key.tolerance = budget.kind == Budget::Kind::kError ? budget.error : 0;
-    AttendLane lane(key, {&member, 1}, units_, indexes, rest);
+    key.samples = budgets[0].kind == Budget::Kind::kSoftmaxLift;
+    key.tolerance = budgets[0].kind == Budget::Kind::kError ? budgets[0].error : 0;
+    AttendLane lane(key, members, units_, indexes, rest);
     do {
       for (uint32_t i = 0, n = lane.tasks(); i < n; ++i) {
         lane.RunTask(i);
@@ -136,70 +88,182 @@ class AttendLaneTest : public ::testing::Test {
       }
     } while (lane.NextPhase());
     lane.Finish();
-    return lane.results().front();
+    answer.results.assign(lane.results().begin(), lane.results().end());
+    return answer;
   }
-  void ExpectAnswerOfTheRange(double tolerance) const {
-    for (uint32_t h = 0; h < 2; ++h) {
-      const std::vector<double> want = Sums(h, {kRun, kTail});
-      EXPECT_NEAR(lse_[h], std::log(want.back()), tolerance);
-      for (uint32_t d = 0; d < kShape.head_dim; ++d) {
-        EXPECT_NEAR(o_[h * kShape.head_dim + d], want[d] / want.back(), tolerance);
+  Answer Ask(const Budget& budget, std::span<const ScanUnit> rest = {}) {
+    return Ask(std::span(&budget, 1), rest);
+  }
+  const KeyIndex* IndexOf(const ScanUnit& unit) const {
+    for (const Cut& cut : cuts_) {
+      if (unit.run == cut.run.get()) return cut.index.get();
+    }
+    return &ExactScan();
+  }
+  std::span<const float> Query(size_t member, size_t head) const {
+    return std::span(q_).subspan((member * kGroup + head) * kHeadDim, kHeadDim);
+  }
+
+  void ExpectAttended(const Answer& answer, size_t member, std::initializer_list<TokenRange> ranges,
+                      double tolerance) const {
+    for (size_t h = 0; h < kGroup; ++h) {
+      const std::vector<double> want = held_.Sums(Query(member, h), ranges);
+      EXPECT_NEAR(answer.lse[member * kGroup + h], std::log(want.back()), tolerance);
+      double difference = 0, length = 0;
+      for (uint32_t d = 0; d < kHeadDim; ++d) {
+        const double o = want[d] / want.back();
+        difference += std::pow(answer.o[(member * kGroup + h) * kHeadDim + d] - o, 2);
+        length += o * o;
       }
+      EXPECT_LT(std::sqrt(difference / length), tolerance);
     }
   }
 
-  std::unique_ptr<BlockStore> store_;
-  std::vector<std::shared_ptr<HeldBlock>> blocks_;
-  std::unique_ptr<quarry::Run> run_;  // a test has a Run() of its own
+  // What families of runs answer beside tokens that are attended whole, of which the first
+  // `own` count as parts of the answer.
+  struct Wanted {
+    std::vector<float> o, lse;
+    uint64_t tokens = 0, bytes = 0;
+  };
+  Wanted Search(const std::vector<std::vector<size_t>>& families,
+                const std::vector<TokenRange>& whole, size_t own) const {
+    std::vector<float> acc(kGroup * kHeadDim), all_acc(acc.size());
+    std::vector<Partial> partials(kGroup), all(kGroup);
+    for (size_t h = 0; h < kGroup; ++h) {
+      partials[h].acc = std::span(acc).subspan(h * kHeadDim, kHeadDim);
+      all[h].acc = std::span(all_acc).subspan(h * kHeadDim, kHeadDim);
+    }
+    const std::vector<TokenRange> ranges(kGroup, TokenRange{0, kTokens});
+    QueryBlock block{q_.data(), DType::kFp32, kGroup, kHeadDim, 0.25f, ranges};
+    for (size_t i = 0; i < whole.size(); ++i) {
+      const auto segments = held_.Segments(whole[i]);
+      if (i < own) ExactScan().AttendAll(segments->view(), block, partials);
+      ExactScan().AttendAll(segments->view(), block, all);
+    }
+    std::vector<float> lengths;
+    for (const Partial& partial : all) {
+      double square = 0;
+      for (const float x : partial.acc) square += double{x} * x;
+      lengths.push_back(partial.max + static_cast<float>(0.5 * std::log(square)));
+    }
+    ClusterLimits limits;
+    limits.tolerance = kTolerant.error;
+    limits.other_length = lengths;
+    for (const std::vector<size_t>& family : families) {
+      std::vector<ClusterRun> runs;
+      for (const size_t r : family) {
+        runs.push_back({cuts_[r].index.get(), &cuts_[r].segments->view(), ranges});
+      }
+      SearchClusters(runs, block, limits, partials);
+    }
+    Wanted wanted{std::vector<float>(acc.size()), {}};
+    for (size_t h = 0; h < kGroup; ++h) {
+      wanted.lse.push_back(
+          partials[h].Finish(std::span(wanted.o).subspan(h * kHeadDim, kHeadDim)));
+      wanted.tokens += partials[h].tokens;
+      wanted.bytes += partials[h].bytes;
+    }
+    return wanted;
+  }
+  void ExpectSame(const Answer& answer, const Wanted& wanted) const {
+    ASSERT_EQ(answer.o.size(), wanted.o.size());
+    for (size_t i = 0; i < wanted.o.size(); ++i) EXPECT_NEAR(answer.o[i], wanted.o[i], 1e-4);
+    for (size_t h = 0; h < kGroup; ++h) EXPECT_NEAR(answer.lse[h], wanted.lse[h], 1e-4);
+    EXPECT_EQ(answer.results[0].tokens, wanted.tokens);
+  }
+
+  HeldTokens held_{kTokens};
+  const std::vector<float> sampled_ = Scaled(held_.Queries(40));
+  const std::vector<float> q_ = held_.Queries(3);
+  std::vector<Cut> cuts_;
   std::vector<ScanUnit> units_, rest_;
-  const GroupIndex index_;
-  std::vector<float> q_ = std::vector<float>(2 * kShape.head_dim);
-  std::vector<float> o_ = std::vector<float>(2 * kShape.head_dim);
-  std::vector<float> lse_ = std::vector<float>(2);
 };
 
-constexpr Budget kTolerant{.kind = Budget::Kind::kError, .error = 0.25f};
+TEST_F(AttendLaneTest, RunsOfOneModelAreSearchedAtOnceBesideTheTailThatIsAttendedWhole) {
+  const Answer answer = Ask(kTolerant);
+  const Wanted wanted = Search({{0, 1}}, {kTail}, 1);
+  ExpectSame(answer, wanted);
+  EXPECT_EQ(answer.results[0].bytes, wanted.bytes);
+  EXPECT_GT(answer.results[0].error_estimate, 0);
+  EXPECT_LT(answer.results[0].error_estimate, 1.5 * kTolerant.error);
+  ExpectAttended(answer, 0, {kFirst, kSecond, kTail}, 0.2);
+}
 
-TEST_F(AttendLaneTest, AnIndexIsToldOfTheTailThatIsAttendedWhole) {
-  const LaneResult result = Answer(kTolerant, {});
-  EXPECT_EQ(index_.tolerance, kTolerant.error);
-  ASSERT_EQ(index_.other_length.size(), 2u);
-  double predicted = 0;
-  for (uint32_t h = 0; h < 2; ++h) {
-    const double tail = LogLength(Sums(h, {kTail}));
-    EXPECT_NEAR(index_.other_length[h], tail, 1e-4);
-    const double length = std::hypot(std::exp(double{kLength}), std::exp(tail));
-    predicted = std::max(predicted, std::exp(double{kDoubt}) / length);
-  }
-  EXPECT_NEAR(result.error_estimate, predicted, 0.07 * predicted);  // bins of an eighth of a nat
-  ExpectAnswerOfTheRange(1e-4);
+TEST_F(AttendLaneTest, RunsOfDifferentModelsAreSearchedEachAlone) {
+  LearnedClusters other = *LearnClusters({&cuts_[1].segments->view(), 1}, sampled_);
+  cuts_[1].index = std::move(other.indexes[0]);
+  const Answer answer = Ask(kTolerant);
+  const Wanted wanted = Search({{0}, {1}}, {kTail}, 1);
+  ExpectSame(answer, wanted);
+  EXPECT_EQ(answer.results[0].bytes, wanted.bytes);
+  ExpectAttended(answer, 0, {kFirst, kSecond, kTail}, 0.2);
 }
 
 TEST_F(AttendLaneTest, WhatAnAnswerIsMergedWithCountsForErrorsButIsNoPartOfIt) {
-  const LaneResult alone = Answer(kTolerant, {});
-  const LaneResult merged = Answer(kTolerant, rest_);
-  ASSERT_EQ(index_.other_length.size(), 2u);
-  for (uint32_t h = 0; h < 2; ++h) {
-    EXPECT_NEAR(index_.other_length[h], LogLength(Sums(h, {kBefore, kTail, kBehind})), 1e-4);
-  }
-  ExpectAnswerOfTheRange(1e-4);
-  EXPECT_EQ(merged.tokens, alone.tokens);
+  const Answer alone = Ask(kTolerant);
+  const Answer merged = Ask(kTolerant, rest_);
+  const Wanted wanted = Search({{0, 1}}, {kTail, kBefore, kBehind}, 1);
+  ExpectSame(merged, wanted);
   const uint64_t rest = kBefore.size() + kBehind.size();
-  EXPECT_EQ(merged.bytes, alone.bytes + rest * 2 * kShape.vector_bytes());
+  EXPECT_EQ(merged.results[0].bytes, wanted.bytes + rest * 2 * kShape.vector_bytes());
+  EXPECT_LE(merged.results[0].tokens, alone.results[0].tokens);
+  // By the length of the merged answer.
+  EXPECT_LT(merged.results[0].error_estimate, 1.5 * kTolerant.error);
+  ExpectAttended(merged, 0, {kFirst, kSecond, kTail}, 0.3);
 }
 
-TEST_F(AttendLaneTest, AnIndexThatCannotSampleIsPassedByAndTheRunIsSampledExactly) {
-  const Budget all{.kind = Budget::Kind::kSoftmaxLift, .k = kTokens};
-  Answer(all, {});
-  EXPECT_EQ(index_.tolerance, -1);  // never asked
-  ExpectAnswerOfTheRange(1e-4);
-  const Budget few{.kind = Budget::Kind::kSoftmaxLift, .k = 500};
-  const LaneResult sampled = Answer(few, {});
-  EXPECT_EQ(sampled.tokens, 2u * 500);
-  EXPECT_GT(sampled.error_estimate, 0);
-  for (uint32_t h = 0; h < 2; ++h) {
-    EXPECT_NEAR(lse_[h], std::log(Sums(h, {kRun, kTail}).back()), 6 * sampled.error_estimate);
+TEST_F(AttendLaneTest, WithoutATailRunsAreSearchedForThemselves) {
+  units_.pop_back();
+  const Answer answer = Ask(kTolerant);
+  ExpectAttended(answer, 0, {kFirst, kSecond}, 0.2);
+  EXPECT_GT(answer.results[0].error_estimate, 0);
+}
+
+TEST_F(AttendLaneTest, MembersThatShareSomeRunsOnlyEachGetTheirOwn) {
+  units_[0].members = {0, 1, 2};
+  units_[0].ranges = {kFirst, kFirst, {kFirst.lo + 100, kFirst.hi - 300}};
+  units_[1].members = {0, 2};
+  units_[1].ranges = {kSecond, {kSecond.lo, kSecond.lo + 1}};
+  const Budget budgets[] = {kTolerant, kTolerant, kTolerant};
+  const Answer answer = Ask(budgets);
+  ExpectAttended(answer, 0, {kFirst, kSecond, kTail}, 0.2);
+  ExpectAttended(answer, 1, {kFirst}, 0.2);
+  ExpectAttended(answer, 2, {{kFirst.lo + 100, kFirst.hi - 300}, {kSecond.lo, kSecond.lo + 1}},
+                 0.2);
+}
+
+TEST_F(AttendLaneTest, OfARunThatIsSeenPartlyOnlyThatPartCounts) {
+  units_[1] = UnitOf({kSecond.lo, kSecond.lo + 200}, 1);
+  units_.pop_back();
+  ExpectAttended(Ask(kTolerant), 0, {kFirst, {kSecond.lo, kSecond.lo + 200}}, 0.2);
+}
+
+TEST_F(AttendLaneTest, MembersLeastCapBoundsWhatIsReadOneByOne) {
+  Budget strict = kTolerant;
+  strict.error = 1e-3f;
+  const Answer free = Ask(strict);
+  strict.k = 20;
+  const Answer capped = Ask(strict);
+  const uint64_t tail = uint64_t{kTail.size()} * kGroup;
+  // Heads of a group share what either of them wants.
+  EXPECT_LE(capped.results[0].tokens, tail + uint64_t{kGroup} * kGroup * 20);
+  EXPECT_GT(free.results[0].tokens, capped.results[0].tokens);
+  EXPECT_GT(capped.results[0].error_estimate, free.results[0].error_estimate);
+}
+
+TEST_F(AttendLaneTest, ClustersArePassedByWhereBudgetsAreOfTokens) {
+  const Answer all = Ask({.kind = Budget::Kind::kSoftmaxLift, .k = kTokens});
+  ExpectAttended(all, 0, {kFirst, kSecond, kTail}, 1e-4);
+  const Answer sampled = Ask({.kind = Budget::Kind::kSoftmaxLift, .k = 500});
+  EXPECT_EQ(sampled.results[0].tokens, uint64_t{kGroup} * 500);
+  EXPECT_GT(sampled.results[0].error_estimate, 0);
+  for (size_t h = 0; h < kGroup; ++h) {
+    EXPECT_NEAR(sampled.lse[h],
+                std::log(held_.Sums(Query(0, h), {kFirst, kSecond, kTail}).back()),
+                6 * sampled.results[0].error_estimate);
   }
+  const Answer best = Ask({.kind = Budget::Kind::kFixedK, .k = 300});
+  EXPECT_EQ(best.results[0].tokens, uint64_t{kGroup} * 300);
 }
 
 }  // namespace

@@ -16,8 +16,8 @@ constexpr TokenRange kRange = {kFirst, kTokens - 512};
 constexpr Budget kWithinError = {.kind = Budget::Kind::kError, .error = 0.05f};
 
 KvShape IndexedShape() { return {.layers = 1, .heads = 4, .kv_heads = 2, .head_dim = 64}; }
-// What answers may be in error whose indexes have seen few queries or none: other tokens' answers are
-// off by more than 1.
+// What answers may be in error whose indexes have seen few queries or none: other tokens' answers
+// are off by more than 1.
 constexpr double kFromKeysAlone = 0.5;
 constexpr uint64_t kHeads = 2;  // (layer, KV head) pairs
 
@@ -87,7 +87,8 @@ class EngineIndexTest : public EngineTest {
     }
     return worst;
   }
-  // Whether an index answered: it reads less than the keys and values, and says how far it may be off.
+  // Whether an index answered: it reads less than the keys and values, and says how far it may be
+  // off.
   static bool Indexed(const OwnedRow& row) { return row.answer.error_estimate > 0; }
 
   const KvData data_{IndexedShape(), kTokens, Seed()};
@@ -145,7 +146,9 @@ TEST_F(EngineIndexTest, AnIndexMadeFromKeysAloneIsLearnedAgainFromLiveQueries) {
   WaitForBuilt(kHeads * kRuns);
   EXPECT_EQ(Index().relearned, 0u);
   for (uint32_t i = 0; i < 16 * 32; ++i) Ask(context, kWithinError, i);
-  WaitFor([](const IndexStats& s) { return s.relearned == kRuns && s.built == 2 * kHeads * kRuns; });
+  WaitFor([](const IndexStats& s) {
+    return s.relearned == kRuns && s.built == 2 * kHeads * kRuns;
+  });
   const auto row = Ask(context, kWithinError, Seed());
   EXPECT_TRUE(Indexed(*row));
   EXPECT_LT(ErrorOf(*row), 0.2);
@@ -154,9 +157,10 @@ TEST_F(EngineIndexTest, AnIndexMadeFromKeysAloneIsLearnedAgainFromLiveQueries) {
 TEST_F(EngineIndexTest, WithoutRoomForIndexesRunsAreScanned) {
   StartIndexed([](IndexOptions& o) { o.max_bytes = 1 << 20; });
   const ContextId context = OpenFilled();
-  WaitFor([](const IndexStats& s) { return s.built + s.failed == kHeads * kRuns; });
+  // Of the runs that are due together, some heads of some runs find room.
+  WaitFor([](const IndexStats& s) { return s.failed > 0 && s.queued_runs == 0; });
   EXPECT_GT(Index().built, 0u);
-  EXPECT_GT(Index().failed, 0u);
+  EXPECT_LT(Index().built, kHeads * kRuns);
   EXPECT_LE(Index().bytes, 1u << 20);
   EXPECT_LT(ErrorOf(*Ask(context, kWithinError, Seed())), kFromKeysAlone);
 }
@@ -219,8 +223,8 @@ INSTANTIATE_TEST_SUITE_P(Kinds, EngineIndexKindTest,
                            return std::string(kind.param == IndexKind::kCodes ? "Codes" : "Graph");
                          });
 
-// Contexts grow, are forked and closed while others attend; indexes come, are learned again and take
-// each other's place meanwhile.
+// Contexts grow, are forked and closed while others attend; indexes come, are learned again and
+// take each other's place meanwhile.
 TEST_F(EngineIndexTest, AnswersStayRightWhileRunsGrowAndIndexesAreSwapped) {
   StartIndexed();
   const auto opened = engine_->Open(session_, Request());

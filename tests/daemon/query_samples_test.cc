@@ -1,6 +1,7 @@
 #include "daemon/query_samples.h"
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "daemon/run_indexes.h"
@@ -57,16 +58,34 @@ TEST(QuerySamplesTest, SaysWhenThereAreEnoughToLookAgain) {
 TEST(RunIndexesTest, AreLearnedOnceAndAgainWithFourTimesTheSamples) {
   using Due = RunIndexes::Due;
   RunIndexes indexes(kShape);
-  EXPECT_EQ(indexes.Begin(3), Due::kFirst);
-  EXPECT_EQ(indexes.Begin(100), Due::kNo);  // somebody is at it
-  indexes.End(false);
-  EXPECT_EQ(indexes.Begin(10), Due::kFirst);  // it was given up
-  indexes.End(true);
-  EXPECT_EQ(indexes.Begin(20), Due::kNo);  // too few
-  EXPECT_EQ(indexes.Begin(39), Due::kNo);  // less than four times as many
-  EXPECT_EQ(indexes.Begin(40), Due::kAgain);
-  indexes.End(true);
-  EXPECT_EQ(indexes.Begin(100), Due::kNo);
+  EXPECT_EQ(indexes.Begin({3, 1000}), Due::kFirst);
+  EXPECT_EQ(indexes.Begin({100, 1000}), Due::kNo);  // somebody is at it
+  indexes.End(std::nullopt);
+  EXPECT_FALSE(indexes.learned().has_value());
+  EXPECT_EQ(indexes.Begin({10, 1000}), Due::kFirst);  // it was given up
+  indexes.End(RunIndexes::Learning{10, 1000});
+  EXPECT_EQ(indexes.learned()->samples, 10u);
+  EXPECT_EQ(indexes.Begin({20, 1000}), Due::kNo);  // too few
+  EXPECT_EQ(indexes.Begin({39, 1000}), Due::kNo);  // less than four times as many
+  EXPECT_EQ(indexes.Begin({40, 1000}), Due::kAgain);
+  indexes.End(RunIndexes::Learning{40, 1000});
+  EXPECT_EQ(indexes.Begin({100, 1000}), Due::kNo);
+}
+
+TEST(RunIndexesTest, AreLearnedAgainFromFourTimesTheTokensUnlessTheSamplesAreFewer) {
+  using Due = RunIndexes::Due;
+  RunIndexes indexes(kShape);
+  EXPECT_EQ(indexes.Begin({10, 1000}), Due::kFirst);
+  indexes.End(RunIndexes::Learning{10, 1000});
+  EXPECT_EQ(indexes.Begin({10, 3999}), Due::kNo);
+  EXPECT_EQ(indexes.Begin({9, 4000}), Due::kNo);
+  EXPECT_EQ(indexes.Begin({10, 4000}), Due::kAgain);
+  indexes.End(std::nullopt);  // what was learned before still stands
+  EXPECT_EQ(indexes.learned()->tokens, 1000u);
+  EXPECT_EQ(indexes.Begin({10, 4000}), Due::kAgain);
+  indexes.End(RunIndexes::Learning{10, 4000});
+  EXPECT_EQ(indexes.learned()->tokens, 4000u);
+  EXPECT_EQ(indexes.Begin({10, 15999}), Due::kNo);
 }
 
 }  // namespace

@@ -1,0 +1,220 @@
+// Cuts are found from histograms; here they are compared with sums over every token.
+#include "cpu_index/error_cut.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "tests/support/seed.h"
+
+namespace quarry {
+namespace {
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr float kAll = std::numeric_limits<float>::infinity();
+constexpr float kBin = 0.125f;
+// Half a bin, either way, and what floats round.
+constexpr double kTrue = 1.07;
+
+std::vector<float> RandomScores(size_t n, float spread, std::mt19937* random) {
+  std::normal_distribution<float> normal(0, spread);
+  std::vector<float> out(n);
+  for (float& x : out) x = (*random)() % 9 == 0 ? kNone : 3 + normal(*random);
+  return out;
+}
+
+float TopOf(const std::vector<float>& scores) {
+  return *std::max_element(scores.begin(), scores.end());
+}
+
+size_t CountFrom(const std::vector<float>& scores, float least) {
+  return static_cast<size_t>(std::count_if(scores.begin(), scores.end(),
+                                           [=](float x) { return x != kNone && x >= least; }));
+}
+
+// What is left where tokens from `refine` on are read by their rows, and from `exact` on exactly.
+double ErrorLeft(const ErrorCutInput& in, float refine, float exact) {
+  double squares = 0, common = in.closed;
+  for (const float score : in.scores) {
+    const double weight = in.token_doubt * std::exp(double{score} - in.top);
+    if (score >= exact) continue;
+    const double part = score >= refine ? in.refined_part : 1;
+    squares += part * part * weight * weight;
+    if (score < refine) common += in.common_part * weight;
+  }
+  return std::sqrt(squares + common * common);
+}
+
+// How much heavier than what is just refined a token is that is read exactly: a byte of either
+// takes as much of the squared error away.
+double ExactAbove(const ErrorCutInput& in) { return std::log(2 / in.refined_part); }
+
+ErrorCutInput Input(const std::vector<float>& scores, float allowed) {
+  ErrorCutInput in;
+  in.scores = scores;
+  in.top = scores.empty() ? 0 : TopOf(scores);
+  in.token_doubt = 1.3f;
+  in.common_part = 0.08f;
+  in.refined_part = 0.2f;
+  in.allowed = allowed;
+  return in;
+}
+
+// The sum of all weights, by e^top.
+float MassOf(const ErrorCutInput& in) {
+  double mass = 0;
+  for (const float x : in.scores) mass += std::exp(double{x} - in.top);
+  return static_cast<float>(mass);
+}
+
+void ExpectRightCut(const ErrorCutInput& in, const std::vector<float>& scores) {
+  const ErrorCut cut = FindErrorCut(in);
+  const double allowed = std::max<double>(in.allowed, 1.4 * in.closed);
+  ASSERT_GE(cut.exact, cut.refine);
+  const double left = ErrorLeft(in, cut.refine, cut.exact);
+  ASSERT_LE(left, kTrue * cut.error + 1e-9);
+  ASSERT_GE(left, cut.error / kTrue - 1e-9);
+  ASSERT_LE(cut.error, allowed * 1.0001);
+  if (cut.refine == kAll) return;
+  // With an eighth of a nat less, it would not be within what is allowed.
+  const auto exact = static_cast<float>(cut.refine + 2 * kBin + ExactAbove(in));
+  EXPECT_GT(ErrorLeft(in, cut.refine + 2 * kBin, exact), allowed / kTrue);
+  EXPECT_GT(CountFrom(scores, cut.refine), 0u);
+}
+
+TEST(ErrorCutTest, TheFirstTokensAreReadUntilTheErrorIsAllowed) {
+  std::mt19937 random(static_cast<uint32_t>(Seed()));
+  for (const size_t n : {1u, 3u, 40u, 1000u, 30000u}) {
+    for (const float spread : {0.3f, 1.5f, 4.0f}) {
+      std::vector<float> scores = RandomScores(n, spread, &random);
+      scores[0] = 4;
+      for (const float tolerance : {0.003f, 0.02f, 0.1f, 0.5f}) {
+        for (const float closed : {0.0f, 0.5f, 3.0f}) {
+          SCOPED_TRACE(::testing::Message() << n << " tokens of spread " << spread << ", tolerated "
+                                            << tolerance << ", closed " << closed);
+          ErrorCutInput in = Input(scores, 0);
+          in.allowed = tolerance * MassOf(in);
+          in.closed = closed * in.allowed;
+          ExpectRightCut(in, scores);
+        }
+      }
+    }
+  }
+}
+
+TEST(ErrorCutTest, ATopThatIsNotTheLargestScoreIsNearEnough) {
+  std::mt19937 random(static_cast<uint32_t>(Seed()));
+  const std::vector<float> scores = RandomScores(5000, 2, &random);
+  for (const float above : {0.3f, 2.0f, 6.0f}) {
+    ErrorCutInput in = Input(scores, 0);
+    in.top += above;
+    in.allowed = 0.03f * MassOf(in);
+    ExpectRightCut(in, scores);
+  }
+}
+
+TEST(ErrorCutTest, NoMoreTokensAreReadThanTheCap) {
+  std::mt19937 random(static_cast<uint32_t>(Seed()));
+  for (const float spread : {0.5f, 3.0f}) {
+    const std::vector<float> scores = RandomScores(4000, spread, &random);
+    for (const uint32_t most : {0u, 1u, 10u, 300u, 2000u, 100000u}) {
+      for (const float tolerance : {0.002f, 0.02f}) {
+        ErrorCutInput in = Input(scores, 0);
+        in.allowed = tolerance * MassOf(in);
+        const ErrorCut free = FindErrorCut(in);
+        in.most_tokens = most;
+        const ErrorCut cut = FindErrorCut(in);
+        ASSERT_LE(CountFrom(scores, cut.refine), most);
+        const double left = ErrorLeft(in, cut.refine, cut.exact);
+        EXPECT_LE(left, kTrue * cut.error + 1e-9);
+        EXPECT_GE(left, cut.error / kTrue - 1e-9);
+        if (CountFrom(scores, free.refine) <= most) {
+          EXPECT_EQ(cut.refine, free.refine);
+          EXPECT_EQ(cut.exact, free.exact);
+          continue;
+        }
+        // As many as it lets, and if that is not enough, all of them exactly.
+        EXPECT_GT(CountFrom(scores, std::min(in.top, cut.refine) - 1.01f * kBin), most);
+        EXPECT_TRUE(cut.error <= in.allowed || cut.exact == cut.refine);
+      }
+    }
+  }
+}
+
+TEST(ErrorCutTest, NothingAllowedReadsEverythingExactly) {
+  std::mt19937 random(static_cast<uint32_t>(Seed()));
+  const std::vector<float> scores = RandomScores(3000, 1.5f, &random);
+  const ErrorCut cut = FindErrorCut(Input(scores, 0));
+  EXPECT_EQ(CountFrom(scores, cut.refine), CountFrom(scores, std::numeric_limits<float>::lowest()));
+  EXPECT_EQ(cut.exact, cut.refine);
+  EXPECT_LT(cut.error, 1e-6);
+}
+
+TEST(ErrorCutTest, WithoutTokensNothingIsReadAndGroupsMakeTheError) {
+  for (const std::vector<float>& scores : {std::vector<float>{}, std::vector<float>(70, kNone)}) {
+    for (const float allowed : {0.0f, 0.1f}) {
+      ErrorCutInput in = Input(scores, allowed);
+      in.top = 1;
+      in.closed = 0.25f;
+      const ErrorCut cut = FindErrorCut(in);
+      EXPECT_EQ(cut.refine, kAll);
+      EXPECT_EQ(cut.exact, kAll);
+      EXPECT_FLOAT_EQ(cut.error, 0.25f);
+    }
+  }
+}
+
+TEST(ErrorCutTest, AllTokensAlikeAreReadTogetherOrNotAtAll) {
+  const std::vector<float> scores(500, 2.0f);
+  ErrorCutInput in = Input(scores, 1000);
+  EXPECT_EQ(FindErrorCut(in).refine, kAll);
+  in.allowed = 1;
+  EXPECT_LE(FindErrorCut(in).refine, 2.0f);
+  in.most_tokens = 499;
+  EXPECT_EQ(FindErrorCut(in).refine, kAll);
+}
+
+double MassBelow(const std::vector<float>& weights, double least) {
+  double mass = 0;
+  for (const float x : weights) mass += x < least ? std::exp(double{x}) : 0;
+  return mass;
+}
+
+TEST(OpenFromTest, WhatStaysClosedWeighsWhatIsAllowedAndHardlyLess) {
+  std::mt19937 random(static_cast<uint32_t>(Seed()));
+  for (const size_t n : {1u, 20u, 3000u}) {
+    for (const float spread : {0.2f, 2.0f, 5.0f}) {
+      const std::vector<float> weights = RandomScores(n, spread, &random);
+      for (const float share : {1e-4f, 0.01f, 0.3f, 0.9f, 2.0f}) {
+        const double most = share * MassBelow(weights, kAll);
+        if (most == 0) continue;
+        const auto allowed = static_cast<float>(std::log(most));
+        const float least = OpenFrom(weights, allowed);
+        EXPECT_LE(MassBelow(weights, least), kTrue * most + 1e-6 * std::exp(double{allowed}));
+        EXPECT_TRUE(least == kAll ||
+                    MassBelow(weights, double{least} + 1.01 * kBin) > most / kTrue);
+        EXPECT_EQ(least == kAll, share > 1);
+      }
+    }
+  }
+}
+
+TEST(OpenFromTest, WithoutWeightsNothingIsOpened) {
+  EXPECT_EQ(OpenFrom({}, 1), kAll);
+  EXPECT_EQ(OpenFrom(std::vector<float>(40, kNone), 1), kAll);
+}
+
+TEST(OpenFromTest, WhatIsFarAboveIsOpenedAlone) {
+  const std::vector<float> weights = {90, -3, 0, -2, 120};
+  const float least = OpenFrom(weights, 1);
+  EXPECT_GT(least, 0);
+  EXPECT_LE(least, 90);
+}
+
+}  // namespace
+}  // namespace quarry

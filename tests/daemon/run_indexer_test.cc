@@ -1,0 +1,170 @@
+// Runs of a context are learned from together, and later ones share what was learned.
+#include "daemon/run_indexer.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "cpu_index/cluster_index.h"
+#include "tests/daemon/held_tokens.h"
+
+namespace quarry {
+namespace {
+
+constexpr KvShape kShape = HeldTokens::kShape;
+constexpr uint32_t kRunTokens = 512, kRuns = 10;
+
+class RunIndexerTest : public ::testing::Test {
+ protected:
+  RunIndexerTest() {
+    for (uint32_t r = 0; r < kRuns; ++r) {
+      const TokenRange tokens{128 + r * kRunTokens, 128 + (r + 1) * kRunTokens};
+      uses_.push_back({held_.RunOf(tokens), tokens});
+    }
+    options_.choice.kind = IndexKind::kClusters;
+    options_.threads = 1;
+    samples_ = std::make_shared<QuerySamples>(kShape, 128);
+  }
+  void Start() { indexer_ = std::make_unique<RunIndexer>(options_, &registry_); }
+  void Sample(uint32_t positions) {
+    for (uint32_t i = 0; i < positions; ++i) {
+      samples_->Add(0, 0, kShape.kv_heads, held_.Queries(1).data());
+    }
+  }
+  void Consider(size_t runs) {
+    indexer_->Consider(std::span(uses_).first(runs), kShape, samples_);
+  }
+  // Until the background has come that far.
+  void WaitFor(const std::function<bool(const IndexStats&)>& reached) {
+    for (int ms = 0; !reached(indexer_->stats()) && ms < 60000; ++ms) {
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+    ASSERT_TRUE(reached(indexer_->stats())) << indexer_->stats().built << " built";
+  }
+  // Runs are used when they are set, and done with only a moment later.
+  void WaitForLearned(size_t run, uint32_t tokens, uint32_t samples) {
+    const RunIndexes& indexes = *uses_[run].run->indexes();
+    const auto there = [&] {
+      const auto learned = indexes.learned();
+      return learned.has_value() && learned->tokens == tokens && learned->samples == samples;
+    };
+    for (int ms = 0; !there() && ms < 60000; ++ms) absl::SleepFor(absl::Milliseconds(1));
+    ASSERT_TRUE(there()) << "run " << run;
+  }
+  std::shared_ptr<const ClusterModel> ModelOf(size_t run) const {
+    const auto index = uses_[run].run->indexes()->Get(0, 0);
+    const auto* const clusters = dynamic_cast<const ClusterIndex*>(index.get());
+    return clusters == nullptr ? nullptr : clusters->model();
+  }
+
+  HeldTokens held_{128 + kRuns * kRunTokens};
+  RunRegistry registry_{RunGridOptions{}};
+  IndexOptions options_;
+  std::shared_ptr<QuerySamples> samples_;
+  std::vector<RunUse> uses_;
+  std::unique_ptr<RunIndexer> indexer_;  // ends first
+};
+
+TEST_F(RunIndexerTest, RunsThatAreDueTogetherHaveOneModel) {
+  Start();
+  Sample(10);
+  Consider(3);
+  for (size_t r = 0; r < 3; ++r) WaitForLearned(r, 3 * kRunTokens, 10);
+  ASSERT_NE(ModelOf(0), nullptr);
+  EXPECT_EQ(ModelOf(1), ModelOf(0));
+  EXPECT_EQ(ModelOf(2), ModelOf(0));
+  EXPECT_EQ(ModelOf(0)->learned_tokens, 3 * kRunTokens);
+  EXPECT_EQ(ModelOf(0)->learned_queries, 10 * kShape.group());
+  EXPECT_EQ(indexer_->stats().built, 3u);
+  EXPECT_EQ(indexer_->stats().relearned, 0u);
+  EXPECT_GT(indexer_->stats().bytes, 0u);
+  EXPECT_EQ(ModelOf(3), nullptr);
+}
+
+TEST_F(RunIndexerTest, ALaterRunGetsTheModelOfItsNeighbours) {
+  Start();
+  Consider(1);
+  WaitForLearned(0, kRunTokens, 0);
+  const auto model = ModelOf(0);
+  Consider(3);
+  for (size_t r = 1; r < 3; ++r) WaitForLearned(r, kRunTokens, 0);  // as much as the neighbour
+  for (size_t r = 0; r < 3; ++r) EXPECT_EQ(ModelOf(r), model) << r;
+  EXPECT_EQ(indexer_->stats().built, 3u);
+  EXPECT_EQ(indexer_->stats().relearned, 0u);
+}
+
+TEST_F(RunIndexerTest, FourTimesTheTokensAreLearnedFromAnewByAll) {
+  Start();
+  Consider(1);
+  WaitForLearned(0, kRunTokens, 0);
+  const auto model = ModelOf(0);
+  Consider(3);
+  WaitForLearned(2, kRunTokens, 0);
+  Consider(3);  // not due
+  Consider(4);  // all four are, the last one for the first time
+  for (size_t r = 0; r < 4; ++r) WaitForLearned(r, 4 * kRunTokens, 0);
+  EXPECT_NE(ModelOf(0), model);
+  for (size_t r = 1; r < 4; ++r) EXPECT_EQ(ModelOf(r), ModelOf(0)) << r;
+  EXPECT_EQ(ModelOf(0)->learned_tokens, 4 * kRunTokens);
+  EXPECT_EQ(indexer_->stats().built, 7u);
+  EXPECT_EQ(indexer_->stats().relearned, 3u);
+}
+
+TEST_F(RunIndexerTest, EnoughMoreSamplesAreLearnedFromAnew) {
+  Start();
+  Consider(2);
+  WaitForLearned(1, 2 * kRunTokens, 0);
+  WaitForLearned(0, 2 * kRunTokens, 0);
+  Sample(31);
+  Consider(2);  // too few
+  EXPECT_EQ(indexer_->stats().queued_runs, 0u);
+  Sample(1);
+  Consider(3);
+  for (size_t r = 0; r < 3; ++r) WaitForLearned(r, 3 * kRunTokens, 32);
+  for (size_t r = 0; r < 3; ++r) EXPECT_EQ(ModelOf(r), ModelOf(0)) << r;
+  EXPECT_EQ(ModelOf(0)->learned_queries, 32 * kShape.group());
+  EXPECT_EQ(indexer_->stats().relearned, 2u);
+}
+
+TEST_F(RunIndexerTest, RunsThatAreLostMeanwhileAreLeftOut) {
+  options_.threads = 0;  // whoever considers does not wait
+  Start();
+  Consider(3);
+  EXPECT_EQ(indexer_->stats().queued_runs, 1u);
+  const std::shared_ptr<RunIndexes> lost = uses_[1].run->indexes();
+  uses_[1].run = nullptr;
+  indexer_ = nullptr;  // given up: as if nobody had asked
+  EXPECT_FALSE(lost->learned().has_value());
+  EXPECT_EQ(uses_[0].run->indexes()->Begin({}), RunIndexes::Due::kFirst);
+  uses_[0].run->indexes()->End(std::nullopt);
+
+  // One job keeps the only thread, the next one's second run is gone when its turn comes.
+  options_.threads = 1;
+  Start();
+  Consider(1);
+  std::vector<RunUse> next = {uses_[2], uses_[3], uses_[4]};
+  indexer_->Consider(next, kShape, samples_);
+  next[1].run = nullptr;
+  uses_[3].run = nullptr;
+  WaitForLearned(2, 3 * kRunTokens, 0);
+  WaitForLearned(4, 3 * kRunTokens, 0);
+  EXPECT_NE(ModelOf(2), nullptr);
+  EXPECT_EQ(ModelOf(4), ModelOf(2));
+  EXPECT_EQ(indexer_->stats().failed, 0u);
+}
+
+TEST_F(RunIndexerTest, AJobWithoutRoomFailsAndScansWhatItHasNoIndexFor) {
+  options_.max_bytes = 1 << 17;
+  Start();
+  Consider(kRuns);
+  WaitFor([](const IndexStats& s) { return s.failed > 0; });
+  EXPECT_EQ(indexer_->stats().failed, 1u);
+  EXPECT_LE(indexer_->stats().bytes, options_.max_bytes);
+  EXPECT_LT(indexer_->stats().built, kRuns);
+  EXPECT_EQ(ModelOf(kRuns - 1), nullptr);
+}
+
+}  // namespace
+}  // namespace quarry
