@@ -48,7 +48,9 @@ class Sampled {
   }
 
   // [queries][head_dim]: of each query alone, for a block's queries share what is refined.
-  std::vector<float> Answers(const ClusterLimits& limits) const {
+  // predicted: may be null; [queries] the errors that the searches promise, by the answers' lengths.
+  std::vector<float> Answers(const ClusterLimits& limits,
+                             std::vector<double>* predicted = nullptr) const {
     std::vector<float> out(q_.size()), acc(head_dim_);
     for (uint32_t i = 0; i < count_; ++i) {
       std::vector<ClusterRun> runs = runs_;
@@ -58,6 +60,7 @@ class Sampled {
       Partial partial{.acc = acc};
       SearchClusters(runs, one, limits, {&partial, 1});
       partial.Finish(std::span(out).subspan(size_t{i} * head_dim_, head_dim_));
+      if (predicted != nullptr) predicted->push_back(partial.RelativeError());
     }
     return out;
   }
@@ -208,6 +211,25 @@ void ChooseDepth(const Sampled& sampled, ClusterModel* m) {
   m->open_all = groups > kTried && groups > all;
 }
 
+// Doubts were learned one by one; what they promise together is held against what is missed.
+void ScaleDoubts(const Sampled& sampled, ClusterModel* m) {
+  // Half at least: a query unlike the sampled ones must not be promised too much.
+  constexpr float kLeast = 0.5f, kMost = 4;
+  ClusterLimits limits;
+  limits.tolerance = kTried;
+  std::vector<double> predicted;
+  std::vector<double> errors =
+      sampled.Errors(sampled.Answers(limits, &predicted), sampled.wanted());
+  for (double& p : predicted) p *= p;
+  const float promised = RootMean(predicted), missed = RootMean(errors);
+  if (!(promised > 0)) return;
+  const float factor = std::clamp(missed / promised, kLeast, kMost);
+  for (float* doubt : {&m->super_doubt, &m->leaf_doubt, &m->common_doubt, &m->token_doubt,
+                       &m->row_doubt}) {
+    *doubt *= factor;
+  }
+}
+
 }  // namespace
 
 std::vector<float> SpreadQueries(std::span<const float> queries, uint32_t head_dim,
@@ -223,7 +245,8 @@ std::vector<float> SpreadQueries(std::span<const float> queries, uint32_t head_d
 
 void CalibrateClusters(std::span<const KvView> runs,
                        std::span<const std::unique_ptr<ClusterIndex>> indexes,
-                       std::span<const float> queries, ClusterModel* model) {
+                       std::span<const float> queries, CodeReading reading, ClusterModel* model) {
+  model->open_all = reading == CodeReading::kAll;
   std::vector<const KvView*> views, some_views;
   std::vector<const ClusterIndex*> all, some;
   for (size_t r = 0; r < runs.size(); ++r) {
@@ -247,7 +270,8 @@ void CalibrateClusters(std::span<const KvView> runs,
   model->leaf_doubt =
       GroupDoubt(sampled, ClusterLimits::Depth::kLeaves, unrest, &ClusterModel::Unrest::leaf);
   CalibrateTokens(Sampled(some_views, some, SpreadQueries(queries, d, kTokenQueries)), model);
-  ChooseDepth(sampled, model);
+  if (reading == CodeReading::kLearned) ChooseDepth(sampled, model);
+  ScaleDoubts(sampled, model);
 }
 
 }  // namespace quarry

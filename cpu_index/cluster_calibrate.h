@@ -12,11 +12,20 @@ namespace quarry {
 // Some of the queries [][head_dim], evenly spread.
 std::vector<float> SpreadQueries(std::span<const float> queries, uint32_t head_dim, uint32_t most);
 
+// Of which tokens a search reads codes.
+enum class CodeReading {
+  // Of all: a token that holds the mass is seen wherever it lies.
+  kAll,
+  // Where the answers to the sampled queries were right without, of those that groups promise: far
+  // less is read, but what no sampled query sought may be missed.
+  kLearned,
+};
+
 // Sets the model's doubts, and whether every code is read, by what searches of the indexes, which
 // have this model, miss of the exact answers to sampled queries (scaled as scores are). Without
-// queries nothing is set. Nobody else may use the model meanwhile.
+// queries doubts stay guesses. Nobody else may use the model meanwhile.
 void CalibrateClusters(std::span<const KvView> runs,
                        std::span<const std::unique_ptr<ClusterIndex>> indexes,
-                       std::span<const float> queries, ClusterModel* model);
+                       std::span<const float> queries, CodeReading reading, ClusterModel* model);
 
 }  // namespace quarry

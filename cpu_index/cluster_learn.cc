@@ -284,8 +284,7 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
     QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<ClusterIndex> index, ClusterIndex::Build(run, model));
     out.indexes.push_back(std::move(index));
   }
-  CalibrateClusters(runs, out.indexes, queries, model.get());
-  if (reading == CodeReading::kAll) model->open_all = true;
+  CalibrateClusters(runs, out.indexes, queries, reading, model.get());
   out.model = std::move(model);
   return out;
 }

@@ -6,18 +6,10 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "cpu_index/cluster_calibrate.h"
 #include "cpu_index/cluster_index.h"
 
 namespace quarry {
-
-// Of which tokens a search reads codes.
-enum class CodeReading {
-  // Of all: a token that holds the mass is seen wherever it lies.
-  kAll,
-  // Where the answers to the sampled queries were right without, of those that groups promise: far
-  // less is read, but what no sampled query sought may be missed.
-  kLearned,
-};
 
 struct LearnedClusters {
   std::shared_ptr<const ClusterModel> model;
