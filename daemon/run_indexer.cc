@@ -58,9 +58,9 @@ RunIndexer::~RunIndexer() {
 }
 
 void RunIndexer::Consider(const std::shared_ptr<const Run>& run, const KvShape& shape,
-                          const std::shared_ptr<const QuerySamples>& samples) {
+                          const std::shared_ptr<const QuerySamples>& samples, RunIndexes::Why why) {
   if (!enabled()) return;
-  const RunIndexes::Due due = run->indexes()->Begin(samples->LeastKept());
+  const RunIndexes::Due due = run->indexes()->Begin(samples->LeastKept(), why);
   if (due == RunIndexes::Due::kNo) return;
   if (due == RunIndexes::Due::kAgain) relearned_.fetch_add(1, std::memory_order_relaxed);
   auto job = std::make_shared<Job>(run, shape, samples);

@@ -28,9 +28,11 @@ class RunIndexer {
   RunIndexer(const RunIndexer&) = delete;
   RunIndexer& operator=(const RunIndexer&) = delete;
 
-  // Has the run indexed, or indexed anew if many more queries are known than when it was.
+  // Has the run indexed, or indexed anew if many more queries are known than when it was, or other
+  // ones. Nothing while it is being indexed.
   void Consider(const std::shared_ptr<const Run>& run, const KvShape& shape,
-                const std::shared_ptr<const QuerySamples>& samples);
+                const std::shared_ptr<const QuerySamples>& samples,
+                RunIndexes::Why why = RunIndexes::Why::kMoreSamples);
 
   bool enabled() const { return options_.choice.kind != IndexKind::kExact; }
   const IndexOptions& options() const { return options_; }

@@ -16,15 +16,16 @@ bool RunIndexes::empty() const {
   return std::all_of(heads_.begin(), heads_.end(), [](const auto& head) { return !head; });
 }
 
-RunIndexes::Due RunIndexes::Begin(uint32_t samples) {
+RunIndexes::Due RunIndexes::Begin(uint32_t samples, Why why) {
   absl::MutexLock lock(&mutex_);
   if (busy_) return Due::kNo;
-  if (learned_from_.has_value() &&
+  if (learned_from_.has_value() && why == Why::kMoreSamples &&
       (samples < kLeastSamples || samples / kTimesMore < *learned_from_)) {
     return Due::kNo;
   }
   busy_ = true;
-  learning_from_ = samples;
+  // What was learned from other queries is not undone by fewer of the old ones.
+  learning_from_ = std::max(samples, learned_from_.value_or(0));
   return learned_from_.has_value() ? Due::kAgain : Due::kFirst;
 }
 

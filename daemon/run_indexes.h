@@ -34,10 +34,11 @@ class RunIndexes {
   bool empty() const;
 
   // Whether all heads are to be indexed now, with so many sampled positions to learn from: for the
-  // first time, or again since there are several times more samples than then. The caller who is told
-  // so is the one who does it, until End.
+  // first time, or again since there are several times more samples than then, or since the samples
+  // are other ones. The caller who is told so is the one who does it, until End.
   enum class Due { kNo, kFirst, kAgain };
-  Due Begin(uint32_t samples);
+  enum class Why { kMoreSamples, kOtherSamples };
+  Due Begin(uint32_t samples, Why why = Why::kMoreSamples);
   // done: false if it was given up, as if Begin had not been called.
   void End(bool done);
 
