@@ -332,6 +332,17 @@ class ShmClient final : public Client {
     return std::map<std::string, double>(reply.values().begin(), reply.values().end());
   }
 
+  absl::StatusOr<std::vector<HeadAudit>> Audits() override {
+    QUARRY_ASSIGN_OR_RETURN(
+        wire::AuditReply reply,
+        Call<wire::AuditReply>(channel_, shm::Method::kAudit, wire::AuditRequest()));
+    std::vector<HeadAudit> audits;
+    for (const wire::HeadAudit& head : reply.heads()) {
+      QUARRY_ASSIGN_OR_RETURN(audits.emplace_back(), FromProto(head));
+    }
+    return audits;
+  }
+
   absl::Status Drain() override {
     return Call<wire::DrainReply>(channel_, shm::Method::kDrain, wire::DrainRequest()).status();
   }

@@ -333,6 +333,36 @@ void AttendBatch::FailAdmitted(const absl::Status& status) {
   admitted_.clear();
 }
 
+// Copies what the auditor drew, before the buffers are their client's again.
+void AttendBatch::OfferAudits() {
+  for (size_t l = 0; l < lanes_.size() && !admitted_.empty(); ++l) {
+    const LaneKey& key = lanes_[l].key();
+    for (size_t m = 0; m < lane_rows_[l].size() && key.kind == ScanKind::kIndexed; ++m) {
+      if (!params_.auditor->Draw()) continue;
+      const AdmittedRow& admitted = admitted_[lane_rows_[l][m]];
+      const AttendRow& row = params_.rows[admitted.index];
+      const AttendAnswer& answer = params_.answers[admitted.index];
+      const size_t group = key.shape->group(), floats = group * key.shape->head_dim;
+      const size_t head = key.kv_head * group - row.first_head;  // within the row
+      const float* const q = q_.data() + admitted.q_offset + head * key.shape->head_dim;
+      const float* const o = answer.o.data() + head * key.shape->head_dim;
+      const float* const lse = answer.lse.data() + head;
+      params_.auditor->Offer({admitted.context,
+                              key.layer,
+                              key.kv_head,
+                              row.range,
+                              row.budget,
+                              key.q_dtype,
+                              {q, q + floats},
+                              {o, o + floats},
+                              {lse, lse + group},
+                              lanes_[l].results()[m].error_estimate,
+                              row.merged,
+                              admitted.rest_hi});
+    }
+  }
+}
+
 void AttendBatch::Finish() {
   if (cancelled_.load(std::memory_order_relaxed)) {
     FailAdmitted(
@@ -361,6 +391,7 @@ void AttendBatch::Finish() {
   c.attend_tokens.fetch_add(tokens, std::memory_order_relaxed);
   c.attend_bytes.fetch_add(bytes, std::memory_order_relaxed);
   c.attend.Add(std::chrono::steady_clock::now() - start_);
+  OfferAudits();
   // What the rows read is given back before anybody learns that they are answered.
   admitted_.clear();
   params_.scratch_bytes->fetch_sub(charged_);

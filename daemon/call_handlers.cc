@@ -201,6 +201,13 @@ absl::Status Call(const ServiceParts& parts, const Caller&, const v1::Statistics
   return absl::OkStatus();
 }
 
+absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::AuditRequest&,
+                  v1::AuditReply* out) {
+  QUARRY_ASSIGN_OR_RETURN(const std::vector<HeadAudit> audits, parts.engine.Audits(caller.session));
+  for (const HeadAudit& audit : audits) *out->add_heads() = ToProto(audit);
+  return absl::OkStatus();
+}
+
 absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::DrainRequest&,
                   v1::DrainReply*) {
   if (!caller.peer.admin) {

@@ -12,6 +12,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "daemon/audited_query.h"
+#include "daemon/auditor.h"
 #include "daemon/background.h"
 #include "daemon/block_table.h"
 #include "daemon/engine_counters.h"
@@ -29,6 +31,7 @@ struct ContextServices {
   RunIndexer* indexer = nullptr;
   BackgroundWorker* background = nullptr;
   EngineCounters* counters = nullptr;
+  Auditor* auditor = nullptr;
 };
 
 // Constant from open to close.
@@ -67,12 +70,14 @@ struct KvInput {
 //
 // A (layer, KV head) has one writer at a time, which claims it, writes beyond the frontier without
 // a lock, and then moves the frontier; readers see only what lies below it.
-class Context : public BackgroundWorker::Client, public std::enable_shared_from_this<Context> {
+class Context : public BackgroundWorker::Client,
+                public AuditSubject,
+                public std::enable_shared_from_this<Context> {
  public:
   Context(const ContextServices& services, ContextParams params, ContextStart start);
 
   const ContextParams& params() const { return params_; }
-  const KvShape& shape() const { return params_.spec.shape; }
+  const KvShape& shape() const override { return params_.spec.shape; }
 
   absl::Status Append(const AppendRequest& request);
   // The new token of a decode step; `k` and `v` are [kv_heads][head_dim].
@@ -101,6 +106,13 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   std::vector<uint32_t> TokenIds(uint32_t limit) const;
   // Null: indexes are off.
   const std::shared_ptr<QuerySamples>& samples() const { return samples_; }
+
+  const std::string& tenant() const override { return params_.tenant; }
+  const std::string& model() const override { return params_.spec.name; }
+  std::shared_ptr<const BlockTable> Memory() const override;
+  // Live queries that came after a drift take the places of sampled ones, and teach the indexes
+  // when they are half of what is kept.
+  bool NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit) override;
 
   // Background: publishes full blocks, attaches runs, has them indexed.
   void Maintain() override;

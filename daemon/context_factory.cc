@@ -25,8 +25,10 @@ absl::Status BeginBlocks(const ContextServices& services, const std::string& ten
   BlockStore& store = *services.store;
   absl::Status reserved = store.Reserve(tenant, block_bytes, count);
   if (absl::IsResourceExhausted(reserved)) {
-    // Closed contexts may wait in the background to be published: that is not a full arena.
+    // Closed contexts may wait in the background to be published, or be audited: that is not a full
+    // arena.
     services.background->Flush();
+    services.auditor->LetGo();
     reserved = store.Reserve(tenant, block_bytes, count);
   }
   QUARRY_RETURN_IF_ERROR(reserved);

@@ -1,4 +1,5 @@
-// What a context does in the background: publishing full blocks and attaching runs.
+// What a context does in the background: publishing full blocks, attaching runs, and what audits
+// need.
 #include <algorithm>
 #include <utility>
 
@@ -97,7 +98,20 @@ void Context::IndexRuns() {
   if (samples_ == nullptr) return;
   const absl::StatusOr<std::shared_ptr<const BlockTable>> table = Table();
   if (!table.ok()) return;  // closed
-  services_.indexer->Consider((*table)->runs, shape(), samples_);
+  // A run that is being indexed just now is left as it comes: if it does not fit, audits say so
+  // again.
+  const RunIndexes::Why why =
+      samples_->TakeRenewed() ? RunIndexes::Why::kOtherSamples : RunIndexes::Why::kMoreSamples;
+  services_.indexer->Consider((*table)->runs, shape(), samples_, why);
+}
+
+std::shared_ptr<const BlockTable> Context::Memory() const {
+  absl::StatusOr<std::shared_ptr<const BlockTable>> table = Table();
+  return table.ok() ? *std::move(table) : nullptr;
+}
+
+bool Context::NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit) {
+  return samples_ != nullptr && samples_->NoteFit(layer, kv_head, fit);
 }
 
 }  // namespace quarry

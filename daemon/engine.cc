@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "daemon/attend_batch.h"
+#include "daemon/auditor.h"
 #include "daemon/background.h"
 #include "daemon/context_factory.h"
 #include "daemon/context_table.h"
@@ -49,6 +50,7 @@ absl::Status CheckOptions(const EngineOptions& o) {
   if (o.index.query_samples == 0) {
     return wrong("index.query_samples", 0, "at least 1 is wanted");
   }
+  if (o.audit.threads == 0) return wrong("audit.threads", 0, "at least 1 is wanted");
   if (o.max_queued_batches == 0) return wrong("max_queued_batches", 0, "at least 1 is wanted");
   return absl::OkStatus();
 }
@@ -90,7 +92,8 @@ class EngineImpl final : public Engine {
         sessions_(options.max_sessions, options.max_leases_per_session),
         contexts_(options.max_contexts),
         opaque_(*store_),
-        factory_({store_.get(), &runs_, &indexer_, &background_, &counters_}, contexts_,
+        auditor_(options.audit, options.task_tokens),
+        factory_({store_.get(), &runs_, &indexer_, &background_, &counters_, &auditor_}, contexts_,
                  options.max_context_tokens),
         executor_({ExecutorThreads(options), options.max_queued_batches}) {}
 
@@ -236,13 +239,22 @@ class EngineImpl final : public Engine {
               std::function<void()> done) override;
   TopKAnswer TopK(SessionId id, const AttendRow& row, uint32_t k, bool gather) override;
 
+  absl::StatusOr<std::vector<HeadAudit>> Audits(SessionId id) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return auditor_.Of(session->tenant());
+  }
+  std::vector<HeadAudit> AuditsOfAllTenants() const override { return auditor_.OfAll(); }
+
   bool Work() override { return executor_.RunOne(); }
   void SetArmed(bool armed) override { executor_.SetArmed(armed); }
   absl::StatusOr<ExtentInfo> Extent(SessionId id, uint32_t extent) override {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
     return store_->arena().ExtentDescriptor(session->tenant(), extent);
   }
-  void Drain() override { draining_.store(true, std::memory_order_release); }
+  void Drain() override {
+    draining_.store(true, std::memory_order_release);
+    auditor_.Drain();
+  }
   EngineStats Stats() const override;
 
  private:
@@ -268,6 +280,7 @@ class EngineImpl final : public Engine {
   ContextTable contexts_;
   OpaqueBlocks opaque_;
   BackgroundWorker background_;
+  Auditor auditor_;
   ContextFactory factory_;
   Executor executor_;  // first to end: answers what is queued
 };
@@ -326,8 +339,8 @@ void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
   }
   const auto batch = std::make_shared<AttendBatch>(
       AttendBatch::Params{*std::move(session), rows, answers, std::move(done), options_.task_tokens,
-                          options_.inline_bytes, options_.max_attend_scratch_bytes,
-                          &scratch_bytes_, &counters_},
+                          options_.inline_bytes, options_.max_attend_scratch_bytes, &scratch_bytes_,
+                          &counters_, &auditor_},
       contexts_);
   batch->Start(executor_);
 }
@@ -389,6 +402,7 @@ EngineStats EngineImpl::Stats() const {
   s.runs_made = runs_.made();
   s.runs_live = runs_.live();
   s.index = indexer_.stats();
+  s.audit = auditor_.stats();
   s.attend = Summary(counters_.attend);
   s.append = Summary(counters_.append);
   s.open = Summary(counters_.open);

@@ -12,9 +12,11 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "daemon/audit_options.h"
+#include "daemon/index_options.h"
+#include "proto/audit_types.h"
 #include "proto/kv_types.h"
 #include "proto/retrieval_types.h"
-#include "daemon/index_options.h"
 #include "storage/block_store.h"
 
 namespace quarry {
@@ -35,6 +37,7 @@ struct EngineOptions {
   uint32_t max_leases_per_session = 65536;
   uint32_t max_context_tokens = 1u << 24;  // Open and Fork refuse a larger max_tokens
   IndexOptions index;
+  AuditOptions audit;
 };
 
 struct LongestPrefix {
@@ -63,6 +66,7 @@ struct EngineStats {
   uint64_t runs_made = 0;  // since the start
   uint64_t runs_live = 0;
   IndexStats index;
+  AuditStats audit;
   uint64_t leases = 0;  // of all sessions
   uint64_t publish_failures = 0;
   uint64_t read_digest_failures = 0;  // Read, Get: answered as DataLoss or a miss
@@ -174,13 +178,18 @@ class Engine {
   // The row's budget is not used and it may carry no token.
   virtual TopKAnswer TopK(SessionId, const AttendRow& row, uint32_t k, bool gather) = 0;
 
+  // What audits of live answers found since the start, by model, layer and KV head: of the
+  // session's tenant, and, for the operator's metrics, of all tenants, models of one name together.
+  virtual absl::StatusOr<std::vector<HeadAudit>> Audits(SessionId) = 0;
+  virtual std::vector<HeadAudit> AuditsOfAllTenants() const = 0;
+
   // Executors spin while at least one client is armed, then park.
   virtual void SetArmed(bool armed) = 0;
 
   // The descriptor of an extent of the session's tenant (owned by the arena).
   virtual absl::StatusOr<ExtentInfo> Extent(SessionId, uint32_t extent) = 0;
 
-  // After Drain, Open, Append and Put are Unavailable; attends in flight finish.
+  // After Drain, Open, Append and Put are Unavailable; attends in flight finish, audits end.
   virtual void Drain() = 0;
   virtual EngineStats Stats() const = 0;
 };

@@ -124,9 +124,24 @@ inline constexpr uint32_t kSlotPayload = 128;
 
 // Methods of kCall: the unary methods of the gRPC services, with the same messages.
 enum class Method : uint32_t {
-  kOpen = 1, kSeal = 2, kFork = 3, kClose = 4, kRead = 5, kExists = 6, kLongestPrefix = 7,
-  kPin = 8, kUnpin = 9, kPurge = 10, kTopK = 11, kStatus = 12, kStatistics = 13, kDrain = 14,
-  kListContexts = 15, kListBlocks = 16, kDeclareTokens = 17,
+  kOpen = 1,
+  kSeal = 2,
+  kFork = 3,
+  kClose = 4,
+  kRead = 5,
+  kExists = 6,
+  kLongestPrefix = 7,
+  kPin = 8,
+  kUnpin = 9,
+  kPurge = 10,
+  kTopK = 11,
+  kStatus = 12,
+  kStatistics = 13,
+  kDrain = 14,
+  kListContexts = 15,
+  kListBlocks = 16,
+  kDeclareTokens = 17,
+  kAudit = 18,
 };
 struct CallHeader {
   uint32_t method;

@@ -174,7 +174,7 @@ absl::Status Drain(const Arguments& a) {
   return absl::OkStatus();
 }
 
-absl::Status Audit(const Arguments& a) {
+absl::Status Verify(const Arguments& a) {
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
   QUARRY_ASSIGN_OR_RETURN(std::vector<ContextInfo> contexts, client->ListContexts());
   uint64_t bytes = 0, failed = 0;

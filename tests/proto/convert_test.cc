@@ -36,6 +36,34 @@ void ExpectInvalid(const absl::StatusOr<T>& result, const std::string& text) {
   EXPECT_THAT(std::string(result.status().message()), HasSubstr(text));
 }
 
+TEST(ConvertTest, AuditsGoThereAndBack) {
+  HeadAudit audit{"llama", 3, 2, {}};
+  AuditFigures& f = audit.figures;
+  f.audits = 10;
+  f.error_sum = 0.5;
+  f.error_max = 0.25;
+  f.predicted_sum = 0.75;
+  f.within_twice = 9;
+  f.mass_error_sum = 0.125;
+  f.mass_audits = 4;
+  f.mass_sum = 3.5;
+  f.recall_audits = 5;
+  f.recall_sum = 4.5;
+  f.drifts = 1;
+  f.ratios.front() = 6;
+  f.ratios.back() = 1u << 20;
+  const wire::HeadAudit message = Sent(ToProto(audit));
+  const auto read = FromProto(message);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(read->model, audit.model);
+  EXPECT_EQ(read->layer, audit.layer);
+  EXPECT_EQ(read->kv_head, audit.kv_head);
+  EXPECT_EQ(read->figures, audit.figures);
+  wire::HeadAudit wrong = message;
+  wrong.add_ratios(1);
+  ExpectInvalid(FromProto(wrong), "ratios has 65 numbers, must have 64");
+}
+
 ModelSpec SomeSpec() {
   ModelSpec spec;
   spec.name = "llama";
