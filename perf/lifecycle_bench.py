@@ -109,8 +109,9 @@ def parse(arguments):
                         help="tokens of a context; multiples of 256")
     parser.add_argument("--answers", type=int, default=300, help="that a cell needs at least")
     parser.add_argument("--per-context", type=int, default=60, help="conversations, and requests, at most")
-    parser.add_argument("--budget-error", type=float, default=0.05, help="tolerated, of the adaptive budget")
-    parser.add_argument("--budget-k", type=int, default=128, help="of the fixed budget")
+    parser.add_argument("--budget-error", nargs="+", type=float, default=[0.05],
+                        help="tolerated, of the adaptive budget; each is a method")
+    parser.add_argument("--budget-k", nargs="+", type=int, default=[128], help="of the fixed budget; each is a method")
     parser.add_argument("--unlimited", action="store_true", help="the daemon without a budget, too")
     parser.add_argument("--window", nargs=2, type=int, default=[128, 512], help="first and last tokens")
     parser.add_argument("--run-tokens", type=int, default=8192, help="of the daemon's runs")
@@ -144,7 +145,7 @@ def main(arguments=None):
         rows = results.rows
     outcome = Outcome(rows, settings.answers)
     print("\n".join(map(json.dumps, outcome.rows)) if settings.json else outcome.text(), flush=True)
-    return 1 if outcome.of(f"error-{settings.budget_error:g}", "loses") else 0
+    return int(any(outcome.of(f"error-{error:g}", "loses") for error in settings.budget_error))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ class Method(NamedTuple):
     everything: bool = False  # all K and V in the worker
 
 
-def methods_of(error, k, unlimited):
+def methods_of(errors, ks, unlimited):
     """Full attention first: what is asked later may have taught the indexes."""
-    out = [Method(FULL, [], True), Method(f"error-{error:g}", ["--budget-error", f"{error:g}"]),
-           Method(f"k-{k}", ["--budget-k", str(k)])]
-    return out + ([Method("unlimited", [])] if unlimited else [])
+    return [Method(FULL, [], True),
+            *(Method(f"error-{error:g}", ["--budget-error", f"{error:g}"]) for error in errors),
+            *(Method(f"k-{k}", ["--budget-k", str(k)]) for k in ks),
+            *([Method("unlimited", [])] if unlimited else [])]
 
 
 class Asking:

@@ -17,6 +17,19 @@ def cell_row(cell, method, tally, paired, verdict):
             "ms": tally.mean("ms"), "verdict": verdict}
 
 
+def right_of_all(rows):
+    return f"{sum(row['right'] for row in rows)}/{sum(row['n'] for row in rows)}"
+
+
+def all_cells(rows):
+    def mean(name):
+        return sum(row[name] for row in rows) / len(rows)
+
+    worst = min(rows, key=lambda row: row["ratio"])
+    return (f"{right_of_all(rows)}, {worst['ratio']:.3f}, {mean('tokens_attended'):.0f}, {mean('mib_read'):.0f}, "
+            f"{mean('ms'):.0f}")
+
+
 class Outcome:
     """A row for each cell and method, and the verdicts of the methods."""
 
@@ -33,6 +46,22 @@ class Outcome:
 
     def of(self, method, verdict):
         return [row for row in self.rows if (row["method"], row["verdict"]) == (method, verdict)]
+
+    def by_task(self):
+        """A line of a Markdown table for each model, length and task: all of its cells together."""
+        methods = sorted({row["method"] for row in self.rows} - {FULL})
+        groups = {}
+        for row in self.rows:
+            place = (row["model"], row["length"], row["task"])
+            groups.setdefault(place, {}).setdefault(row["method"], []).append(row)
+        lines = ["| model | tokens | task | full | " +
+                 " | ".join(f"{method}: right, worst cell, attended, MiB, ms" for method in methods) + " |",
+                 "| --- " * (4 + len(methods)) + "|"]
+        for place, rows in groups.items():
+            columns = [*map(str, place), right_of_all(rows[FULL])]
+            columns += [all_cells(rows[method]) if method in rows else "" for method in methods]
+            lines.append(f"| {' | '.join(columns)} |")
+        return lines
 
     def summary(self):
         """What counts, what is only listed, and what is lost, by method."""
@@ -58,4 +87,4 @@ class Outcome:
 
         lines = [cells([heading for _, heading, _, _ in COLUMNS])]
         lines += [cells([format(row[name], form) for name, _, _, form in COLUMNS]) for row in self.rows]
-        return "\n".join(lines + [""] + self.summary())
+        return "\n".join(lines + [""] + self.by_task() + [""] + self.summary())

@@ -134,6 +134,7 @@ class RunTest(unittest.TestCase):
         self.check_rows(cells.read(self.out))
         for mode, turn in MODES:
             self.assertRegex(printed, rf"llama-a +2048 +kv2 +{mode} +{turn} +error-0.05 +8 .* holds")
+        self.assertRegex(printed, r"\| llama-a \| 2048 \| kv2 \| 4\d/48 \| 4\d/48, ")
         self.check_full_attention()
         self.check_resumption()
 
