@@ -76,6 +76,8 @@ class Bench:
         names = {"model": model, "task": task, "length": length, "context": number}
         max_tokens = length + TURN_ROOM
         runs = max(0, length - FIRST_RUN_TOKEN) // self.settings.run_tokens
+        if self.settings.index == "exact":
+            runs = 0  # that are indexed
         with Daemon(self.settings.build, f"{self.settings.arena_mib}MiB", self.configuration()) as daemon:
             asking = Asking(self.settings.build, os.path.join(MODELS, model), daemon, self.settings.window)
             holder, cost = asking.prefill(context, max_tokens, runs)
@@ -115,7 +117,8 @@ def parse(arguments):
     parser.add_argument("--unlimited", action="store_true", help="the daemon without a budget, too")
     parser.add_argument("--window", nargs=2, type=int, default=[128, 512], help="first and last tokens")
     parser.add_argument("--run-tokens", type=int, default=8192, help="of the daemon's runs")
-    parser.add_argument("--index", default="auto", help="kind of the runs' indexes")
+    parser.add_argument("--index", default="auto", help="kind of the runs' indexes",
+                        choices=("auto", "exact", "codes", "clusters", "graph"))
     parser.add_argument("--arena-mib", type=int, default=1024, help="of the daemon's K and V")
     parser.add_argument("--seed", type=int, default=int(time.strftime("%Y%m%d")),
                         help="of contexts and questions; the date by default")
@@ -124,6 +127,8 @@ def parse(arguments):
     settings = parser.parse_args(arguments)
     if any(length % 256 for length in settings.lengths):
         parser.error("lengths are multiples of 256 tokens")
+    if settings.index == "auto" and settings.run_tokens < 2048:
+        parser.error("shorter runs than 2048 tokens are indexed only by a kind of index that is named")
     return settings
 
 

@@ -1,4 +1,6 @@
 """One context: prefilled once into the daemon, then asked about by every method."""
+import json
+import os
 import time
 from typing import NamedTuple
 
@@ -30,6 +32,9 @@ class Asking:
 
     def __init__(self, build, model_directory, daemon, window):
         self.build, self.model_directory, self.daemon, self.window = build, model_directory, daemon, window
+        with open(os.path.join(model_directory, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        self.heads = config["num_hidden_layers"] * config["num_key_value_heads"]  # of a run, each with an index
 
     def worker(self, method):
         """Full attention holds all K and V itself, as it read them from the daemon, which attends nothing."""
@@ -58,8 +63,8 @@ class Asking:
             "index_bytes": after["quarry_index_bytes"], "kv_bytes": opened["daemon_kv_bytes"]}
 
     def _wait_for_indexes(self, before, runs):
-        """Until all heads of `runs` runs more than before are indexed; how many indexes that made. A
-        run of a context that came before may be learned again meanwhile, so what is built stands still at the end."""
+        """Until all heads of `runs` runs more than before are indexed, and nothing is learned again; how
+        many indexes that made."""
         deadline = time.monotonic() + INDEX_TIMEOUT_S
         last = None
         while time.monotonic() < deadline:
@@ -68,12 +73,11 @@ class Asking:
             failed = now["quarry_index_failed_total"] - before["quarry_index_failed_total"]
             if failed:
                 raise ProcessError(f"{failed:.0f} heads got no index")
-            made = now["quarry_engine_runs_made_total"] - before["quarry_engine_runs_made_total"]
-            idle = made >= runs and now["quarry_index_queued_runs_count"] == 0 and built == last
-            if idle and (built > 0 or not runs):
+            idle = now["quarry_index_queued_runs_count"] == 0 and built == last
+            if not runs or (idle and built >= runs * self.heads):
                 return int(built)
             last = built
-            time.sleep(0.5 if runs else 0)
+            time.sleep(0.5)
         raise ProcessError(f"{runs} runs were not indexed in {INDEX_TIMEOUT_S} s")
 
     def ask(self, method, context, plan, max_tokens):
