@@ -195,7 +195,7 @@ IndexStats RunIndexer::stats() const {
   IndexStats stats;
   {
     absl::MutexLock lock(&mutex_);
-    stats.queued_runs = queue_.size();
+    for (const std::shared_ptr<Job>& job : queue_) stats.queued_runs += job->parts.size();
   }
   stats.built = built_.load(std::memory_order_relaxed);
   stats.relearned = relearned_.load(std::memory_order_relaxed);

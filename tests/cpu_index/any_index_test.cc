@@ -9,11 +9,13 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "cpu_index/budget.h"
-#include "cpu_index/cluster_index.h"
+#include "cpu_index/cluster_learn.h"
+#include "cpu_index/cluster_search.h"
 #include "cpu_index/code_scan.h"
 #include "cpu_index/graph_index.h"
 #include "cpu_index/index_form.h"
@@ -44,11 +46,18 @@ std::unique_ptr<KeyIndex> Made(absl::StatusOr<std::unique_ptr<T>> index) {
   return nullptr;
 }
 
+std::unique_ptr<KeyIndex> Clusters(const GraphCase& c, const std::vector<float>& sample) {
+  auto learned = LearnClusters({&c.view, 1}, sample);
+  if (learned.ok()) return std::move(learned->indexes.front());
+  ADD_FAILURE() << learned.status();
+  return nullptr;
+}
+
 std::unique_ptr<KeyIndex> Build(const std::string& kind, const GraphCase& c,
                                 const std::vector<float>& sample, uint32_t threads = 1) {
   if (kind == "exact") return MakeExactScan();
   if (kind == "codes") return Made(CodeScan::Build(c.view, sample));
-  if (kind == "clusters") return Made(ClusterIndex::Build(c.view, sample));
+  if (kind == "clusters") return Clusters(c, sample);
   return Made(
       GraphIndex::Build(c.view, sample, {.query_keys = 30, .links = 12, .threads = threads}));
 }
@@ -59,38 +68,52 @@ Bytes Form(const KeyIndex& index) {
   return bytes.ok() ? *bytes : Bytes();
 }
 
-// Both passes of the case's queries under a budget; everything that comes of it, as bits.
-std::vector<uint64_t> Answer(const KeyIndex& index, const GraphCase& c, const Budget& budget) {
-  QueryBlock queries = c.queries;
-  queries.tolerance = budget.error;
-  CoarseScores coarse;
-  index.Score(c.view, queries, &coarse);
-  RunAllotment allotment;
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    const RunScores scores{&coarse, i};
-    RunShare share;
-    AllocateBudget(budget, {&scores, 1}, {&share, 1});
-    allotment.threshold.push_back(share.threshold);
-    allotment.ties.push_back(share.ties);
-    allotment.exact.push_back(share.exact);
-  }
-  std::vector<float> acc(size_t{queries.queries} * queries.head_dim);
-  std::vector<Partial> partials(queries.queries);
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    partials[i].acc = std::span(acc).subspan(size_t{i} * queries.head_dim, queries.head_dim);
-  }
-  index.Refine(c.view, queries, coarse, allotment, partials);
-  std::vector<uint64_t> out{coarse.bytes, coarse.nodes};
-  for (const auto* numbers : {&coarse.score, &coarse.doubt, &coarse.length, &acc}) {
-    for (float x : *numbers) out.push_back(std::bit_cast<uint32_t>(x));
-  }
-  out.insert(out.end(), coarse.node.begin(), coarse.node.end());
+// What comes of attention, as bits.
+std::vector<uint64_t> Bits(std::span<const Partial> partials, std::span<const float> acc) {
+  std::vector<uint64_t> out;
+  for (float x : acc) out.push_back(std::bit_cast<uint32_t>(x));
   for (const Partial& partial : partials) {
     out.insert(out.end(),
                {partial.tokens, partial.bytes, std::bit_cast<uint32_t>(partial.max),
                 std::bit_cast<uint32_t>(partial.sum), std::bit_cast<uint32_t>(partial.doubt)});
   }
   return out;
+}
+
+// Both passes of the case's queries under a budget.
+void Attend(const TokenIndex& index, const GraphCase& c, const Budget& budget,
+            std::span<Partial> partials) {
+  CoarseScores coarse;
+  index.Score(c.view, c.queries, &coarse);
+  RunAllotment allotment;
+  for (uint32_t i = 0; i < c.queries.queries; ++i) {
+    const RunScores scores{&coarse, i};
+    RunShare share;
+    AllocateBudget(budget, {&scores, 1}, {&share, 1});
+    allotment.threshold.push_back(share.threshold);
+    allotment.ties.push_back(share.ties);
+  }
+  index.Refine(c.view, c.queries, coarse, allotment, partials);
+}
+
+// The case's queries under a budget; tolerated errors are for clusters, and these for no others.
+std::vector<uint64_t> Answer(const KeyIndex& index, const GraphCase& c, const Budget& budget) {
+  std::vector<float> acc(size_t{c.queries.queries} * c.queries.head_dim);
+  std::vector<Partial> partials(c.queries.queries);
+  for (uint32_t i = 0; i < c.queries.queries; ++i) {
+    partials[i].acc = std::span(acc).subspan(size_t{i} * c.queries.head_dim, c.queries.head_dim);
+  }
+  const bool tolerant = budget.kind == Budget::Kind::kError;
+  if (const auto* const clusters = dynamic_cast<const ClusterIndex*>(&index)) {
+    const ClusterRun run{clusters, &c.view, c.ranges};
+    ClusterLimits limits;
+    limits.tolerance = tolerant ? budget.error : 0;
+    limits.most_tokens = budget.k > 0 ? budget.k : limits.most_tokens;
+    SearchClusters({&run, 1}, c.queries, limits, partials);
+  } else if (!tolerant) {
+    Attend(dynamic_cast<const TokenIndex&>(index), c, budget, partials);
+  }
+  return Bits(partials, acc);
 }
 
 std::vector<Budget> Budgets() {
@@ -115,22 +138,17 @@ TEST(AnyIndexTest, WhatWasReadBackAnswersBitForBitLikeTheOriginal) {
       SCOPED_TRACE(kind);
       const std::unique_ptr<KeyIndex> index = Build(kind, c, sample);
       ASSERT_NE(index, nullptr);
-      for (const bool open_all : {false, true}) {
-        if (auto* const clusters = dynamic_cast<ClusterIndex*>(index.get())) {
-          clusters->set_open_all(open_all);
-        }
-        const Bytes bytes = Form(*index);
-        const auto again = DeserializeIndex(bytes);
-        ASSERT_TRUE(again.ok()) << again.status();
-        EXPECT_EQ((*again)->kind(), kind);
-        EXPECT_TRUE((*again)->Fits(c.view));
-        EXPECT_EQ(Form(**again), bytes);
-        for (const Budget& budget : Budgets()) {
-          c.ranges.assign(c.ranges.size(), c.view.tokens());
-          EXPECT_EQ(Answer(**again, c, budget), Answer(*index, c, budget));
-          c.ranges[1].hi -= tokens / 3;
-          EXPECT_EQ(Answer(**again, c, budget), Answer(*index, c, budget));
-        }
+      const Bytes bytes = Form(*index);
+      const auto again = DeserializeIndex(bytes);
+      ASSERT_TRUE(again.ok()) << again.status();
+      EXPECT_EQ((*again)->kind(), kind);
+      EXPECT_TRUE((*again)->Fits(c.view));
+      EXPECT_EQ(Form(**again), bytes);
+      for (const Budget& budget : Budgets()) {
+        c.ranges.assign(c.ranges.size(), c.view.tokens());
+        EXPECT_EQ(Answer(**again, c, budget), Answer(*index, c, budget));
+        c.ranges[1].hi -= tokens / 3;
+        EXPECT_EQ(Answer(**again, c, budget), Answer(*index, c, budget));
       }
     }
   }
@@ -209,10 +227,14 @@ TEST(AnyIndexTest, OtherKindsAndVersionsAreRefused) {
     EXPECT_EQ(ClusterIndex::Deserialize(bytes).ok(), kind == "clusters");
     EXPECT_EQ(CodeScan::Deserialize(bytes).ok(), kind == "codes");
     EXPECT_EQ(GraphIndex::Deserialize(bytes).ok(), kind == "graph");
-    const uint32_t version = 2;
-    std::memcpy(bytes.data() + 24, &version, sizeof(version));
-    Reseal(&bytes);
-    EXPECT_EQ(DeserializeIndex(bytes).status().code(), absl::StatusCode::kInvalidArgument);
+    uint32_t known = 0;
+    std::memcpy(&known, bytes.data() + 24, sizeof(known));
+    EXPECT_EQ(known, kind == "clusters" ? 2u : 1u);
+    for (const uint32_t version : {known - 1, known + 1}) {
+      std::memcpy(bytes.data() + 24, &version, sizeof(version));
+      Reseal(&bytes);
+      EXPECT_EQ(DeserializeIndex(bytes).status().code(), absl::StatusCode::kInvalidArgument);
+    }
   }
   const absl::Status status = DeserializeIndex(IndexWriter("tree", 1).Finish()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
@@ -315,76 +337,9 @@ TEST(AnyIndexTest, WrongDataWithARightChecksumIsRefusedOrCanBeSearched) {
   }
 }
 
-template <typename T>
-Bytes With(const Bytes& bytes, size_t at, T value) {
-  Bytes out = bytes;
-  std::memcpy(out.data() + at, &value, sizeof(value));
-  Reseal(&out);
-  return out;
-}
-
-TEST(AnyIndexTest, AnOrderThatIsNoPermutationIsRefused) {
-  constexpr uint32_t kTokens = 600, kPadded = 608, kDim = GraphCase::kHeadDim, kCoded = 48;
-  GraphCase c(kTokens, Seed());
-  const Bytes bytes = Form(*Build("clusters", c, Sample(&c)));
-  // Behind the basis, the codes' variances and steps, and the codes.
-  constexpr size_t kAt = kIndexFormHeaderBytes + 4 * (4 + 2 * kDim + 2 * kDim * kDim + 1) +
-                         4 * (4 + kCoded + 1 + kCoded) + kPadded * KeyCodes::kBytes;
-  std::vector<uint32_t> order(kTokens);
-  std::memcpy(order.data(), bytes.data() + kAt, order.size() * sizeof(uint32_t));
-  std::vector<uint32_t> sorted = order;
-  std::sort(sorted.begin(), sorted.end());
-  for (uint32_t t = 0; t < kTokens; ++t) ASSERT_EQ(sorted[t], t);
-  const absl::Status twice = DeserializeIndex(With(bytes, kAt + 4, order[0])).status();
-  EXPECT_EQ(twice.code(), absl::StatusCode::kDataLoss);
-  EXPECT_NE(twice.message().find("comes twice"), std::string::npos) << twice;
-  const absl::Status behind = DeserializeIndex(With(bytes, kAt + 4, kTokens)).status();
-  EXPECT_EQ(behind.code(), absl::StatusCode::kDataLoss);
-  EXPECT_NE(behind.message().find("token 600 of 600 does not exist"), std::string::npos) << behind;
-}
-
-TEST(AnyIndexTest, DoubtsThatNoBuildHasAreRefused) {
-  GraphCase c(300, Seed());
-  const Bytes bytes = Form(*Build("clusters", c, Sample(&c)));
-  // The last words: five doubts, the log of a length, how codes are read.
-  const size_t end = bytes.size() - kIndexFormDigestBytes, doubts = end - 7 * sizeof(uint32_t);
-  for (size_t i = 0; i < 5; ++i) {
-    for (const float doubt : {0.0f, -1.0f, 1e9f, std::numeric_limits<float>::quiet_NaN()}) {
-      const absl::Status status = DeserializeIndex(With(bytes, doubts + 4 * i, doubt)).status();
-      EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << doubt;
-      EXPECT_NE(status.message().find("doubt"), std::string::npos) << status;
-    }
-    EXPECT_TRUE(DeserializeIndex(With(bytes, doubts + 4 * i, 0.5f)).ok());
-  }
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  EXPECT_EQ(DeserializeIndex(With(bytes, end - 8, -kInfinity)).status().code(),
-            absl::StatusCode::kDataLoss);
-  EXPECT_EQ(DeserializeIndex(With(bytes, end - 4, uint32_t{2})).status().code(),
-            absl::StatusCode::kDataLoss);
-}
-
-TEST(AnyIndexTest, QueriesNearTheEndOfFloatsDoNoHarm) {
-  GraphCase c(600, Seed());
-  const auto index = Build("clusters", c, Sample(&c));
-  ASSERT_NE(index, nullptr);
-  std::vector<float> q(size_t{GraphCase::kGroup} * GraphCase::kHeadDim);
-  for (size_t i = 0; i < q.size(); ++i) q[i] = i % 3 == 0 ? -3e38f : 3e38f;
-  c.queries.q = q.data();
-  for (const bool open_all : {false, true}) {
-    dynamic_cast<ClusterIndex&>(*index).set_open_all(open_all);
-    for (const Budget& budget : Budgets()) {
-      EXPECT_EQ(Answer(*index, c, budget), Answer(*index, c, budget));
-    }
-  }
-}
-
 class Unkept final : public KeyIndex {
  public:
   std::string_view kind() const override { return "unkept"; }
-  void AttendAll(const KvView&, const QueryBlock&, std::span<Partial>) const override {}
-  void Score(const KvView&, const QueryBlock&, CoarseScores*) const override {}
-  void Refine(const KvView&, const QueryBlock&, const CoarseScores&, const RunAllotment&,
-              std::span<Partial>) const override {}
 };
 
 TEST(AnyIndexTest, AnIndexWithoutAFormSaysSo) {

@@ -1,3 +1,4 @@
+// One run's clusters: what is read is exact, and what is estimated is as near as is tolerated.
 #include "cpu_index/cluster_index.h"
 
 #include <gmock/gmock.h>
@@ -8,183 +9,46 @@
 #include <limits>
 #include <memory>
 #include <numeric>
-#include <random>
 #include <set>
 #include <vector>
 
-#include "cpu_index/budget.h"
-#include "proto/half.h"
-#include "tests/support/seed.h"
+#include "tests/cpu_index/cluster_case.h"
 
 namespace quarry {
 namespace {
 
+using testing::ClusterAnswer;
+using testing::ClusterErrors;
+using testing::ClusterHead;
+using testing::ClusterRuns;
+using testing::ErrorOf;
+using testing::ErrorsOf;
+using testing::Exactly;
+using testing::Median;
+using testing::Search;
+using testing::Within;
+
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr uint32_t kFirst = 300;  // token of the runs
-
-// Keys of a few strong directions around a mean, values that go with them, in segments of odd
-// lengths; `spread` is about the standard deviation of a query's scores.
-struct Head {
-  Head(uint32_t n, uint32_t d, float spread, DType dtype = DType::kBf16)
-      : tokens(n), head_dim(d), type(dtype), random(Seed() + n) {
-    std::normal_distribution<float> normal;
-    const uint32_t strong = d / 4;
-    directions.resize(strong * d);
-    std::vector<float> to_value(strong * d);
-    for (float& x : directions) x = normal(random) / std::sqrt(static_cast<float>(d));
-    for (float& x : to_value) x = 0.3f * normal(random);
-    keys.resize(n * d * DTypeBytes(dtype));
-    values.resize(keys.size());
-    for (uint32_t t = 0; t < n; ++t) {
-      std::vector<float> at(strong), k(d, 0.5f), v(d);
-      for (float& x : at) x = normal(random);
-      for (uint32_t c = 0; c < d; ++c) {
-        k[c] += 0.1f * normal(random);
-        v[c] = normal(random) + 1.0f;
-        for (uint32_t s = 0; s < strong; ++s) {
-          k[c] += at[s] * directions[s * d + c];
-          v[c] += at[s] * to_value[s * d + c];
-        }
-        StoreFromFloat(keys.data(), t * d + c, dtype, k[c]);
-        StoreFromFloat(values.data(), t * d + c, dtype, v[c]);
-      }
-    }
-    scale = spread / 0.5f / std::sqrt(static_cast<float>(d));
-    for (uint32_t i = 0; i < 96 * d; ++i) {
-      const float q = Bf16ToFloat(FloatToBf16(normal(random)));
-      (i < 64 * d ? train : test).push_back(i < 64 * d ? q * scale : q);
-    }
-    for (uint32_t lo = 0; lo < n;) {
-      const uint32_t hi = std::min(n, lo + 77);
-      segments.push_back({keys.data() + lo * d * DTypeBytes(dtype),
-                          values.data() + lo * d * DTypeBytes(dtype),
-                          {kFirst + lo, kFirst + hi}});
-      lo = hi;
-    }
-    view.segments = segments;
-    view.head_dim = d;
-    view.dtype = dtype;
-  }
-  Head(const Head&) = delete;
-
-  void SetKey(uint32_t t, std::span<const float> k) {
-    for (uint32_t c = 0; c < head_dim; ++c)
-      StoreFromFloat(keys.data(), t * head_dim + c, type, k[c]);
-  }
-  std::unique_ptr<ClusterIndex> Build(bool with_queries = true) const {
-    auto index = ClusterIndex::Build(
-        view, with_queries ? std::span<const float>(train) : std::span<const float>());
-    EXPECT_TRUE(index.ok()) << index.status();
-    return *std::move(index);
-  }
-  QueryBlock Queries(uint32_t first, uint32_t count, std::span<const TokenRange> ranges,
-                     float tolerance) const {
-    return {test.data() + size_t{first} * head_dim,
-            DType::kBf16,
-            count,
-            head_dim,
-            scale,
-            ranges,
-            tolerance};
-  }
-
-  uint32_t tokens, head_dim;
-  DType type;
-  float scale = 1;
-  std::mt19937 random;
-  std::vector<std::byte> keys, values;
-  std::vector<float> directions;  // [][head_dim] that keys lie in, but for noise
-  std::vector<float> train, test;
-  std::vector<KvSegment> segments;
-  KvView view;
-};
-
-struct Answer {
-  std::vector<std::vector<float>> o;
-  std::vector<float> lse;
-  uint64_t tokens = 0, bytes = 0;
-  std::vector<double> predicted;
-  std::vector<uint32_t> selected;  // of the first query
-};
-
-Answer Exact(const Head& head, const QueryBlock& queries) {
-  Answer answer;
-  std::vector<float> acc(size_t{queries.queries} * head.head_dim);
-  std::vector<Partial> partials(queries.queries);
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    partials[i].acc = std::span(acc).subspan(size_t{i} * head.head_dim, head.head_dim);
-  }
-  ExactScan().AttendAll(head.view, queries, partials);
-  for (const Partial& partial : partials) {
-    answer.o.emplace_back(head.head_dim);
-    answer.lse.push_back(partial.Finish(answer.o.back()));
-  }
-  return answer;
-}
-
-Answer Approximate(const Head& head, const ClusterIndex& index, const QueryBlock& queries,
-                   const Budget& budget, float other_length = kNone) {
-  Answer answer;
-  CoarseScores coarse;
-  index.Score(head.view, queries, &coarse);
-  RunAllotment allotment{std::vector<float>(queries.queries),
-                         std::vector<uint32_t>(queries.queries),
-                         std::vector<float>(queries.queries)};
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    const RunScores scores{&coarse, i};
-    RunShare share;
-    AllocateBudget(budget, {&scores, 1}, {&share, 1}, other_length);
-    allotment.threshold[i] = share.threshold;
-    allotment.ties[i] = share.ties;
-    allotment.exact[i] = share.exact;
-  }
-  std::vector<float> acc(size_t{queries.queries} * head.head_dim);
-  std::vector<Partial> partials(queries.queries);
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    partials[i].acc = std::span(acc).subspan(size_t{i} * head.head_dim, head.head_dim);
-  }
-  index.Refine(head.view, queries, coarse, allotment, partials);
-  for (const Partial& partial : partials) {
-    answer.o.emplace_back(head.head_dim);
-    answer.lse.push_back(partial.Finish(answer.o.back()));
-    answer.predicted.push_back(partial.RelativeError());
-    answer.tokens += partial.tokens;
-    answer.bytes += partial.bytes;
-  }
-  index.Selected(coarse, allotment, 0, &answer.selected);
-  return answer;
-}
-
-double Error(const std::vector<float>& a, const std::vector<float>& exact) {
-  double difference = 0, length = 0;
-  for (size_t d = 0; d < a.size(); ++d) {
-    difference += (a[d] - exact[d]) * (a[d] - exact[d]);
-    length += exact[d] * exact[d];
-  }
-  return std::sqrt(difference / length);
-}
-
-Budget ErrorBudget(float error) {
-  Budget budget;
-  budget.kind = Budget::Kind::kError;
-  budget.error = error;
-  return budget;
-}
+constexpr uint32_t kFirst = ClusterHead::kFirst;
 
 TEST(ClusterIndexTest, EverythingRefinedIsExactAndEachTokenCountsOnce) {
   for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
-    for (const uint32_t n : {1u, 5u, 16u, 17u, 257u, 1500u}) {
-      const Head head(n, 64, 2, dtype);
-      const auto index = head.Build();
-      const std::vector<TokenRange> ranges(4, head.view.tokens());
-      const QueryBlock queries = head.Queries(0, 4, ranges, 0);
-      const Answer exact = Exact(head, queries);
-      const Answer all = Approximate(head, *index, queries, Budget{});
-      EXPECT_EQ(all.tokens, uint64_t{n} * 4);
-      EXPECT_EQ(std::set<uint32_t>(all.selected.begin(), all.selected.end()).size(), n);
+    for (const uint32_t n : {1u, 5u, 16u, 17u, 255u, 256u, 257u, 1500u}) {
+      SCOPED_TRACE(::testing::Message() << n << " tokens of type " << static_cast<int>(dtype));
+      const ClusterHead head(n, 64, 2, dtype);
+      ClusterRuns run(head, {n});
+      run.Learn();
+      const std::vector<TokenRange> ranges(4, head.all());
+      const ClusterAnswer exact = Exactly(run, head.Queries(0, 4), ranges);
+      const ClusterAnswer all = Search(run, head.Queries(0, 4), ranges, Within(0));
+      std::vector<uint32_t> wanted(n);
+      std::iota(wanted.begin(), wanted.end(), kFirst);
+      EXPECT_EQ(all.refined, wanted);
+      EXPECT_THAT(all.tokens, ::testing::Each(uint64_t{n}));
+      EXPECT_THAT(all.predicted, ::testing::Each(0.0));
       for (uint32_t i = 0; i < 4; ++i) {
-        EXPECT_LT(Error(all.o[i], exact.o[i]), 1e-3) << n;
-        EXPECT_NEAR(all.lse[i], exact.lse[i], 1e-3) << n;
+        EXPECT_LT(ErrorOf(all.o[i], exact.o[i]), 1e-3);
+        EXPECT_NEAR(all.lse[i], exact.lse[i], 1e-3);
       }
     }
   }
@@ -192,135 +56,281 @@ TEST(ClusterIndexTest, EverythingRefinedIsExactAndEachTokenCountsOnce) {
 
 TEST(ClusterIndexTest, ErrorsStayNearWhatIsToleratedAndLessIsReadForMoreOfIt) {
   for (const float spread : {1.0f, 2.5f}) {
-    const Head head(16384, 64, spread);
-    const auto index = head.Build();
-    const std::vector<TokenRange> ranges(4, head.view.tokens());
+    const ClusterHead head(16384, 64, spread);
+    ClusterRuns run(head, {head.tokens});
+    run.Learn();
     uint64_t before = std::numeric_limits<uint64_t>::max();
-    for (const float error : {0.02f, 0.05f, 0.15f}) {
-      double sum = 0, predicted = 0;
-      uint64_t bytes = 0;
-      for (uint32_t first = 0; first < 32; first += 4) {
-        const QueryBlock queries = head.Queries(first, 4, ranges, error);
-        const Answer exact = Exact(head, queries);
-        const Answer found = Approximate(head, *index, queries, ErrorBudget(error));
-        for (uint32_t i = 0; i < 4; ++i) {
-          sum += Error(found.o[i], exact.o[i]);
-          predicted += found.predicted[i];
-        }
-        bytes += found.bytes;
-      }
-      EXPECT_LT(sum / 32, 2 * error) << "spread " << spread;
-      EXPECT_LT(sum, 3 * predicted) << "spread " << spread << ", tolerated " << error;
-      EXPECT_GT(3 * sum, predicted) << "spread " << spread << ", tolerated " << error;
-      EXPECT_LE(bytes, before) << "spread " << spread << ", tolerated " << error;
-      before = bytes;
+    for (const float tolerated : {0.02f, 0.05f, 0.15f}) {
+      SCOPED_TRACE(::testing::Message() << "spread " << spread << ", tolerated " << tolerated);
+      const ClusterErrors found = ErrorsOf(head, run, Within(tolerated), 4);
+      EXPECT_LT(found.mean(), 2 * tolerated);
+      EXPECT_LE(found.bytes, before);
+      before = found.bytes;
     }
-    EXPECT_LT(before, 8 * 2 * head.keys.size() / 4) << "spread " << spread;
+    EXPECT_LT(before, ClusterHead::kAsked / 4 * 2 * head.keys.size() / 4);
+  }
+}
+
+TEST(ClusterIndexTest, PredictedErrorsAreAboutTheTrueOnes) {
+  for (const float spread : {1.0f, 2.5f}) {
+    for (const uint32_t head_dim : {64u, 128u}) {
+      const ClusterHead head(12000, head_dim, spread);
+      ClusterRuns run(head, {head.tokens});
+      run.Learn();
+      for (const float tolerated : {0.02f, 0.05f, 0.15f}) {
+        SCOPED_TRACE(::testing::Message() << "spread " << spread << ", head_dim " << head_dim
+                                          << ", tolerated " << tolerated);
+        ClusterErrors found = ErrorsOf(head, run, Within(tolerated), 1);
+        EXPECT_LE(Median(found.predicted), 1.5 * tolerated);
+        for (size_t i = 0; i < found.errors.size(); ++i) found.errors[i] /= found.predicted[i];
+        EXPECT_GT(Median(found.errors), 0.4);
+        EXPECT_LT(Median(found.errors), 2.2);
+      }
+    }
+  }
+}
+
+TEST(ClusterIndexTest, EveryHeadDimTypeAndGroupIsAnsweredWithinTheError) {
+  for (const uint32_t head_dim : {16u, 64u, 96u, 128u}) {
+    for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
+      const ClusterHead head(4000, head_dim, 2, dtype);
+      ClusterRuns run(head, {head.tokens});
+      run.Learn();
+      for (const uint32_t group : {1u, 4u, 8u, 33u}) {
+        EXPECT_LT(ErrorsOf(head, run, Within(0.05f), group).mean(), 0.1)
+            << "head_dim " << head_dim << ", type " << static_cast<int>(dtype) << ", group "
+            << group;
+      }
+    }
   }
 }
 
 TEST(ClusterIndexTest, TokensOutsideAQuerysRangeHaveNoPart) {
-  Head head(2000, 64, 2);
-  const auto index = head.Build();
+  const ClusterHead head(2000, 64, 2);
+  ClusterRuns run(head, {head.tokens});
+  run.Learn();
   const std::vector<TokenRange> ranges = {{kFirst + 100, kFirst + 1900},
                                           {0, kFirst + 1},
                                           {kFirst + 1999, kFirst + 5000},
-                                          {kFirst, kFirst + 2000}};
-  const QueryBlock queries = head.Queries(0, 4, ranges, 0.02f);
-  const Answer exact = Exact(head, queries);
-  const Answer found = Approximate(head, *index, queries, ErrorBudget(0.02f));
-  for (uint32_t i = 0; i < 4; ++i) EXPECT_LT(Error(found.o[i], exact.o[i]), 0.1) << i;
+                                          {kFirst, kFirst + 2000},
+                                          {kFirst + 7, kFirst + 7},
+                                          {kFirst + 31, kFirst + 48}};
+  const QueryBlock queries = head.Queries(0, 6);
+  const ClusterAnswer exact = Exactly(run, queries, ranges);
+  for (const float tolerated : {0.0f, 0.02f}) {
+    const ClusterAnswer found = Search(run, queries, ranges, Within(tolerated));
+    for (uint32_t i = 0; i < 6; ++i) {
+      SCOPED_TRACE(::testing::Message() << "query " << i << ", tolerated " << tolerated);
+      EXPECT_LE(found.tokens[i], Intersect(ranges[i], head.all()).size());
+      if (i == 4) continue;
+      EXPECT_LT(ErrorOf(found.o[i], exact.o[i]), tolerated == 0 ? 1e-3 : 0.1);
+      EXPECT_NEAR(found.lse[i], exact.lse[i], tolerated == 0 ? 1e-3 : 0.1);
+    }
+    EXPECT_EQ(found.lse[4], kNone);
+    EXPECT_THAT(found.o[4], ::testing::Each(0.0f));
+    EXPECT_EQ(found.predicted[4], 0);
+  }
   const std::vector<TokenRange> none(2, TokenRange{0, kFirst});
-  const Answer empty =
-      Approximate(head, *index, head.Queries(0, 2, none, 0.02f), ErrorBudget(0.02f));
+  const ClusterAnswer empty = Search(run, head.Queries(0, 2), none, Within(0.02f));
   EXPECT_EQ(empty.lse[0], kNone);
   EXPECT_THAT(empty.o[0], ::testing::Each(0.0f));
+  EXPECT_TRUE(empty.refined.empty());
+}
+
+// For each query a token of its own, in the middle of others, with most of the mass.
+void HideNeedles(ClusterHead* head) {
+  const uint32_t d = head->head_dim, apart = head->tokens / ClusterHead::kAsked;
+  for (uint32_t i = 0; i < ClusterHead::kAsked; ++i) {
+    // Where the query points, of the directions that keys have.
+    std::vector<float> k(d);
+    for (size_t s = 0; s < head->directions.size(); s += d) {
+      const std::span<const float> direction = std::span(head->directions).subspan(s, d);
+      const auto q = head->Asked(i);
+      const float along = std::inner_product(q.begin(), q.end(), direction.begin(), 0.0f);
+      for (uint32_t c = 0; c < d; ++c) k[c] += along * direction[c];
+    }
+    const auto q = head->Asked(i);
+    const float score = std::inner_product(q.begin(), q.end(), k.begin(), 0.0f) * head->scale;
+    for (float& x : k) x *= 20 / score;
+    head->SetKey(i * apart + static_cast<uint32_t>(head->random() % apart), k);
+  }
 }
 
 TEST(ClusterIndexTest, NoSingleTokenThatHoldsTheMassIsMissedWhenEveryCodeIsRead) {
-  Head head(8192, 64, 1.5f);
-  // For each test query a token of its own, in the middle of others, with most of the mass.
-  std::vector<uint32_t> needles;
-  for (uint32_t i = 0; i < 32; ++i) {
-    needles.push_back(static_cast<uint32_t>(head.random() % (8192 / 32)) + i * (8192 / 32));
-    const std::span<const float> q = std::span(head.test).subspan(i * 64, 64);
-    // Where the query points, of the directions that keys have.
-    std::vector<float> k(64);
-    for (size_t s = 0; s < head.directions.size(); s += 64) {
-      const auto direction = head.directions.begin() + static_cast<ptrdiff_t>(s);
-      const float along = std::inner_product(q.begin(), q.end(), direction, 0.0f);
-      for (uint32_t c = 0; c < 64; ++c) k[c] += along * direction[c];
-    }
-    const float score = std::inner_product(q.begin(), q.end(), k.begin(), 0.0f) * head.scale;
-    for (float& x : k) x *= 20 / score;
-    head.SetKey(needles.back(), k);
-  }
-  const auto index = head.Build();
-  index->set_open_all(true);
-  const std::vector<TokenRange> ranges(4, head.view.tokens());
-  for (uint32_t first = 0; first < 32; first += 4) {
-    const QueryBlock queries = head.Queries(first, 4, ranges, 0.05f);
-    const Answer exact = Exact(head, queries);
-    const Answer found = Approximate(head, *index, queries, ErrorBudget(0.05f));
+  ClusterHead head(8192, 64, 1.5f);
+  HideNeedles(&head);
+  ClusterRuns run(head, {head.tokens});
+  run.Learn();
+  run.OpenAll(true);
+  const std::vector<TokenRange> ranges(4, head.all());
+  for (uint32_t first = 0; first < ClusterHead::kAsked; first += 4) {
+    QueryBlock queries = head.Queries(first, 4);
+    const ClusterAnswer exact = Exactly(run, queries, ranges);
+    const ClusterAnswer found = Search(run, queries, ranges, Within(0.05f));
+    queries.ranges = ranges;
     CoarseScores scores;
-    ExactScan().Score(head.view, queries, &scores);
-    const auto row = scores.Row(0);
-    const auto best = std::max_element(row.begin(), row.end()) - row.begin();
-    EXPECT_THAT(found.selected, ::testing::Contains(static_cast<uint32_t>(best)));
-    // Without the needle the error would be near 1.
-    for (uint32_t i = 0; i < 4; ++i) EXPECT_LT(Error(found.o[i], exact.o[i]), 0.3) << first + i;
+    ExactScan().Score(run.views[0], queries, &scores);
+    for (uint32_t i = 0; i < 4; ++i) {
+      const auto row = scores.Row(i);
+      const auto best = std::max_element(row.begin(), row.end()) - row.begin();
+      EXPECT_THAT(found.refined, ::testing::Contains(kFirst + static_cast<uint32_t>(best)));
+      // Without the needle the error would be near 1.
+      EXPECT_LT(ErrorOf(found.o[i], exact.o[i]), 0.3) << first + i;
+    }
   }
 }
 
 TEST(ClusterIndexTest, WhatIsMergedWithMakesErrorsMatterLess) {
-  const Head head(8192, 64, 2);
-  const auto index = head.Build();
-  index->set_open_all(false);
-  const std::vector<TokenRange> ranges(4, head.view.tokens());
-  QueryBlock queries = head.Queries(0, 4, ranges, 0.02f);
-  const Answer exact = Exact(head, queries);
-  const Answer alone = Approximate(head, *index, queries, ErrorBudget(0.02f));
+  const ClusterHead head(8192, 64, 2);
+  ClusterRuns run(head, {head.tokens});
+  run.Learn();
+  run.OpenAll(false);
+  const std::vector<TokenRange> ranges(4, head.all());
+  const QueryBlock queries = head.Queries(0, 4);
+  const ClusterAnswer exact = Exactly(run, queries, ranges);
+  const ClusterAnswer alone = Search(run, queries, ranges, Within(0.02f));
   // As if tokens elsewhere had e^5 times the mass and values as long.
-  const float longest = *std::max_element(exact.lse.begin(), exact.lse.end()) + 5 + 2;
-  const std::vector<float> other(4, longest);
-  queries.other_length = other;
-  const Answer beside = Approximate(head, *index, queries, ErrorBudget(0.02f), longest);
+  std::vector<float> other;
+  for (uint32_t i = 0; i < 4; ++i) {
+    double square = 0;
+    for (float x : exact.o[i]) square += double{x} * x;
+    other.push_back(exact.lse[i] + 5 + static_cast<float>(0.5 * std::log(square)));
+  }
+  ClusterLimits limits = Within(0.02f);
+  limits.other_length = other;
+  const ClusterAnswer beside = Search(run, queries, ranges, limits);
   EXPECT_LT(beside.bytes, alone.bytes / 4);
+  for (uint32_t i = 0; i < 4; ++i) {
+    // The merged answer's error.
+    EXPECT_LT(std::hypot(ErrorOf(beside.o[i], exact.o[i]), beside.lse[i] - exact.lse[i]) *
+                  std::exp(-5),
+              0.06);
+  }
+  const std::vector<float> nothing(4, kNone);
+  limits.other_length = nothing;
+  EXPECT_EQ(Search(run, queries, ranges, limits).o, alone.o);
 }
 
-TEST(ClusterIndexTest, WithoutSampledQueriesAndWithEqualKeysItAnswers) {
-  const Head head(3000, 96, 1.5f);
-  const auto unaware = head.Build(false);
-  const std::vector<TokenRange> ranges(4, head.view.tokens());
-  const QueryBlock queries = head.Queries(0, 4, ranges, 0.05f);
-  const Answer exact = Exact(head, queries);
-  const Answer found = Approximate(head, *unaware, queries, ErrorBudget(0.05f));
-  for (uint32_t i = 0; i < 4; ++i) EXPECT_LT(Error(found.o[i], exact.o[i]), 0.2);
+TEST(ClusterIndexTest, NoMoreTokensAreReadOneByOneThanTheCap) {
+  const ClusterHead head(8192, 64, 2.5f);
+  ClusterRuns run(head, {head.tokens});
+  run.Learn();
+  for (const bool open_all : {false, true}) {
+    run.OpenAll(open_all);
+    for (const uint32_t first : {0u, 1u, 2u, 3u}) {
+      const std::vector<TokenRange> ranges(1, head.all());
+      const ClusterAnswer free = Search(run, head.Queries(first, 1), ranges, Within(0.01f));
+      ASSERT_GT(free.refined.size(), 50u);
+      double before = std::numeric_limits<double>::infinity();
+      for (const uint32_t most : {1u, 10u, 50u}) {
+        ClusterLimits limits = Within(0.01f);
+        limits.most_tokens = most;
+        const ClusterAnswer capped = Search(run, head.Queries(first, 1), ranges, limits);
+        EXPECT_LE(capped.refined.size(), most);
+        EXPECT_LE(capped.tokens[0], most);
+        // It is no secret what that costs.
+        EXPECT_GT(capped.predicted[0], free.predicted[0]);
+        EXPECT_LE(capped.predicted[0], before);
+        before = capped.predicted[0];
+      }
+    }
+  }
+}
 
-  Head same(500, 64, 2);
-  for (uint32_t t = 0; t < 500; ++t) same.SetKey(t, std::vector<float>(64, 0.25f));
-  const auto index = same.Build();
-  const std::vector<TokenRange> all(4, same.view.tokens());
-  const QueryBlock few = same.Queries(0, 4, all, 0.01f);
-  const Answer mean = Exact(same, few);
-  const Answer estimate = Approximate(same, *index, few, ErrorBudget(0.01f));
-  for (uint32_t i = 0; i < 4; ++i) {
-    EXPECT_LT(Error(estimate.o[i], mean.o[i]), 0.02);
-    EXPECT_NEAR(estimate.lse[i], mean.lse[i], 0.01);
+TEST(ClusterIndexTest, WithoutSampledQueriesItAnswers) {
+  const ClusterHead head(3000, 96, 1.5f);
+  ClusterRuns run(head, {head.tokens});
+  run.Learn({});
+  EXPECT_EQ(run.model->learned_queries, 0u);
+  EXPECT_LT(ErrorsOf(head, run, Within(0.05f), 4).mean(), 0.2);
+}
+
+TEST(ClusterIndexTest, EqualKeysWeighAlike) {
+  for (const uint32_t n : {3u, 500u, 512u}) {
+    ClusterHead same(n, 64, 2);
+    for (uint32_t t = 0; t < n; ++t) same.SetKey(t, std::vector<float>(64, 0.25f));
+    for (const bool sampled : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << n << (sampled ? " sampled" : ""));
+      ClusterRuns run(same, {n});
+      run.Learn(sampled ? std::span<const float>(same.sampled) : std::span<const float>());
+      for (const float tolerated : {0.01f, 0.5f}) {
+        const std::vector<TokenRange> all(4, same.all());
+        const ClusterAnswer mean = Exactly(run, same.Queries(0, 4), all);
+        const ClusterAnswer estimate = Search(run, same.Queries(0, 4), all, Within(tolerated));
+        for (uint32_t i = 0; i < 4; ++i) {
+          EXPECT_LT(ErrorOf(estimate.o[i], mean.o[i]), tolerated < 0.1f ? 0.03 : 0.25);
+          EXPECT_NEAR(estimate.lse[i], mean.lse[i], 0.02);
+        }
+      }
+    }
+  }
+}
+
+TEST(ClusterIndexTest, QueriesOfNothingOrOfEverythingDoNoHarm) {
+  const ClusterHead head(1000, 64, 2);
+  ClusterRuns run(head, {head.tokens});
+  run.Learn();
+  std::vector<float> q(6 * 64, 0.0f);
+  constexpr float kLarge[] = {0, 1e10f, 3e38f, std::numeric_limits<float>::infinity(),
+                              std::numeric_limits<float>::quiet_NaN(), 1e-40f};
+  for (uint32_t i = 0; i < 6 * 64; ++i) q[i] = (i % 3 == 0 ? -1 : 1) * kLarge[i / 64];
+  const std::vector<TokenRange> ranges(6, head.all());
+  for (const bool open_all : {false, true}) {
+    run.OpenAll(open_all);
+    for (const float tolerated : {0.0f, 0.05f}) {
+      // Alone, and all together.
+      for (const uint32_t count : {1u, 6u}) {
+        for (uint32_t first = 0; first + count <= 6; ++first) {
+          const QueryBlock queries{q.data() + first * 64, DType::kFp32, count, 64, 1.0f, {}};
+          const ClusterAnswer found =
+              Search(run, queries, std::span(ranges).first(count), Within(tolerated));
+          for (const uint32_t token : found.refined) ASSERT_LT(token - kFirst, head.tokens);
+        }
+      }
+      const ClusterAnswer zero = Search(run, {q.data(), DType::kFp32, 1, 64, 1.0f, {}},
+                                        std::span(ranges).first(1), Within(tolerated));
+      EXPECT_NEAR(zero.lse[0], std::log(1000.0f), 0.02);
+    }
   }
 }
 
 TEST(ClusterIndexTest, TheSameRunAndQueriesGiveTheSameAnswers) {
-  const Head head(5000, 128, 2);
-  const auto a = head.Build(), b = head.Build();
-  const std::vector<TokenRange> ranges(4, head.view.tokens());
-  const QueryBlock queries = head.Queries(0, 4, ranges, 0.05f);
-  const Answer first = Approximate(head, *a, queries, ErrorBudget(0.05f));
-  const Answer second = Approximate(head, *b, queries, ErrorBudget(0.05f));
+  const ClusterHead head(5000, 128, 2);
+  ClusterRuns a(head, {head.tokens}), b(head, {head.tokens});
+  a.Learn();
+  b.Learn();
+  EXPECT_EQ(a.indexes[0]->Serialize(), b.indexes[0]->Serialize());
+  const std::vector<TokenRange> ranges(4, head.all());
+  const ClusterAnswer first = Search(a, head.Queries(0, 4), ranges, Within(0.05f));
+  Search(b, head.Queries(4, 4), ranges, Within(0.01f));  // leaves nothing behind
+  const ClusterAnswer second = Search(b, head.Queries(0, 4), ranges, Within(0.05f));
   EXPECT_EQ(first.o, second.o);
   EXPECT_EQ(first.lse, second.lse);
   EXPECT_EQ(first.bytes, second.bytes);
-  EXPECT_GT(a->memory_bytes(), 5000u * 24);
+  EXPECT_EQ(first.refined, second.refined);
+  EXPECT_GT(a.indexes[0]->memory_bytes(), 5000u * 24);
+}
+
+TEST(ClusterIndexTest, WhatIsMergedIntoStaysThere) {
+  const ClusterHead head(3000, 64, 2);
+  ClusterRuns cut(head, {1500, 3000}), whole(head, {3000});
+  cut.Learn();
+  const std::vector<TokenRange> ranges(2, head.all());
+  QueryBlock queries = head.Queries(0, 2);
+  queries.ranges = ranges;
+  const ClusterAnswer exact = Exactly(whole, queries, ranges);
+  std::vector<float> acc(2 * 64);
+  std::vector<Partial> partials(2);
+  for (uint32_t i = 0; i < 2; ++i) partials[i].acc = std::span(acc).subspan(i * 64, 64);
+  ExactScan().AttendAll(cut.views[0], queries, partials);
+  const ClusterRun second{cut.indexes[1].get(), &cut.views[1], ranges};
+  SearchClusters({&second, 1}, queries, Within(0), partials);
+  for (uint32_t i = 0; i < 2; ++i) {
+    std::vector<float> o(64);
+    EXPECT_NEAR(partials[i].Finish(o), exact.lse[i], 1e-3);
+    EXPECT_LT(ErrorOf(o, exact.o[i]), 1e-3);
+    EXPECT_EQ(partials[i].tokens, 3000u);
+  }
 }
 
 }  // namespace

@@ -132,7 +132,7 @@ TEST_F(RunIndexerTest, RunsThatAreLostMeanwhileAreLeftOut) {
   options_.threads = 0;  // whoever considers does not wait
   Start();
   Consider(3);
-  EXPECT_EQ(indexer_->stats().queued_runs, 1u);
+  EXPECT_EQ(indexer_->stats().queued_runs, 3u);
   const std::shared_ptr<RunIndexes> lost = uses_[1].run->indexes();
   uses_[1].run = nullptr;
   indexer_ = nullptr;  // given up: as if nobody had asked

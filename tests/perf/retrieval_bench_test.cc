@@ -1,6 +1,10 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
+#include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -8,6 +12,8 @@
 
 #include "perf/retrieval/head_class.h"
 #include "perf/retrieval/index_specs.h"
+#include "perf/retrieval/indexed_head.h"
+#include "perf/retrieval/own_specs.h"
 #include "perf/retrieval/random_trace.h"
 #include "perf/retrieval/row.h"
 #include "perf/retrieval/trace_bench.h"
@@ -152,6 +158,76 @@ TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
       EXPECT_LE(*row.us_p50, *row.us_p99);
       EXPECT_LE(row.threads, 2u);
     }
+  }
+}
+
+IndexSpec ClusterSpec() {
+  for (IndexSpec& spec : OwnSpecs()) {
+    if (spec.name == "clusters") return std::move(spec);
+  }
+  ADD_FAILURE() << "no clusters";
+  return {};
+}
+
+TEST(RetrievalBenchTest, ClustersOfAnyRunsStayNearTheirErrorsAndPredictThem) {
+  RandomTraceOptions options = Small();
+  options.queries = 12;
+  const Trace trace = RandomTrace(options);
+  BenchSettings settings = Quick();
+  settings.queries = 12;
+  const auto bench = TraceBench::Create(trace, settings);
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  const IndexSpec spec = ClusterSpec();
+  for (uint32_t runs : {1u, 6u}) {
+    const std::vector<Row> rows = RowsOf(**bench, spec, runs);
+    EXPECT_EQ(rows.size(), spec.searches.size() * trace.kv_heads);
+    for (const Row& row : rows) {
+      SCOPED_TRACE(row.budget + (row.head == 0 ? " diffuse" : " sharp"));
+      const double tolerated = std::stod(row.budget.substr(6));
+      ASSERT_TRUE(row.predicted_error.has_value());
+      EXPECT_LT(row.rel_l2, 3 * tolerated);
+      EXPECT_LT(*row.predicted_error, 2 * tolerated);
+      EXPECT_GT(row.bytes_per_token, 32);
+      EXPECT_GT(row.bytes_read, 0);
+    }
+  }
+}
+
+// One head in three runs, the last of which is no cluster's, and its last queries.
+struct Tolerant {
+  explicit Tolerant(const Trace& trace)
+      : memory(trace, 1),
+        head(*IndexedHead::Build(ClusterSpec(), memory, {0, 4000}, 5000, 2, BuildInput{})) {
+    q.assign(trace.q.end() - 2 * 32, trace.q.end());
+    queries = {q.data(), DType::kFp32, 2, 32, 1 / std::sqrt(32.0f), ranges};
+  }
+  HeadMemory memory;
+  const std::vector<TokenRange> ranges = std::vector<TokenRange>(2, TokenRange{0, 5000});
+  std::unique_ptr<IndexedHead> head;
+  std::vector<float> q;
+  QueryBlock queries;
+};
+
+TEST(HeadAnswerTest, WhatIsMergedElsewhereMakesErrorsMatterLess) {
+  const Trace trace = RandomTrace(Small());
+  const Tolerant c(trace);
+  const Budget budget{.kind = Budget::Kind::kError, .error = 1e-3f};
+  HeadAnswer alone, beside, exact;
+  alone.Answer(*c.head, c.queries, {}, budget);
+  exact.Answer(*c.head, c.queries, {}, Budget{.kind = Budget::Kind::kError, .error = 1e-6f});
+  std::vector<float> elsewhere;
+  for (const Partial& partial : exact.partials()) {
+    elsewhere.push_back(partial.max + std::log(partial.sum) + 8);
+  }
+  beside.Answer(*c.head, c.queries, elsewhere, budget);
+  EXPECT_LT(beside.bytes(), alone.bytes());
+  // The tail is attended whole either way.
+  for (uint32_t i = 0; i < 2; ++i) {
+    const std::vector<uint32_t> attended = beside.Attended(*c.head, c.queries, i);
+    EXPECT_EQ(std::count_if(attended.begin(), attended.end(), [](uint32_t t) { return t >= 4000; }),
+              1000);
+    EXPECT_EQ(std::set<uint32_t>(attended.begin(), attended.end()).size(), attended.size());
+    EXPECT_LE(attended.size(), alone.Attended(*c.head, c.queries, i).size());
   }
 }
 
