@@ -36,6 +36,7 @@ class AttendLane::Queries {
     block_.q_dtype = lane.key_.q_dtype;
     block_.queries = static_cast<uint32_t>(ranges_.size());
     block_.head_dim = s.head_dim;
+    if (unit.turn != nullptr) TurnBack(*unit.turn);
     block_.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
     block_.ranges = ranges_;
     if (lane.elsewhere_.empty()) return;
@@ -64,6 +65,17 @@ class AttendLane::Queries {
       std::copy_n(q_of(unit.members[i]), floats, packed_.data() + i * floats);
     }
     return packed_.data();
+  }
+
+  // Turned queries no longer fit the narrow type that they came in. Turning them for every unit
+  // costs a thousandth of the unit's scan.
+  void TurnBack(const Rotation& turn) {
+    if (block_.q != packed_.data()) {
+      packed_.assign(block_.q, block_.q + size_t{block_.queries} * block_.head_dim);
+    }
+    turn.TurnQueries(packed_.data(), block_.queries, block_.head_dim);
+    block_.q = packed_.data();
+    block_.q_dtype = DType::kFp32;
   }
 
   absl::InlinedVector<TokenRange, 32> ranges_;

@@ -27,6 +27,18 @@ void Offer(const TopKEntry& entry, uint32_t k, std::vector<TopKEntry>* heap) {
   }
 }
 
+// Of the tokens from `lo` on that are scanned at a time: all with keys that are turned alike.
+uint32_t EndOfPiece(const TopKQuery& query, uint32_t lo) {
+  auto hi = static_cast<uint32_t>(
+      std::min<uint64_t>(query.range.hi, uint64_t{lo} + query.task_tokens));
+  for (const PlacedStretch& stretch : query.table->placed) {
+    for (const uint32_t edge : {stretch.tokens.lo, stretch.tokens.hi}) {
+      if (edge > lo) hi = std::min(hi, edge);
+    }
+  }
+  return hi;
+}
+
 }  // namespace
 
 TopKAnswer ExactTopK(const TopKQuery& query) {
@@ -36,9 +48,10 @@ TopKAnswer ExactTopK(const TopKQuery& query) {
   const KvShape& s = *query.shape;
   const uint32_t group = s.group();
   CoarseScores scores;
+  std::vector<float> turned;
   for (uint32_t h = 0; h < query.heads; h += group) {
     for (uint32_t lo = query.range.lo; lo < query.range.hi;) {
-      const uint32_t hi = std::min<uint64_t>(query.range.hi, uint64_t{lo} + query.task_tokens);
+      const uint32_t hi = EndOfPiece(query, lo);
       const KvSegments segments(s, query.layer, (query.first_head + h) / group, {lo, hi},
                                 &query.table->blocks[lo / kBlockTokens], lo / kBlockTokens);
       const std::vector<TokenRange> ranges(group, TokenRange{lo, hi});
@@ -47,6 +60,12 @@ TopKAnswer ExactTopK(const TopKQuery& query) {
       block.q_dtype = query.q_dtype;
       block.queries = group;
       block.head_dim = s.head_dim;
+      if (const Rotation* turn = query.table->TurnAt(lo); turn != nullptr) {
+        turned.assign(block.q, block.q + size_t{group} * s.head_dim);
+        turn->TurnQueries(turned.data(), group, s.head_dim);
+        block.q = turned.data();
+        block.q_dtype = DType::kFp32;
+      }
       block.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
       block.ranges = ranges;
       ExactScan().Score(segments.view(), block, &scores);
@@ -79,6 +98,10 @@ void GatherTopK(const TopKQuery& query, TopKAnswer* answer) {
             vector_bytes);
       };
       append(KvPart::kKey, &answer->k[h]);
+      if (const Rotation* turn = query.table->TurnAt(entry.token); turn != nullptr) {
+        char* const key = answer->k[h].data() + answer->k[h].size() - vector_bytes;
+        turn->TurnStoredKeys(key, 1, s.head_dim, s.dtype);
+      }
       append(KvPart::kValue, &answer->v[h]);
     }
   }

@@ -75,6 +75,9 @@ struct AttendAnswer {
   float error_estimate = 0;
   std::span<float> o;             // [heads][head_dim]
   std::span<float> lse;           // [heads]
+  // Tokens of the range that were reused from another position or behind other text: not 0, the
+  // answer is approximate (OpenRequest::reuse_shifted).
+  uint32_t shifted_tokens = 0;
 };
 
 // The top tokens of one query head.
