@@ -67,8 +67,8 @@ class AttendLane::Queries {
     return packed_.data();
   }
 
-  // Turned queries no longer fit the narrow type that they came in. Turning them for every unit
-  // costs a thousandth of the unit's scan.
+  // Turned queries no longer fit the narrow type that they came in. Turning them for each unit
+  // costs less than a hundredth of scanning one block.
   void TurnBack(const Rotation& turn) {
     if (block_.q != packed_.data()) {
       packed_.assign(block_.q, block_.q + size_t{block_.queries} * block_.head_dim);

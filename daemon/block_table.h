@@ -20,9 +20,9 @@ struct RunUse {
   TokenRange tokens;
 };
 
-// Tokens that were computed at another position or behind other text: whole blocks, whose keys are as
-// they were stored, so that who reads them turns queries, or what it reads; or a fork's copy of a part
-// of one, at distance 0.
+// Tokens that were computed at another position or behind other text: whole blocks, whose keys are
+// as they were stored, so that who reads them turns queries, or what it reads; or a fork's copy of
+// a part of one, at distance 0.
 struct PlacedStretch {
   TokenRange tokens;
   std::shared_ptr<const Rotation> turn;  // from there to here; its distance may be 0
@@ -32,8 +32,8 @@ struct PlacedStretch {
 // the next one (a block won by an earlier writer, a run built in the background).
 struct BlockTable {
   std::vector<std::shared_ptr<HeldBlock>> blocks;  // of max_tokens, from token 0
-  std::vector<RunUse> runs;                        // disjoint, in token order; none has placed tokens
-  std::vector<PlacedStretch> placed;               // disjoint, in token order
+  std::vector<RunUse> runs;           // disjoint, in token order; none has placed tokens
+  std::vector<PlacedStretch> placed;  // disjoint, in token order
 
   // The stretch that holds the token; null: it is the context's own or of its prefix.
   const PlacedStretch* PlacedAt(uint32_t token) const {

@@ -157,7 +157,7 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   // One publisher at a time; taken before mutex_, never by an append or an attend.
   absl::Mutex maintenance_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);
   uint32_t published_blocks_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;  // from token 0
-  BlockId last_id_ ABSL_GUARDED_BY(maintenance_mutex_);  // the next block's parent
+  BlockId last_id_ ABSL_GUARDED_BY(maintenance_mutex_);                // the next block's parent
   bool publishing_failed_ ABSL_GUARDED_BY(maintenance_mutex_) = false;
   uint32_t next_run_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;
 

@@ -18,9 +18,9 @@ constexpr size_t kMaxInputs = 1024;
 
 uint32_t BlocksFor(uint32_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 
-// Reserves and begins the private blocks of a context, one for each null of `blocks`: all of them now,
-// so that decode never meets a full arena. Those before `first_behind` are of the origin `own`, others
-// of `behind`. On failure nothing stays reserved.
+// Reserves and begins the private blocks of a context, one for each null of `blocks`: all of them
+// now, so that decode never meets a full arena. Those before `first_behind` are of the origin
+// `own`, others of `behind`. On failure nothing stays reserved.
 struct PrivateBlocks {
   const std::string& tenant;
   uint64_t block_bytes = 0;
@@ -95,8 +95,8 @@ std::vector<PlacedStretch> Placed(const RopeSpec& rope, std::span<const StretchM
   return placed;
 }
 
-// The placed stretches that a fork at `tokens` keeps. Of a block that it cuts it has a copy, whose keys
-// are turned already.
+// The placed stretches that a fork at `tokens` keeps. Of a block that it cuts it has a copy, whose
+// keys are turned already.
 std::vector<PlacedStretch> PlacedBelow(const RopeSpec& rope,
                                        const std::vector<PlacedStretch>& placed, uint32_t tokens) {
   const uint32_t cut = tokens / kBlockTokens * kBlockTokens;
@@ -254,11 +254,11 @@ absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkReque
   start.samples = parent->samples();
   start.table.placed = PlacedBelow(from.spec.rope, table->placed, request.tokens);
   start.table.blocks.assign(table->blocks.begin(), table->blocks.begin() + whole);
-  // Behind a placed stretch, or in the copy of a part of one, nothing is as exact as the recipe says.
+  // Behind a placed stretch, or in the copy of a part of one, nothing is as exact as the recipe
+  // says.
   const bool behind = table->PlacedTokens({0, request.tokens}) > 0;
-  const BlockOrigin own =
-      OriginOf(session.tenant(), from.spec,
-               behind ? ShiftedRecipeOf(request.recipe) : request.recipe);
+  const BlockOrigin own = OriginOf(session.tenant(), from.spec,
+                                   behind ? ShiftedRecipeOf(request.recipe) : request.recipe);
   PrivateBlocks wanted{session.tenant(), shape.block_bytes(), own, own};
   if (partial > 0) {
     const HeldBlock& copied = *table->blocks[whole];

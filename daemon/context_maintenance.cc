@@ -63,11 +63,10 @@ BlockId Context::IdHere(const BlockTable& table, uint32_t index,
 absl::StatusOr<BlockId> Context::PublishBlock(const BlockTable& table, uint32_t index,
                                               std::span<const uint32_t> ids) {
   const std::shared_ptr<HeldBlock>& block = table.blocks[index];
-  const std::span<const uint32_t> tokens =
-      ids.subspan(size_t{index} * kBlockTokens, kBlockTokens);
+  const std::span<const uint32_t> tokens = ids.subspan(size_t{index} * kBlockTokens, kBlockTokens);
   const NamespaceDigest& name_space = block->origin().name_space;
-  const BlockKey key = ContextBlockKey(last_id_, name_space, shape(), tokens,
-                                       InputsOfBlock(params_.inputs, index));
+  const BlockKey key =
+      ContextBlockKey(last_id_, name_space, shape(), tokens, InputsOfBlock(params_.inputs, index));
   QUARRY_ASSIGN_OR_RETURN(std::shared_ptr<HeldBlock> winner, block->Publish(key));
   // What was computed behind placed blocks is not to be placed again: errors would add up.
   if (placed_.empty() || index * kBlockTokens < placed_.front().tokens.lo) {

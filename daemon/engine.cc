@@ -91,8 +91,8 @@ class EngineImpl final : public Engine {
         sessions_(options.max_sessions, options.max_leases_per_session),
         contexts_(options.max_contexts),
         opaque_(*store_),
-        factory_({store_.get(), &stretches_, &runs_, &indexer_, &background_, &counters_}, contexts_,
-                 options.max_context_tokens),
+        factory_({store_.get(), &stretches_, &runs_, &indexer_, &background_, &counters_},
+                 contexts_, options.max_context_tokens),
         executor_({ExecutorThreads(options), options.max_queued_batches}) {}
 
   absl::StatusOr<SessionId> StartSession(std::string_view tenant, std::string_view name) override {

@@ -107,12 +107,12 @@ class Engine {
   // - All digests in request.inputs are hashed into the first block's id, thereby into every
   //   descendant's: contexts with other inputs share nothing.
   // - Cached KV of the same identity but another shape or dtype is a miss.
-  // With request.reuse_shifted, blocks behind the prefix that are cached at another position or behind
-  // other text are leased too, if they have the same tokens, inputs and namespace of an accepted
-  // recipe. They are no part of reused_tokens: result.shifted names them. Appends go on behind each when
-  // they reach it; attends turn queries by its shift, Read and gathered keys are turned. What is
-  // appended behind the first is of ShiftedRecipeOf(recipe). InvalidArgument: the rope has no
-  // frequencies.
+  // With request.reuse_shifted, blocks behind the prefix that are cached at another position or
+  // behind other text are leased too, if they have the same tokens, inputs and namespace of an
+  // accepted recipe. They are no part of reused_tokens: result.shifted names them. Appends go on
+  // behind each when they reach it; attends turn queries by its shift, Read and gathered keys are
+  // turned. What is appended behind the first is of ShiftedRecipeOf(recipe). InvalidArgument: the
+  // rope has no frequencies.
   // ResourceExhausted: no room for max_tokens, or max_contexts. FailedPrecondition: max_tokens
   // beyond rope.regime_max_tokens. request.tokens are the context's known ids.
   virtual absl::StatusOr<OpenResult> Open(SessionId, const OpenRequest&) = 0;

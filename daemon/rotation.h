@@ -9,13 +9,13 @@
 
 namespace quarry {
 
-// Of keys that were stored at position p and are used at p + distance: (R(p + D) k) . q is the stored
-// key's product with the query turned back by D (RoFormer, arXiv 2104.09864). Only turns: the rope's
-// attention_scale is in stored keys and in queries already. Dimensions beyond rotary_dim stay as they
-// are. Immutable, thread-safe.
+// Of keys that were stored at position p and are used at p + distance: (R(p + D) k) . q is the
+// stored key's product with the query turned back by D (RoFormer, arXiv 2104.09864). Only turns:
+// the rope's attention_scale is in stored keys and in queries already. Dimensions beyond rotary_dim
+// stay as they are. Immutable, thread-safe.
 //
-// The angle is distance * inv_freq in double; a model's own is rounded to fp32 at each position,
-// so what is turned differs from what the model would have computed by up to half a unit in the last
+// The angle is distance * inv_freq in double; a model's own is rounded to fp32 at each position, so
+// what is turned differs from what the model would have computed by up to half a unit in the last
 // place of each of its two angles: 2e-4 radians below position 4,096, 0.06 at a million, in the
 // fastest pairs only (tests/daemon/rotation_test.cc).
 class Rotation {

@@ -92,10 +92,10 @@ class BlockPlanner {
       const std::byte* data = active_[i]->table->blocks[block.lo / kBlockTokens]->data();
       const Rotation* const turn = active_[i]->table->TurnAt(block.lo);
       if (turn != nullptr) (*shifts)[i] = turn->distance();
-      (*classes)[i] = class_of_
-                          .try_emplace(std::pair(data, (*shifts)[i]),
-                                       static_cast<uint32_t>(class_of_.size()))
-                          .first->second;
+      (*classes)[i] =
+          class_of_
+              .try_emplace(std::pair(data, (*shifts)[i]), static_cast<uint32_t>(class_of_.size()))
+              .first->second;
     }
   }
 

@@ -36,9 +36,9 @@ StretchMatch StretchFinder::Follow(uint32_t block, const StretchPlace& place,
     std::shared_ptr<HeldBlock> found;
     for (const BlockOrigin& origin : origins) {
       absl::StatusOr<BlockView> view = store_.Acquire(
-          tenant_, ContextBlockKey(parent, origin.name_space, request_.spec.shape,
-                                   TokensOf(block + i),
-                                   InputsOfBlock(request_.inputs, place.number + i)));
+          tenant_,
+          ContextBlockKey(parent, origin.name_space, request_.spec.shape, TokensOf(block + i),
+                          InputsOfBlock(request_.inputs, place.number + i)));
       if (!view.ok()) continue;
       found = std::make_shared<HeldBlock>(store_, *view, origin);
       break;

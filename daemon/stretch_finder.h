@@ -28,10 +28,10 @@ class StretchFinder {
   StretchFinder(BlockStore& store, const StretchIndex& index, std::string_view tenant,
                 const OpenRequest& request);
 
-  // In token order, behind the prefix, whole blocks; leaves the last token to compute. At each block
-  // that nothing covers yet: what was computed behind the same placed blocks before, else the longest
-  // of the stretches that begin with its content. Cost: one SHA-256 of about 1 KiB per block,
-  // place and accepted recipe tried.
+  // In token order, behind the prefix, whole blocks; leaves the last token to compute. At each
+  // block that nothing covers yet: what was computed behind the same placed blocks before, else the
+  // longest of the stretches that begin with its content. Cost: one SHA-256 of about 1 KiB per
+  // block, place and accepted recipe tried.
   std::vector<StretchMatch> Find(const PrefixMatch& prefix);
 
  private:

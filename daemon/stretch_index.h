@@ -34,7 +34,8 @@ class StretchIndex {
   void Add(std::string_view tenant, const StretchId& content, const StretchPlace& place);
   // The latest first.
   std::vector<StretchPlace> Find(std::string_view tenant, const StretchId& content) const;
-  // Forgets blocks that the store no longer has. Add does so too, as often as the index has doubled.
+  // Forgets blocks that the store no longer has. Add does so too, as often as the index has
+  // doubled.
   void Sweep();
 
  private:

@@ -29,8 +29,8 @@ void Offer(const TopKEntry& entry, uint32_t k, std::vector<TopKEntry>* heap) {
 
 // Of the tokens from `lo` on that are scanned at a time: all with keys that are turned alike.
 uint32_t EndOfPiece(const TopKQuery& query, uint32_t lo) {
-  auto hi = static_cast<uint32_t>(
-      std::min<uint64_t>(query.range.hi, uint64_t{lo} + query.task_tokens));
+  auto hi =
+      static_cast<uint32_t>(std::min<uint64_t>(query.range.hi, uint64_t{lo} + query.task_tokens));
   for (const PlacedStretch& stretch : query.table->placed) {
     for (const uint32_t edge : {stretch.tokens.lo, stretch.tokens.hi}) {
       if (edge > lo) hi = std::min(hi, edge);

@@ -161,7 +161,8 @@ TEST_F(EngineShiftIdentityTest, WhatWasComputedBehindTheSameStretchIsFoundByWhoA
   OpenRequest again = Second(spec_);
   const OpenResult reopened = OpenAround(session_, again, second_);
   EXPECT_EQ(reopened.reused_tokens, kSecondText);
-  const std::vector<ShiftedRange> wanted = {kMoved, {{kMoved.tokens.hi, kMoved.tokens.hi + 256}, 0}};
+  const std::vector<ShiftedRange> wanted = {kMoved,
+                                            {{kMoved.tokens.hi, kMoved.tokens.hi + 256}, 0}};
   EXPECT_EQ(reopened.shifted, wanted);
   KvData data = Widened(second_, kTotal);
   Move(first_, spec_.rope, kMoved, &data);

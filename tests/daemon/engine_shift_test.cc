@@ -47,7 +47,8 @@ TEST_F(EngineShiftTest, AnswersAreThoseOverKeysTurnedToTheNewPosition) {
       ModelSpec spec = SmallModel(SmallShape(dtype));
       spec.weights.bytes[1] = static_cast<uint8_t>(dtype);
       spec.rope = c.rope;
-      const KvData first(spec.shape, first_.tokens(), Seed()), second(spec.shape, kTotal, Seed() + 1);
+      const KvData first(spec.shape, first_.tokens(), Seed()),
+          second(spec.shape, kTotal, Seed() + 1);
       Cache(session_, First(spec), first);
       const OpenResult opened = OpenAround(session_, Second(spec), second);
       ASSERT_EQ(opened.reused_tokens, 0u);
@@ -57,8 +58,8 @@ TEST_F(EngineShiftTest, AnswersAreThoseOverKeysTurnedToTheNewPosition) {
       for (const TokenRange range : {TokenRange{0, kTotal}, TokenRange{300, 1200},
                                      TokenRange{128, 700}, TokenRange{1000, kTotal}}) {
         for (const DType q_dtype : {DType::kFp32, DType::kBf16}) {
-          std::unique_ptr<OwnedRow> rows[1] = {std::make_unique<OwnedRow>(
-              spec.shape, opened.context, 1, range, Seed() + range.lo)};
+          std::unique_ptr<OwnedRow> rows[1] = {
+              std::make_unique<OwnedRow>(spec.shape, opened.context, 1, range, Seed() + range.lo)};
           std::vector<char> narrow(rows[0]->q.size() * DTypeBytes(q_dtype));
           for (size_t i = 0; i < rows[0]->q.size(); ++i) {
             StoreFromFloat(narrow.data(), i, q_dtype, rows[0]->q[i]);
@@ -88,8 +89,8 @@ TEST_F(EngineShiftTest, BudgetsRankTokensByTheirTurnedKeys) {
   KvData wanted = Widened(second_, kTotal);
   Move(first_, spec_.rope, kMoved, &wanted);
   Budget all_mass{Budget::Kind::kTopP, 0, 0.999999f};
-  const auto exact = AttendOne(*engine_, session_, spec_.shape, opened.context, 0,
-                               {0, kTotal}, Seed(), all_mass);
+  const auto exact =
+      AttendOne(*engine_, session_, spec_.shape, opened.context, 0, {0, kTotal}, Seed(), all_mass);
   ASSERT_TRUE(exact->answer.status.ok()) << exact->answer.status;
   EXPECT_LT(WorstError(wanted, *exact), 2e-3);
   constexpr uint32_t kBest = 40;
@@ -198,8 +199,8 @@ TEST_F(EngineShiftTest, AppendsGoOnBehindAStretch) {
   EXPECT_TRUE(absl::IsInvalidArgument(
       AppendAll(*engine_, session_, context, second_, {kMoved.tokens.lo, kMoved.tokens.lo + 1})));
   // A decode step's token is the next one too.
-  auto row = std::make_unique<OwnedRow>(spec_.shape, context, 0, TokenRange{0, kMoved.tokens.hi + 1},
-                                        Seed());
+  auto row = std::make_unique<OwnedRow>(spec_.shape, context, 0,
+                                        TokenRange{0, kMoved.tokens.hi + 1}, Seed());
   row->row.has_token = true;
   row->row.token_position = kMoved.tokens.hi;
   row->row.k = second_.k(0, kMoved.tokens.hi);
@@ -237,8 +238,8 @@ TEST_F(EngineShiftTest, ForksKeepWhatIsPlacedBeforeThem) {
   }
 }
 
-// Runs lie on a grid of positions: those of the document's own context are not this one's, though both
-// end with the same block.
+// Runs lie on a grid of positions: those of the document's own context are not this one's, though
+// both end with the same block.
 TEST_F(EngineShiftTest, RunsThatMeetAStretchAreScannedWithoutOne) {
   const OpenRequest request = First(spec_);
   Cache(session_, request, first_);

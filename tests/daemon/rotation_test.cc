@@ -90,8 +90,8 @@ double Dot(const std::vector<float>& a, const std::vector<float>& b) {
   return sum;
 }
 
-// The largest distance, by their lengths, between keys turned from `base` by `distance` and the model's
-// own at the new position.
+// The largest distance, by their lengths, between keys turned from `base` by `distance` and the
+// model's own at the new position.
 double WorstTurn(const RopeSpec& rope, uint32_t base, int32_t distance, std::mt19937_64* random) {
   double worst = 0;
   for (int i = 0; i < 20; ++i) {

@@ -39,8 +39,8 @@ inline KvData Widened(const KvData& data, uint32_t tokens) {
   return wide;
 }
 
-// Takes tokens of `from`, at `range` less the shift, into `range` of `to` (fp32), as if their keys had
-// been computed there.
+// Takes tokens of `from`, at `range` less the shift, into `range` of `to` (fp32), as if their keys
+// had been computed there.
 inline void Move(const KvData& from, const RopeSpec& rope, const ShiftedRange& range, KvData* to) {
   const KvShape& s = from.shape();
   const uint32_t pairs = rope.rotary_dim / 2;

@@ -76,6 +76,7 @@ OpenRequest SomeOpen() {
   open.max_tokens = 4096;
   open.recipe = {Filled<RecipeDigest>(6)};
   open.accepts = {{Filled<RecipeDigest>(6)}, {}};
+  open.reuse_shifted = true;
   return open;
 }
 
@@ -89,6 +90,7 @@ TEST(ConvertTest, OpenSurvivesTheWire) {
   EXPECT_EQ(back->max_tokens, open.max_tokens);
   EXPECT_EQ(back->recipe, open.recipe);
   EXPECT_EQ(back->accepts, open.accepts);
+  EXPECT_TRUE(back->reuse_shifted);
 }
 
 TEST(ConvertTest, NoAcceptedRecipesMeansTheOwnOne) {
@@ -108,7 +110,8 @@ TEST(ConvertTest, AnEmptyRecipeIsDense) {
 }
 
 TEST(ConvertTest, OpenReplySurvivesTheWire) {
-  const OpenResult result{{77}, 512, {Filled<BlockId>(1), Filled<BlockId>(2)}, 1.5, false};
+  const OpenResult result{{77}, 512, {Filled<BlockId>(1), Filled<BlockId>(2)}, 1.5, false,
+                          {{{768, 1024}, -512}, {{1280, 1536}, 256}}};
   const auto back = FromProto(Sent(ToProto(result)));
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(back->context, result.context);
@@ -116,6 +119,7 @@ TEST(ConvertTest, OpenReplySurvivesTheWire) {
   EXPECT_EQ(back->reused_blocks, result.reused_blocks);
   EXPECT_EQ(back->expected_load_ms, result.expected_load_ms);
   EXPECT_EQ(back->reused_dense, result.reused_dense);
+  EXPECT_EQ(back->shifted, result.shifted);
 }
 
 TEST(ConvertTest, AppendSurvivesTheWire) {
@@ -167,7 +171,7 @@ TEST(ConvertTest, ForkSurvivesTheWire) {
 }
 
 TEST(ConvertTest, ContextInfoSurvivesTheWire) {
-  const ContextInfo info{{5}, "llama", SomeSpec().shape, 1, 2, 3, 4, true, 1ull << 50, 6};
+  const ContextInfo info{{5}, "llama", SomeSpec().shape, 1, 2, 3, 4, true, 1ull << 50, 6, 512};
   const auto back = FromProto(Sent(ToProto(info)));
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(back->context, info.context);
@@ -178,6 +182,7 @@ TEST(ConvertTest, ContextInfoSurvivesTheWire) {
   EXPECT_EQ(back->shared_tokens, info.shared_tokens);
   EXPECT_EQ(back->max_tokens, info.max_tokens);
   EXPECT_EQ(back->sealed, info.sealed);
+  EXPECT_EQ(back->shifted_tokens, info.shifted_tokens);
   EXPECT_EQ(back->private_bytes, info.private_bytes);
   EXPECT_EQ(back->shared_bytes, info.shared_bytes);
 }
@@ -276,7 +281,7 @@ TEST(ConvertTest, AttendRowSurvivesTheWire) {
 
 TEST(ConvertTest, AttendAnswerSurvivesTheWire) {
   std::vector<float> o = {1, 2, 3, 4}, lse = {-1, kEmptyLse}, o_back(4), lse_back(2);
-  const AttendAnswer answer{absl::OkStatus(), {1, 9}, 16, 1ull << 40, 0.25f, o, lse};
+  const AttendAnswer answer{absl::OkStatus(), {1, 9}, 16, 1ull << 40, 0.25f, o, lse, 7};
   AttendAnswer back;
   back.o = o_back;
   back.lse = lse_back;
@@ -286,6 +291,7 @@ TEST(ConvertTest, AttendAnswerSurvivesTheWire) {
   EXPECT_EQ(back.tokens_attended, answer.tokens_attended);
   EXPECT_EQ(back.bytes_touched, answer.bytes_touched);
   EXPECT_EQ(back.error_estimate, answer.error_estimate);
+  EXPECT_EQ(back.shifted_tokens, answer.shifted_tokens);
   EXPECT_EQ(o_back, o);
   EXPECT_EQ(lse_back, lse);
 
