@@ -47,6 +47,14 @@ struct BlockTable {
     const PlacedStretch* const stretch = PlacedAt(token);
     return stretch == nullptr || stretch->turn->distance() == 0 ? nullptr : stretch->turn.get();
   }
+  // Where a stretch begins or ends next, behind the token: up to there keys are turned alike.
+  uint32_t NextEdge(uint32_t token) const {
+    for (const PlacedStretch& stretch : placed) {
+      if (token < stretch.tokens.lo) return stretch.tokens.lo;
+      if (token < stretch.tokens.hi) return stretch.tokens.hi;
+    }
+    return ~0u;
+  }
   // Of the range.
   uint32_t PlacedTokens(TokenRange range) const {
     uint32_t tokens = 0;

@@ -54,9 +54,13 @@ class BlockPlanner {
       if (!Intersect(s.tokens, cell).empty()) active_.push_back(&s);
     }
     if (active_.empty()) return;
-    if (OneTable() && active_.front()->table->placed.empty()) {
-      std::vector<uint32_t> one_class(active_.size(), 0);
-      Emit(cell, one_class);
+    if (OneTable()) {
+      const std::vector<uint32_t> one_class(active_.size(), 0);
+      for (uint32_t lo = cell.lo; lo < cell.hi;) {
+        const uint32_t hi = std::min(cell.hi, active_.front()->table->NextEdge(lo));
+        Emit({lo, hi}, one_class);
+        lo = hi;
+      }
       return;
     }
     // Neighbouring blocks with the same sharing make one unit, if keys are turned alike.

@@ -127,6 +127,7 @@ wire::TopKReply ToProto(const TopKAnswer& answer) {
     if (h < answer.k.size()) head->set_k(answer.k[h]);
     if (h < answer.v.size()) head->set_v(answer.v[h]);
   }
+  out.set_shifted_tokens(answer.shifted_tokens);
   return out;
 }
 
@@ -144,6 +145,7 @@ absl::StatusOr<TopKAnswer> FromProto(const wire::TopKReply& message) {
     answer.k.push_back(head.k());
     answer.v.push_back(head.v());
   }
+  answer.shifted_tokens = message.shifted_tokens();
   return answer;
 }
 

@@ -91,6 +91,7 @@ struct TopKAnswer {
   // When asked for: gathered K and V of each entry, [entries][head_dim] of the context's dtype.
   std::vector<std::string> k;
   std::vector<std::string> v;
+  uint32_t shifted_tokens = 0;  // as AttendAnswer's
 };
 
 inline constexpr float kEmptyLse = -std::numeric_limits<float>::infinity();

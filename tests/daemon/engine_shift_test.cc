@@ -132,6 +132,7 @@ TEST_F(EngineShiftTest, TopKAndReadGiveTurnedKeys) {
   const OwnedRow row(s, opened.context, 1, {0, kTotal}, Seed());
   const TopKAnswer top = engine_->TopK(session_, row.row, 25, true);
   ASSERT_TRUE(top.status.ok()) << top.status;
+  EXPECT_EQ(top.shifted_tokens, kDocument);
   for (uint32_t h = 0; h < s.heads; ++h) {
     for (size_t e = 0; e < top.heads[h].size(); ++e) {
       const TopKEntry& entry = top.heads[h][e];

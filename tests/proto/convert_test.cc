@@ -318,6 +318,7 @@ TEST(ConvertTest, TopKSurvivesTheWire) {
   answer.heads = {{{7, 1.5f}, {3, 0.5f}}, {}};
   answer.k = {"kk", ""};
   answer.v = {"vv", ""};
+  answer.shifted_tokens = 9;
   const auto back = FromProto(Sent(ToProto(answer)));
   ASSERT_TRUE(back.ok()) << back.status();
   ASSERT_EQ(back->heads.size(), 2u);
@@ -326,6 +327,7 @@ TEST(ConvertTest, TopKSurvivesTheWire) {
   EXPECT_EQ(back->heads[0][1].score, 0.5f);
   EXPECT_EQ(back->k, answer.k);
   EXPECT_EQ(back->v, answer.v);
+  EXPECT_EQ(back->shifted_tokens, answer.shifted_tokens);
 
   wire::TopKReply torn = ToProto(answer);
   torn.mutable_heads(0)->mutable_scores()->RemoveLast();
