@@ -18,15 +18,16 @@ constexpr size_t kMaxInputs = 1024;
 
 uint32_t BlocksFor(uint32_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 
-// Reserves and begins the private blocks of a context, one for each null of `blocks`: all of them
-// now, so that decode never meets a full arena. Those before `first_behind` are of the origin
-// `own`, others of `behind`. On failure nothing stays reserved.
+// Blocks that a context will write itself.
 struct PrivateBlocks {
   const std::string& tenant;
   uint64_t block_bytes = 0;
-  BlockOrigin own, behind;
+  BlockOrigin own, behind;  // of blocks before number first_behind, and from there on
   uint32_t first_behind = ~0u;
 };
+
+// Reserves and begins the private blocks of a context, one for each null of `blocks`: all of them
+// now, so that decode never meets a full arena. On failure nothing stays reserved.
 absl::Status BeginBlocks(const ContextServices& services, const PrivateBlocks& wanted,
                          std::vector<std::shared_ptr<HeldBlock>>* blocks) {
   auto count = static_cast<uint32_t>(std::count(blocks->begin(), blocks->end(), nullptr));

@@ -1,5 +1,7 @@
 // What may be reused at another position, by whom, and what follows it.
+#include <atomic>
 #include <functional>
+#include <thread>
 #include <vector>
 
 #include "proto/identity.h"
@@ -253,6 +255,44 @@ TEST_F(EngineShiftIdentityTest, EvictedBlocksAreAMiss) {
   }
   ASSERT_GE(engine_->Stats().store.evictions, 8u);
   EXPECT_TRUE(Shifted(session_, Second(spec_)).empty());
+}
+
+// Publishers, purges and who reuses, at once: whatever is placed is whole, and answers are right.
+TEST_F(EngineShiftIdentityTest, PlacedBlocksStayWholeWhileOthersPublishAndPurge) {
+  KvData wanted = Widened(second_, kTotal);
+  Move(first_, spec_.rope, kMoved, &wanted);
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> others;
+  others.emplace_back([&] {
+    for (uint32_t i = 0; !stop; ++i) Cache(session_, First(spec_), first_);
+  });
+  others.emplace_back([&] {
+    while (!stop) {
+      PurgeRequest purge;
+      purge.whole_tenant = true;
+      EXPECT_TRUE(engine_->Purge(session_, purge).ok());
+      absl::SleepFor(absl::Milliseconds(3));
+    }
+  });
+  uint32_t reused = 0;
+  for (uint32_t i = 0; i < 1000 && reused < 30; ++i) {
+    OpenRequest request = Second(spec_);
+    request.tokens[0] += i;  // so that nothing of it is found as exact
+    auto opened = engine_->Open(session_, request);
+    ASSERT_TRUE(opened.ok()) << opened.status();
+    if (opened->shifted == moved_) {
+      ++reused;
+      EXPECT_OK(AppendAll(*engine_, session_, opened->context, second_, {0, kMoved.tokens.lo}));
+      const auto row = AttendOne(*engine_, session_, spec_.shape, opened->context, 0,
+                                 {0, kMoved.tokens.hi}, Seed() + i);
+      ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
+      EXPECT_LT(WorstError(wanted, *row), 2e-3);
+    }
+    EXPECT_OK(engine_->Close(session_, opened->context));
+  }
+  stop = true;
+  for (std::thread& other : others) other.join();
+  EXPECT_GT(reused, 0u);
 }
 
 }  // namespace
