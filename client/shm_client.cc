@@ -71,6 +71,11 @@ class ShmClient final : public Client {
 
   absl::StatusOr<OpenResult> Open(const OpenRequest& request) override {
     QUARRY_RETURN_IF_ERROR(ValidateModelSpec(request.spec));
+    if (request.reuse_shifted && channel_.version() < 3) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("reuse at other positions needs shared-memory version 3, quarryd speaks ",
+                       channel_.version()));
+    }
     QUARRY_ASSIGN_OR_RETURN(wire::OpenReply reply, Call<wire::OpenReply>(channel_, shm::Method::kOpen,
                                                                          ToProto(request)));
     QUARRY_ASSIGN_OR_RETURN(OpenResult result, FromProto(reply));

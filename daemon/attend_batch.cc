@@ -95,6 +95,7 @@ void AttendBatch::Start(Executor& executor) {
     AttendAnswer& answer = params_.answers[i];
     answer.covered = {};
     answer.tokens_attended = answer.bytes_touched = 0;
+    answer.shifted_tokens = 0;
     answer.error_estimate = 0;
     AdmittedRow admitted{i};
     answer.status = Admit(params_.rows[i], answer, &admitted);
@@ -377,10 +378,12 @@ void AttendBatch::Finish() {
       answer.error_estimate = std::max(answer.error_estimate, results[m].error_estimate);
     }
   }
-  uint64_t failures = 0, tokens = 0, bytes = 0;
+  uint64_t failures = 0, tokens = 0, bytes = 0, shifted_rows = 0;
   for (const AdmittedRow& row : admitted_) {
     AttendAnswer& answer = params_.answers[row.index];
     answer.covered = params_.rows[row.index].range;
+    answer.shifted_tokens = row.table->PlacedTokens(answer.covered);
+    shifted_rows += answer.shifted_tokens > 0 ? 1 : 0;
     tokens += answer.tokens_attended;
     bytes += answer.bytes_touched;
   }
@@ -389,6 +392,7 @@ void AttendBatch::Finish() {
   c.attend_rows.fetch_add(params_.rows.size(), std::memory_order_relaxed);
   c.attend_failures.fetch_add(failures, std::memory_order_relaxed);
   c.attend_tokens.fetch_add(tokens, std::memory_order_relaxed);
+  c.attend_shifted_rows.fetch_add(shifted_rows, std::memory_order_relaxed);
   c.attend_bytes.fetch_add(bytes, std::memory_order_relaxed);
   c.attend.Add(std::chrono::steady_clock::now() - start_);
   OfferAudits();

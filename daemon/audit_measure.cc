@@ -107,14 +107,29 @@ class Measuring {
     return {std::vector<float>(query_.q.size()), std::vector<float>(query_.lse.size(), kEmptyLse)};
   }
 
+  // For a range whose keys are turned alike; until the next call.
   QueryBlock Queries(TokenRange range) {
     ranges_.assign(query_.lse.size(), range);
-    return {.q = query_.q.data(),
-            .q_dtype = query_.q_dtype,
-            .queries = static_cast<uint32_t>(ranges_.size()),
-            .head_dim = shape_.head_dim,
-            .scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim)),
-            .ranges = ranges_};
+    QueryBlock block{.q = query_.q.data(),
+                     .q_dtype = query_.q_dtype,
+                     .queries = static_cast<uint32_t>(ranges_.size()),
+                     .head_dim = shape_.head_dim,
+                     .scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim)),
+                     .ranges = ranges_};
+    if (const Rotation* turn = table_.TurnAt(range.lo); turn != nullptr) {
+      turned_ = query_.q;
+      turn->TurnQueries(turned_.data(), block.queries, block.head_dim);
+      block.q = turned_.data();
+      block.q_dtype = DType::kFp32;
+    }
+    return block;
+  }
+
+  // What of the range is read at once: keys that are turned alike, for one look at stop_.
+  TokenRange FirstStep(TokenRange range) const {
+    return {range.lo, static_cast<uint32_t>(std::min<uint64_t>({range.hi,
+                                                                uint64_t{range.lo} + task_tokens_,
+                                                                table_.NextEdge(range.lo)}))};
   }
 
   KvSegments Segments(TokenRange range) const {
@@ -130,7 +145,7 @@ class Measuring {
     }
     for (uint32_t lo = range.lo; lo < range.hi;) {
       if (stop_()) return false;
-      const TokenRange step{lo, std::min(range.hi, lo + task_tokens_)};
+      const TokenRange step = FirstStep({lo, range.hi});
       const KvSegments segments = Segments(step);
       ExactScan().AttendAll(segments.view(), Queries(step), partials);
       lo = step.hi;
@@ -156,8 +171,9 @@ class Measuring {
   }
 
   void AddTail(TokenRange range, std::vector<Piece>* pieces) const {
-    for (uint32_t lo = range.lo; lo < range.hi; lo += task_tokens_) {
-      pieces->push_back({.range = {lo, std::min(range.hi, lo + task_tokens_)}});
+    for (uint32_t lo = range.lo; lo < range.hi;) {
+      pieces->push_back({.range = FirstStep({lo, range.hi})});
+      lo = pieces->back().range.hi;
     }
   }
 
@@ -252,6 +268,7 @@ class Measuring {
   const uint32_t task_tokens_;
   const std::function<bool()>& stop_;
   std::vector<TokenRange> ranges_;
+  std::vector<float> turned_;
   std::vector<Piece> pieces_;
 };
 

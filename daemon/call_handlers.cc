@@ -43,6 +43,10 @@ absl::Status CheckKeys(const google::protobuf::RepeatedPtrField<std::string>& ke
 absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::OpenRequest& in,
                   v1::OpenReply* out) {
   QUARRY_ASSIGN_OR_RETURN(const OpenRequest request, FromProto(in));
+  if (request.reuse_shifted && !caller.flags_shifted) {
+    return absl::FailedPreconditionError(
+        "reuse at other positions needs shared-memory version 3, in which answers say so");
+  }
   QUARRY_ASSIGN_OR_RETURN(const OpenResult result, parts.engine.Open(caller.session, request));
   *out = ToProto(result);
   return absl::OkStatus();

@@ -20,6 +20,7 @@
 #include "daemon/query_samples.h"
 #include "daemon/run_indexer.h"
 #include "daemon/run_registry.h"
+#include "daemon/stretch_index.h"
 #include "proto/kv_types.h"
 
 namespace quarry {
@@ -27,6 +28,7 @@ namespace quarry {
 // What a context uses of its engine; outlives it.
 struct ContextServices {
   BlockStore* store = nullptr;
+  StretchIndex* stretches = nullptr;
   RunRegistry* runs = nullptr;
   RunIndexer* indexer = nullptr;
   BackgroundWorker* background = nullptr;
@@ -48,7 +50,7 @@ struct ContextParams {
 // Where a context starts: nothing, a reused prefix, or a fork.
 struct ContextStart {
   BlockTable table;                 // blocks for max_tokens
-  uint32_t tokens = 0;              // present in all layers
+  uint32_t tokens = 0;              // present in all layers; a stretch placed there is besides
   std::vector<uint32_t> token_ids;  // known, from token 0
   std::shared_ptr<QuerySamples> samples;  // of the context it forks; null: its own
 };
@@ -133,8 +135,16 @@ class Context : public BackgroundWorker::Client,
   // Counts blocks that became full; true if one is full in all layers and heads.
   bool CountFullBlocks(const KvInput& input) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
+  // Where appends go on after `token`: behind the stretch that is placed there, if one is.
+  uint32_t BehindPlaced(uint32_t token) const;
+
   void PublishFullBlocks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
-  absl::Status PublishBlock(const BlockTable& table, uint32_t block, std::span<const uint32_t> ids)
+  // Returns the id it is published under.
+  absl::StatusOr<BlockId> PublishBlock(const BlockTable& table, uint32_t block,
+                                       std::span<const uint32_t> ids)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  // The parent's id for what follows this published block of the table.
+  BlockId IdHere(const BlockTable& table, uint32_t block, std::span<const uint32_t> ids) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   void IndexRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
@@ -150,6 +160,7 @@ class Context : public BackgroundWorker::Client,
   // Constant after construction.
   const ContextServices services_;
   const ContextParams params_;
+  const std::vector<PlacedStretch> placed_;  // as every table's
   // [layer][kv_head]: tokens stored. Written by the claim's holder under mutex_.
   std::vector<std::atomic<uint32_t>> frontier_;
   const std::shared_ptr<QuerySamples> samples_;
@@ -158,6 +169,7 @@ class Context : public BackgroundWorker::Client,
   // One publisher at a time; taken before mutex_, never by an append or an attend.
   absl::Mutex maintenance_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);
   uint32_t published_blocks_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;  // from token 0
+  BlockId last_id_ ABSL_GUARDED_BY(maintenance_mutex_);                // the next block's parent
   bool publishing_failed_ ABSL_GUARDED_BY(maintenance_mutex_) = false;
   uint32_t next_run_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;
 

@@ -87,14 +87,15 @@ class EngineImpl final : public Engine {
   EngineImpl(const EngineOptions& options, std::unique_ptr<BlockStore> store)
       : options_(options),
         store_(std::move(store)),
+        stretches_(*store_),
         runs_({options.first_run_token, options.run_tokens}),
         indexer_(options.index, &runs_),
         sessions_(options.max_sessions, options.max_leases_per_session),
         contexts_(options.max_contexts),
         opaque_(*store_),
         auditor_(options.audit, options.task_tokens),
-        factory_({store_.get(), &runs_, &indexer_, &background_, &counters_, &auditor_}, contexts_,
-                 options.max_context_tokens),
+        factory_({store_.get(), &stretches_, &runs_, &indexer_, &background_, &counters_, &auditor_},
+                 contexts_, options.max_context_tokens),
         executor_({ExecutorThreads(options), options.max_queued_batches}) {}
 
   absl::StatusOr<SessionId> StartSession(std::string_view tenant, std::string_view name) override {
@@ -179,6 +180,11 @@ class EngineImpl final : public Engine {
     if (!table->blocks[block]->published()) {
       return absl::FailedPreconditionError(
           absl::StrCat("context ", context.value, ": block ", block, " is not published"));
+    }
+    if (table->TurnAt(block * kBlockTokens) != nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("context ", context.value, ": block ", block,
+                       " is reused from another position: its keys are to be read, not leased"));
     }
     return session->AddLease(table->blocks[block]);
   }
@@ -274,6 +280,7 @@ class EngineImpl final : public Engine {
   std::atomic<uint64_t> scratch_bytes_{0};  // of attends in flight
   std::atomic<bool> draining_{false};
   const std::unique_ptr<BlockStore> store_;
+  StretchIndex stretches_;
   RunRegistry runs_;
   RunIndexer indexer_;
   SessionTable sessions_;
@@ -321,7 +328,9 @@ absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& req
   }
   while (runs_.DropIdle()) {  // they tell of keys; those of runs in use end with these
   }
-  return store_->Purge(session->tenant(), request.name_space, request.blocks);
+  const uint64_t purged = store_->Purge(session->tenant(), request.name_space, request.blocks);
+  stretches_.Sweep();  // they tell of tokens
+  return purged;
 }
 
 void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
@@ -394,6 +403,8 @@ EngineStats EngineImpl::Stats() const {
   s.append_tokens = get(counters_.append_tokens);
   s.append_bytes = get(counters_.append_bytes);
   s.reused_tokens = get(counters_.reused_tokens);
+  s.shifted_tokens = get(counters_.shifted_tokens);
+  s.attend_shifted_rows = get(counters_.attend_shifted_rows);
   s.opened = get(counters_.opened);
   s.publish_failures = get(counters_.publish_failures);
   s.read_digest_failures = get(counters_.read_digest_failures);

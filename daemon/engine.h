@@ -63,6 +63,8 @@ struct EngineStats {
   uint64_t attend_rows = 0, attend_failures = 0, attend_bytes = 0, attend_tokens = 0;
   uint64_t append_tokens = 0, append_bytes = 0;
   uint64_t reused_tokens = 0, opened = 0;
+  uint64_t shifted_tokens = 0;       // reused from another position or behind other text
+  uint64_t attend_shifted_rows = 0;  // answered over such tokens
   uint64_t runs_made = 0;  // since the start
   uint64_t runs_live = 0;
   IndexStats index;
@@ -109,6 +111,12 @@ class Engine {
   // - All digests in request.inputs are hashed into the first block's id, thereby into every
   //   descendant's: contexts with other inputs share nothing.
   // - Cached KV of the same identity but another shape or dtype is a miss.
+  // With request.reuse_shifted, blocks behind the prefix that are cached at another position or
+  // behind other text are leased too, if they have the same tokens, inputs and namespace of an
+  // accepted recipe. They are no part of reused_tokens: result.shifted names them. Appends go on
+  // behind each when they reach it; attends turn queries by its shift, Read and gathered keys are
+  // turned. What is appended behind the first is of ShiftedRecipeOf(recipe). InvalidArgument: the
+  // rope has no frequencies.
   // ResourceExhausted: no room for max_tokens, or max_contexts. FailedPrecondition: max_tokens
   // beyond rope.regime_max_tokens. request.tokens are the context's known ids.
   virtual absl::StatusOr<OpenResult> Open(SessionId, const OpenRequest&) = 0;
@@ -136,7 +144,8 @@ class Engine {
   // The first read of a reused block checks its digest; DataLoss retires the block: open again.
   virtual absl::Status Read(SessionId, ContextId, uint32_t layer, TokenRange range,
                             std::span<std::byte> k, std::span<std::byte> v) = 0;
-  // Leases end with ReleaseLease or the session. FailedPrecondition: the block is not published.
+  // Leases end with ReleaseLease or the session. FailedPrecondition: the block is not published, or
+  // is reused from another position (its bytes are of there).
   virtual absl::StatusOr<BlockLease> LeaseContextBlock(SessionId, ContextId, uint32_t block) = 0;
   virtual absl::StatusOr<BlockLease> LeaseEngineBlock(SessionId, std::string_view engine_namespace,
                                                       std::string_view key) = 0;

@@ -139,11 +139,25 @@ class AuditorTest : public ::testing::Test {
                                           token % kBlockTokens * kShape.vector_bytes());
   }
   double Score(uint32_t g, uint32_t token) const {
+    const float* const stored = Vector(KvPart::kKey, token);
+    std::vector<float> key(stored, stored + kShape.head_dim);
+    const Rotation* const turn = subject_->Memory()->TurnAt(token);
+    if (turn != nullptr) turn->TurnKeys(key.data(), 1, kShape.head_dim);
     double score = 0;
     for (uint32_t d = 0; d < kShape.head_dim; ++d) {
-      score += double{q_[g * kShape.head_dim + d]} * Vector(KvPart::kKey, token)[d];
+      score += double{q_[g * kShape.head_dim + d]} * key[d];
     }
     return score / 4;
+  }
+  // From here on these tokens are of another position, and no run has any.
+  void Place(TokenRange tokens, int32_t distance) {
+    RopeSpec rope;
+    rope.inv_freq = {1.0f, 0.1f, 0.01f, 0.001f};
+    rope.rotary_dim = 8;
+    auto table = std::make_shared<BlockTable>(*subject_->Memory());
+    table->runs.clear();
+    table->placed = {{tokens, std::make_shared<const Rotation>(rope, distance)}};
+    subject_ = std::make_shared<FakeSubject>(std::move(table));
   }
   static std::vector<uint32_t> All(TokenRange range) {
     std::vector<uint32_t> tokens(range.size());
@@ -297,6 +311,22 @@ TEST_F(AuditorTest, OfBudgetsThatDropTokensMassAndRecallAreThoseOfTheWorstHead) 
   EXPECT_NEAR(f.mass_error(), 1 - least, 1e-4);
   EXPECT_NEAR(f.RatioQuantile(0.5), 1, 0.1);
   EXPECT_GT(f.error(), 0.05);
+}
+
+TEST_F(AuditorTest, TokensOfAnotherPositionAreComparedAsTheyAreUsed) {
+  Place({2 * kBlockTokens, 5 * kBlockTokens}, 3 * kBlockTokens);
+  Auditor auditor({.fraction = 1}, kStep);
+  EXPECT_LT(Audited(auditor, Stretched(1.0, 0.03f)).error(), 1e-5);
+  constexpr uint32_t kTaken = 100;
+  std::vector<std::vector<uint32_t>> taken;
+  for (uint32_t g = 0; g < kShape.group(); ++g) {
+    taken.push_back(Best(g, kRange));
+    taken.back().resize(kTaken);
+  }
+  const AuditFigures f =
+      Audited(auditor, Query({.kind = Budget::Kind::kFixedK, .k = kTaken}, taken));
+  EXPECT_EQ(f.audits, 2u);
+  EXPECT_EQ(f.recall(), 1);
 }
 
 TEST_F(AuditorTest, AnIndexThatHidesTheBestTokensLosesRecallAndIsFoundToFitPoorly) {

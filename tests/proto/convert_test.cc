@@ -104,6 +104,7 @@ OpenRequest SomeOpen() {
   open.max_tokens = 4096;
   open.recipe = {Filled<RecipeDigest>(6)};
   open.accepts = {{Filled<RecipeDigest>(6)}, {}};
+  open.reuse_shifted = true;
   return open;
 }
 
@@ -117,6 +118,7 @@ TEST(ConvertTest, OpenSurvivesTheWire) {
   EXPECT_EQ(back->max_tokens, open.max_tokens);
   EXPECT_EQ(back->recipe, open.recipe);
   EXPECT_EQ(back->accepts, open.accepts);
+  EXPECT_TRUE(back->reuse_shifted);
 }
 
 TEST(ConvertTest, NoAcceptedRecipesMeansTheOwnOne) {
@@ -136,7 +138,8 @@ TEST(ConvertTest, AnEmptyRecipeIsDense) {
 }
 
 TEST(ConvertTest, OpenReplySurvivesTheWire) {
-  const OpenResult result{{77}, 512, {Filled<BlockId>(1), Filled<BlockId>(2)}, 1.5, false};
+  const OpenResult result{{77}, 512, {Filled<BlockId>(1), Filled<BlockId>(2)}, 1.5, false,
+                          {{{768, 1024}, -512}, {{1280, 1536}, 256}}};
   const auto back = FromProto(Sent(ToProto(result)));
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(back->context, result.context);
@@ -144,6 +147,7 @@ TEST(ConvertTest, OpenReplySurvivesTheWire) {
   EXPECT_EQ(back->reused_blocks, result.reused_blocks);
   EXPECT_EQ(back->expected_load_ms, result.expected_load_ms);
   EXPECT_EQ(back->reused_dense, result.reused_dense);
+  EXPECT_EQ(back->shifted, result.shifted);
 }
 
 TEST(ConvertTest, AppendSurvivesTheWire) {
@@ -195,7 +199,7 @@ TEST(ConvertTest, ForkSurvivesTheWire) {
 }
 
 TEST(ConvertTest, ContextInfoSurvivesTheWire) {
-  const ContextInfo info{{5}, "llama", SomeSpec().shape, 1, 2, 3, 4, true, 1ull << 50, 6};
+  const ContextInfo info{{5}, "llama", SomeSpec().shape, 1, 2, 3, 4, true, 1ull << 50, 6, 512};
   const auto back = FromProto(Sent(ToProto(info)));
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(back->context, info.context);
@@ -206,6 +210,7 @@ TEST(ConvertTest, ContextInfoSurvivesTheWire) {
   EXPECT_EQ(back->shared_tokens, info.shared_tokens);
   EXPECT_EQ(back->max_tokens, info.max_tokens);
   EXPECT_EQ(back->sealed, info.sealed);
+  EXPECT_EQ(back->shifted_tokens, info.shifted_tokens);
   EXPECT_EQ(back->private_bytes, info.private_bytes);
   EXPECT_EQ(back->shared_bytes, info.shared_bytes);
 }
@@ -304,7 +309,7 @@ TEST(ConvertTest, AttendRowSurvivesTheWire) {
 
 TEST(ConvertTest, AttendAnswerSurvivesTheWire) {
   std::vector<float> o = {1, 2, 3, 4}, lse = {-1, kEmptyLse}, o_back(4), lse_back(2);
-  const AttendAnswer answer{absl::OkStatus(), {1, 9}, 16, 1ull << 40, 0.25f, o, lse};
+  const AttendAnswer answer{absl::OkStatus(), {1, 9}, 16, 1ull << 40, 0.25f, o, lse, 7};
   AttendAnswer back;
   back.o = o_back;
   back.lse = lse_back;
@@ -314,6 +319,7 @@ TEST(ConvertTest, AttendAnswerSurvivesTheWire) {
   EXPECT_EQ(back.tokens_attended, answer.tokens_attended);
   EXPECT_EQ(back.bytes_touched, answer.bytes_touched);
   EXPECT_EQ(back.error_estimate, answer.error_estimate);
+  EXPECT_EQ(back.shifted_tokens, answer.shifted_tokens);
   EXPECT_EQ(o_back, o);
   EXPECT_EQ(lse_back, lse);
 
@@ -340,6 +346,7 @@ TEST(ConvertTest, TopKSurvivesTheWire) {
   answer.heads = {{{7, 1.5f}, {3, 0.5f}}, {}};
   answer.k = {"kk", ""};
   answer.v = {"vv", ""};
+  answer.shifted_tokens = 9;
   const auto back = FromProto(Sent(ToProto(answer)));
   ASSERT_TRUE(back.ok()) << back.status();
   ASSERT_EQ(back->heads.size(), 2u);
@@ -348,6 +355,7 @@ TEST(ConvertTest, TopKSurvivesTheWire) {
   EXPECT_EQ(back->heads[0][1].score, 0.5f);
   EXPECT_EQ(back->k, answer.k);
   EXPECT_EQ(back->v, answer.v);
+  EXPECT_EQ(back->shifted_tokens, answer.shifted_tokens);
 
   wire::TopKReply torn = ToProto(answer);
   torn.mutable_heads(0)->mutable_scores()->RemoveLast();
