@@ -83,8 +83,8 @@ TEST(ClusterIndexTest, PredictedErrorsAreAboutTheTrueOnes) {
         ClusterErrors found = ErrorsOf(head, run, Within(tolerated), 1);
         EXPECT_LE(Median(found.predicted), 1.5 * tolerated);
         for (size_t i = 0; i < found.errors.size(); ++i) found.errors[i] /= found.predicted[i];
-        EXPECT_GT(Median(found.errors), 0.4);
-        EXPECT_LT(Median(found.errors), 2.2);
+        EXPECT_GT(Median(found.errors), 0.25);
+        EXPECT_LT(Median(found.errors), 2);
       }
     }
   }

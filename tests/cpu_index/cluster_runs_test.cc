@@ -70,7 +70,8 @@ TEST(ClusterRunsTest, ALaterRunWithAnEarlierOnesModelIsAnsweredAboutAsWell) {
     for (const auto& index : runs.indexes) EXPECT_EQ(index->model(), runs.model);
     for (const float tolerated : {0.02f, 0.1f}) {
       const ClusterErrors found = ErrorsOf(head, runs, Within(tolerated), 4);
-      EXPECT_LT(found.mean(), 2 * tolerated) << from << " learned";
+      // Not as well as where all runs have been learned from.
+      EXPECT_LT(found.mean(), 3 * tolerated) << from << " learned";
     }
   }
 }

@@ -185,7 +185,7 @@ TEST_F(AttendLaneTest, RunsOfOneModelAreSearchedAtOnceBesideTheTailThatIsAttende
   ExpectSame(answer, wanted);
   EXPECT_EQ(answer.results[0].bytes, wanted.bytes);
   EXPECT_GT(answer.results[0].error_estimate, 0);
-  EXPECT_LT(answer.results[0].error_estimate, 1.5 * kTolerant.error);
+  EXPECT_LT(answer.results[0].error_estimate, 3 * kTolerant.error);
   ExpectAttended(answer, 0, {kFirst, kSecond, kTail}, 0.2);
 }
 
@@ -200,15 +200,13 @@ TEST_F(AttendLaneTest, RunsOfDifferentModelsAreSearchedEachAlone) {
 }
 
 TEST_F(AttendLaneTest, WhatAnAnswerIsMergedWithCountsForErrorsButIsNoPartOfIt) {
-  const Answer alone = Ask(kTolerant);
   const Answer merged = Ask(kTolerant, rest_);
   const Wanted wanted = Search({{0, 1}}, {kTail, kBefore, kBehind}, 1);
   ExpectSame(merged, wanted);
   const uint64_t rest = kBefore.size() + kBehind.size();
   EXPECT_EQ(merged.results[0].bytes, wanted.bytes + rest * 2 * kShape.vector_bytes());
-  EXPECT_LE(merged.results[0].tokens, alone.results[0].tokens);
   // By the length of the merged answer.
-  EXPECT_LT(merged.results[0].error_estimate, 1.5 * kTolerant.error);
+  EXPECT_LT(merged.results[0].error_estimate, 3 * kTolerant.error);
   ExpectAttended(merged, 0, {kFirst, kSecond, kTail}, 0.3);
 }
 

@@ -36,7 +36,7 @@ class EngineIndexTest : public EngineTest {
     return OpenFor(SmallModel(IndexedShape()), Tokens(kTokens), kTokens + 1024);
   }
   ContextId OpenFilled() { return OpenAndFill(session_, Request(), data_).context; }
-  // With sampled queries, as a prefill brings them.
+  // With sampled queries, as a prefill brings them; here before there is a run to index.
   ContextId OpenSampled() {
     constexpr uint32_t kSamples = 64;
     const auto opened = engine_->Open(session_, Request());
@@ -44,7 +44,7 @@ class EngineIndexTest : public EngineTest {
     AppendRequest request;
     request.context = opened->context;
     request.kv_heads = IndexedShape().kv_heads;
-    request.range = {0, kTokens};
+    request.range = {0, kFirst};
     request.k = data_.k(0, 0);
     request.v = data_.v(0, 0);
     std::mt19937_64 random(Seed());
@@ -56,6 +56,7 @@ class EngineIndexTest : public EngineTest {
     request.query_samples = q.data();
     request.query_positions = positions;
     EXPECT_OK(engine_->Append(session_, request));
+    EXPECT_OK(AppendAll(*engine_, session_, opened->context, data_, {kFirst, kTokens}));
     return opened->context;
   }
   IndexStats Index() const { return engine_->Stats().index; }
