@@ -159,6 +159,7 @@ void AttendMessage::ReadAnswers(const std::byte* slot_start, uint32_t generation
       answer.tokens_attended = pod.tokens_attended;
       answer.bytes_touched = pod.bytes_touched;
       answer.error_estimate = pod.error_estimate;
+      answer.shifted_tokens = pod.shifted_tokens;
       if (b.o == kKnown) {
         std::fill(answer.o.begin(), answer.o.end(), 0.0f);
         std::fill(answer.lse.begin(), answer.lse.end(), kEmptyLse);

@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "proto/audit_types.h"
 #include "proto/kv_types.h"
 #include "proto/retrieval_types.h"
 
@@ -122,6 +123,9 @@ class Client {
   virtual absl::StatusOr<DaemonStatus> Status() = 0;
   // Counters and gauges by their metric names, as on /metrics.
   virtual absl::StatusOr<std::map<std::string, double>> Statistics() = 0;
+  // What audits of live answers found since the start, for the tenant's models, by model, layer and
+  // KV head.
+  virtual absl::StatusOr<std::vector<HeadAudit>> Audits() = 0;
   // PermissionDenied unless the caller is the daemon's own user or an administrator.
   virtual absl::Status Drain() = 0;
 

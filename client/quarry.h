@@ -18,7 +18,7 @@
 extern "C" {
 #endif
 
-#define QUARRY_ABI_VERSION 2
+#define QUARRY_ABI_VERSION 3
 
 typedef int quarry_code;
 typedef struct quarry_client quarry_client;
@@ -83,6 +83,8 @@ typedef struct {
   float error_estimate;         /* fixed k, top-p, DIPR: share of softmax mass not attended;
                                    error: predicted relative error of o; SoftmaxLift: predicted
                                    relative standard error of e^lse; largest over the heads */
+  uint32_t shifted_tokens;      /* of the range, reused from another position or behind other text
+                                   (quarry_open_shifted): not 0, the answer is approximate */
   float* o;                     /* the caller's: [heads][head_dim] */
   float* lse;                   /* the caller's: [heads], natural log; empty set: -infinity */
 } quarry_answer;
@@ -101,6 +103,21 @@ void quarry_disconnect(quarry_client* client);
 quarry_code quarry_open(quarry_client* client, const quarry_model* model, const uint32_t* tokens,
                         size_t token_count, uint32_t max_tokens, uint64_t* context,
                         uint32_t* reused_tokens);
+/* Tokens of a context whose K and V were computed elsewhere: whole blocks of 256. */
+typedef struct {
+  uint32_t token_lo, token_hi;
+  int32_t shift; /* their position less the one they were computed at; 0: behind other text */
+} quarry_shifted_range;
+/* Like quarry_open, but what the prompt has beyond the cached prefix may also be reused where it is
+ * cached at another position (by a multiple of 256 tokens) or behind other text. That is
+ * approximate: deeper layers saw other text. *ranges is how many `shifted` has room for, and then
+ * how many there are, in token order; if there are more, the code is 8 and no context is open.
+ * Append what lies between and skip these. What is appended behind the first no longer counts as
+ * dense. */
+quarry_code quarry_open_shifted(quarry_client* client, const quarry_model* model,
+                                const uint32_t* tokens, size_t token_count, uint32_t max_tokens,
+                                uint64_t* context, uint32_t* reused_tokens,
+                                quarry_shifted_range* shifted, size_t* ranges);
 /* How many of the tokens quarry_open would reuse now; nothing is leased. */
 quarry_code quarry_longest_prefix(quarry_client* client, const quarry_model* model,
                                   const uint32_t* tokens, size_t token_count, uint32_t max_tokens,

@@ -194,6 +194,31 @@ quarry_code quarry_open(quarry_client* client, const quarry_model* model, const 
   return 0;
 }
 
+quarry_code quarry_open_shifted(quarry_client* client, const quarry_model* model,
+                                const uint32_t* tokens, size_t token_count, uint32_t max_tokens,
+                                uint64_t* context, uint32_t* reused_tokens,
+                                quarry_shifted_range* shifted, size_t* ranges) {
+  absl::StatusOr<quarry::OpenRequest> request = OpenOf(model, tokens, token_count, max_tokens);
+  if (!request.ok()) return Report(request.status());
+  request->reuse_shifted = true;
+  absl::StatusOr<quarry::OpenResult> opened = client->client->Open(*request);
+  if (!opened.ok()) return Report(opened.status());
+  const size_t room = std::exchange(*ranges, opened->shifted.size());
+  if (*ranges > room) {
+    const absl::Status closed = client->client->Close(opened->context);
+    return Report(closed.ok() ? absl::ResourceExhaustedError(absl::StrCat(
+                                    *ranges, " shifted ranges, there is room for ", room))
+                              : closed);
+  }
+  *context = opened->context.value;
+  *reused_tokens = opened->reused_tokens;
+  for (size_t i = 0; i < *ranges; ++i) {
+    const quarry::ShiftedRange& range = opened->shifted[i];
+    shifted[i] = {range.tokens.lo, range.tokens.hi, range.shift};
+  }
+  return 0;
+}
+
 quarry_code quarry_longest_prefix(quarry_client* client, const quarry_model* model,
                                   const uint32_t* tokens, size_t token_count, uint32_t max_tokens,
                                   uint32_t* reused_tokens) {
@@ -281,6 +306,7 @@ quarry_code quarry_attend_wait(quarry_attend* attend) {
     out.tokens_attended = answer.tokens_attended;
     out.bytes_touched = answer.bytes_touched;
     out.error_estimate = answer.error_estimate;
+    out.shifted_tokens = answer.shifted_tokens;
   }
   return Report(status);
 }

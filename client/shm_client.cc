@@ -71,6 +71,11 @@ class ShmClient final : public Client {
 
   absl::StatusOr<OpenResult> Open(const OpenRequest& request) override {
     QUARRY_RETURN_IF_ERROR(ValidateModelSpec(request.spec));
+    if (request.reuse_shifted && channel_.version() < 3) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("reuse at other positions needs shared-memory version 3, quarryd speaks ",
+                       channel_.version()));
+    }
     QUARRY_ASSIGN_OR_RETURN(wire::OpenReply reply, Call<wire::OpenReply>(channel_, shm::Method::kOpen,
                                                                          ToProto(request)));
     QUARRY_ASSIGN_OR_RETURN(OpenResult result, FromProto(reply));
@@ -330,6 +335,17 @@ class ShmClient final : public Client {
         wire::StatisticsReply reply,
         Call<wire::StatisticsReply>(channel_, shm::Method::kStatistics, wire::StatisticsRequest()));
     return std::map<std::string, double>(reply.values().begin(), reply.values().end());
+  }
+
+  absl::StatusOr<std::vector<HeadAudit>> Audits() override {
+    QUARRY_ASSIGN_OR_RETURN(
+        wire::AuditReply reply,
+        Call<wire::AuditReply>(channel_, shm::Method::kAudit, wire::AuditRequest()));
+    std::vector<HeadAudit> audits;
+    for (const wire::HeadAudit& head : reply.heads()) {
+      QUARRY_ASSIGN_OR_RETURN(audits.emplace_back(), FromProto(head));
+    }
+    return audits;
   }
 
   absl::Status Drain() override {

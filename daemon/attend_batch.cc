@@ -95,6 +95,7 @@ void AttendBatch::Start(Executor& executor) {
     AttendAnswer& answer = params_.answers[i];
     answer.covered = {};
     answer.tokens_attended = answer.bytes_touched = 0;
+    answer.shifted_tokens = 0;
     answer.error_estimate = 0;
     AdmittedRow admitted{i};
     answer.status = Admit(params_.rows[i], answer, &admitted);
@@ -333,6 +334,36 @@ void AttendBatch::FailAdmitted(const absl::Status& status) {
   admitted_.clear();
 }
 
+// Copies what the auditor drew, before the buffers are their client's again.
+void AttendBatch::OfferAudits() {
+  for (size_t l = 0; l < lanes_.size() && !admitted_.empty(); ++l) {
+    const LaneKey& key = lanes_[l].key();
+    for (size_t m = 0; m < lane_rows_[l].size() && key.kind == ScanKind::kIndexed; ++m) {
+      if (!params_.auditor->Draw()) continue;
+      const AdmittedRow& admitted = admitted_[lane_rows_[l][m]];
+      const AttendRow& row = params_.rows[admitted.index];
+      const AttendAnswer& answer = params_.answers[admitted.index];
+      const size_t group = key.shape->group(), floats = group * key.shape->head_dim;
+      const size_t head = key.kv_head * group - row.first_head;  // within the row
+      const float* const q = q_.data() + admitted.q_offset + head * key.shape->head_dim;
+      const float* const o = answer.o.data() + head * key.shape->head_dim;
+      const float* const lse = answer.lse.data() + head;
+      params_.auditor->Offer({admitted.context,
+                              key.layer,
+                              key.kv_head,
+                              row.range,
+                              row.budget,
+                              key.q_dtype,
+                              {q, q + floats},
+                              {o, o + floats},
+                              {lse, lse + group},
+                              lanes_[l].results()[m].error_estimate,
+                              row.merged,
+                              admitted.rest_hi});
+    }
+  }
+}
+
 void AttendBatch::Finish() {
   if (cancelled_.load(std::memory_order_relaxed)) {
     FailAdmitted(
@@ -347,10 +378,12 @@ void AttendBatch::Finish() {
       answer.error_estimate = std::max(answer.error_estimate, results[m].error_estimate);
     }
   }
-  uint64_t failures = 0, tokens = 0, bytes = 0;
+  uint64_t failures = 0, tokens = 0, bytes = 0, shifted_rows = 0;
   for (const AdmittedRow& row : admitted_) {
     AttendAnswer& answer = params_.answers[row.index];
     answer.covered = params_.rows[row.index].range;
+    answer.shifted_tokens = row.table->PlacedTokens(answer.covered);
+    shifted_rows += answer.shifted_tokens > 0 ? 1 : 0;
     tokens += answer.tokens_attended;
     bytes += answer.bytes_touched;
   }
@@ -359,8 +392,10 @@ void AttendBatch::Finish() {
   c.attend_rows.fetch_add(params_.rows.size(), std::memory_order_relaxed);
   c.attend_failures.fetch_add(failures, std::memory_order_relaxed);
   c.attend_tokens.fetch_add(tokens, std::memory_order_relaxed);
+  c.attend_shifted_rows.fetch_add(shifted_rows, std::memory_order_relaxed);
   c.attend_bytes.fetch_add(bytes, std::memory_order_relaxed);
   c.attend.Add(std::chrono::steady_clock::now() - start_);
+  OfferAudits();
   // What the rows read is given back before anybody learns that they are answered.
   admitted_.clear();
   params_.scratch_bytes->fetch_sub(charged_);

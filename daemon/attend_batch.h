@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "daemon/attend_lane.h"
+#include "daemon/auditor.h"
 #include "daemon/context_table.h"
 #include "daemon/engine_counters.h"
 #include "daemon/executor.h"
@@ -36,6 +37,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
     uint64_t max_scratch_bytes = 0;
     std::atomic<uint64_t>* scratch_bytes = nullptr;  // of all batches in flight
     EngineCounters* counters = nullptr;
+    Auditor* auditor = nullptr;
   };
   AttendBatch(Params params, const ContextTable& contexts);
 
@@ -80,6 +82,7 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   bool cancelled();
   void RunLaneTask(AttendLane& lane, uint32_t task);
   void PhaseDone(AttendLane& lane);
+  void OfferAudits();
   void Finish();
   void FailAdmitted(const absl::Status& status);
 

@@ -38,6 +38,7 @@ class AttendLane::Queries {
     block_.q_dtype = lane.key_.q_dtype;
     block_.queries = static_cast<uint32_t>(ranges_.size());
     block_.head_dim = s.head_dim;
+    if (unit.turn != nullptr) TurnBack(*unit.turn);
     block_.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
     block_.ranges = ranges_;
   }
@@ -58,6 +59,17 @@ class AttendLane::Queries {
       std::copy_n(q_of(unit.members[i]), floats, packed_.data() + i * floats);
     }
     return packed_.data();
+  }
+
+  // Turned queries no longer fit the narrow type that they came in. Turning them for each unit
+  // costs less than a hundredth of scanning one block.
+  void TurnBack(const Rotation& turn) {
+    if (block_.q != packed_.data()) {
+      packed_.assign(block_.q, block_.q + size_t{block_.queries} * block_.head_dim);
+    }
+    turn.TurnQueries(packed_.data(), block_.queries, block_.head_dim);
+    block_.q = packed_.data();
+    block_.q_dtype = DType::kFp32;
   }
 
   absl::InlinedVector<TokenRange, 32> ranges_;
@@ -128,6 +140,7 @@ void AttendLane::PickIndexes(std::span<const KeyIndex* const> indexes) {
   }
 }
 
+// The queries are the same for all units of a family: none of them has a turn, for they are runs.
 void AttendLane::AddToFamily(uint32_t u, const ClusterIndex* clusters) {
   clusters_[u] = clusters;
   const auto same = std::find_if(families_.begin(), families_.end(), [&](const Family& family) {

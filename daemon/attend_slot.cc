@@ -12,7 +12,7 @@
 namespace quarry {
 namespace {
 
-constexpr size_t kMaxCachedShapes = 4096;
+constexpr size_t kMaxCachedContexts = 4096;
 
 // Buffers of a message: whole, inside the slot, behind its rows, aligned.
 class SlotBuffers {
@@ -38,15 +38,14 @@ class SlotBuffers {
   const uint64_t first_;  // after the header and the rows
 };
 
-absl::StatusOr<KvShape> ShapeOf(Engine& engine, Channel& channel, ContextId context) {
-  // Context ids are never reused and shapes never change; a closed context's stale entry only
+absl::StatusOr<Channel::ContextFacts> FactsOf(Engine& engine, Channel& channel, ContextId context) {
+  // Context ids are never reused and these facts never change; a closed context's stale entry only
   // lets the engine say NotFound itself.
-  auto& shapes = channel.shapes();
-  if (const auto it = shapes.find(context.value); it != shapes.end()) return it->second;
+  auto& contexts = channel.contexts();
+  if (const auto it = contexts.find(context.value); it != contexts.end()) return it->second;
   QUARRY_ASSIGN_OR_RETURN(const ContextInfo info, engine.Info(channel.owner().session, context));
-  if (shapes.size() >= kMaxCachedShapes) shapes.clear();
-  shapes[context.value] = info.shape;
-  return info.shape;
+  if (contexts.size() >= kMaxCachedContexts) contexts.clear();
+  return contexts[context.value] = {info.shape, info.shifted_tokens > 0};
 }
 
 AttendRow ToRow(const shm::AttendRowPod& pod) {
@@ -79,8 +78,14 @@ absl::Status AddRow(Engine& engine, Channel& channel, const SlotBuffers& buffers
         absl::StrCat("budget kind ", pod.budget_kind, ", merged ", pod.merged, " and seed ",
                      pod.budget_seed, " on a channel of version 1"));
   }
-  QUARRY_ASSIGN_OR_RETURN(const KvShape shape, ShapeOf(engine, channel, row.context));
-  QUARRY_ASSIGN_OR_RETURN(const AttendRowBytes bytes, BytesOfRow(row, shape));
+  QUARRY_ASSIGN_OR_RETURN(const Channel::ContextFacts context,
+                          FactsOf(engine, channel, row.context));
+  if (context.shifted && channel.geometry().version < 3) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "context ", row.context.value, " has tokens of other positions: a channel of version ",
+        channel.geometry().version, " has no room to say so in answers"));
+  }
+  QUARRY_ASSIGN_OR_RETURN(const AttendRowBytes bytes, BytesOfRow(row, context.shape));
   AttendAnswer answer;
   // Rows that share their buffers could ask for more than any slot holds.
   state->claimed_bytes += bytes.q + 2 * bytes.kv + bytes.o + bytes.lse;
@@ -118,6 +123,7 @@ void Finish(TransportCounters& counters, SlotState& state) {
     pod.tokens_attended = answer.tokens_attended;
     pod.bytes_touched = answer.bytes_touched;
     pod.error_estimate = answer.error_estimate;
+    pod.shifted_tokens = answer.shifted_tokens;
   }
   const Submission request = state.submission;
   const size_t bytes = state.replies.size() * sizeof(shm::AttendAnswerPod);

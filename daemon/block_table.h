@@ -1,11 +1,13 @@
 // BlockTable: where a context's tokens lie, as one immutable snapshot.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "daemon/held_block.h"
+#include "daemon/rotation.h"
 #include "proto/types.h"
 
 namespace quarry {
@@ -18,11 +20,47 @@ struct RunUse {
   TokenRange tokens;
 };
 
+// Tokens that were computed at another position or behind other text: whole blocks, whose keys are
+// as they were stored, so that who reads them turns queries, or what it reads; or a fork's copy of
+// a part of one, at distance 0.
+struct PlacedStretch {
+  TokenRange tokens;
+  std::shared_ptr<const Rotation> turn;  // from there to here; its distance may be 0
+};
+
 // Held by shared_ptr: an attend reads the snapshot it started with while the context swaps in
 // the next one (a block won by an earlier writer, a run built in the background).
 struct BlockTable {
   std::vector<std::shared_ptr<HeldBlock>> blocks;  // of max_tokens, from token 0
-  std::vector<RunUse> runs;                        // disjoint, in token order
+  std::vector<RunUse> runs;           // disjoint, in token order; none has placed tokens
+  std::vector<PlacedStretch> placed;  // disjoint, in token order
+
+  // The stretch that holds the token; null: it is the context's own or of its prefix.
+  const PlacedStretch* PlacedAt(uint32_t token) const {
+    const auto next = std::upper_bound(
+        placed.begin(), placed.end(), token,
+        [](uint32_t t, const PlacedStretch& stretch) { return t < stretch.tokens.hi; });
+    return next != placed.end() && next->tokens.lo <= token ? &*next : nullptr;
+  }
+  // How the token's key is to be turned; null: not at all.
+  const Rotation* TurnAt(uint32_t token) const {
+    const PlacedStretch* const stretch = PlacedAt(token);
+    return stretch == nullptr || stretch->turn->distance() == 0 ? nullptr : stretch->turn.get();
+  }
+  // Where a stretch begins or ends next, behind the token: up to there keys are turned alike.
+  uint32_t NextEdge(uint32_t token) const {
+    for (const PlacedStretch& stretch : placed) {
+      if (token < stretch.tokens.lo) return stretch.tokens.lo;
+      if (token < stretch.tokens.hi) return stretch.tokens.hi;
+    }
+    return ~0u;
+  }
+  // Of the range.
+  uint32_t PlacedTokens(TokenRange range) const {
+    uint32_t tokens = 0;
+    for (const PlacedStretch& stretch : placed) tokens += Intersect(stretch.tokens, range).size();
+    return tokens;
+  }
 };
 
 }  // namespace quarry

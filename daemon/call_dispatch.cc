@@ -62,6 +62,8 @@ absl::StatusOr<std::string> DispatchCall(const ServiceParts& parts, const Caller
       return Run<v1::StatusRequest, v1::StatusReply>(parts, caller, in);
     case Method::kStatistics:
       return Run<v1::StatisticsRequest, v1::StatisticsReply>(parts, caller, in);
+    case Method::kAudit:
+      return Run<v1::AuditRequest, v1::AuditReply>(parts, caller, in);
     case Method::kDrain:
       return Run<v1::DrainRequest, v1::DrainReply>(parts, caller, in);
     case Method::kListContexts:

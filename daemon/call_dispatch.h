@@ -29,6 +29,8 @@ struct Caller {
   SessionId session;
   PeerIdentity peer;
   uint64_t max_reply_bytes = 0;  // what the transport carries; larger replies are refused early
+  // Whether answers to attends can say what of them was reused at another position.
+  bool flags_shifted = true;
 };
 
 // Runs one method (shm::Method's number) on its serialized request message and returns the

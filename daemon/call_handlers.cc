@@ -43,6 +43,10 @@ absl::Status CheckKeys(const google::protobuf::RepeatedPtrField<std::string>& ke
 absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::OpenRequest& in,
                   v1::OpenReply* out) {
   QUARRY_ASSIGN_OR_RETURN(const OpenRequest request, FromProto(in));
+  if (request.reuse_shifted && !caller.flags_shifted) {
+    return absl::FailedPreconditionError(
+        "reuse at other positions needs shared-memory version 3, in which answers say so");
+  }
   QUARRY_ASSIGN_OR_RETURN(const OpenResult result, parts.engine.Open(caller.session, request));
   *out = ToProto(result);
   return absl::OkStatus();
@@ -198,6 +202,13 @@ absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::Sta
 absl::Status Call(const ServiceParts& parts, const Caller&, const v1::StatisticsRequest&,
                   v1::StatisticsReply* out) {
   for (const auto& [name, value] : parts.metrics.Flat()) (*out->mutable_values())[name] = value;
+  return absl::OkStatus();
+}
+
+absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::AuditRequest&,
+                  v1::AuditReply* out) {
+  QUARRY_ASSIGN_OR_RETURN(const std::vector<HeadAudit> audits, parts.engine.Audits(caller.session));
+  for (const HeadAudit& audit : audits) *out->add_heads() = ToProto(audit);
   return absl::OkStatus();
 }
 

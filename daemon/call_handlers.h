@@ -33,6 +33,7 @@ absl::Status Call(const ServiceParts&, const Caller&, const v1::TopKRequest&, v1
 absl::Status Call(const ServiceParts&, const Caller&, const v1::StatusRequest&, v1::StatusReply*);
 absl::Status Call(const ServiceParts&, const Caller&, const v1::StatisticsRequest&,
                   v1::StatisticsReply*);
+absl::Status Call(const ServiceParts&, const Caller&, const v1::AuditRequest&, v1::AuditReply*);
 // PermissionDenied unless the caller is the daemon's own user or a configured administrator.
 absl::Status Call(const ServiceParts&, const Caller&, const v1::DrainRequest&, v1::DrainReply*);
 

@@ -80,8 +80,13 @@ class Channel {
   bool armed() const { return header_->armed.load(std::memory_order_relaxed) != 0; }
   void SetParked(bool parked) { header_->parked.store(parked ? 1 : 0, std::memory_order_relaxed); }
   void SetClosing() { header_->closing.store(1, std::memory_order_release); }
-  // Shapes of contexts this client named, so that a decode step does not ask the engine.
-  absl::flat_hash_map<uint64_t, KvShape>& shapes() { return shapes_; }
+  // What stays as it is of contexts this client named, so that a decode step does not ask the
+  // engine.
+  struct ContextFacts {
+    KvShape shape;
+    bool shifted = false;  // some of its tokens are reused from another position
+  };
+  absl::flat_hash_map<uint64_t, ContextFacts>& contexts() { return contexts_; }
 
   // ---- Any thread.
   std::byte* slot(uint32_t index) const { return slots_ + index * geometry_.slot_bytes; }
@@ -114,7 +119,7 @@ class Channel {
 
   // Poller only: a cursor the client cannot reach.
   uint64_t cursor_ = 0;
-  absl::flat_hash_map<uint64_t, KvShape> shapes_;
+  absl::flat_hash_map<uint64_t, ContextFacts> contexts_;
 
   std::unique_ptr<SlotState[]> states_;
   std::atomic<uint32_t> in_flight_{0};

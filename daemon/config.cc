@@ -44,6 +44,12 @@ absl::Status Bad(std::string_view key, std::string_view value, std::string_view 
   return absl::InvalidArgumentError(absl::StrCat(View(key), " = ", View(value), ": ", View(why)));
 }
 
+// The shortest decimal that reads back to the same.
+std::string Decimal(double value) {
+  char text[32];
+  return {text, std::to_chars(text, text + sizeof(text), value).ptr};
+}
+
 // Keeps the first violation of a range.
 class RangeChecker {
  public:
@@ -55,6 +61,10 @@ class RangeChecker {
     if (value < min || value > max) {
       Keep(Bad(key, std::to_string(value), absl::StrCat("must be from ", min, " to ", max)));
     }
+  }
+  void Number(std::string_view key, double value, double min, double max) {
+    if (value >= min && value <= max) return;
+    Keep(Bad(key, Decimal(value), absl::StrCat("must be from ", min, " to ", max)));
   }
   void Bytes(std::string_view key, uint64_t value, uint64_t min, uint64_t max) {
     if (value < min || value > max) {
@@ -200,6 +210,7 @@ class Printer {
   void LevelName(std::string_view key, const std::string& v) { Line(key, Quoted(v)); }
   void Flag(std::string_view key, bool v) { Line(key, v ? "true" : "false"); }
   void Count(std::string_view key, uint32_t v, uint32_t, uint32_t) { Line(key, std::to_string(v)); }
+  void Number(std::string_view key, double v, double, double) { Line(key, Decimal(v)); }
   void Bytes(std::string_view key, uint64_t v, uint64_t, uint64_t) {
     Line(key, Quoted(PrintBytes(v)));
   }

@@ -6,9 +6,9 @@
 namespace quarry {
 
 // Calls the visitor once per key with its dotted name, its value and its allowed range:
-// Text(key, string), Count(key, uint32, min, max), Bytes(key, uint64, min, max), Flag(key, bool),
-// Mode(key, mode_t), Choice(key, enum, {names in the enum's order}), Users(key, map),
-// UserSet(key, set), LevelName(key, string).
+// Text(key, string), Count(key, uint32, min, max), Number(key, double, min, max), Bytes(key,
+// uint64, min, max), Flag(key, bool), Mode(key, mode_t), Choice(key, enum, {names in the enum's
+// order}), Users(key, map), UserSet(key, set), LevelName(key, string).
 template <typename Visitor, typename ConfigRef>
 void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   constexpr uint64_t kKiB = 1024, kMiB = kKiB * 1024, kTiB = kMiB * kMiB;
@@ -41,6 +41,11 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Count("index.threads", c.engine.index.threads, 1, 1024);
   v.Count("index.query_samples", c.engine.index.query_samples, 1, 65536);
   v.Bytes("index.max_bytes", c.engine.index.max_bytes, 0, 64 * kTiB);
+
+  v.Number("audit.fraction", c.engine.audit.fraction, 0, 1);
+  v.Count("audit.threads", c.engine.audit.threads, 1, 1024);
+  v.Count("audit.queue", c.engine.audit.queue, 1, 65536);
+  v.Number("audit.drift_factor", c.engine.audit.drift_factor, 0.01, 1000);
 
   v.Text("shm.socket", c.shm.socket);
   v.Mode("shm.socket_mode", c.shm.socket_mode);

@@ -1,6 +1,7 @@
 // The only file that knows toml++.
 #include <fstream>
 #include <initializer_list>
+#include <optional>
 #include <set>
 #include <sstream>
 #include <utility>
@@ -59,6 +60,17 @@ class Reader {
       out = static_cast<uint32_t>(*number);
     } else {
       Bad(key, *node, absl::StrCat("must be an integer from ", min, " to ", max));
+    }
+  }
+
+  void Number(std::string_view key, double& out, double min, double max) {
+    const toml::node* node = Find(key);
+    if (node == nullptr) return;
+    const auto number = node->is_number() ? node->value<double>() : std::nullopt;
+    if (number && *number >= min && *number <= max) {
+      out = *number;
+    } else {
+      Bad(key, *node, absl::StrCat("must be a number from ", min, " to ", max));
     }
   }
 

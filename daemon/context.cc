@@ -31,6 +31,7 @@ std::shared_ptr<QuerySamples> SamplesOf(const ContextServices& services, const K
 Context::Context(const ContextServices& services, ContextParams params, ContextStart start)
     : services_(services),
       params_(std::move(params)),
+      placed_(start.table.placed),
       frontier_(size_t{shape().layers} * shape().kv_heads),
       samples_(SamplesOf(services, shape(), std::move(start.samples))),
       attends_(samples_ == nullptr ? 0 : frontier_.size()),
@@ -38,7 +39,8 @@ Context::Context(const ContextServices& services, ContextParams params, ContextS
       token_ids_(std::move(start.token_ids)),
       claimed_(frontier_.size()),
       full_strips_(table_->blocks.size()) {
-  for (auto& frontier : frontier_) frontier.store(start.tokens, std::memory_order_relaxed);
+  const uint32_t next = BehindPlaced(start.tokens);
+  for (auto& frontier : frontier_) frontier.store(next, std::memory_order_relaxed);
 }
 
 absl::Status Context::Append(const AppendRequest& r) {
@@ -104,6 +106,12 @@ absl::Status Context::CheckInput(const KvInput& input) const {
     return absl::FailedPreconditionError(absl::StrCat("context ", params_.id.value, ": tokens ",
                                                       RangeText(input.range), " pass max_tokens ",
                                                       params_.max_tokens));
+  }
+  for (const PlacedStretch& stretch : placed_) {
+    if (Intersect(stretch.tokens, input.range).empty()) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("context ", params_.id.value, ": tokens ", RangeText(input.range), " meet ",
+                     RangeText(stretch.tokens), ", which are reused from another position"));
   }
   if (input.k == nullptr || input.v == nullptr) {
     return absl::InvalidArgumentError(
@@ -233,8 +241,9 @@ absl::Status Context::Commit(const KvInput& input, absl::Status outcome) {
     QUARRY_RETURN_IF_ERROR(CheckIds(input, &fresh));
     token_ids_.insert(token_ids_.end(), fresh.begin(), fresh.end());
     // Release: who sees the new frontier sees the bytes below it.
+    const uint32_t next = BehindPlaced(input.range.hi);
     for (size_t i = 0; i < input.kv_heads; ++i) {
-      frontier_[first + i].store(input.range.hi, std::memory_order_release);
+      frontier_[first + i].store(next, std::memory_order_release);
     }
     maintain = CountFullBlocks(input);
   }
@@ -244,6 +253,13 @@ absl::Status Context::Commit(const KvInput& input, absl::Status outcome) {
                                              std::memory_order_relaxed);
   if (maintain) services_.background->Enqueue(shared_from_this());
   return absl::OkStatus();
+}
+
+uint32_t Context::BehindPlaced(uint32_t token) const {
+  for (const PlacedStretch& stretch : placed_) {
+    if (stretch.tokens.lo == token) token = stretch.tokens.hi;
+  }
+  return token;
 }
 
 bool Context::CountFullBlocks(const KvInput& input) {
@@ -316,6 +332,7 @@ void Context::Retire() {
   const auto end = table_->blocks.begin() + CompleteTokens() / kBlockTokens;
   if (!std::all_of(table_->blocks.begin(), end, [](const auto& b) { return b->published(); })) {
     remains->blocks.assign(table_->blocks.begin(), end);
+    remains->placed = placed_;
   }
   whole = std::exchange(table_, std::move(remains));
 }
@@ -332,6 +349,7 @@ ContextInfo Context::Info() const {
   info.shape = shape();
   info.tokens = CompleteTokens();
   info.max_tokens = params_.max_tokens;
+  for (const PlacedStretch& stretch : placed_) info.shifted_tokens += stretch.tokens.size();
   std::shared_ptr<const BlockTable> table;
   {
     absl::MutexLock lock(&mutex_);
@@ -345,50 +363,6 @@ ContextInfo Context::Info() const {
     (published ? info.shared_bytes : info.private_bytes) += shape().block_bytes();
   }
   return info;
-}
-
-absl::Status Context::Read(uint32_t layer, TokenRange range, std::span<std::byte> k,
-                           std::span<std::byte> v) const {
-  const KvShape& s = shape();
-  if (layer >= s.layers) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("context ", params_.id.value, ": layer ", layer, " of ", s.layers, " layers"));
-  }
-  const uint32_t available = AvailableTokens(layer, 0, s.kv_heads);
-  if (range.lo > range.hi || range.hi > available) {
-    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": tokens ",
-                                                   RangeText(range), " of layer ", layer,
-                                                   ", which has ", available));
-  }
-  const size_t vector_bytes = s.vector_bytes();
-  const size_t token_bytes = vector_bytes * s.kv_heads;
-  const size_t wanted = range.size() * token_bytes;
-  if (k.size() != wanted || v.size() != wanted) {
-    return absl::InvalidArgumentError(absl::StrCat("context ", params_.id.value, ": K and V of ",
-                                                   k.size(), " and ", v.size(), " bytes for ",
-                                                   wanted));
-  }
-  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, Table());
-  for (uint32_t lo = range.lo; lo < range.hi;) {
-    const uint32_t block = lo / kBlockTokens;
-    const uint32_t hi = std::min(range.hi, (block + 1) * kBlockTokens);
-    QUARRY_RETURN_IF_ERROR(table->blocks[block]->Verify());
-    for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
-      std::byte* const out =
-          (part == KvPart::kKey ? k : v).data() + size_t{lo - range.lo} * token_bytes;
-      for (uint32_t h = 0; h < s.kv_heads; ++h) {
-        const std::byte* const strip = table->blocks[block]->data() +
-                                       s.strip_offset(layer, part, h) +
-                                       size_t{lo % kBlockTokens} * vector_bytes;
-        for (uint32_t t = 0; t < hi - lo; ++t) {
-          std::memcpy(out + t * token_bytes + h * vector_bytes, strip + t * vector_bytes,
-                      vector_bytes);
-        }
-      }
-    }
-    lo = hi;
-  }
-  return absl::OkStatus();
 }
 
 }  // namespace quarry

@@ -12,12 +12,15 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "daemon/audited_query.h"
+#include "daemon/auditor.h"
 #include "daemon/background.h"
 #include "daemon/block_table.h"
 #include "daemon/engine_counters.h"
 #include "daemon/query_samples.h"
 #include "daemon/run_indexer.h"
 #include "daemon/run_registry.h"
+#include "daemon/stretch_index.h"
 #include "proto/kv_types.h"
 
 namespace quarry {
@@ -25,10 +28,12 @@ namespace quarry {
 // What a context uses of its engine; outlives it.
 struct ContextServices {
   BlockStore* store = nullptr;
+  StretchIndex* stretches = nullptr;
   RunRegistry* runs = nullptr;
   RunIndexer* indexer = nullptr;
   BackgroundWorker* background = nullptr;
   EngineCounters* counters = nullptr;
+  Auditor* auditor = nullptr;
 };
 
 // Constant from open to close.
@@ -45,7 +50,7 @@ struct ContextParams {
 // Where a context starts: nothing, a reused prefix, or a fork.
 struct ContextStart {
   BlockTable table;                 // blocks for max_tokens
-  uint32_t tokens = 0;              // present in all layers
+  uint32_t tokens = 0;              // present in all layers; a stretch placed there is besides
   std::vector<uint32_t> token_ids;  // known, from token 0
   std::shared_ptr<QuerySamples> samples;  // of the context it forks; null: its own
 };
@@ -67,12 +72,14 @@ struct KvInput {
 //
 // A (layer, KV head) has one writer at a time, which claims it, writes beyond the frontier without
 // a lock, and then moves the frontier; readers see only what lies below it.
-class Context : public BackgroundWorker::Client, public std::enable_shared_from_this<Context> {
+class Context : public BackgroundWorker::Client,
+                public AuditSubject,
+                public std::enable_shared_from_this<Context> {
  public:
   Context(const ContextServices& services, ContextParams params, ContextStart start);
 
   const ContextParams& params() const { return params_; }
-  const KvShape& shape() const { return params_.spec.shape; }
+  const KvShape& shape() const override { return params_.spec.shape; }
 
   absl::Status Append(const AppendRequest& request);
   // The new token of a decode step; `k` and `v` are [kv_heads][head_dim].
@@ -102,6 +109,13 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   // Null: indexes are off.
   const std::shared_ptr<QuerySamples>& samples() const { return samples_; }
 
+  const std::string& tenant() const override { return params_.tenant; }
+  const std::string& model() const override { return params_.spec.name; }
+  std::shared_ptr<const BlockTable> Memory() const override;
+  // Live queries that came after a drift take the places of sampled ones, and teach the indexes
+  // when they are half of what is kept.
+  bool NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit) override;
+
   // Background: publishes full blocks, attaches runs, has them indexed.
   void Maintain() override;
 
@@ -121,8 +135,16 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   // Counts blocks that became full; true if one is full in all layers and heads.
   bool CountFullBlocks(const KvInput& input) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
+  // Where appends go on after `token`: behind the stretch that is placed there, if one is.
+  uint32_t BehindPlaced(uint32_t token) const;
+
   void PublishFullBlocks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
-  absl::Status PublishBlock(const BlockTable& table, uint32_t block, std::span<const uint32_t> ids)
+  // Returns the id it is published under.
+  absl::StatusOr<BlockId> PublishBlock(const BlockTable& table, uint32_t block,
+                                       std::span<const uint32_t> ids)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  // The parent's id for what follows this published block of the table.
+  BlockId IdHere(const BlockTable& table, uint32_t block, std::span<const uint32_t> ids) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   void IndexRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
@@ -138,6 +160,7 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   // Constant after construction.
   const ContextServices services_;
   const ContextParams params_;
+  const std::vector<PlacedStretch> placed_;  // as every table's
   // [layer][kv_head]: tokens stored. Written by the claim's holder under mutex_.
   std::vector<std::atomic<uint32_t>> frontier_;
   const std::shared_ptr<QuerySamples> samples_;
@@ -146,6 +169,7 @@ class Context : public BackgroundWorker::Client, public std::enable_shared_from_
   // One publisher at a time; taken before mutex_, never by an append or an attend.
   absl::Mutex maintenance_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);
   uint32_t published_blocks_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;  // from token 0
+  BlockId last_id_ ABSL_GUARDED_BY(maintenance_mutex_);                // the next block's parent
   bool publishing_failed_ ABSL_GUARDED_BY(maintenance_mutex_) = false;
   uint32_t next_run_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;
 

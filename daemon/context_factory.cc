@@ -1,9 +1,11 @@
 #include "daemon/context_factory.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/identity.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -16,40 +18,58 @@ constexpr size_t kMaxInputs = 1024;
 
 uint32_t BlocksFor(uint32_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 
-// Reserves and begins the private blocks of a context: all of them now, so that decode never
-// meets a full arena. On failure nothing stays reserved.
-absl::Status BeginBlocks(const ContextServices& services, const std::string& tenant,
-                         uint64_t block_bytes, uint32_t count, const BlockOrigin& origin,
+// Blocks that a context will write itself.
+struct PrivateBlocks {
+  const std::string& tenant;
+  uint64_t block_bytes = 0;
+  BlockOrigin own, behind;  // of blocks before number first_behind, and from there on
+  uint32_t first_behind = ~0u;
+};
+
+// Reserves and begins the private blocks of a context, one for each null of `blocks`: all of them
+// now, so that decode never meets a full arena. On failure nothing stays reserved.
+absl::Status BeginBlocks(const ContextServices& services, const PrivateBlocks& wanted,
                          std::vector<std::shared_ptr<HeldBlock>>* blocks) {
+  auto count = static_cast<uint32_t>(std::count(blocks->begin(), blocks->end(), nullptr));
   if (count == 0) return absl::OkStatus();
+  const std::string& tenant = wanted.tenant;
+  const uint64_t block_bytes = wanted.block_bytes;
   BlockStore& store = *services.store;
   absl::Status reserved = store.Reserve(tenant, block_bytes, count);
   if (absl::IsResourceExhausted(reserved)) {
-    // Closed contexts may wait in the background to be published: that is not a full arena.
+    // Closed contexts may wait in the background to be published, or be audited: that is not a full
+    // arena.
     services.background->Flush();
+    services.auditor->LetGo();
     reserved = store.Reserve(tenant, block_bytes, count);
   }
   QUARRY_RETURN_IF_ERROR(reserved);
-  blocks->reserve(blocks->size() + count);
-  for (uint32_t i = 0; i < count; ++i) {
+  for (uint32_t i = 0; i < blocks->size(); ++i) {
+    if ((*blocks)[i] != nullptr) continue;
     absl::StatusOr<BlockView> view = store.Begin(tenant, block_bytes);
     if (!view.ok()) {
-      store.Unreserve(tenant, block_bytes, count - i);
+      store.Unreserve(tenant, block_bytes, count);
       return view.status();
     }
-    blocks->push_back(std::make_shared<HeldBlock>(store, *view, origin));
+    --count;
+    (*blocks)[i] = std::make_shared<HeldBlock>(
+        store, *view, i < wanted.first_behind ? wanted.own : wanted.behind);
   }
   return absl::OkStatus();
 }
 
-// Copies the first `tokens` tokens of a block, of every layer and KV head.
-void CopyTokens(const KvShape& shape, const HeldBlock& from, uint32_t tokens, HeldBlock* to) {
+// Copies the first `tokens` tokens of a block, of every layer and KV head. The copy's keys are
+// turned, unless `turn` is null.
+void CopyTokens(const KvShape& shape, const HeldBlock& from, uint32_t tokens, const Rotation* turn,
+                HeldBlock* to) {
   const size_t bytes = tokens * shape.vector_bytes();
   for (uint32_t layer = 0; layer < shape.layers; ++layer) {
     for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
       for (uint32_t h = 0; h < shape.kv_heads; ++h) {
         const uint64_t strip = shape.strip_offset(layer, part, h);
         std::memcpy(to->writable() + strip, from.data() + strip, bytes);
+        if (part != KvPart::kKey || turn == nullptr) continue;
+        turn->TurnStoredKeys(to->writable() + strip, tokens, shape.head_dim, shape.dtype);
       }
     }
   }
@@ -61,6 +81,36 @@ BlockOrigin OriginOfCopy(const BlockOrigin& copied, const BlockOrigin& own) {
   BlockOrigin origin = own;
   origin.publishable = copied.publishable && (copied.dense || copied.name_space == own.name_space);
   return origin;
+}
+
+// The matches as a table has them. Stretches of one shift share its rotation.
+std::vector<PlacedStretch> Placed(const RopeSpec& rope, std::span<const StretchMatch> matches) {
+  std::vector<PlacedStretch> placed;
+  for (const StretchMatch& match : matches) {
+    const auto alike = std::find_if(placed.begin(), placed.end(), [&](const PlacedStretch& p) {
+      return p.turn->distance() == match.shift;
+    });
+    const uint32_t lo = match.first_block * kBlockTokens;
+    placed.push_back({{lo, lo + static_cast<uint32_t>(match.blocks.size()) * kBlockTokens},
+                      alike != placed.end() ? alike->turn
+                                            : std::make_shared<const Rotation>(rope, match.shift)});
+  }
+  return placed;
+}
+
+// The placed stretches that a fork at `tokens` keeps. Of a block that it cuts it has a copy, whose
+// keys are turned already.
+std::vector<PlacedStretch> PlacedBelow(const RopeSpec& rope,
+                                       const std::vector<PlacedStretch>& placed, uint32_t tokens) {
+  const uint32_t cut = tokens / kBlockTokens * kBlockTokens;
+  std::vector<PlacedStretch> kept;
+  for (const PlacedStretch& stretch : placed) {
+    const TokenRange whole = Intersect(stretch.tokens, {0, cut});
+    const TokenRange copied = Intersect(stretch.tokens, {cut, tokens});
+    if (!whole.empty()) kept.push_back({whole, stretch.turn});
+    if (!copied.empty()) kept.push_back({copied, std::make_shared<const Rotation>(rope, 0)});
+  }
+  return kept;
 }
 
 // The runs that a fork at `tokens` keeps; the one it cuts is searched up to there.
@@ -101,6 +151,10 @@ absl::Status ContextFactory::CheckOpen(const OpenRequest& request) const {
     return absl::InvalidArgumentError(absl::StrCat(request.inputs.size(), " inputs; at most ",
                                                    kMaxInputs, " are allowed"));
   }
+  if (request.reuse_shifted && request.spec.rope.rotary_dim == 0) {
+    return absl::InvalidArgumentError(
+        "reuse at other positions turns queries by the model's rope, which has no frequencies");
+  }
   return absl::OkStatus();
 }
 
@@ -120,6 +174,11 @@ absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequ
   QUARRY_RETURN_IF_ERROR(contexts_.CheckRoom());
 
   PrefixMatch prefix = prefixes_.FindAndLease(session.tenant(), request);
+  std::vector<StretchMatch> stretches;
+  if (request.reuse_shifted) {
+    stretches = StretchFinder(*services_.store, *services_.stretches, session.tenant(), request)
+                    .Find(prefix);
+  }
   OpenResult result;
   result.reused_tokens = static_cast<uint32_t>(prefix.blocks.size()) * kBlockTokens;
   result.reused_dense = prefix.dense;
@@ -128,12 +187,13 @@ absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequ
   ContextStart start;
   start.tokens = result.reused_tokens;
   start.token_ids = request.tokens;
-  start.table.blocks = std::move(prefix.blocks);
-  const auto reused = static_cast<uint32_t>(start.table.blocks.size());
-  QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, session.tenant(), request.spec.shape.block_bytes(),
-                                     BlocksFor(request.max_tokens) - reused,
-                                     OriginOf(session.tenant(), request.spec, request.recipe),
-                                     &start.table.blocks));
+  QUARRY_RETURN_IF_ERROR(
+      FillTable(session, request, std::move(prefix), std::move(stretches), &start.table));
+  uint64_t shifted_tokens = 0;
+  for (const PlacedStretch& stretch : start.table.placed) {
+    result.shifted.push_back({stretch.tokens, stretch.turn->distance()});
+    shifted_tokens += stretch.tokens.size();
+  }
   QUARRY_RETURN_IF_ERROR(Insert(session,
                                 {{},
                                  session.id(),
@@ -145,7 +205,27 @@ absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequ
                                 std::move(start), &result.context));
   services_.counters->opened.fetch_add(1, std::memory_order_relaxed);
   services_.counters->reused_tokens.fetch_add(result.reused_tokens, std::memory_order_relaxed);
+  services_.counters->shifted_tokens.fetch_add(shifted_tokens, std::memory_order_relaxed);
   return result;
+}
+
+// What was found at its place, and new blocks for the rest.
+absl::Status ContextFactory::FillTable(const Session& session, const OpenRequest& request,
+                                       PrefixMatch prefix, std::vector<StretchMatch> stretches,
+                                       BlockTable* table) const {
+  table->placed = Placed(request.spec.rope, stretches);
+  table->blocks = std::move(prefix.blocks);
+  table->blocks.resize(BlocksFor(request.max_tokens));
+  for (StretchMatch& stretch : stretches) {
+    std::move(stretch.blocks.begin(), stretch.blocks.end(),
+              table->blocks.begin() + stretch.first_block);
+  }
+  const std::string& tenant = session.tenant();
+  PrivateBlocks wanted{tenant, request.spec.shape.block_bytes(),
+                       OriginOf(tenant, request.spec, request.recipe),
+                       OriginOf(tenant, request.spec, ShiftedRecipeOf(request.recipe))};
+  if (!stretches.empty()) wanted.first_behind = stretches.front().first_block;
+  return BeginBlocks(services_, wanted, &table->blocks);
 }
 
 absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkRequest& request) {
@@ -170,23 +250,31 @@ absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkReque
   const KvShape& shape = parent->shape();
   const uint32_t whole = request.tokens / kBlockTokens;
   const uint32_t partial = request.tokens % kBlockTokens;
-  const BlockOrigin own = OriginOf(session.tenant(), from.spec, request.recipe);
   ContextStart start;
   start.tokens = request.tokens;
   start.token_ids = parent->TokenIds(request.tokens);
   start.table.runs = RunsBelow(table->runs, request.tokens);
   start.samples = parent->samples();
+  start.table.placed = PlacedBelow(from.spec.rope, table->placed, request.tokens);
   start.table.blocks.assign(table->blocks.begin(), table->blocks.begin() + whole);
+  // Behind a placed stretch, or in the copy of a part of one, nothing is as exact as the recipe
+  // says.
+  const bool behind = table->PlacedTokens({0, request.tokens}) > 0;
+  const BlockOrigin own = OriginOf(session.tenant(), from.spec,
+                                   behind ? ShiftedRecipeOf(request.recipe) : request.recipe);
+  PrivateBlocks wanted{session.tenant(), shape.block_bytes(), own, own};
   if (partial > 0) {
     const HeldBlock& copied = *table->blocks[whole];
-    QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, session.tenant(), shape.block_bytes(), 1,
-                                       OriginOfCopy(copied.origin(), own), &start.table.blocks));
-    CopyTokens(shape, copied, partial, start.table.blocks.back().get());
+    wanted.own = OriginOfCopy(copied.origin(), own);
+    if (table->PlacedAt(request.tokens) != nullptr) wanted.own.publishable = false;
+    wanted.first_behind = whole + 1;
   }
-  const auto begun = static_cast<uint32_t>(start.table.blocks.size());
-  QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, session.tenant(), shape.block_bytes(),
-                                     BlocksFor(request.max_tokens) - begun, own,
-                                     &start.table.blocks));
+  start.table.blocks.resize(BlocksFor(request.max_tokens));
+  QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, wanted, &start.table.blocks));
+  if (partial > 0) {
+    CopyTokens(shape, *table->blocks[whole], partial, table->TurnAt(request.tokens),
+               start.table.blocks[whole].get());
+  }
   ContextId id;
   QUARRY_RETURN_IF_ERROR(Insert(session,
                                 {{},

@@ -3,12 +3,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "daemon/context.h"
 #include "daemon/context_table.h"
 #include "daemon/prefix_index.h"
 #include "daemon/session_table.h"
+#include "daemon/stretch_finder.h"
 #include "proto/kv_types.h"
 
 namespace quarry {
@@ -32,6 +34,8 @@ class ContextFactory {
  private:
   absl::Status CheckMaxTokens(const RopeSpec& rope, uint32_t max_tokens) const;
   absl::Status CheckOpen(const OpenRequest& request) const;
+  absl::Status FillTable(const Session& session, const OpenRequest& request, PrefixMatch prefix,
+                         std::vector<StretchMatch> stretches, BlockTable* table) const;
   absl::Status Insert(Session& session, ContextParams params, ContextStart start, ContextId* id);
 
   const ContextServices services_;

@@ -1,4 +1,5 @@
-// What a context does in the background: publishing full blocks and attaching runs.
+// What a context does in the background: publishing full blocks, attaching runs, and what audits
+// need.
 #include <algorithm>
 #include <utility>
 
@@ -6,6 +7,7 @@
 
 #include "daemon/context.h"
 #include "daemon/prefix_index.h"
+#include "proto/identity.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -26,37 +28,60 @@ void Context::PublishFullBlocks() {
     const std::shared_ptr<const BlockTable> table = TableOrRemains();
     if (published_blocks_ >= table->blocks.size()) return;  // closed
     const std::shared_ptr<HeldBlock>& block = table->blocks[published_blocks_];
-    if (block->published()) continue;
+    if (block->published()) {
+      last_id_ = IdHere(*table, published_blocks_, ids);
+      continue;
+    }
     if (!block->origin().publishable) return;
-    const absl::Status status = PublishBlock(*table, published_blocks_, ids);
-    if (status.ok()) continue;
+    const absl::StatusOr<BlockId> id = PublishBlock(*table, published_blocks_, ids);
+    if (id.ok()) {
+      last_id_ = *id;
+      continue;
+    }
     // The id names other bytes (another shape, or a fork's other token ids). The context is as
     // good as before, but neither this block nor its successors can be shared.
     publishing_failed_ = true;
     services_.counters->publish_failures.fetch_add(1, std::memory_order_relaxed);
     spdlog::warn("publish failed context={} block={} error=\"{}\"", params_.id.value,
-                 published_blocks_, std::string(status.message()));
+                 published_blocks_, std::string(id.status().message()));
     return;
   }
 }
 
-absl::Status Context::PublishBlock(const BlockTable& table, uint32_t index,
-                                   std::span<const uint32_t> ids) {
+BlockId Context::IdHere(const BlockTable& table, uint32_t index,
+                        std::span<const uint32_t> ids) const {
+  const HeldBlock& block = *table.blocks[index];
+  const PlacedStretch* const stretch = table.PlacedAt(index * kBlockTokens);
+  if (stretch == nullptr) return block.id();
+  // What was computed behind the same placed blocks before has its own id here.
+  const BlockId own = BlockIdOf(last_id_, block.origin().name_space,
+                                ids.subspan(size_t{index} * kBlockTokens, kBlockTokens),
+                                InputsOfBlock(params_.inputs, index));
+  if (own == block.id()) return own;
+  return PlacedBlockIdOf(last_id_, block.id(), stretch->turn->distance());
+}
+
+absl::StatusOr<BlockId> Context::PublishBlock(const BlockTable& table, uint32_t index,
+                                              std::span<const uint32_t> ids) {
   const std::shared_ptr<HeldBlock>& block = table.blocks[index];
-  const BlockId parent = index == 0 ? BlockId{} : table.blocks[index - 1]->id();
-  QUARRY_ASSIGN_OR_RETURN(
-      std::shared_ptr<HeldBlock> winner,
-      block->Publish(ContextBlockKey(parent, block->origin().name_space, shape(),
-                                     ids.subspan(size_t{index} * kBlockTokens, kBlockTokens),
-                                     InputsOfBlock(params_.inputs, index))));
-  if (winner == nullptr) return absl::OkStatus();
+  const std::span<const uint32_t> tokens = ids.subspan(size_t{index} * kBlockTokens, kBlockTokens);
+  const NamespaceDigest& name_space = block->origin().name_space;
+  const BlockKey key =
+      ContextBlockKey(last_id_, name_space, shape(), tokens, InputsOfBlock(params_.inputs, index));
+  QUARRY_ASSIGN_OR_RETURN(std::shared_ptr<HeldBlock> winner, block->Publish(key));
+  // What was computed behind placed blocks is not to be placed again: errors would add up.
+  if (placed_.empty() || index * kBlockTokens < placed_.front().tokens.lo) {
+    services_.stretches->Add(params_.tenant, StretchIdOf(name_space, tokens, params_.inputs),
+                             {key.id, last_id_, index});
+  }
+  if (winner == nullptr) return key.id;
   std::shared_ptr<const BlockTable> old;  // ends outside the lock: it may be the last owner
   absl::MutexLock lock(&mutex_);
-  if (index >= table_->blocks.size()) return absl::OkStatus();  // closed meanwhile
+  if (index >= table_->blocks.size()) return key.id;  // closed meanwhile
   auto next = std::make_shared<BlockTable>(*table_);
   next->blocks[index] = std::move(winner);
   old = std::exchange(table_, std::move(next));
-  return absl::OkStatus();
+  return key.id;
 }
 
 void Context::AttachRuns() {
@@ -72,6 +97,8 @@ void Context::AttachRuns() {
     const auto use = std::find_if(runs.begin(), runs.end(),
                                   [&](const RunUse& u) { return u.tokens.lo >= tokens.lo; });
     if (use != runs.end() && use->tokens == tokens) continue;  // came with a fork
+    // A run's keys are all at the positions that it says; placed blocks are scanned without one.
+    if (table->PlacedTokens(tokens) > 0) continue;
     const uint32_t first = tokens.lo / kBlockTokens;
     const uint32_t last = (tokens.hi - 1) / kBlockTokens;
     RunUse own{services_.runs->GetOrMake(
@@ -89,6 +116,7 @@ void Context::AttachRuns() {
   if (retired_) return;
   auto next = std::make_shared<BlockTable>();
   next->blocks = table_->blocks;
+  next->placed = table_->placed;
   next->runs = std::move(runs);
   old = std::exchange(table_, std::move(next));
 }
@@ -97,7 +125,20 @@ void Context::IndexRuns() {
   if (samples_ == nullptr) return;
   const absl::StatusOr<std::shared_ptr<const BlockTable>> table = Table();
   if (!table.ok()) return;  // closed
-  services_.indexer->Consider((*table)->runs, shape(), samples_);
+  // A run that is being indexed just now is left as it comes: if it does not fit, audits say so
+  // again.
+  const RunIndexes::Why why =
+      samples_->TakeRenewed() ? RunIndexes::Why::kOtherSamples : RunIndexes::Why::kMoreSamples;
+  services_.indexer->Consider((*table)->runs, shape(), samples_, why);
+}
+
+std::shared_ptr<const BlockTable> Context::Memory() const {
+  absl::StatusOr<std::shared_ptr<const BlockTable>> table = Table();
+  return table.ok() ? *std::move(table) : nullptr;
+}
+
+bool Context::NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit) {
+  return samples_ != nullptr && samples_->NoteFit(layer, kv_head, fit);
 }
 
 }  // namespace quarry

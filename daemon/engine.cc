@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "daemon/attend_batch.h"
+#include "daemon/auditor.h"
 #include "daemon/background.h"
 #include "daemon/context_factory.h"
 #include "daemon/context_table.h"
@@ -49,6 +50,7 @@ absl::Status CheckOptions(const EngineOptions& o) {
   if (o.index.query_samples == 0) {
     return wrong("index.query_samples", 0, "at least 1 is wanted");
   }
+  if (o.audit.threads == 0) return wrong("audit.threads", 0, "at least 1 is wanted");
   if (o.max_queued_batches == 0) return wrong("max_queued_batches", 0, "at least 1 is wanted");
   return absl::OkStatus();
 }
@@ -85,13 +87,15 @@ class EngineImpl final : public Engine {
   EngineImpl(const EngineOptions& options, std::unique_ptr<BlockStore> store)
       : options_(options),
         store_(std::move(store)),
+        stretches_(*store_),
         runs_({options.first_run_token, options.run_tokens}),
         indexer_(options.index, &runs_),
         sessions_(options.max_sessions, options.max_leases_per_session),
         contexts_(options.max_contexts),
         opaque_(*store_),
-        factory_({store_.get(), &runs_, &indexer_, &background_, &counters_}, contexts_,
-                 options.max_context_tokens),
+        auditor_(options.audit, options.task_tokens),
+        factory_({store_.get(), &stretches_, &runs_, &indexer_, &background_, &counters_, &auditor_},
+                 contexts_, options.max_context_tokens),
         executor_({ExecutorThreads(options), options.max_queued_batches}) {}
 
   absl::StatusOr<SessionId> StartSession(std::string_view tenant, std::string_view name) override {
@@ -177,6 +181,11 @@ class EngineImpl final : public Engine {
       return absl::FailedPreconditionError(
           absl::StrCat("context ", context.value, ": block ", block, " is not published"));
     }
+    if (table->TurnAt(block * kBlockTokens) != nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("context ", context.value, ": block ", block,
+                       " is reused from another position: its keys are to be read, not leased"));
+    }
     return session->AddLease(table->blocks[block]);
   }
   absl::StatusOr<BlockLease> LeaseEngineBlock(SessionId id, std::string_view name_space,
@@ -236,13 +245,22 @@ class EngineImpl final : public Engine {
               std::function<void()> done) override;
   TopKAnswer TopK(SessionId id, const AttendRow& row, uint32_t k, bool gather) override;
 
+  absl::StatusOr<std::vector<HeadAudit>> Audits(SessionId id) override {
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    return auditor_.Of(session->tenant());
+  }
+  std::vector<HeadAudit> AuditsOfAllTenants() const override { return auditor_.OfAll(); }
+
   bool Work() override { return executor_.RunOne(); }
   void SetArmed(bool armed) override { executor_.SetArmed(armed); }
   absl::StatusOr<ExtentInfo> Extent(SessionId id, uint32_t extent) override {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
     return store_->arena().ExtentDescriptor(session->tenant(), extent);
   }
-  void Drain() override { draining_.store(true, std::memory_order_release); }
+  void Drain() override {
+    draining_.store(true, std::memory_order_release);
+    auditor_.Drain();
+  }
   EngineStats Stats() const override;
 
  private:
@@ -262,12 +280,14 @@ class EngineImpl final : public Engine {
   std::atomic<uint64_t> scratch_bytes_{0};  // of attends in flight
   std::atomic<bool> draining_{false};
   const std::unique_ptr<BlockStore> store_;
+  StretchIndex stretches_;
   RunRegistry runs_;
   RunIndexer indexer_;
   SessionTable sessions_;
   ContextTable contexts_;
   OpaqueBlocks opaque_;
   BackgroundWorker background_;
+  Auditor auditor_;
   ContextFactory factory_;
   Executor executor_;  // first to end: answers what is queued
 };
@@ -308,7 +328,9 @@ absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& req
   }
   while (runs_.DropIdle()) {  // they tell of keys; those of runs in use end with these
   }
-  return store_->Purge(session->tenant(), request.name_space, request.blocks);
+  const uint64_t purged = store_->Purge(session->tenant(), request.name_space, request.blocks);
+  stretches_.Sweep();  // they tell of tokens
+  return purged;
 }
 
 void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
@@ -326,8 +348,8 @@ void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
   }
   const auto batch = std::make_shared<AttendBatch>(
       AttendBatch::Params{*std::move(session), rows, answers, std::move(done), options_.task_tokens,
-                          options_.inline_bytes, options_.max_attend_scratch_bytes,
-                          &scratch_bytes_, &counters_},
+                          options_.inline_bytes, options_.max_attend_scratch_bytes, &scratch_bytes_,
+                          &counters_, &auditor_},
       contexts_);
   batch->Start(executor_);
 }
@@ -381,6 +403,8 @@ EngineStats EngineImpl::Stats() const {
   s.append_tokens = get(counters_.append_tokens);
   s.append_bytes = get(counters_.append_bytes);
   s.reused_tokens = get(counters_.reused_tokens);
+  s.shifted_tokens = get(counters_.shifted_tokens);
+  s.attend_shifted_rows = get(counters_.attend_shifted_rows);
   s.opened = get(counters_.opened);
   s.publish_failures = get(counters_.publish_failures);
   s.read_digest_failures = get(counters_.read_digest_failures);
@@ -389,6 +413,7 @@ EngineStats EngineImpl::Stats() const {
   s.runs_made = runs_.made();
   s.runs_live = runs_.live();
   s.index = indexer_.stats();
+  s.audit = auditor_.stats();
   s.attend = Summary(counters_.attend);
   s.append = Summary(counters_.append);
   s.open = Summary(counters_.open);

@@ -12,9 +12,11 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "daemon/audit_options.h"
+#include "daemon/index_options.h"
+#include "proto/audit_types.h"
 #include "proto/kv_types.h"
 #include "proto/retrieval_types.h"
-#include "daemon/index_options.h"
 #include "storage/block_store.h"
 
 namespace quarry {
@@ -35,6 +37,7 @@ struct EngineOptions {
   uint32_t max_leases_per_session = 65536;
   uint32_t max_context_tokens = 1u << 24;  // Open and Fork refuse a larger max_tokens
   IndexOptions index;
+  AuditOptions audit;
 };
 
 struct LongestPrefix {
@@ -60,9 +63,12 @@ struct EngineStats {
   uint64_t attend_rows = 0, attend_failures = 0, attend_bytes = 0, attend_tokens = 0;
   uint64_t append_tokens = 0, append_bytes = 0;
   uint64_t reused_tokens = 0, opened = 0;
+  uint64_t shifted_tokens = 0;       // reused from another position or behind other text
+  uint64_t attend_shifted_rows = 0;  // answered over such tokens
   uint64_t runs_made = 0;  // since the start
   uint64_t runs_live = 0;
   IndexStats index;
+  AuditStats audit;
   uint64_t leases = 0;  // of all sessions
   uint64_t publish_failures = 0;
   uint64_t read_digest_failures = 0;  // Read, Get: answered as DataLoss or a miss
@@ -105,6 +111,12 @@ class Engine {
   // - All digests in request.inputs are hashed into the first block's id, thereby into every
   //   descendant's: contexts with other inputs share nothing.
   // - Cached KV of the same identity but another shape or dtype is a miss.
+  // With request.reuse_shifted, blocks behind the prefix that are cached at another position or
+  // behind other text are leased too, if they have the same tokens, inputs and namespace of an
+  // accepted recipe. They are no part of reused_tokens: result.shifted names them. Appends go on
+  // behind each when they reach it; attends turn queries by its shift, Read and gathered keys are
+  // turned. What is appended behind the first is of ShiftedRecipeOf(recipe). InvalidArgument: the
+  // rope has no frequencies.
   // ResourceExhausted: no room for max_tokens, or max_contexts. FailedPrecondition: max_tokens
   // beyond rope.regime_max_tokens. request.tokens are the context's known ids.
   virtual absl::StatusOr<OpenResult> Open(SessionId, const OpenRequest&) = 0;
@@ -132,7 +144,8 @@ class Engine {
   // The first read of a reused block checks its digest; DataLoss retires the block: open again.
   virtual absl::Status Read(SessionId, ContextId, uint32_t layer, TokenRange range,
                             std::span<std::byte> k, std::span<std::byte> v) = 0;
-  // Leases end with ReleaseLease or the session. FailedPrecondition: the block is not published.
+  // Leases end with ReleaseLease or the session. FailedPrecondition: the block is not published, or
+  // is reused from another position (its bytes are of there).
   virtual absl::StatusOr<BlockLease> LeaseContextBlock(SessionId, ContextId, uint32_t block) = 0;
   virtual absl::StatusOr<BlockLease> LeaseEngineBlock(SessionId, std::string_view engine_namespace,
                                                       std::string_view key) = 0;
@@ -174,13 +187,18 @@ class Engine {
   // The row's budget is not used and it may carry no token.
   virtual TopKAnswer TopK(SessionId, const AttendRow& row, uint32_t k, bool gather) = 0;
 
+  // What audits of live answers found since the start, by model, layer and KV head: of the
+  // session's tenant, and, for the operator's metrics, of all tenants, models of one name together.
+  virtual absl::StatusOr<std::vector<HeadAudit>> Audits(SessionId) = 0;
+  virtual std::vector<HeadAudit> AuditsOfAllTenants() const = 0;
+
   // Executors spin while at least one client is armed, then park.
   virtual void SetArmed(bool armed) = 0;
 
   // The descriptor of an extent of the session's tenant (owned by the arena).
   virtual absl::StatusOr<ExtentInfo> Extent(SessionId, uint32_t extent) = 0;
 
-  // After Drain, Open, Append and Put are Unavailable; attends in flight finish.
+  // After Drain, Open, Append and Put are Unavailable; attends in flight finish, audits end.
   virtual void Drain() = 0;
   virtual EngineStats Stats() const = 0;
 };

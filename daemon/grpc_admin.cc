@@ -19,6 +19,11 @@ class AdminService : public v1::Admin::CallbackService {
                                        v1::StatisticsReply* reply) override {
     return RunUnary(shared_, context, request, reply, SessionPolicy::kOptional);
   }
+  // Of the session's tenant, so a session is needed.
+  grpc::ServerUnaryReactor* Audit(grpc::CallbackServerContext* context,
+                                  const v1::AuditRequest* request, v1::AuditReply* reply) override {
+    return RunUnary(shared_, context, request, reply);
+  }
   grpc::ServerUnaryReactor* Drain(grpc::CallbackServerContext* context,
                                   const v1::DrainRequest* request, v1::DrainReply* reply) override {
     return RunUnary(shared_, context, request, reply, SessionPolicy::kOptional);

@@ -24,8 +24,8 @@ void Write(const Figure<Source, Number> (&figures)[N], const Source& source, Met
     const auto type =
         figure.name.ends_with("_total") ? MetricSample::Type::kCounter : MetricSample::Type::kGauge;
     const uint64_t value = source.*figure.value;
-    out->samples.push_back({type, std::string(figure.name), std::string(figure.help), "", "",
-                            static_cast<double>(value)});
+    out->samples.push_back(
+        {type, std::string(figure.name), std::string(figure.help), {}, static_cast<double>(value)});
   }
 }
 
@@ -71,9 +71,15 @@ constexpr Figure<EngineStats> kEngine[] = {
     {"quarry_context_opened_total", "contexts opened", &EngineStats::opened},
     {"quarry_context_reused_tokens_total", "prompt tokens found in the cache",
      &EngineStats::reused_tokens},
+    {"quarry_context_shifted_tokens_total",
+     "prompt tokens found in the cache at another position or behind other text",
+     &EngineStats::shifted_tokens},
     {"quarry_append_tokens_total", "token-layers appended", &EngineStats::append_tokens},
     {"quarry_append_bytes_total", "bytes of K and V appended", &EngineStats::append_bytes},
     {"quarry_attend_rows_total", "rows answered", &EngineStats::attend_rows},
+    {"quarry_attend_shifted_rows_total",
+     "rows answered over tokens reused from another position or behind other text",
+     &EngineStats::attend_shifted_rows},
     {"quarry_attend_failures_total", "rows answered with an error", &EngineStats::attend_failures},
     {"quarry_attend_read_bytes_total", "bytes of K, V and index read", &EngineStats::attend_bytes},
     {"quarry_attend_tokens_total", "tokens attended, summed over heads",
@@ -100,6 +106,18 @@ constexpr Figure<IndexStats> kIndex[] = {
     {"quarry_index_build_micros_total", "time of the threads that build",
      &IndexStats::build_micros},
     {"quarry_index_bytes", "memory of all indexes", &IndexStats::bytes},
+};
+
+constexpr Figure<AuditStats> kAudit[] = {
+    {"quarry_audit_queued_count", "answers waiting to be audited", &AuditStats::queued},
+    {"quarry_audit_done_total", "answers compared with exact attention", &AuditStats::done},
+    {"quarry_audit_passed_by_total", "drawn answers that found the audit's queue full",
+     &AuditStats::full},
+    {"quarry_audit_given_up_total", "audits given up: the context closed, or the daemon drains",
+     &AuditStats::given_up},
+    {"quarry_audit_drifts_total", "times that indexes did not fit live queries any more",
+     &AuditStats::drifts},
+    {"quarry_audit_micros_total", "time of the threads that audit", &AuditStats::micros},
 };
 
 constexpr Figure<TransportCounters, std::atomic<uint64_t>> kTransports[] = {
@@ -137,8 +155,11 @@ void WriteLatency(std::string_view name, std::string_view help, const LatencySum
                                                       {"0.999", latency.p999_us},
                                                       {"1", latency.max_us}};
   for (const auto& [quantile, microseconds] : quantiles) {
-    out->samples.push_back({MetricSample::Type::kGauge, std::string(name), std::string(help),
-                            "quantile", quantile, microseconds * 1e-6});
+    out->samples.push_back({MetricSample::Type::kGauge,
+                            std::string(name),
+                            std::string(help),
+                            {{"quantile", quantile}},
+                            microseconds * 1e-6});
   }
 }
 
@@ -150,12 +171,16 @@ Metrics::Metrics(const Engine& engine, std::function<double()> uptime_seconds)
 MetricsSnapshot Metrics::Collect() const {
   MetricsSnapshot out;
   const EngineStats stats = engine_.Stats();
-  out.samples.push_back({MetricSample::Type::kGauge, "quarry_daemon_uptime_seconds",
-                         "since the start", "", "", uptime_seconds_()});
+  out.samples.push_back({MetricSample::Type::kGauge,
+                         "quarry_daemon_uptime_seconds",
+                         "since the start",
+                         {},
+                         uptime_seconds_()});
   Write(kArena, stats.store.arena, &out);
   Write(kStore, stats.store, &out);
   Write(kEngine, stats, &out);
   Write(kIndex, stats.index, &out);
+  Write(kAudit, stats.audit, &out);
   WriteLatency("quarry_engine_attend_seconds", "attend batches inside the engine, since the start",
                stats.attend, &out);
   WriteLatency("quarry_engine_append_seconds", "appends inside the engine, since the start",
@@ -164,8 +189,10 @@ MetricsSnapshot Metrics::Collect() const {
                &out);
   Write(kTransports, counters_, &out);
   for (size_t i = 0; i < counters_.shm_requests.size(); ++i) {
-    out.samples.push_back({MetricSample::Type::kCounter, "quarry_shm_requests_total",
-                           "shared-memory requests by kind", "opcode", std::string(kOpcodeNames[i]),
+    out.samples.push_back({MetricSample::Type::kCounter,
+                           "quarry_shm_requests_total",
+                           "shared-memory requests by kind",
+                           {{"opcode", std::string(kOpcodeNames[i])}},
                            static_cast<double>(counters_.shm_requests[i].load())});
   }
   out.histograms.push_back({"quarry_shm_attend_latency_seconds",
@@ -181,8 +208,10 @@ std::map<std::string, double> Metrics::Flat() const {
   const MetricsSnapshot snapshot = Collect();
   for (const MetricSample& s : snapshot.samples) {
     std::string name = s.name;
-    if (!s.label_name.empty())
-      absl::StrAppend(&name, "{", s.label_name, "=\"", s.label_value, "\"}");
+    for (const auto& [label, text] : s.labels) {
+      absl::StrAppend(&name, name == s.name ? "{" : ",", label, "=\"", text, "\"");
+    }
+    if (!s.labels.empty()) name += "}";
     flat[name] = s.value;
   }
   for (const MetricHistogram& h : snapshot.histograms) {

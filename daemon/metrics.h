@@ -1,5 +1,6 @@
 // What quarryd counts. One list of samples feeds both /metrics (Prometheus) and
-// Admin.Statistics, so that the two never disagree.
+// Admin.Statistics, so that the two never disagree. Audits, which name models of all tenants, are
+// on /metrics alone: a tenant asks Admin.Audit for its own.
 #pragma once
 
 #include <array>
@@ -10,6 +11,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -20,7 +22,7 @@ namespace quarry {
 
 struct MetricsOptions {
   std::string listen;         // address:port; empty: off
-  bool allow_remote = false;  // the figures name no tenant; still, off by default
+  bool allow_remote = false;  // the figures name models, but no tenant; still, off by default
 };
 
 // Counted by the transports; relaxed atomics, any thread.
@@ -47,7 +49,7 @@ struct MetricSample {
   enum class Type { kCounter, kGauge } type = Type::kGauge;
   std::string name;  // quarry_<area>_<what>_<unit>
   std::string help;
-  std::string label_name, label_value;  // empty: no label
+  std::vector<std::pair<std::string, std::string>> labels;
   double value = 0;
 };
 struct MetricHistogram {
@@ -66,6 +68,9 @@ class Metrics {
 
   TransportCounters& counters() { return counters_; }
   MetricsSnapshot Collect() const;
+  // Of audited answers, labelled by model, layer and KV head: of the 8 models audited most, the
+  // first 1,024 heads each. Samples of one name follow each other.
+  std::vector<MetricSample> CollectAudits() const;
   // The same figures under their names as on /metrics, e.g.
   // quarry_shm_requests_total{opcode="nop"}.
   std::map<std::string, double> Flat() const;

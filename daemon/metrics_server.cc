@@ -1,6 +1,7 @@
 // The only file that knows prometheus-cpp.
 #include <exception>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -14,7 +15,7 @@ namespace {
 
 prometheus::ClientMetric ToClientMetric(const MetricSample& sample) {
   prometheus::ClientMetric metric;
-  if (!sample.label_name.empty()) metric.label.push_back({sample.label_name, sample.label_value});
+  for (const auto& [name, value] : sample.labels) metric.label.push_back({name, value});
   if (sample.type == MetricSample::Type::kCounter) {
     metric.counter.value = sample.value;
   } else {
@@ -45,7 +46,10 @@ class Collector : public prometheus::Collectable {
 
   std::vector<prometheus::MetricFamily> Collect() const override {
     std::vector<prometheus::MetricFamily> families;
-    const MetricsSnapshot snapshot = metrics_.Collect();
+    MetricsSnapshot snapshot = metrics_.Collect();
+    for (MetricSample& sample : metrics_.CollectAudits()) {
+      snapshot.samples.push_back(std::move(sample));
+    }
     for (const MetricSample& sample : snapshot.samples) {
       if (families.empty() || families.back().name != sample.name) {
         prometheus::MetricFamily& family = families.emplace_back();

@@ -63,9 +63,7 @@ PrefixMatch PrefixIndex::FindAndLease(std::string_view tenant, const OpenRequest
   if (origins.empty()) origins.push_back(OriginOf(tenant, request.spec, request.recipe));
 
   PrefixMatch match;
-  // The last token is always computed: its logits are what the worker wants.
-  const size_t whole_blocks =
-      request.tokens.empty() ? 0 : (request.tokens.size() - 1) / kBlockTokens;
+  const uint32_t whole_blocks = WholeBlocksOf(request.tokens);
   BlockId parent;
   for (uint32_t i = 0; i < whole_blocks; ++i) {
     const auto tokens = std::span(request.tokens).subspan(size_t{i} * kBlockTokens, kBlockTokens);

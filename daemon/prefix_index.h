@@ -26,6 +26,12 @@ BlockOrigin OriginOf(std::string_view tenant, const ModelSpec& spec, const Numer
 // every later block.
 std::span<const InputDigest> InputsOfBlock(std::span<const InputDigest> inputs, uint32_t block);
 
+// Whole blocks of a prompt that may be reused: the last token is always computed, since its logits
+// are what the worker wants.
+inline uint32_t WholeBlocksOf(std::span<const uint32_t> tokens) {
+  return tokens.empty() ? 0 : static_cast<uint32_t>((tokens.size() - 1) / kBlockTokens);
+}
+
 struct PrefixMatch {
   std::vector<std::shared_ptr<HeldBlock>> blocks;  // whole blocks from token 0, leased
   bool dense = true;                               // all of them

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 
+#include "daemon/spread_bits.h"
 #include "proto/half.h"
 
 namespace quarry {
@@ -11,17 +12,14 @@ namespace {
 
 constexpr uint32_t kWorthALook = 32;  // positions, and each power of two above
 
-// Spreads numbers evenly over 64 bits (the finalizer of MurmurHash3).
-uint64_t Mix(uint64_t x) {
-  x = (x ^ (x >> 33)) * 0xff51afd7ed558ccdull;
-  x = (x ^ (x >> 33)) * 0xc4ceb9fe1a85ec53ull;
-  return x ^ (x >> 33);
-}
-
 }  // namespace
 
 QuerySamples::QuerySamples(const KvShape& shape, uint32_t capacity)
-    : shape_(shape), capacity_(capacity), heads_(size_t{shape.layers} * shape.kv_heads) {}
+
+    : shape_(shape),
+      capacity_(capacity),
+      heads_(size_t{shape.layers} * shape.kv_heads),
+      drift_(heads_.size()) {}
 
 bool QuerySamples::Add(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q) {
   absl::MutexLock lock(&mutex_);
@@ -43,7 +41,8 @@ bool QuerySamples::AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv
     Head& head = heads_[size_t{layer} * shape_.kv_heads + first_kv_head + h];
     // Reservoir sampling: each position has the same chance to be kept. The draw depends on nothing
     // but how many came before, so that equal calls keep equal samples.
-    const uint64_t place = head.seen < capacity_ ? head.seen : Mix(head.seen) % (head.seen + 1);
+    const uint64_t place =
+        head.seen < capacity_ ? head.seen : SpreadBits(head.seen) % (head.seen + 1);
     ++head.seen;
     if (place >= capacity_) continue;
     if (place >= Kept(head)) head.q.resize((place + 1) * floats());
@@ -51,8 +50,28 @@ bool QuerySamples::AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv
                    FloatToBf16);
     worth |= h == 0 && head.seen <= capacity_ && head.seen >= kWorthALook &&
              std::has_single_bit(head.seen);
+    worth |= h == 0 && renewing_ && head.seen == Renewed();
   }
   return worth;
+}
+
+bool QuerySamples::NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit) {
+  absl::MutexLock lock(&mutex_);
+  // Until they are learned again there is nothing new to find.
+  if (renewing_ || !drift_.Note(size_t{layer} * shape_.kv_heads + kv_head, fit)) return false;
+  renewing_ = true;
+  for (Head& head : heads_) head.seen = 0;
+  return true;
+}
+
+bool QuerySamples::TakeRenewed() {
+  absl::MutexLock lock(&mutex_);
+  if (!renewing_) return false;
+  for (const Head& head : heads_) {
+    if (head.seen < Renewed()) return false;
+  }
+  renewing_ = false;
+  return true;
 }
 
 uint32_t QuerySamples::LeastKept() const {

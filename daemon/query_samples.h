@@ -7,12 +7,14 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
+#include "daemon/drift_watch.h"
 #include "proto/types.h"
 
 namespace quarry {
 
 // Of each layer and KV head, the queries of its group at a bounded number of positions: the first
-// ones, then an even choice of all that came. Kept as bf16. Thread-safe.
+// ones, then an even choice of all that came. Where indexes that were fitted to them turn out not
+// to fit live queries, new ones take the places of the old. Kept as bf16. Thread-safe.
 class QuerySamples {
  public:
   // capacity: positions of each layer and KV head, at least 1.
@@ -25,6 +27,13 @@ class QuerySamples {
   // The same if nobody else is at it, and else nothing: for those who must not wait.
   bool TryAdd(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q);
 
+  // Takes note of an audited answer. True if indexes do not fit any more: from here on, what comes
+  // is counted and chosen as if nothing had come before, and takes the places of what did.
+  bool NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit);
+  // True once after that, when at least half of what is kept of each head has come since. Add says
+  // when it is worth asking.
+  bool TakeRenewed();
+
   // Positions kept of the layer and KV head that has fewest.
   uint32_t LeastKept() const;
   // [positions * group][head_dim] fp32, multiplied by 1 / sqrt(head_dim) as scores are.
@@ -33,10 +42,11 @@ class QuerySamples {
  private:
   struct Head {
     std::vector<uint16_t> q;  // bf16 [positions][group][head_dim]
-    uint32_t seen = 0;
+    uint32_t seen = 0;        // since indexes were found not to fit
   };
   size_t floats() const { return size_t{shape_.group()} * shape_.head_dim; }
   uint32_t Kept(const Head& head) const { return static_cast<uint32_t>(head.q.size() / floats()); }
+  uint32_t Renewed() const { return (capacity_ + 1) / 2; }
   bool AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -44,6 +54,8 @@ class QuerySamples {
   const uint32_t capacity_;
   mutable absl::Mutex mutex_;  // held for one position's, or one head's, copy
   std::vector<Head> heads_ ABSL_GUARDED_BY(mutex_);  // [layer][kv_head]
+  DriftWatch drift_ ABSL_GUARDED_BY(mutex_);
+  bool renewing_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace quarry

@@ -68,17 +68,17 @@ RunIndexer::~RunIndexer() {
 }
 
 void RunIndexer::Consider(std::span<const RunUse> runs, const KvShape& shape,
-                          const std::shared_ptr<const QuerySamples>& samples) {
+                          const std::shared_ptr<const QuerySamples>& samples, RunIndexes::Why why) {
   if (!enabled() || runs.empty()) return;
   auto job = std::make_shared<Job>();
   job->shape = shape;
   job->samples = samples;
   job->learning.samples = samples->LeastKept();
   for (const RunUse& use : runs) job->learning.tokens += use.run->tokens().size();
-  bool again = false;
+  bool again = why == RunIndexes::Why::kOtherSamples;
   for (const RunUse& use : runs) {
     const std::shared_ptr<RunIndexes>& indexes = use.run->indexes();
-    const RunIndexes::Due due = indexes->Begin(job->learning);
+    const RunIndexes::Due due = indexes->Begin(job->learning, why);
     if (due == RunIndexes::Due::kNo) {
       if (indexes->learned().has_value()) job->neighbour = indexes;
       continue;

@@ -33,9 +33,10 @@ class RunIndexer {
   RunIndexer& operator=(const RunIndexer&) = delete;
 
   // Has the runs of a context, in token order, indexed, or indexed anew if many more queries or
-  // tokens are known than when they were.
+  // tokens are known than when they were, or other queries. Runs that are being indexed are left.
   void Consider(std::span<const RunUse> runs, const KvShape& shape,
-                const std::shared_ptr<const QuerySamples>& samples);
+                const std::shared_ptr<const QuerySamples>& samples,
+                RunIndexes::Why why = RunIndexes::Why::kMoreSamples);
 
   bool enabled() const { return options_.choice.kind != IndexKind::kExact; }
   const IndexOptions& options() const { return options_; }

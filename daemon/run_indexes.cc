@@ -16,7 +16,7 @@ bool RunIndexes::empty() const {
   return std::all_of(heads_.begin(), heads_.end(), [](const auto& head) { return !head; });
 }
 
-RunIndexes::Due RunIndexes::Begin(const Learning& now) {
+RunIndexes::Due RunIndexes::Begin(const Learning& now, Why why) {
   absl::MutexLock lock(&mutex_);
   if (busy_) return Due::kNo;
   if (!learned_.has_value()) {
@@ -27,7 +27,7 @@ RunIndexes::Due RunIndexes::Begin(const Learning& now) {
       now.samples >= kLeastSamples && now.samples / kTimesMoreSamples >= learned_->samples;
   const bool tokens =
       now.tokens / kTimesMoreTokens >= learned_->tokens && now.samples >= learned_->samples;
-  if (!samples && !tokens) return Due::kNo;
+  if (why == Why::kMoreSamples && !samples && !tokens) return Due::kNo;
   busy_ = true;
   return Due::kAgain;
 }
@@ -35,7 +35,10 @@ RunIndexes::Due RunIndexes::Begin(const Learning& now) {
 void RunIndexes::End(std::optional<Learning> learned) {
   absl::MutexLock lock(&mutex_);
   busy_ = false;
-  if (learned.has_value()) learned_ = learned;
+  if (!learned.has_value()) return;
+  // What was learned from other queries is not undone by fewer of the old ones.
+  if (learned_.has_value()) learned->samples = std::max(learned->samples, learned_->samples);
+  learned_ = learned;
 }
 
 }  // namespace quarry

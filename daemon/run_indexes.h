@@ -40,10 +40,11 @@ class RunIndexes {
   };
 
   // Whether all heads are to be indexed now, if that much can be learned from: for the first time, or
-  // again since it is several times more than then. The caller who is told so is the one who does
-  // it, until End.
+  // again since it is several times more than then, or since the queries are other ones. The caller
+  // who is told so is the one who does it, until End.
   enum class Due { kNo, kFirst, kAgain };
-  Due Begin(const Learning& now);
+  enum class Why { kMoreSamples, kOtherSamples };
+  Due Begin(const Learning& now, Why why = Why::kMoreSamples);
   // learned: what was learned from; none if it was given up, as if Begin had not been called.
   void End(std::optional<Learning> learned);
   // None: never indexed.

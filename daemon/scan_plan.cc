@@ -55,22 +55,26 @@ class BlockPlanner {
     }
     if (active_.empty()) return;
     if (OneTable()) {
-      std::vector<uint32_t> one_class(active_.size(), 0);
-      Emit(cell, one_class);
+      const std::vector<uint32_t> one_class(active_.size(), 0);
+      for (uint32_t lo = cell.lo; lo < cell.hi;) {
+        const uint32_t hi = std::min(cell.hi, active_.front()->table->NextEdge(lo));
+        Emit({lo, hi}, one_class);
+        lo = hi;
+      }
       return;
     }
-    // Neighbouring blocks with the same sharing make one unit.
+    // Neighbouring blocks with the same sharing make one unit, if keys are turned alike.
     std::vector<uint32_t> classes, next;
+    std::vector<int32_t> shifts, next_shifts;
     uint32_t start = cell.lo;
     for (uint32_t lo = cell.lo; lo < cell.hi; lo += kBlockTokens) {
-      ClassesOfBlock({lo, lo + kBlockTokens}, &next);
-      if (lo == cell.lo) {
-        classes = next;
-      } else if (next != classes) {
+      ClassesOfBlock({lo, lo + kBlockTokens}, &next, &next_shifts);
+      if (lo > cell.lo && (next != classes || next_shifts != shifts)) {
         Emit({start, lo}, classes);
         start = lo;
-        classes = next;
       }
+      classes = next;
+      shifts = next_shifts;
     }
     Emit({start, cell.hi}, classes);
   }
@@ -80,15 +84,22 @@ class BlockPlanner {
                        [&](const Stretch* s) { return s->table == active_.front()->table; });
   }
 
-  // Numbers the members by the memory of their block; kNoClass: the block is not in its range.
-  void ClassesOfBlock(TokenRange block, std::vector<uint32_t>* classes) {
+  // Numbers the members by the memory of their block and how far its keys are turned; kNoClass: the
+  // block is not in its range.
+  void ClassesOfBlock(TokenRange block, std::vector<uint32_t>* classes,
+                      std::vector<int32_t>* shifts) {
     classes->assign(active_.size(), kNoClass);
+    shifts->assign(active_.size(), 0);
     class_of_.clear();
     for (size_t i = 0; i < active_.size(); ++i) {
       if (Intersect(active_[i]->tokens, block).empty()) continue;
       const std::byte* data = active_[i]->table->blocks[block.lo / kBlockTokens]->data();
+      const Rotation* const turn = active_[i]->table->TurnAt(block.lo);
+      if (turn != nullptr) (*shifts)[i] = turn->distance();
       (*classes)[i] =
-          class_of_.try_emplace(data, static_cast<uint32_t>(class_of_.size())).first->second;
+          class_of_
+              .try_emplace(std::pair(data, (*shifts)[i]), static_cast<uint32_t>(class_of_.size()))
+              .first->second;
     }
   }
 
@@ -108,6 +119,7 @@ class BlockPlanner {
       });
       unit.first_block = unit.tokens.lo / kBlockTokens;
       unit.blocks = &reader->table->blocks[unit.first_block];
+      unit.turn = reader->table->TurnAt(unit.tokens.lo);
     }
   }
 
@@ -115,7 +127,7 @@ class BlockPlanner {
   const uint32_t task_tokens_;
   std::vector<ScanUnit>* const units_;
   std::vector<const Stretch*> active_;
-  absl::flat_hash_map<const std::byte*, uint32_t> class_of_;
+  absl::flat_hash_map<std::pair<const std::byte*, int32_t>, uint32_t> class_of_;
 };
 
 // Units of whole runs; what no run covers is left in `tail`.

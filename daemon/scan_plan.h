@@ -23,6 +23,9 @@ struct ScanUnit {
   const std::shared_ptr<HeldBlock>* blocks = nullptr;
   uint32_t first_block = 0;
   const Run* run = nullptr;  // whose index may answer; null: no index covers the tokens
+  // From where the keys were stored to where the members use them: queries are turned back by it.
+  // One for the whole unit; null: none, as wherever there is a run.
+  const Rotation* turn = nullptr;
   // Rising; a member with two stretches of tail in one unit is there twice.
   std::vector<uint32_t> members;
   std::vector<TokenRange> ranges;  // of each member, within tokens

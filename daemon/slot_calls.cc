@@ -93,7 +93,8 @@ Reply RunCall(const SlotServices& services, Channel& channel, const Submission& 
   QUARRY_ASSIGN_OR_RETURN(const std::string message,
                           payload.Text("call", kStart, payload.end() - kStart));
   const std::span<std::byte> out = channel.payload(request.slot);
-  const Caller caller{channel.owner().session, channel.owner().peer, out.size()};
+  const Caller caller{channel.owner().session, channel.owner().peer, out.size(),
+                      channel.geometry().version >= 3};
   QUARRY_ASSIGN_OR_RETURN(const std::string reply,
                           DispatchCall(services.parts, caller, header.method, message));
   std::memcpy(out.data(), reply.data(), reply.size());

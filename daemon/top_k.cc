@@ -27,29 +27,46 @@ void Offer(const TopKEntry& entry, uint32_t k, std::vector<TopKEntry>* heap) {
   }
 }
 
+// Exact scores of tokens whose keys are turned alike, for the query heads of one KV head's group.
+void ScorePiece(const TopKQuery& query, uint32_t first_head, TokenRange tokens,
+                CoarseScores* scores) {
+  const KvShape& s = *query.shape;
+  const uint32_t group = s.group();
+  const uint32_t block_number = tokens.lo / kBlockTokens;
+  const KvSegments segments(s, query.layer, (query.first_head + first_head) / group, tokens,
+                            &query.table->blocks[block_number], block_number);
+  const std::vector<TokenRange> ranges(group, tokens);
+  QueryBlock block;
+  block.q = query.q + size_t{first_head} * s.head_dim;
+  block.q_dtype = query.q_dtype;
+  block.queries = group;
+  block.head_dim = s.head_dim;
+  block.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
+  block.ranges = ranges;
+  std::vector<float> turned;
+  if (const Rotation* turn = query.table->TurnAt(tokens.lo); turn != nullptr) {
+    turned.assign(block.q, block.q + size_t{group} * s.head_dim);
+    turn->TurnQueries(turned.data(), group, s.head_dim);
+    block.q = turned.data();
+    block.q_dtype = DType::kFp32;
+  }
+  ExactScan().Score(segments.view(), block, scores);
+}
+
 }  // namespace
 
 TopKAnswer ExactTopK(const TopKQuery& query) {
   TopKAnswer answer;
   answer.heads.resize(query.heads);
+  answer.shifted_tokens = query.table->PlacedTokens(query.range);
   if (query.k == 0) return answer;
-  const KvShape& s = *query.shape;
-  const uint32_t group = s.group();
+  const uint32_t group = query.shape->group();
   CoarseScores scores;
   for (uint32_t h = 0; h < query.heads; h += group) {
     for (uint32_t lo = query.range.lo; lo < query.range.hi;) {
-      const uint32_t hi = std::min<uint64_t>(query.range.hi, uint64_t{lo} + query.task_tokens);
-      const KvSegments segments(s, query.layer, (query.first_head + h) / group, {lo, hi},
-                                &query.table->blocks[lo / kBlockTokens], lo / kBlockTokens);
-      const std::vector<TokenRange> ranges(group, TokenRange{lo, hi});
-      QueryBlock block;
-      block.q = query.q + size_t{h} * s.head_dim;
-      block.q_dtype = query.q_dtype;
-      block.queries = group;
-      block.head_dim = s.head_dim;
-      block.scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
-      block.ranges = ranges;
-      ExactScan().Score(segments.view(), block, &scores);
+      const auto hi = static_cast<uint32_t>(std::min<uint64_t>(
+          {query.range.hi, uint64_t{lo} + query.task_tokens, query.table->NextEdge(lo)}));
+      ScorePiece(query, h, {lo, hi}, &scores);
       for (uint32_t g = 0; g < group; ++g) {
         const float* const row = scores.score.data() + size_t{g} * scores.nodes;
         for (uint32_t t = 0; t < hi - lo; ++t) {
@@ -79,6 +96,10 @@ void GatherTopK(const TopKQuery& query, TopKAnswer* answer) {
             vector_bytes);
       };
       append(KvPart::kKey, &answer->k[h]);
+      if (const Rotation* turn = query.table->TurnAt(entry.token); turn != nullptr) {
+        char* const key = answer->k[h].data() + answer->k[h].size() - vector_bytes;
+        turn->TurnStoredKeys(key, 1, s.head_dim, s.dtype);
+      }
       append(KvPart::kValue, &answer->v[h]);
     }
   }

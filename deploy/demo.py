@@ -17,14 +17,12 @@ import argparse
 import collections
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 
 from demo_text import KeyValueText, Vocabulary
+from processes import Daemon, ProcessError, Worker
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WINDOW_FIRST, WINDOW_LAST = 128, 512
@@ -38,104 +36,13 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-class DemoError(Exception):
-    pass
-
-
-class Worker:
-    """quarry-worker --serve: one JSON object per line, in and out."""
-
-    def __init__(self, arguments, variant, quarter_share, socket):
-        command = [os.path.join(arguments.build, "gpu", "quarry-worker"), "--serve",
-                   "--model", arguments.model_directory, "--window-first", str(WINDOW_FIRST),
-                   "--window-last", str(WINDOW_LAST)]
-        if variant == "full":
-            command += ["--attention", "full"]
-        else:
-            command += ["--attention", "daemon", "--socket", socket]
-        if variant == "daemon_quarter":
-            command += ["--budget-share", f"{quarter_share:.4f}"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True, bufsize=1)
-        try:
-            self._read()
-        except BaseException:
-            self.end()
-            raise
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.end()
-
-    def call(self, op, **fields):
-        """The answer; DemoError if its status is not OK."""
-        answer = self.try_call(op, **fields)
-        if answer["status"] != "OK":
-            raise DemoError(f"{op}: {answer['status']}: {answer.get('error', '')}")
-        return answer
-
-    def try_call(self, op, **fields):
-        self.process.stdin.write(json.dumps({"op": op, **fields}) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def _read(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise DemoError(f"the worker ended with status {self.process.wait()}")
-        return json.loads(line)
-
-    def end(self):
-        self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-
-
-class Daemon:
-    """A quarryd of our own, in a directory of its own."""
-
-    def __init__(self, arguments):
-        self.directory = tempfile.mkdtemp(prefix="quarry-demo-")
-        self.socket = os.path.join(self.directory, "quarryd.sock")
-        self.log = os.path.join(self.directory, "quarryd.log")
-        with open(self.log, "w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
-                [os.path.join(arguments.build, "daemon", "quarryd"), "--socket", self.socket,
-                 "--grpc-socket", os.path.join(self.directory, "grpc.sock"), "--metrics", "off",
-                 "--arena-bytes", "1GiB"], stdout=log, stderr=log)
-        deadline = time.monotonic() + 60
-        while not os.path.exists(self.socket):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                with open(self.log, encoding="utf-8") as log:
-                    text = log.read()
-                self.end()
-                raise DemoError(f"quarryd did not start; its log:\n{text}")
-            time.sleep(0.02)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.end()
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
-
-    def end(self):
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        shutil.rmtree(self.directory, ignore_errors=True)
+def start_worker(arguments, socket, share=0):
+    """Full attention without a socket; with one, at most `share` of the daemon's tokens if it is not 0."""
+    options = ["--window-first", str(WINDOW_FIRST), "--window-last", str(WINDOW_LAST)]
+    options += ["--attention", "daemon", "--socket", socket] if socket else ["--attention", "full"]
+    if share:
+        options += ["--budget-share", f"{share:.4f}"]
+    return Worker(arguments.build, arguments.model_directory, *options)
 
 
 class Tally:
@@ -181,7 +88,8 @@ class Demo:
         self.facts = {}
 
     def worker(self, variant):
-        return Worker(self.arguments, variant, self.quarter_share, self.socket)
+        share = self.quarter_share if variant == "daemon_quarter" else 0
+        return start_worker(self.arguments, None if variant == "full" else self.socket, share)
 
     def open(self, worker, tokens):
         return worker.call("open", tokens=tokens, max_tokens=self.max_tokens)
@@ -266,7 +174,7 @@ def run_kill(arguments):
     asked = text.questions(6, WINDOW_FIRST, WINDOW_LAST)
     outcome = {"answered_before": 0, "right_before": 0, "answered_after": 0, "failed_after": 0,
                "statuses_after": [], "slowest_failure_ms": 0.0}
-    with Daemon(arguments) as daemon, Worker(arguments, "daemon", 0, daemon.socket) as worker:
+    with Daemon(arguments.build) as daemon, start_worker(arguments, daemon.socket) as worker:
         opened = worker.call("open", tokens=text.tokens, max_tokens=4096)
         for number, record in enumerate(asked):
             if number == len(asked) // 2:
@@ -431,10 +339,10 @@ def main():
     began = time.monotonic()
     own = None
     try:
-        own = None if arguments.socket else Daemon(arguments)
+        own = None if arguments.socket else Daemon(arguments.build)
         demo = Demo(arguments, own.socket if own else arguments.socket)
         outcome = result(arguments, demo, demo.run(), run_kill(arguments))
-    except (DemoError, ValueError) as error:
+    except (ProcessError, ValueError) as error:
         sys.exit(f"demo: {error}")
     finally:
         if own:

@@ -43,55 +43,30 @@ class Record:
         self.position = None  # of its first token in the context
 
 
-class KeyValueText:
-    """A context of `tokens` token ids with `records` records; the seed decides everything."""
+class Background:
+    """Text of the models' training around records; `source` makes all random choices."""
 
-    RECORD_TOKENS = 6
+    def __init__(self, vocabulary, source):
+        self.vocabulary, self.random = vocabulary, source
 
-    def __init__(self, vocabulary, tokens, records, seed):
-        if records * self.RECORD_TOKENS > tokens // 2:
-            raise ValueError(f"{records} records do not leave half of {tokens} tokens to text")
-        self.vocabulary = vocabulary
-        self.random = random.Random(seed)
-        self.records = self._make_records(records)
-        self.tokens = self._place(tokens)
-
-    def question(self, record):
-        special = self.vocabulary.special
-        return [special["Q"], special["K"], *record.key, special["A"]]
-
-    def questions(self, count, first, last):
-        """`count` records that lie outside the first `first` and the last `last` tokens."""
-        end = len(self.tokens) - last - self.RECORD_TOKENS
-        outside = [r for r in self.records if first <= r.position < end]
-        if len(outside) < count:
-            raise ValueError(f"only {len(outside)} of {len(self.records)} records lie outside the "
-                             f"window; {count} questions are asked")
-        return self.random.sample(outside, count)
-
-    def _make_records(self, count):
-        # Half of a key is often shared with other records, so that matching half is not enough.
-        side = math.ceil(math.sqrt(count) * 1.5) + 1
-        symbols = self.random.sample(self.vocabulary.ranges["keys"], 2 * side)
-        cells = self.random.sample(range(side * side), count)
-        values = self.vocabulary.ranges["values"]
-        return [Record([symbols[cell % side], symbols[side + cell // side]],
-                       [self.random.choice(values), self.random.choice(values)]) for cell in cells]
-
-    def _place(self, tokens):
-        special = self.vocabulary.special
-        text = tokens - 1 - len(self.records) * self.RECORD_TOKENS
-        gaps = [0] * (len(self.records) + 1)
-        for _ in range(text):
+    def spread(self, tokens, chunks, first=1, last=0):
+        """`tokens` token ids that hold the chunks in their order, evenly spread behind the first
+        `first` tokens and before the last `last`, and where each chunk begins."""
+        text = tokens - 1 - sum(map(len, chunks))
+        gaps = [0] * (len(chunks) + 1)
+        gaps[0], gaps[-1] = first - 1, gaps[-1] + last
+        free = text - sum(gaps)
+        if free < 0:
+            raise ValueError(f"{len(chunks)} records do not fit into {tokens} tokens")
+        for _ in range(free):
             gaps[self.random.randrange(len(gaps))] += 1
         filler = self._filler(text)
-        out = [special["BOS"]]
-        for gap, record in zip(gaps, self.records + [None]):
+        out, places = [self.vocabulary.special["BOS"]], []
+        for gap, chunk in zip(gaps, chunks + [[]]):
             out.extend(self._gap(gap, filler))
-            if record:
-                record.position = len(out)
-                out.extend([special["K"], *record.key, special["V"], *record.answer])
-        return out
+            places.append(len(out))
+            out.extend(chunk)
+        return out, places[:-1]
 
     def _gap(self, length, filler):
         text = [next(filler) for _ in range(length)]
@@ -114,3 +89,44 @@ class KeyValueText:
             if self.random.random() < .05:
                 following = self.random.randrange(len(symbols))
             before, last = last, following
+
+
+class KeyValueText:
+    """A context of `tokens` token ids with `records` records; the seed decides everything."""
+
+    RECORD_TOKENS = 6
+
+    def __init__(self, vocabulary, tokens, records, seed):
+        if records * self.RECORD_TOKENS > tokens // 2:
+            raise ValueError(f"{records} records do not leave half of {tokens} tokens to text")
+        self.vocabulary = vocabulary
+        self.random = random.Random(seed)
+        self.records = self._make_records(records)
+        special = vocabulary.special
+        self.tokens, places = Background(vocabulary, self.random).spread(
+            tokens, [[special["K"], *record.key, special["V"], *record.answer]
+                     for record in self.records])
+        for record, place in zip(self.records, places):
+            record.position = place
+
+    def question(self, record):
+        special = self.vocabulary.special
+        return [special["Q"], special["K"], *record.key, special["A"]]
+
+    def questions(self, count, first, last):
+        """`count` records that lie outside the first `first` and the last `last` tokens."""
+        end = len(self.tokens) - last - self.RECORD_TOKENS
+        outside = [r for r in self.records if first <= r.position < end]
+        if len(outside) < count:
+            raise ValueError(f"only {len(outside)} of {len(self.records)} records lie outside the "
+                             f"window; {count} questions are asked")
+        return self.random.sample(outside, count)
+
+    def _make_records(self, count):
+        # Half of a key is often shared with other records, so that matching half is not enough.
+        side = math.ceil(math.sqrt(count) * 1.5) + 1
+        symbols = self.random.sample(self.vocabulary.ranges["keys"], 2 * side)
+        cells = self.random.sample(range(side * side), count)
+        values = self.vocabulary.ranges["values"]
+        return [Record([symbols[cell % side], symbols[side + cell // side]],
+                       [self.random.choice(values), self.random.choice(values)]) for cell in cells]

@@ -18,6 +18,8 @@ packages=(
   libtomlplusplus-dev libcli11-dev libspdlog-dev prometheus-cpp-dev nlohmann-json3-dev
   # the reference worker: matrix products, tokenizers
   libopenblas-pthread-dev libsentencepiece-dev
+  # heat maps of the command line
+  libpng-dev
   # eigenvectors for the coordinates of coded keys
   libeigen3-dev
   # the indexes that retrieval is measured against

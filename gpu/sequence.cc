@@ -58,10 +58,12 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Open(const Model& model, Dev
   request.tokens.assign(prompt.begin(), prompt.end());
   request.max_tokens = max_tokens;
   request.accepts = {NumericRecipe{}};
+  request.reuse_shifted = options.reuse_shifted;
   QUARRY_ASSIGN_OR_RETURN(OpenResult opened, service->Open(request));
   out->context_ = opened.context;
   out->ids_.assign(prompt.begin(), prompt.end());
   out->tokens_ = out->reused_ = opened.reused_tokens;
+  out->shifted_ = opened.shifted;
   out->window_loaded_ = opened.reused_tokens == 0;
   return out;
 }
@@ -92,6 +94,17 @@ absl::Status Sequence::CheckDeclared(std::span<const uint32_t> tokens) const {
   return absl::OkStatus();
 }
 
+absl::Status Sequence::CheckEnd(std::span<const uint32_t> tokens) const {
+  const uint64_t end = tokens_ + tokens.size();
+  for (const ShiftedRange& range : shifted_) {
+    if (end <= range.tokens.lo || end > range.tokens.hi) continue;
+    return absl::InvalidArgumentError(absl::StrCat("tokens up to ", end, " end among [",
+                                                   range.tokens.lo, ", ", range.tokens.hi,
+                                                   "), which are reused and have no logits"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Sequence::DeclareNew(std::span<const uint32_t> tokens) {
   const size_t known = std::min(tokens.size(), ids_.size() - tokens_);
   if (known == tokens.size()) return absl::OkStatus();
@@ -111,6 +124,7 @@ absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> to
   if (tokens.empty()) return absl::InvalidArgumentError("no tokens to run");
   QUARRY_RETURN_IF_ERROR(CheckTokens(tokens));
   QUARRY_RETURN_IF_ERROR(CheckDeclared(tokens));
+  QUARRY_RETURN_IF_ERROR(CheckEnd(tokens));
   if (options_.recorder != nullptr && role == Role::kPrompt) {
     options_.recorder->BeginPrompt({tokens_, tokens_ + static_cast<uint32_t>(tokens.size())});
   }
@@ -124,8 +138,35 @@ absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> to
 absl::StatusOr<std::vector<float>> Sequence::Run(std::span<const uint32_t> tokens, Role role) {
   if (service_ == nullptr) return Prefill(tokens);
   QUARRY_RETURN_IF_ERROR(DeclareNew(tokens));
+  absl::StatusOr<std::vector<float>> logits;
+  do {
+    tokens = tokens.subspan(SkipShifted());
+    const size_t next = shifted_.empty() ? tokens.size() : shifted_.front().tokens.lo - tokens_;
+    const std::span<const uint32_t> piece = tokens.first(std::min(next, tokens.size()));
+    logits = RunNext(piece, role);
+    if (!logits.ok()) return logits;
+    tokens = tokens.subspan(piece.size());
+  } while (!tokens.empty());
+  return logits;
+}
+
+absl::StatusOr<std::vector<float>> Sequence::RunNext(std::span<const uint32_t> tokens, Role role) {
   const bool by_rows = tokens_ > 0 && tokens.size() <= options_.max_attend_rows;
   return by_rows ? AttendRows(tokens, role) : Prefill(tokens);
+}
+
+uint32_t Sequence::SkipShifted() {
+  const uint32_t first = tokens_;
+  while (!shifted_.empty() && shifted_.front().tokens.lo == tokens_) {
+    tokens_ = shifted_.front().tokens.hi;
+    shifted_.erase(shifted_.begin());
+  }
+  if (tokens_ == first) return 0;
+  // The window now ends with tokens that the service has.
+  for (LocalKv& kv : local_) kv = LocalKv(&device_, shape_, options_.window);
+  window_loaded_ = false;
+  shifted_tokens_ += tokens_ - first;
+  return tokens_ - first;
 }
 
 absl::StatusOr<DeviceBuffer> Sequence::Embed(std::span<const uint32_t> tokens) {
@@ -189,6 +230,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Fork() {
   out->settled_budget_ = settled_budget_;
   out->tokens_ = tokens_;
   out->reused_ = reused_;
+  out->shifted_tokens_ = shifted_tokens_;
   for (const LocalKv& kv : local_) {
     QUARRY_ASSIGN_OR_RETURN(LocalKv copy, kv.Clone());
     out->local_.push_back(std::move(copy));

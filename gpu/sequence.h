@@ -30,6 +30,9 @@ struct SequenceOptions {
   // New tokens up to this many attend through the daemon, row by row; more are prefilled with the
   // prefix's K/V streamed through a layer buffer.
   uint32_t max_attend_rows = 256;
+  // What the prompt has beyond the cached prefix may be reused where it is cached at another
+  // position or behind other text: approximate, and so is all that is computed behind it.
+  bool reuse_shifted = false;
   uint32_t rows_per_message = 64;  // fewer where a model's rows are large
   uint32_t prefill_rows = 4096;    // of a layer in work at a time
   uint32_t query_samples = 64;     // per layer of a prefill, for index building; 0: none
@@ -69,8 +72,10 @@ class Sequence {
   // is before them; others attend within the budget. Tokens that the daemon has voided are
   // computed once more on a fork of what was complete; if that fails too, or the daemon
   // has gone (Unavailable), the error is returned and the sequence is of no more use.
-  // InvalidArgument, with the sequence as it was: no tokens, an id outside the vocabulary, or
-  // other tokens than were declared when the sequence was opened.
+  // Tokens that are reused at another position are skipped; others follow them, for there are
+  // no logits of theirs.
+  // InvalidArgument, with the sequence as it was: no tokens, an id outside the vocabulary, other
+  // tokens than were declared when the sequence was opened, or an end among reused tokens.
   enum class Role { kPrompt, kBudgeted };
   absl::StatusOr<std::vector<float>> Extend(std::span<const uint32_t> tokens, Role role);
 
@@ -84,6 +89,8 @@ class Sequence {
   const KvShape& shape() const { return shape_; }
   uint32_t tokens() const { return tokens_; }
   uint32_t reused_tokens() const { return reused_; }
+  // So far; of another position or behind other text.
+  uint32_t shifted_tokens() const { return shifted_tokens_; }
   uint32_t max_tokens() const { return max_tokens_; }
   ContextId context() const { return context_; }
   uint64_t local_kv_bytes() const;
@@ -98,7 +105,11 @@ class Sequence {
   absl::Status CheckTokens(std::span<const uint32_t> tokens) const;
   absl::Status CheckDeclared(std::span<const uint32_t> tokens) const;
   absl::Status DeclareNew(std::span<const uint32_t> tokens);
+  absl::Status CheckEnd(std::span<const uint32_t> tokens) const;
   absl::StatusOr<std::vector<float>> Run(std::span<const uint32_t> tokens, Role role);
+  absl::StatusOr<std::vector<float>> RunNext(std::span<const uint32_t> tokens, Role role);
+  // Goes on behind the reused tokens that come next; returns how many there are.
+  uint32_t SkipShifted();
   absl::StatusOr<DeviceBuffer> Embed(std::span<const uint32_t> tokens);
   absl::Status Record(uint32_t layer, uint32_t first, uint32_t rows, const LayerScratch& scratch);
   absl::Status ReadLocalKv(uint32_t layer, std::span<std::byte> k, std::span<std::byte> v);
@@ -138,6 +149,8 @@ class Sequence {
   std::vector<uint32_t> ids_;  // known to the service
   uint32_t tokens_ = 0;        // complete in all layers
   uint32_t reused_ = 0;
+  std::vector<ShiftedRange> shifted_;  // reused tokens to come, in order
+  uint32_t shifted_tokens_ = 0;        // gone by
   bool window_loaded_ = true;  // false: a reused prefix whose window is still to be read
   bool broken_ = false;
   std::vector<LocalKv> local_;  // by layer

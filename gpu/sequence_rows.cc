@@ -37,6 +37,7 @@ absl::Status Sequence::ForkContext(const NumericRecipe& recipe) {
   QUARRY_ASSIGN_OR_RETURN(ContextId fork, service_->Fork({context_, tokens_, max_tokens_, recipe}));
   const absl::Status closed = service_->Close(std::exchange(context_, fork));
   recipe_ = recipe;
+  shifted_.clear();  // the fork has only what is before it
   if (ids_.size() > tokens_) {
     QUARRY_RETURN_IF_ERROR(service_->DeclareTokens(context_, std::span(ids_).subspan(tokens_)));
   }

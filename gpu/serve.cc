@@ -131,6 +131,7 @@ void WorkerSession::AddCost(const Sequence& sequence, const AttendCost& before, 
   (*out)["recoveries"] = cost.recoveries;
   (*out)["worker_kv_bytes"] = sequence.local_kv_bytes();
   (*out)["tokens"] = sequence.tokens();
+  (*out)["shifted_tokens"] = sequence.shifted_tokens();
   uint64_t held = 0;
   if (service_ != nullptr) held = service_->HeldBytes(sequence.context()).value_or(0);
   (*out)["daemon_kv_bytes"] = held;

@@ -30,7 +30,7 @@ namespace {
 struct Arguments {
   std::string model, socket = "/run/quarry/quarryd.sock", attention = "daemon", kv_dtype;
   std::string prompt, prompt_ids, gold_ids;
-  bool serve = false, json = false, ignore_end = false;
+  bool serve = false, json = false, ignore_end = false, reuse_shifted = false;
   uint32_t max_tokens = 0, max_new_tokens = 16, threads = 0, deadline_ms = 10000;
   uint32_t window_first = 128, window_last = 512;
   uint32_t budget_k = 0;
@@ -77,6 +77,8 @@ void Describe(CLI::App* app, Arguments* a) {
       if (std::string_view(kind) != other) app->get_option(kind)->excludes(other);
     }
   }
+  app->add_flag("--reuse-shifted", a->reuse_shifted,
+                "also reuse what is cached at another position or behind other text: approximate");
   app->add_option("--deadline-ms", a->deadline_ms, "of every request to the daemon");
   app->add_flag("--ignore-eos", a->ignore_end, "go on behind the model's end-of-sequence token");
   app->add_option("--temperature", a->sampling.temperature, "0: greedy");
@@ -146,6 +148,7 @@ SequenceOptions OptionsOf(const Arguments& a, const ModelConfig& config) {
     budget.kind = Budget::Kind::kFixedK;
   }
   options.budget.share = a.budget_share;
+  options.reuse_shifted = a.reuse_shifted;
   return options;
 }
 
@@ -193,6 +196,9 @@ absl::StatusOr<std::optional<QueryRecorder>> MakeRecorder(const Arguments& a,
                                                           const ModelConfig& config) {
   if (a.dump_directory.empty()) return std::nullopt;
   if (a.serve) return absl::InvalidArgumentError("--dump-kv and --serve do not go together");
+  if (a.reuse_shifted) {
+    return absl::InvalidArgumentError("--dump-kv and --reuse-shifted do not go together");
+  }
   QUARRY_ASSIGN_OR_RETURN(QueryRecorder recorder, QueryRecorder::Create(config, a.dump));
   std::error_code error;
   std::filesystem::create_directories(a.dump_directory, error);

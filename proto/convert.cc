@@ -138,6 +138,7 @@ wire::OpenRequest ToProto(const OpenRequest& request) {
   out.set_max_tokens(request.max_tokens);
   out.set_recipe(ToBytes(request.recipe.digest));
   for (const NumericRecipe& r : request.accepts) out.add_accepted_recipes(ToBytes(r.digest));
+  out.set_reuse_shifted(request.reuse_shifted);
   return out;
 }
 
@@ -157,6 +158,7 @@ absl::StatusOr<OpenRequest> FromProto(const wire::OpenRequest& message) {
     request.accepts.push_back(r);
   }
   if (request.accepts.empty()) request.accepts.push_back(request.recipe);
+  request.reuse_shifted = message.reuse_shifted();
   return request;
 }
 
@@ -167,6 +169,11 @@ wire::OpenReply ToProto(const OpenResult& result) {
   for (const BlockId& id : result.reused_blocks) out.add_reused_blocks(ToBytes(id));
   out.set_expected_load_ms(result.expected_load_ms);
   out.set_reused_dense(result.reused_dense);
+  for (const ShiftedRange& range : result.shifted) {
+    wire::ShiftedRange* const message = out.add_shifted();
+    *message->mutable_tokens() = ToProto(range.tokens);
+    message->set_shift(range.shift);
+  }
   return out;
 }
 
@@ -178,6 +185,9 @@ absl::StatusOr<OpenResult> FromProto(const wire::OpenReply& message) {
                           DigestList<BlockId>(message.reused_blocks(), "reused_blocks"));
   result.expected_load_ms = message.expected_load_ms();
   result.reused_dense = message.reused_dense();
+  for (const wire::ShiftedRange& range : message.shifted()) {
+    result.shifted.push_back({FromProto(range.tokens()), range.shift()});
+  }
   return result;
 }
 
@@ -250,6 +260,7 @@ wire::ContextInfo ToProto(const ContextInfo& info) {
   out.set_sealed(info.sealed);
   out.set_private_bytes(info.private_bytes);
   out.set_shared_bytes(info.shared_bytes);
+  out.set_shifted_tokens(info.shifted_tokens);
   return out;
 }
 
@@ -265,6 +276,7 @@ absl::StatusOr<ContextInfo> FromProto(const wire::ContextInfo& message) {
   info.sealed = message.sealed();
   info.private_bytes = message.private_bytes();
   info.shared_bytes = message.shared_bytes();
+  info.shifted_tokens = message.shifted_tokens();
   return info;
 }
 

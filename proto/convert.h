@@ -3,8 +3,10 @@
 #pragma once
 
 #include "absl/status/statusor.h"
+#include "proto/audit_types.h"
 #include "proto/kv_types.h"
 #include "proto/retrieval_types.h"
+#include "quarry/v1/admin.pb.h"
 #include "quarry/v1/kv_store.pb.h"
 #include "quarry/v1/retrieval.pb.h"
 
@@ -63,6 +65,9 @@ wire::PinRequest ToProto(const PinRequest& request);
 absl::StatusOr<PinRequest> FromProto(const wire::PinRequest& message);
 wire::PurgeRequest ToProto(const PurgeRequest& request);
 absl::StatusOr<PurgeRequest> FromProto(const wire::PurgeRequest& message);
+
+wire::HeadAudit ToProto(const HeadAudit& audit);
+absl::StatusOr<HeadAudit> FromProto(const wire::HeadAudit& message);
 
 wire::Budget ToProto(const Budget& budget);
 absl::StatusOr<Budget> FromProto(const wire::Budget& message);

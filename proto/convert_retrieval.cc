@@ -89,6 +89,7 @@ wire::AttendAnswer ToProto(const AttendAnswer& answer) {
   out.set_tokens_attended(answer.tokens_attended);
   out.set_bytes_touched(answer.bytes_touched);
   out.set_error_estimate(answer.error_estimate);
+  out.set_shifted_tokens(answer.shifted_tokens);
   out.set_o(answer.o.data(), answer.o.size_bytes());
   out.set_lse(answer.lse.data(), answer.lse.size_bytes());
   return out;
@@ -109,6 +110,7 @@ absl::Status FromProto(const wire::AttendAnswer& message, AttendAnswer* answer) 
   answer->tokens_attended = message.tokens_attended();
   answer->bytes_touched = message.bytes_touched();
   answer->error_estimate = message.error_estimate();
+  answer->shifted_tokens = message.shifted_tokens();
   message.o().copy(reinterpret_cast<char*>(answer->o.data()), message.o().size());
   message.lse().copy(reinterpret_cast<char*>(answer->lse.data()), message.lse().size());
   return absl::OkStatus();
@@ -125,6 +127,7 @@ wire::TopKReply ToProto(const TopKAnswer& answer) {
     if (h < answer.k.size()) head->set_k(answer.k[h]);
     if (h < answer.v.size()) head->set_v(answer.v[h]);
   }
+  out.set_shifted_tokens(answer.shifted_tokens);
   return out;
 }
 
@@ -142,6 +145,7 @@ absl::StatusOr<TopKAnswer> FromProto(const wire::TopKReply& message) {
     answer.k.push_back(head.k());
     answer.v.push_back(head.v());
   }
+  answer.shifted_tokens = message.shifted_tokens();
   return answer;
 }
 

@@ -101,6 +101,26 @@ BlockId EngineBlockIdOf(std::string_view tenant, std::string_view engine_namespa
   return h.Finish<BlockId>();
 }
 
+StretchId StretchIdOf(const NamespaceDigest& name_space, std::span<const uint32_t> tokens,
+                      std::span<const InputDigest> inputs) {
+  QUARRY_CHECK(tokens.size() == kBlockTokens);
+  CanonicalHash h("quarry.stretch.v1");
+  h.Add(name_space);
+  h.U64(tokens.size());
+  for (uint32_t t : tokens) h.U32(t);
+  h.U64(inputs.size());
+  for (const InputDigest& d : inputs) h.Add(d);
+  return h.Finish<StretchId>();
+}
+
+BlockId PlacedBlockIdOf(const BlockId& parent, const BlockId& stored, int32_t shift) {
+  CanonicalHash h("quarry.placed.v1");
+  h.Add(parent);
+  h.Add(stored);
+  h.U32(static_cast<uint32_t>(shift));
+  return h.Finish<BlockId>();
+}
+
 NumericRecipe RecipeOf(const Budget& budget, uint32_t window_first, uint32_t window_last) {
   if (budget.kind == Budget::Kind::kUnlimited) return {};
   CanonicalHash h("quarry.recipe.budget.v1");
@@ -113,6 +133,12 @@ NumericRecipe RecipeOf(const Budget& budget, uint32_t window_first, uint32_t win
   h.U32(window_first);
   h.U32(window_last);
   if (budget.kind == Budget::Kind::kSoftmaxLift) h.U32(budget.seed);
+  return {h.Finish<RecipeDigest>()};
+}
+
+NumericRecipe ShiftedRecipeOf(const NumericRecipe& recipe) {
+  CanonicalHash h("quarry.recipe.shifted.v1");
+  h.Add(recipe.digest);
   return {h.Finish<RecipeDigest>()};
 }
 

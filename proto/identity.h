@@ -25,7 +25,17 @@ BlockId BlockIdOf(const BlockId& parent, const NamespaceDigest& name_space,
 BlockId EngineBlockIdOf(std::string_view tenant, std::string_view engine_namespace,
                         std::string_view key);
 
+// Id of the content of a block of exactly kBlockTokens tokens, whatever precedes it: what its KV
+// may be found by at another position. `inputs`: all of the context's, whichever block holds them.
+StretchId StretchIdOf(const NamespaceDigest& name_space, std::span<const uint32_t> tokens,
+                      std::span<const InputDigest> inputs);
+// Parent of what follows block `stored`, reused `shift` tokens behind its own position, in a
+// sequence where it follows `parent`.
+BlockId PlacedBlockIdOf(const BlockId& parent, const BlockId& stored, int32_t shift);
+
 // Recipe of K/V that were computed under a retrieval budget. Unlimited gives the dense recipe.
 NumericRecipe RecipeOf(const Budget& budget, uint32_t window_first, uint32_t window_last);
+// Recipe of K/V that were computed under `recipe`, but behind tokens reused at another position.
+NumericRecipe ShiftedRecipeOf(const NumericRecipe& recipe);
 
 }  // namespace quarry

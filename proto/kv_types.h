@@ -22,6 +22,17 @@ struct OpenRequest {
   uint32_t max_tokens = 0;            // room reserved; pins the LongRoPE regime
   NumericRecipe recipe;               // of the K/V this context will append
   std::vector<NumericRecipe> accepts; // of cached prefixes, in order of preference
+  // Beyond the prefix, whole blocks of the prompt that are cached at another position or behind
+  // other text may stand in for its own: approximate, see OpenResult::shifted.
+  bool reuse_shifted = false;
+};
+
+// Tokens of a context whose KV was computed elsewhere, whole blocks.
+struct ShiftedRange {
+  TokenRange tokens;    // in the context
+  int32_t shift = 0;    // its position less the one they were computed at, in tokens; a multiple of
+                        // kBlockTokens. 0: at the same position, behind other text
+  friend bool operator==(const ShiftedRange&, const ShiftedRange&) = default;
 };
 
 struct OpenResult {
@@ -31,6 +42,9 @@ struct OpenResult {
   double expected_load_ms = 0;        // until the reused blocks are in RAM; 0 in the RAM tier
   // True when the reused prefix was all computed densely.
   bool reused_dense = true;
+  // With reuse_shifted: what else of the prompt is there, disjoint and in token order, beyond
+  // reused_tokens. The worker computes the tokens between and skips these.
+  std::vector<ShiftedRange> shifted;
 };
 
 // K and V of some tokens of one layer, for a range of KV heads.
@@ -69,6 +83,7 @@ struct ContextInfo {
   bool sealed = false;
   uint64_t private_bytes = 0;
   uint64_t shared_bytes = 0;
+  uint32_t shifted_tokens = 0;   // reused from another position or behind other text
 };
 
 // Where a leased block lies. The mapping is read-only; the bytes stay until the lease ends.

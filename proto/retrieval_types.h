@@ -75,6 +75,9 @@ struct AttendAnswer {
   float error_estimate = 0;
   std::span<float> o;             // [heads][head_dim]
   std::span<float> lse;           // [heads]
+  // Tokens of the range that were reused from another position or behind other text: not 0, the
+  // answer is approximate (OpenRequest::reuse_shifted).
+  uint32_t shifted_tokens = 0;
 };
 
 // The top tokens of one query head.
@@ -88,6 +91,7 @@ struct TopKAnswer {
   // When asked for: gathered K and V of each entry, [entries][head_dim] of the context's dtype.
   std::vector<std::string> k;
   std::vector<std::string> v;
+  uint32_t shifted_tokens = 0;  // as AttendAnswer's
 };
 
 inline constexpr float kEmptyLse = -std::numeric_limits<float>::infinity();

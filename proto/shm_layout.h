@@ -1,5 +1,5 @@
-// The shared-memory protocol's memory layout, versions 1 and 2. Plain data only; the rules of use stand
-// in proto/SHM.md, good enough to write a client from. All integers are little-endian; offsets
+// The shared-memory protocol's memory layout, versions 1 to 3. Plain data only; the rules of use
+// stand in proto/SHM.md, good enough to write a client from. All integers are little-endian; offsets
 // are bytes; everything a client writes is untrusted: the daemon copies it once, validates the
 // copy, and uses only that.
 #pragma once
@@ -14,7 +14,8 @@ namespace quarry::shm {
 inline constexpr uint32_t kMaxNameBytes = 256;
 inline constexpr uint32_t kMagic = 0x31595251;  // "QRY1"
 inline constexpr uint16_t kMinVersion = 1;
-inline constexpr uint16_t kMaxVersion = 2;  // 2: more kinds of budget, and `merged`
+// 2: more kinds of budget, and `merged`; 3: answers say `shifted_tokens`.
+inline constexpr uint16_t kMaxVersion = 3;
 
 // Limits of one channel; the daemon's configuration may lower them.
 inline constexpr uint32_t kMaxSlots = 256;
@@ -124,9 +125,24 @@ inline constexpr uint32_t kSlotPayload = 128;
 
 // Methods of kCall: the unary methods of the gRPC services, with the same messages.
 enum class Method : uint32_t {
-  kOpen = 1, kSeal = 2, kFork = 3, kClose = 4, kRead = 5, kExists = 6, kLongestPrefix = 7,
-  kPin = 8, kUnpin = 9, kPurge = 10, kTopK = 11, kStatus = 12, kStatistics = 13, kDrain = 14,
-  kListContexts = 15, kListBlocks = 16, kDeclareTokens = 17,
+  kOpen = 1,
+  kSeal = 2,
+  kFork = 3,
+  kClose = 4,
+  kRead = 5,
+  kExists = 6,
+  kLongestPrefix = 7,
+  kPin = 8,
+  kUnpin = 9,
+  kPurge = 10,
+  kTopK = 11,
+  kStatus = 12,
+  kStatistics = 13,
+  kDrain = 14,
+  kListContexts = 15,
+  kListBlocks = 16,
+  kDeclareTokens = 17,
+  kAudit = 18,
 };
 struct CallHeader {
   uint32_t method;
@@ -172,7 +188,7 @@ struct AttendAnswerPod {
   uint64_t tokens_attended;
   uint64_t bytes_touched;
   float error_estimate;
-  uint32_t reserved;
+  uint32_t shifted_tokens;  // version 3; before: 0
 };
 static_assert(sizeof(AttendAnswerPod) == 40);
 static_assert(sizeof(AttendAnswerPod) <= sizeof(AttendRowPod));

@@ -47,6 +47,7 @@ using AdapterDigest = Digest<struct AdapterDigestTag>;
 using InputDigest = Digest<struct InputDigestTag>;          // of a multimodal input
 using RopeSignature = Digest<struct RopeSignatureTag>;
 using RecipeDigest = Digest<struct RecipeDigestTag>;        // all zero = dense
+using StretchId = Digest<struct StretchIdTag>;  // of a block's tokens, whatever precedes them
 
 // XXH3-128 of a buffer, as two little-endian halves.
 struct ByteDigest {

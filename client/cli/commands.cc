@@ -79,13 +79,14 @@ absl::Status ShowContexts(const Arguments& a) {
       list.push_back({{"context", c.context.value}, {"model", c.model}, {"tokens", c.tokens},
                       {"shared_tokens", c.shared_tokens}, {"max_tokens", c.max_tokens},
                       {"sealed", c.sealed}, {"shared_bytes", c.shared_bytes},
-                      {"private_bytes", c.private_bytes}});
+                      {"private_bytes", c.private_bytes},
+                      {"shifted_tokens", c.shifted_tokens}});
       continue;
     }
-    std::printf("%-20llu %-16s %9u %9u %9u %12.1f %12.1f%s\n",
+    std::printf("%-20llu %-16s %9u %9u %9u %12.1f %12.1f%s%s\n",
                 static_cast<unsigned long long>(c.context.value), c.model.c_str(), c.tokens,
                 c.shared_tokens, c.max_tokens, MiB(c.shared_bytes), MiB(c.private_bytes),
-                c.sealed ? "  sealed" : "");
+                c.sealed ? "  sealed" : "", c.shifted_tokens > 0 ? "  shifted" : "");
   }
   if (a.json) std::printf("%s\n", list.dump().c_str());
   return absl::OkStatus();
@@ -174,7 +175,7 @@ absl::Status Drain(const Arguments& a) {
   return absl::OkStatus();
 }
 
-absl::Status Audit(const Arguments& a) {
+absl::Status Verify(const Arguments& a) {
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
   QUARRY_ASSIGN_OR_RETURN(std::vector<ContextInfo> contexts, client->ListContexts());
   uint64_t bytes = 0, failed = 0;
@@ -182,10 +183,10 @@ absl::Status Audit(const Arguments& a) {
   // Contexts share blocks. While one of them is open its blocks stay where they are.
   std::set<std::pair<const std::byte*, uint64_t>> checked;
   for (const ContextInfo& context : contexts) {
-    for (uint32_t b = 0; b < context.shared_tokens / kBlockTokens; ++b) {
+    for (uint32_t b = 0; b < context.tokens / kBlockTokens; ++b) {
       auto lease = client->LeaseContextBlock(context.context, b);
       if (absl::IsNotFound(lease.status()) || absl::IsFailedPrecondition(lease.status())) {
-        continue;  // closed or not published in the meantime
+        continue;  // closed, not published, or reused from another position
       }
       QUARRY_RETURN_IF_ERROR(lease.status());
       if (!checked.emplace((*lease)->bytes().data(), (*lease)->digest().low).second) continue;

@@ -13,7 +13,7 @@ struct Arguments {
   std::string socket = "/run/quarry/quarryd.sock";
   bool json = false;
   uint32_t limit = 1000;
-  std::string name, name_space;
+  std::string name, name_space, image;
   uint64_t context = 0, ttl_ms = 0;
   std::vector<std::string> blocks;
   bool all = false, once = false;
@@ -27,10 +27,13 @@ absl::Status Pin(const Arguments&);
 absl::Status Unpin(const Arguments&);
 absl::Status Purge(const Arguments&);
 absl::Status Drain(const Arguments&);
+// What audits of live answers found, for models of the tenant: a table with totals, and with
+// a.image a file of heat maps.
+absl::Status Audit(const Arguments&);
 // Leases every published block of every open context of the tenant and compares digests, each block
 // once. Blocks that no open context uses cannot be leased; how many they are is said. DataLoss if
 // any digest differs.
-absl::Status Audit(const Arguments&);
+absl::Status Verify(const Arguments&);
 absl::Status Top(const Arguments&);
 
 }  // namespace quarry::cli

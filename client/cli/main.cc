@@ -30,7 +30,11 @@ int main(int argc, char** argv) {
   purge->add_flag("--all", a.all, "everything of the caller's tenant");
   purge->add_option("--namespace", a.name_space, "one namespace digest in hex");
   purge->add_option("--block", a.blocks, "block ids in hex");
-  CLI::App* audit = app.add_subcommand("audit", "check the digests of the blocks that open contexts use");
+  CLI::App* audit = app.add_subcommand(
+      "audit", "errors of live answers beside exact attention, by model, layer and KV head");
+  audit->add_option("--image", a.image, "also write heat maps to this file, as PNG");
+  CLI::App* verify =
+      app.add_subcommand("verify", "check the digests of the blocks that open contexts use");
   CLI::App* top = app.add_subcommand("top", "tiers, hit rates and latencies, refreshed");
   top->add_flag("--once", a.once, "print one frame and leave");
   top->add_option("--interval-ms", a.interval_ms, "between frames")->check(CLI::Range(50, 3600000));
@@ -46,6 +50,7 @@ int main(int argc, char** argv) {
   if (*unpin) result = Unpin(a);
   if (*purge) result = Purge(a);
   if (*audit) result = Audit(a);
+  if (*verify) result = Verify(a);
   if (*top) result = Top(a);
   if (*drain) result = Drain(a);
   if (result.ok()) return 0;

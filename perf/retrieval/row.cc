@@ -36,6 +36,7 @@ std::string RowToJson(const Row& row) {
                {"rel_l2_p95", row.rel_l2_p95},
                {"partial_rel_l2", row.partial_rel_l2},
                {"predicted_error", OrNull(row.predicted_error)},
+               {"predicted_within_2x", OrNull(row.predicted_within_2x)},
                {"tokens_retrieved", row.tokens_retrieved},
                {"oracle_tokens", row.oracle_tokens},
                {"bytes_read", row.bytes_read},
@@ -66,6 +67,7 @@ absl::StatusOr<Row> RowFromJson(const std::string& line) {
     json.at("rel_l2_p95").get_to(row.rel_l2_p95);
     json.at("partial_rel_l2").get_to(row.partial_rel_l2);
     row.predicted_error = FromNull(json.at("predicted_error"));
+    row.predicted_within_2x = FromNull(json.at("predicted_within_2x"));
     json.at("tokens_retrieved").get_to(row.tokens_retrieved);
     json.at("oracle_tokens").get_to(row.oracle_tokens);
     json.at("bytes_read").get_to(row.bytes_read);

@@ -28,6 +28,7 @@ struct Row {
   double rel_l2 = 0, partial_rel_l2 = 0;  // after and before the merge with the window
   double rel_l2_p95 = 0;
   std::optional<double> predicted_error;  // none: the index makes no prediction
+  std::optional<double> predicted_within_2x;  // share of queries whose error is within a factor of 2
   double tokens_retrieved = 0;            // a query head
   double oracle_tokens = 0;  // the fewest best tokens for an error of rel_l2, a query head
   double bytes_read = 0;     // an answer to the whole group: every line touched

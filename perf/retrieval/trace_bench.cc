@@ -198,7 +198,7 @@ void TraceBench::FillQuality(const Head& head, const IndexedHead& indexed, const
   QualityMeans means;
   HeadAnswer answer;
   std::vector<float> o(trace_.head_dim);
-  double predicted = 0, bytes = 0;
+  double predicted = 0, within = 0, bytes = 0;
   for (uint32_t i = 0; i < chosen_.size(); ++i) {
     const std::vector<TokenRange> ranges = Ranges(i);
     const QueryBlock queries = Queries(head, i, ranges);
@@ -208,17 +208,21 @@ void TraceBench::FillQuality(const Head& head, const IndexedHead& indexed, const
       const Partial& partial = answer.partials()[g];
       const float lse = partial.Finish(o);
       const QueryTruth& truth = head.truth[i * trace_.group() + g];
-      means.Add(Judge(truth, answer.Attended(indexed, queries, g), o,
-                      lse),
-                static_cast<double>(partial.tokens));
-      predicted += search.budget.kind == Budget::Kind::kError
-                       ? partial.RelativeError() * ShareOfMerged(truth, o, lse)
-                       : answer.lost_mass(g);
+      const Quality quality = Judge(truth, answer.Attended(indexed, queries, g), o, lse);
+      means.Add(quality, static_cast<double>(partial.tokens));
+      const double promised = search.budget.kind == Budget::Kind::kError
+                                  ? partial.RelativeError() * ShareOfMerged(truth, o, lse)
+                                  : answer.lost_mass(g);
+      predicted += promised;
+      within += quality.rel_l2 <= 2 * promised && promised <= 2 * quality.rel_l2 ? 1 : 0;
     }
   }
   means.Fill(row);
   row->bytes_read = bytes / static_cast<double>(chosen_.size());
-  if (search.predicts) row->predicted_error = predicted / static_cast<double>(head.truth.size());
+  if (search.predicts) {
+    row->predicted_error = predicted / static_cast<double>(head.truth.size());
+    row->predicted_within_2x = within / static_cast<double>(head.truth.size());
+  }
   double oracle = 0;
   for (const QueryTruth& truth : head.truth) oracle += OracleTokens(truth, row->rel_l2);
   row->oracle_tokens = oracle / static_cast<double>(head.truth.size());

@@ -28,6 +28,10 @@ TEST_F(CInterfaceTest, AContextIsOpenedAppendedAttendedForkedAndRead) {
   EXPECT_EQ(Run(c_opens_appends_attends_and_reads), "");
 }
 
+TEST_F(CInterfaceTest, ADocumentIsReusedAtAnotherPositionAndFlagged) {
+  EXPECT_EQ(Run(c_reuses_at_another_position), "");
+}
+
 TEST_F(CInterfaceTest, BlocksArePutLeasedAndOutliveTheClient) {
   EXPECT_EQ(Run(c_puts_and_leases), "");
 }

@@ -190,6 +190,66 @@ const char* c_opens_appends_attends_and_reads(const char* socket) {
   return NULL;
 }
 
+/* A document of one block behind a text of one block, then by itself: 256 tokens earlier. */
+const char* c_reuses_at_another_position(const char* socket) {
+  enum { kBlock = 256, kFirst = 2 * kBlock + 1 };
+  quarry_model model = fill();
+  memset(model.weights_digest, 0xc2, sizeof(model.weights_digest));
+  quarry_client* client;
+  EXPECT(quarry_connect(socket, "c-shifted", 0, 20000, &client) == 0);
+  uint32_t first_ids[kFirst], reused = 77;
+  uint64_t context;
+  for (uint32_t t = 0; t < kFirst; ++t) {
+    first_ids[t] = t < kBlock || t == 2 * kBlock ? 100000 + t : ids[t - kBlock];
+  }
+  EXPECT(quarry_open(client, &model, first_ids, kFirst, kMaxTokens, &context, &reused) == 0);
+  for (uint32_t layer = 0; layer < kLayers; ++layer) {
+    EXPECT(quarry_append(client, context, layer, kKvHeads, 0, kBlock, k[layer], v[layer]) == 0);
+    EXPECT(quarry_append(client, context, layer, kKvHeads, kBlock, kFirst, k[layer], v[layer]) ==
+           0);
+  }
+  EXPECT(quarry_seal(client, context) == 0);
+
+  quarry_shifted_range ranges[4];
+  size_t count = 0;
+  EXPECT(quarry_open_shifted(client, &model, ids, kTokens, kMaxTokens, &context, &reused, ranges,
+                             &count) == 8); /* no room for the one */
+  EXPECT(count == 1);
+  count = 4;
+  EXPECT(quarry_open_shifted(client, &model, ids, kTokens, kMaxTokens, &context, &reused, ranges,
+                             &count) == 0);
+  EXPECT(reused == 0 && count == 1);
+  EXPECT(ranges[0].token_lo == 0 && ranges[0].token_hi == kBlock && ranges[0].shift == -kBlock);
+
+  float q[kHeads * kDim], back[kHeads * kDim], o[kHeads * kDim], lse[kHeads];
+  for (int i = 0; i < kHeads * kDim; ++i) q[i] = (float)(i % 7) / 3.0f - 1.0f;
+  for (int head = 0; head < kHeads; ++head) {
+    for (int i = 0; i < kDim / 2; ++i) {
+      const double angle = (double)inv_freq[i] * kBlock;
+      const double a = q[head * kDim + i], b = q[head * kDim + kDim / 2 + i];
+      back[head * kDim + i] = (float)(a * cos(angle) - b * sin(angle));
+      back[head * kDim + kDim / 2 + i] = (float)(b * cos(angle) + a * sin(angle));
+    }
+  }
+  quarry_row row;
+  quarry_answer answer;
+  memset(&row, 0, sizeof(row));
+  memset(&answer, 0, sizeof(answer));
+  row.struct_bytes = sizeof(row);
+  row.context = context;
+  row.token_hi = kBlock;
+  row.heads = kHeads;
+  row.q_dtype = QUARRY_FP32;
+  row.q = q;
+  answer.o = o;
+  answer.lse = lse;
+  EXPECT(quarry_attend_rows(client, &row, 1, &answer) == 0);
+  EXPECT(answer.shifted_tokens == kBlock);
+  const char* wrong = check_answer(&answer, back, 0, 0, kBlock);
+  quarry_disconnect(client);
+  return wrong;
+}
+
 const char* c_puts_and_leases(const char* socket) {
   quarry_client* client;
   EXPECT(quarry_connect(socket, NULL, 0, 20000, &client) == 0);

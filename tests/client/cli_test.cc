@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 
 #include <cstdio>
+#include <fstream>
 #include <memory>
 #include <string>
 
@@ -10,6 +11,7 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include "absl/time/clock.h"
 #include "tests/support/daemon_process.h"
 #include "tests/support/kv_client.h"
 
@@ -29,9 +31,8 @@ class CliTest : public ::testing::Test {
   };
 
   void SetUp() override {
-    testing::DaemonOptions options;
-    options.arguments = {"--arena-bytes", "128MiB"};
-    auto daemon = DaemonProcess::Start(options);
+    options_.arguments = {"--arena-bytes", "128MiB"};
+    auto daemon = DaemonProcess::Start(options_);
     ASSERT_TRUE(daemon.ok()) << daemon.status();
     daemon_ = *std::move(daemon);
     auto client = testing::ConnectTo(daemon_->socket_path());
@@ -70,6 +71,7 @@ class CliTest : public ::testing::Test {
   }
 
   static constexpr uint32_t kTokens = 600, kBlocks = 2;
+  testing::DaemonOptions options_;
   ModelSpec spec_ = testing::SmallSpec();
   testing::KvData data_{spec_.shape, kTokens, 5};
   std::unique_ptr<DaemonProcess> daemon_;
@@ -156,19 +158,87 @@ TEST_F(CliTest, PurgeTakesExactlyOneSelector) {
   EXPECT_EQ(Json("blocks").size(), 0u);
 }
 
-TEST_F(CliTest, AuditChecksEachBlockOnceAndCountsThoseOutOfReach) {
+TEST_F(CliTest, VerifyChecksEachBlockOnceAndCountsThoseOutOfReach) {
   const ContextId first = Fill(), second = Fill();  // they share their blocks
-  const json audit = Json("audit");
-  EXPECT_EQ(audit["contexts"], 2);
-  EXPECT_EQ(audit["blocks"], kBlocks);
-  EXPECT_EQ(audit["bytes"], kBlocks * spec_.shape.block_bytes());
-  EXPECT_EQ(audit["failed"], 0);
-  EXPECT_EQ(audit["unreached"], 0);
+  const json checked = Json("verify");
+  EXPECT_EQ(checked["contexts"], 2);
+  EXPECT_EQ(checked["blocks"], kBlocks);
+  EXPECT_EQ(checked["bytes"], kBlocks * spec_.shape.block_bytes());
+  EXPECT_EQ(checked["failed"], 0);
+  EXPECT_EQ(checked["unreached"], 0);
   ASSERT_TRUE(client_->Close(first).ok() && client_->Close(second).ok());
-  const json closed = Json("audit");
+  const json closed = Json("verify");
   EXPECT_EQ(closed["blocks"], 0);
   EXPECT_EQ(closed["unreached"], kBlocks);
-  EXPECT_THAT(Run("audit").out, HasSubstr("2 published blocks were not checked"));
+  EXPECT_THAT(Run("verify").out, HasSubstr("2 published blocks were not checked"));
+}
+
+// Of a daemon that audits every answer.
+class AuditCliTest : public CliTest {
+ protected:
+  void SetUp() override {
+    options_.config = "[audit]\nfraction = 1\n";
+    CliTest::SetUp();
+  }
+  // Asks under a budget in both layers, and waits until both KV heads of each are audited.
+  void AuditSome(uint32_t positions) {
+    const ContextId context = Fill();
+    for (uint32_t i = 0; i < positions; ++i) {
+      for (uint32_t layer = 0; layer < spec_.shape.layers; ++layer) {
+        testing::OneRow row(spec_.shape, context, layer, {0, kTokens}, i);
+        row.row.budget = {Budget::Kind::kFixedK, 60};
+        ASSERT_TRUE(row.Run(client_.get()).ok());
+      }
+    }
+    const double answers = positions * spec_.shape.layers * spec_.shape.kv_heads;
+    const auto done = [&] {
+      const auto values = client_->Statistics();
+      EXPECT_TRUE(values.ok()) << values.status();
+      return values.ok() && values->at("quarry_audit_done_total") >= answers;
+    };
+    for (int ms = 0; !done() && ms < 20000; ++ms) absl::SleepFor(absl::Milliseconds(1));
+    ASSERT_TRUE(done());
+  }
+};
+
+TEST_F(AuditCliTest, AuditShowsEachHeadAndTheModel) {
+  EXPECT_THAT(Run("audit").out, HasSubstr("no audits"));
+  AuditSome(5);
+  const json audit = Json("audit");
+  const size_t heads = size_t{spec_.shape.layers} * spec_.shape.kv_heads;
+  ASSERT_EQ(audit["heads"].size(), heads);
+  for (const json& head : audit["heads"]) {
+    EXPECT_EQ(head["model"], spec_.name);
+    EXPECT_EQ(head["audits"], 5);
+    EXPECT_EQ(head["recall"], 1);
+    EXPECT_GT(head["mass"], 0.1);
+    EXPECT_LT(head["mass"], 0.9);
+    EXPECT_GT(head["error"], 0.05);
+    EXPECT_EQ(head["within_twice"], 1);
+  }
+  EXPECT_EQ(audit["heads"].back()["layer"], spec_.shape.layers - 1);
+  EXPECT_EQ(audit["heads"].back()["kv_head"], spec_.shape.kv_heads - 1);
+  ASSERT_EQ(audit["models"].size(), 1u);
+  EXPECT_EQ(audit["models"][0]["audits"], 5 * heads);
+  const Result table = Run("audit");
+  EXPECT_EQ(table.status, 0);
+  EXPECT_THAT(table.out, HasSubstr(spec_.name));
+  EXPECT_THAT(table.out, HasSubstr("100.0%"));
+  EXPECT_THAT(table.out, HasSubstr("    all     all"));
+}
+
+TEST_F(AuditCliTest, AuditDrawsAPicture) {
+  AuditSome(2);
+  const std::string path = daemon_->directory() + "/audit.png";
+  const Result drawn = Run("audit --image '" + path + "'");
+  EXPECT_EQ(drawn.status, 0) << drawn.out;
+  std::ifstream file(path, std::ios::binary);
+  std::string head(8, '\0');
+  file.read(head.data(), 8);
+  EXPECT_EQ(head, "\x89PNG\r\n\x1a\n");
+  const Result refused = Run("audit --image /no/such/folder/audit.png");
+  EXPECT_EQ(refused.status, 1);
+  EXPECT_THAT(refused.out, HasSubstr("/no/such/folder/audit.png"));
 }
 
 TEST_F(CliTest, EveryFigureOfTopIsOneTheDaemonHas) {

@@ -42,11 +42,11 @@ TEST(HandshakeTest, AnsweredHelloGivesSessionAndTenant) {
 
 TEST(HandshakeTest, ANewerDaemonIsRefusedWithBothRanges) {
   FakeServer::Script script;
-  script.min_version = 3;
-  script.max_version = 4;
+  script.min_version = 4;
+  script.max_version = 5;
   const absl::Status status = RefusalOf(script);
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(Text(status), AllOf(HasSubstr("3 to 4"), HasSubstr("1 to 2")));
+  EXPECT_THAT(Text(status), AllOf(HasSubstr("4 to 5"), HasSubstr("1 to 3")));
 }
 
 TEST(HandshakeTest, ANewerClientIsRefusedWithBothRanges) {
@@ -57,7 +57,7 @@ TEST(HandshakeTest, ANewerClientIsRefusedWithBothRanges) {
   hello.max_version = 6;
   const absl::Status status = ClientChannel::Connect(server.path(), hello, kLong).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(Text(status), AllOf(HasSubstr("1 to 2"), HasSubstr("4 to 6")));
+  EXPECT_THAT(Text(status), AllOf(HasSubstr("1 to 3"), HasSubstr("4 to 6")));
 }
 
 TEST(HandshakeTest, AVersionThatWasNotOfferedIsRefused) {

@@ -95,7 +95,7 @@ class Client:
         if status != 0:
             raise Refused(status, text.rstrip(b"\0").decode())
         self.tenant = tenant.rstrip(b"\0").decode()
-        check(self.version in (1, 2) and len(fds) == 2, f"version {self.version}, {len(fds)} descriptors")
+        check(self.version in (1, 2, 3) and len(fds) == 2, f"version {self.version}, {len(fds)} descriptors")
         self.memory = mmap.mmap(fds[0], bytes_)
         self.doorbell = fds[1]
         os.close(fds[0])
@@ -162,10 +162,10 @@ def refusal(function, *arguments):
 
 
 def handshake(path):
-    status, text = refusal(Client, path, (3, 7))
-    check(status == 9 and text, f"a client of versions 3 to 7 gets {status} {text!r}")
+    status, text = refusal(Client, path, (4, 7))
+    check(status == 9 and text, f"a client of versions 4 to 7 gets {status} {text!r}")
     newer = Client(path, (1, 7))  # speaks more than the daemon
-    check(newer.version == 2, f"1 to 7 gave {newer.version}")
+    check(newer.version == 3, f"1 to 7 gave {newer.version}")
     newer.close()
 
 

@@ -140,6 +140,21 @@ TEST_F(CallDispatchTest, StatusAndStatisticsDescribeTheDaemonAndTheCaller) {
   EXPECT_EQ(statistics->values().at("quarry_engine_sessions_count"), 1);
 }
 
+TEST_F(CallDispatchTest, AuditsAreThoseOfTheSessionsTenant) {
+  const auto audit = Run<v1::AuditReply>(Method::kAudit, v1::AuditRequest());
+  ASSERT_TRUE(audit.ok()) << audit.status();
+  ASSERT_EQ(audit->heads_size(), 1);
+  EXPECT_EQ(audit->heads(0).model(), "model of alice");
+  EXPECT_EQ(audit->heads(0).layer(), 3u);
+  EXPECT_EQ(audit->heads(0).audits(), 4u);
+  caller_.session = *engine_.StartSession("bob", "test");
+  EXPECT_EQ(Run<v1::AuditReply>(Method::kAudit, v1::AuditRequest())->heads(0).model(),
+            "model of bob");
+  caller_.session = SessionId{999};
+  EXPECT_EQ(Run<v1::AuditReply>(Method::kAudit, v1::AuditRequest()).status().code(),
+            absl::StatusCode::kNotFound);
+}
+
 TEST_F(CallDispatchTest, OnlyAnAdministratorDrains) {
   EXPECT_EQ(Run<v1::DrainReply>(Method::kDrain, v1::DrainRequest()).status().code(),
             absl::StatusCode::kPermissionDenied);
@@ -150,11 +165,11 @@ TEST_F(CallDispatchTest, OnlyAnAdministratorDrains) {
 }
 
 TEST_F(CallDispatchTest, UnknownMethodsAndBrokenMessagesAreRefused) {
-  for (const uint32_t method : {0u, 18u, ~0u}) {
+  for (const uint32_t method : {0u, 19u, ~0u}) {
     EXPECT_EQ(DispatchCall(parts_, caller_, method, "").status().code(),
               absl::StatusCode::kUnimplemented);
   }
-  for (uint32_t method = 1; method <= 17; ++method) {
+  for (uint32_t method = 1; method <= 18; ++method) {
     EXPECT_EQ(DispatchCall(parts_, caller_, method, "\xff\xff\xff").status().code(),
               absl::StatusCode::kInvalidArgument)
         << method;

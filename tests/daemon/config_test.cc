@@ -71,6 +71,27 @@ TEST(ConfigTest, LimitsOfSpareMemoryAndPinsAreReadAndMayBeZero) {
   EXPECT_THAT(ErrorOf("[engine]\nspare_bytes = \"65TiB\"\n"), HasSubstr("0B\" to \"64TiB"));
 }
 
+TEST(ConfigTest, AuditsAreConfigured) {
+  const auto config =
+      ParseConfig("[audit]\nfraction = 0.1\nthreads = 2\nqueue = 5\ndrift_factor = 3\n", "t");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->engine.audit.fraction, 0.1);
+  EXPECT_EQ(config->engine.audit.threads, 2u);
+  EXPECT_EQ(config->engine.audit.queue, 5u);
+  EXPECT_EQ(config->engine.audit.drift_factor, 3);
+  EXPECT_THAT(PrintConfig(*config), HasSubstr("\n[audit]\nfraction = 0.1\nthreads = 2\nqueue = 5\n"
+                                              "drift_factor = 3\n"));
+  EXPECT_TRUE(ParseConfig("[audit]\nfraction = 0\n", "t").ok());
+  for (const char* wrong : {"1.5", "-0.1", "nan", "\"all\"", "true"}) {
+    EXPECT_THAT(ErrorOf(std::string("[audit]\nfraction = ") + wrong + "\n"),
+                AllOf(HasSubstr("audit.fraction"), HasSubstr("must be a number from 0 to 1")));
+  }
+  Config overridden = DefaultConfig();
+  overridden.engine.audit.drift_factor = 0;
+  EXPECT_THAT(std::string(ValidateConfig(overridden).message()),
+              HasSubstr("audit.drift_factor = 0: must be from 0.01 to 1000"));
+}
+
 TEST(ConfigTest, SizesAreStringsWithUnitsOrIntegers) {
   const auto config =
       ParseConfig("[engine]\narena_bytes = \"2GiB\"\nextent_bytes = 33554432\n", "test.toml");

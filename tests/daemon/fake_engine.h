@@ -262,6 +262,22 @@ class FakeEngine : public Engine {
     }
     return answer;
   }
+  // One head, of the tenant's own model.
+  absl::StatusOr<std::vector<HeadAudit>> Audits(SessionId session) override {
+    absl::StatusOr<std::string> tenant = SessionTenant(session);
+    if (!tenant.ok()) return tenant.status();
+    HeadAudit audit{"model of " + *tenant, 3, 1, {}};
+    audit.figures.audits = 4;
+    return std::vector{audit};
+  }
+  std::vector<HeadAudit> AuditsOfAllTenants() const override {
+    const absl::MutexLock lock(&mutex_);
+    return audits_;
+  }
+  void SetAuditsOfAllTenants(std::vector<HeadAudit> audits) {
+    const absl::MutexLock lock(&mutex_);
+    audits_ = std::move(audits);
+  }
   bool Work() override { return false; }
   void SetArmed(bool armed) override {
     const absl::MutexLock lock(&mutex_);
@@ -325,6 +341,7 @@ class FakeEngine : public Engine {
   std::map<uint32_t, ExtentInfo> extents_;
   std::vector<std::function<void()>> held_;
   std::vector<std::string> appended_;
+  std::vector<HeadAudit> audits_;
   bool hold_ = false, hold_appends_ = false, armed_ = false, drained_ = false;
 };
 

@@ -469,6 +469,18 @@ TEST_F(GrpcServicesTest, AdminCallsNeedNoSessionAndDrainNeedsAnAdministrator) {
   EXPECT_EQ(drain_requests_, 1);
 }
 
+TEST_F(GrpcServicesTest, AuditsNeedASessionAndAreOfItsTenant) {
+  StartGrpc();
+  Peer peer(grpc_path(), geteuid());
+  ASSERT_TRUE(peer.OpenSession());
+  v1::AuditReply reply;
+  ASSERT_TRUE(peer.admin->Audit(peer.Context().get(), v1::AuditRequest(), &reply).ok());
+  ASSERT_EQ(reply.heads_size(), 1);
+  EXPECT_EQ(reply.heads(0).model(), "model of " + tenant());
+  grpc::ClientContext no_session;
+  EXPECT_FALSE(peer.admin->Audit(&no_session, v1::AuditRequest(), &reply).ok());
+}
+
 TEST_F(GrpcServicesTest, WhileDrainingOnlyAdminCallsAreServed) {
   StartGrpc();
   auto peer = NewPeer();

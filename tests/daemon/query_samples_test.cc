@@ -1,5 +1,6 @@
 #include "daemon/query_samples.h"
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <vector>
@@ -53,6 +54,49 @@ TEST(QuerySamplesTest, SaysWhenThereAreEnoughToLookAgain) {
     if (Add(samples, 0, 1.0f)) worth.push_back(i);
   }
   EXPECT_EQ(worth, (std::vector<uint32_t>{32, 64, 128}));
+}
+
+TEST(QuerySamplesTest, AfterADriftNewQueriesTakeThePlacesOfTheOld) {
+  constexpr uint32_t kCapacity = 64;
+  QuerySamples samples(kShape, kCapacity);
+  const auto add = [&](uint32_t layer, float value) { return Add(samples, layer, value); };
+  for (int i = 0; i < 6400; ++i) {
+    add(0, 1.0f);
+    add(1, 1.0f);
+  }
+  EXPECT_FALSE(samples.TakeRenewed());
+  for (int i = 0; i < 15; ++i) EXPECT_FALSE(samples.NoteFit(1, 0, IndexFit::kPoor));
+  EXPECT_TRUE(samples.NoteFit(1, 0, IndexFit::kPoor));
+  // Nothing more is found while they are renewed.
+  for (int i = 0; i < 100; ++i) EXPECT_FALSE(samples.NoteFit(1, 0, IndexFit::kPoor));
+  for (uint32_t i = 1; i <= kCapacity / 2; ++i) {
+    EXPECT_FALSE(samples.TakeRenewed());
+    EXPECT_EQ(add(0, 2.0f), i == kCapacity / 2);
+  }
+  EXPECT_FALSE(samples.TakeRenewed());  // the other layer lags behind
+  for (uint32_t i = 0; i < kCapacity / 2; ++i) add(1, 2.0f);
+  EXPECT_TRUE(samples.TakeRenewed());
+  EXPECT_FALSE(samples.TakeRenewed());  // once
+  EXPECT_EQ(samples.LeastKept(), kCapacity);
+  const std::vector<float> q = samples.Scaled(0, 0);
+  EXPECT_EQ(std::count(q.begin(), q.end(), 2 * kScale), static_cast<ptrdiff_t>(q.size() / 2));
+  for (uint32_t i = 0; i < kCapacity / 2; ++i) add(0, 2.0f);
+  const std::vector<float> all = samples.Scaled(0, 0);
+  EXPECT_EQ(std::count(all.begin(), all.end(), 2 * kScale), static_cast<ptrdiff_t>(all.size()));
+}
+
+TEST(RunIndexesTest, AreLearnedAgainFromOtherSamplesHoweverMany) {
+  using Due = RunIndexes::Due;
+  using Why = RunIndexes::Why;
+  RunIndexes indexes(kShape);
+  EXPECT_EQ(indexes.Begin({100, 1000}, Why::kOtherSamples), Due::kFirst);
+  indexes.End(RunIndexes::Learning{100, 1000});
+  EXPECT_EQ(indexes.Begin({40, 1000}), Due::kNo);
+  EXPECT_EQ(indexes.Begin({40, 1000}, Why::kOtherSamples), Due::kAgain);
+  EXPECT_EQ(indexes.Begin({40, 1000}, Why::kOtherSamples), Due::kNo);  // somebody is at it
+  indexes.End(RunIndexes::Learning{40, 1000});
+  EXPECT_EQ(indexes.Begin({170, 1000}), Due::kNo);  // not undone by the old ones of another context
+  EXPECT_EQ(indexes.Begin({400, 1000}), Due::kAgain);
 }
 
 TEST(RunIndexesTest, AreLearnedOnceAndAgainWithFourTimesTheSamples) {

@@ -49,6 +49,21 @@ class TableMaker {
     return fork;
   }
   const BlockTable& root() const { return root_; }
+  // The same blocks without runs, some of them placed from elsewhere.
+  BlockTable WithPlaced(BlockTable table) {
+    table.runs.clear();
+    RopeSpec rope;
+    rope.inv_freq = {1.0f};
+    rope.rotary_dim = 2;
+    for (uint32_t block = Random(8); block < kBlocks;) {
+      const uint32_t end = std::min(kBlocks, block + 1 + Random(8));
+      const int32_t distance = kBlockTokens * (static_cast<int32_t>(Random(3)) - 1);
+      table.placed.push_back({{block * kBlockTokens, end * kBlockTokens},
+                              std::make_shared<const Rotation>(rope, distance)});
+      block = end + Random(4);
+    }
+    return table;
+  }
 
  private:
   std::vector<std::shared_ptr<HeldBlock>> NewBlocks(uint32_t count) {
@@ -80,6 +95,8 @@ class TableMaker {
   BlockTable root_;
 };
 
+int32_t DistanceOf(const Rotation* turn) { return turn == nullptr ? 0 : turn->distance(); }
+
 void ExpectEachTokenOnce(std::span<const ScanMember> members, std::span<const ScanUnit> units) {
   std::vector<std::vector<TokenRange>> seen(members.size());
   for (const ScanUnit& unit : units) {
@@ -99,6 +116,8 @@ void ExpectEachTokenOnce(std::span<const ScanMember> members, std::span<const Sc
         const auto& scanned = unit.blocks[b - unit.first_block];
         if (unit.run == nullptr) {
           ASSERT_EQ(scanned, member.table->blocks[b]) << "block " << b;
+          ASSERT_EQ(DistanceOf(unit.turn),
+                    DistanceOf(member.table->TurnAt(std::max(range.lo, b * kBlockTokens))));
         } else {
           // A run's own block: the member's, or, where a fork cut it, the one it was copied from.
           const bool used = std::any_of(
@@ -129,6 +148,9 @@ TEST(ScanPlanTest, EveryTokenIsPlannedExactlyOnceAcrossRunsTailsAndForks) {
     TableMaker maker(Seed() + round);
     std::vector<BlockTable> tables = {maker.root()};
     while (tables.size() < 6) tables.push_back(maker.Fork(tables[maker.Random(tables.size())]));
+    for (uint32_t i = 0; i < 4 * (round % 2); ++i) {
+      tables.push_back(maker.WithPlaced(tables[maker.Random(6)]));
+    }
     std::vector<ScanMember> members;
     for (uint32_t i = 0; i < 12; ++i) {
       const uint32_t a = maker.Random(kBlocks * kBlockTokens + 1);

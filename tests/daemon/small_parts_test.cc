@@ -162,6 +162,51 @@ TEST(MetricsTest, ThePageShowsWhatFlatShows) {
   EXPECT_THAT(page, HasSubstr("# TYPE quarry_arena_used_bytes gauge"));
 }
 
+HeadAudit AuditOf(std::string model, uint32_t kv_head, uint64_t audits) {
+  HeadAudit audit{std::move(model), 2, kv_head, {}};
+  audit.figures.audits = audits;
+  audit.figures.error_sum = 0.25 * static_cast<double>(audits);
+  return audit;
+}
+
+TEST(MetricsTest, AuditsAreOnThePageByModelLayerAndHeadButNotAmongWhatAnyTenantMayAsk) {
+  FakeEngine engine;
+  engine.SetAuditsOfAllTenants({AuditOf("llama", 0, 3), AuditOf("llama", 1, 4)});
+  Metrics metrics(engine, [] { return 1.0; });
+  auto server = MetricsServer::Start({"127.0.0.1:0", false}, metrics);
+  ASSERT_TRUE(server.ok()) << server.status();
+  const std::string page = Scrape((*server)->port());
+  EXPECT_THAT(page, HasSubstr("quarry_audit_answers_total{model=\"llama\",layer=\"2\","
+                              "kv_head=\"1\"} 4"));
+  EXPECT_THAT(page, HasSubstr("quarry_audit_output_error_ratio{model=\"llama\",layer=\"2\","
+                              "kv_head=\"0\"} 0.25"));
+  EXPECT_THAT(page, HasSubstr("# TYPE quarry_audit_answers_total counter"));
+  EXPECT_THAT(page, Not(HasSubstr("quarry_audit_recall_ratio")));  // no audit has one
+  const auto flat = metrics.Flat();
+  EXPECT_TRUE(flat.contains("quarry_audit_done_total"));
+  for (const auto& [name, value] : flat) EXPECT_THAT(name, Not(HasSubstr("llama")));
+}
+
+TEST(MetricsTest, AuditsOfManyModelsAndHeadsAreBounded) {
+  FakeEngine engine;
+  std::vector<HeadAudit> audits;
+  for (int model = 10; model < 30; ++model) {
+    for (uint32_t head = 0; head < 1500; ++head) {
+      audits.push_back(AuditOf(std::to_string(model), head, static_cast<uint64_t>(model)));
+    }
+  }
+  engine.SetAuditsOfAllTenants(audits);
+  std::map<std::string, size_t> heads_of;
+  for (const MetricSample& sample : Metrics(engine, [] { return 1.0; }).CollectAudits()) {
+    if (sample.name == "quarry_audit_answers_total") ++heads_of[sample.labels.front().second];
+  }
+  EXPECT_EQ(heads_of.size(), 8u);
+  for (const auto& [model, heads] : heads_of) {
+    EXPECT_GE(model, "22");  // the most audited
+    EXPECT_EQ(heads, 1024u);
+  }
+}
+
 TEST(MetricsTest, SilentConnectionsHoldThePageUpForSecondsAtMost) {
   FakeEngine engine;
   Metrics metrics(engine, [] { return 1.0; });

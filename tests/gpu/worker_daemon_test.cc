@@ -7,6 +7,7 @@
 
 #include "absl/time/clock.h"
 #include "client/client.h"
+#include "proto/half.h"
 #include "tests/gpu/golden.h"
 #include "tests/support/daemon_process.h"
 
@@ -114,6 +115,94 @@ TEST_F(WorkerDaemonTest, LogitsAndGreedyTokensAgreeWithTransformers) {
       // The next round finds what this one published.
       Reused(golden_.prompt, golden_.tokens(), Whole(golden_.prompt));
     }
+  }
+}
+
+// A document cached behind one text, reused behind another: keys of the first layer know nothing
+// but their token and position, so there reuse is exact. All ropes, LongRoPE in both regimes.
+TEST_F(WorkerDaemonTest, ADocumentReusedAtAnotherPositionIsExactInTheFirstLayer) {
+  constexpr uint32_t kFirstText = 512, kSecondText = 256, kDocument = 256, kRest = 40;
+  struct Case {
+    Golden golden;
+    uint32_t max_tokens;
+  };
+  options_.kv_dtype = DType::kFp32;
+  options_.window = {8, 64, false};
+  for (const Case& c :
+       {Case{GoldenOf("llama-a", "n300"), 1000}, Case{GoldenOf("tiny/llama3-rope", "golden"), 1000},
+        Case{GoldenOf("tiny/phi3-partial-rotary", "golden-long"), 1000},
+        Case{GoldenOf("phi3-b", "n300"), 1000}, Case{GoldenOf("phi3-b", "n300"), 5000}}) {
+    SCOPED_TRACE(c.golden.Name());
+    golden_ = {};
+    ASSERT_NO_FATAL_FAILURE(Load(c.golden));
+    const auto text = [](uint32_t count, uint32_t first) {
+      std::vector<uint32_t> ids(count);
+      for (uint32_t i = 0; i < count; ++i) ids[i] = (first + i * i * 7 + i * first) % 251;
+      return ids;
+    };
+    std::vector<uint32_t> cached = text(kFirstText, 3), prompt = text(kSecondText, 5);
+    for (std::vector<uint32_t>* ids : {&cached, &prompt}) {
+      for (const uint32_t id : text(kDocument, 11)) ids->push_back(id);
+      for (const uint32_t id : text(kRest, 13)) ids->push_back(id);
+    }
+    options_.reuse_shifted = false;
+    ASSERT_NO_FATAL_FAILURE(Extend(Open(service_.get(), cached, c.max_tokens).get(), cached));
+    ASSERT_EQ(Reused(cached, c.max_tokens, Whole(cached)), Whole(cached));
+    auto exact = Open(nullptr, prompt, c.max_tokens);
+    ASSERT_NO_FATAL_FAILURE(Extend(exact.get(), prompt));
+
+    options_.reuse_shifted = true;
+    std::vector<std::vector<float>> logits;
+    for (const uint32_t by_rows : {256u, 0u}) {  // the rest through the daemon, or prefilled
+      options_.max_attend_rows = by_rows;
+      auto sequence = Open(service_.get(), prompt, c.max_tokens);
+      ASSERT_NE(sequence, nullptr);
+      EXPECT_TRUE(absl::IsInvalidArgument(
+          sequence
+              ->Extend(std::span(prompt).subspan(sequence->reused_tokens(),
+                                                 kSecondText + 100 - sequence->reused_tokens()),
+                       Sequence::Role::kPrompt)
+              .status()));
+      auto answer = sequence->Extend(std::span(prompt).subspan(sequence->reused_tokens()),
+                                     Sequence::Role::kPrompt);
+      ASSERT_TRUE(answer.ok()) << answer.status();
+      EXPECT_EQ(sequence->shifted_tokens(), kDocument);
+      EXPECT_EQ(sequence->tokens(), prompt.size());
+      logits.push_back(*std::move(answer));
+      const size_t bytes =
+          prompt.size() * sequence->shape().kv_heads * sequence->shape().vector_bytes();
+      std::vector<std::byte> k(bytes), v(bytes), exact_k(bytes), exact_v(bytes);
+      ASSERT_TRUE(sequence->ReadKv(0, k, v).ok());
+      ASSERT_TRUE(exact->ReadKv(0, exact_k, exact_v).ok());
+      double worst = 0, largest = 0;
+      for (size_t i = 0; i < bytes / 4; ++i) {
+        const double want = LoadAsFloat(exact_k.data(), i, DType::kFp32);
+        worst = std::max(worst, std::abs(LoadAsFloat(k.data(), i, DType::kFp32) - want));
+        largest = std::max(largest, std::abs(want));
+      }
+      EXPECT_LT(worst, 1e-4 * largest);
+      worst = largest = 0;
+      for (size_t i = 0; i < bytes / 4; ++i) {
+        const double want = LoadAsFloat(exact_v.data(), i, DType::kFp32);
+        worst = std::max(worst, std::abs(LoadAsFloat(v.data(), i, DType::kFp32) - want));
+        largest = std::max(largest, std::abs(want));
+      }
+      EXPECT_LT(worst, 1e-4 * largest);
+      const uint32_t next = 17;
+      ASSERT_NO_FATAL_FAILURE(
+          Extend(sequence.get(), std::span(&next, 1), Sequence::Role::kBudgeted));
+    }
+    float low = logits[0][0], high = low, worst = 0;
+    for (size_t i = 0; i < logits[0].size(); ++i) {
+      low = std::min(low, logits[0][i]);
+      high = std::max(high, logits[0][i]);
+      worst = std::max(worst, std::abs(logits[0][i] - logits[1][i]));
+    }
+    EXPECT_LT(worst, 1e-3f * (high - low));
+    // Nothing behind the document is found as exact; the text before it is.
+    options_.reuse_shifted = false;
+    options_.max_attend_rows = 256;
+    EXPECT_EQ(Reused(prompt, c.max_tokens, kSecondText), kSecondText);
   }
 }
 

@@ -67,7 +67,7 @@ TEST(RetrievalBenchTest, RowsHaveTheirFieldsAndComeBackFromJson) {
   for (const char* field :
        {"index", "budget", "trace", "layer", "head", "class", "n", "runs", "threads", "cache",
         "build_core_s", "bytes_per_token", "recall_at_100", "mass", "rel_l2", "partial_rel_l2",
-        "predicted_error", "tokens_retrieved", "oracle_tokens", "bytes_read", "us_p50", "us_p99"}) {
+        "predicted_error", "predicted_within_2x", "tokens_retrieved", "oracle_tokens", "bytes_read", "us_p50", "us_p99"}) {
     EXPECT_TRUE(json.contains(field)) << field;
   }
   EXPECT_TRUE(json["predicted_error"].is_null());

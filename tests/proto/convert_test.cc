@@ -36,6 +36,34 @@ void ExpectInvalid(const absl::StatusOr<T>& result, const std::string& text) {
   EXPECT_THAT(std::string(result.status().message()), HasSubstr(text));
 }
 
+TEST(ConvertTest, AuditsGoThereAndBack) {
+  HeadAudit audit{"llama", 3, 2, {}};
+  AuditFigures& f = audit.figures;
+  f.audits = 10;
+  f.error_sum = 0.5;
+  f.error_max = 0.25;
+  f.predicted_sum = 0.75;
+  f.within_twice = 9;
+  f.mass_error_sum = 0.125;
+  f.mass_audits = 4;
+  f.mass_sum = 3.5;
+  f.recall_audits = 5;
+  f.recall_sum = 4.5;
+  f.drifts = 1;
+  f.ratios.front() = 6;
+  f.ratios.back() = 1u << 20;
+  const wire::HeadAudit message = Sent(ToProto(audit));
+  const auto read = FromProto(message);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(read->model, audit.model);
+  EXPECT_EQ(read->layer, audit.layer);
+  EXPECT_EQ(read->kv_head, audit.kv_head);
+  EXPECT_EQ(read->figures, audit.figures);
+  wire::HeadAudit wrong = message;
+  wrong.add_ratios(1);
+  ExpectInvalid(FromProto(wrong), "ratios has 65 numbers, must have 64");
+}
+
 ModelSpec SomeSpec() {
   ModelSpec spec;
   spec.name = "llama";
@@ -76,6 +104,7 @@ OpenRequest SomeOpen() {
   open.max_tokens = 4096;
   open.recipe = {Filled<RecipeDigest>(6)};
   open.accepts = {{Filled<RecipeDigest>(6)}, {}};
+  open.reuse_shifted = true;
   return open;
 }
 
@@ -89,6 +118,7 @@ TEST(ConvertTest, OpenSurvivesTheWire) {
   EXPECT_EQ(back->max_tokens, open.max_tokens);
   EXPECT_EQ(back->recipe, open.recipe);
   EXPECT_EQ(back->accepts, open.accepts);
+  EXPECT_TRUE(back->reuse_shifted);
 }
 
 TEST(ConvertTest, NoAcceptedRecipesMeansTheOwnOne) {
@@ -108,7 +138,8 @@ TEST(ConvertTest, AnEmptyRecipeIsDense) {
 }
 
 TEST(ConvertTest, OpenReplySurvivesTheWire) {
-  const OpenResult result{{77}, 512, {Filled<BlockId>(1), Filled<BlockId>(2)}, 1.5, false};
+  const OpenResult result{{77}, 512, {Filled<BlockId>(1), Filled<BlockId>(2)}, 1.5, false,
+                          {{{768, 1024}, -512}, {{1280, 1536}, 256}}};
   const auto back = FromProto(Sent(ToProto(result)));
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(back->context, result.context);
@@ -116,6 +147,7 @@ TEST(ConvertTest, OpenReplySurvivesTheWire) {
   EXPECT_EQ(back->reused_blocks, result.reused_blocks);
   EXPECT_EQ(back->expected_load_ms, result.expected_load_ms);
   EXPECT_EQ(back->reused_dense, result.reused_dense);
+  EXPECT_EQ(back->shifted, result.shifted);
 }
 
 TEST(ConvertTest, AppendSurvivesTheWire) {
@@ -167,7 +199,7 @@ TEST(ConvertTest, ForkSurvivesTheWire) {
 }
 
 TEST(ConvertTest, ContextInfoSurvivesTheWire) {
-  const ContextInfo info{{5}, "llama", SomeSpec().shape, 1, 2, 3, 4, true, 1ull << 50, 6};
+  const ContextInfo info{{5}, "llama", SomeSpec().shape, 1, 2, 3, 4, true, 1ull << 50, 6, 512};
   const auto back = FromProto(Sent(ToProto(info)));
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(back->context, info.context);
@@ -178,6 +210,7 @@ TEST(ConvertTest, ContextInfoSurvivesTheWire) {
   EXPECT_EQ(back->shared_tokens, info.shared_tokens);
   EXPECT_EQ(back->max_tokens, info.max_tokens);
   EXPECT_EQ(back->sealed, info.sealed);
+  EXPECT_EQ(back->shifted_tokens, info.shifted_tokens);
   EXPECT_EQ(back->private_bytes, info.private_bytes);
   EXPECT_EQ(back->shared_bytes, info.shared_bytes);
 }
@@ -276,7 +309,7 @@ TEST(ConvertTest, AttendRowSurvivesTheWire) {
 
 TEST(ConvertTest, AttendAnswerSurvivesTheWire) {
   std::vector<float> o = {1, 2, 3, 4}, lse = {-1, kEmptyLse}, o_back(4), lse_back(2);
-  const AttendAnswer answer{absl::OkStatus(), {1, 9}, 16, 1ull << 40, 0.25f, o, lse};
+  const AttendAnswer answer{absl::OkStatus(), {1, 9}, 16, 1ull << 40, 0.25f, o, lse, 7};
   AttendAnswer back;
   back.o = o_back;
   back.lse = lse_back;
@@ -286,6 +319,7 @@ TEST(ConvertTest, AttendAnswerSurvivesTheWire) {
   EXPECT_EQ(back.tokens_attended, answer.tokens_attended);
   EXPECT_EQ(back.bytes_touched, answer.bytes_touched);
   EXPECT_EQ(back.error_estimate, answer.error_estimate);
+  EXPECT_EQ(back.shifted_tokens, answer.shifted_tokens);
   EXPECT_EQ(o_back, o);
   EXPECT_EQ(lse_back, lse);
 
@@ -312,6 +346,7 @@ TEST(ConvertTest, TopKSurvivesTheWire) {
   answer.heads = {{{7, 1.5f}, {3, 0.5f}}, {}};
   answer.k = {"kk", ""};
   answer.v = {"vv", ""};
+  answer.shifted_tokens = 9;
   const auto back = FromProto(Sent(ToProto(answer)));
   ASSERT_TRUE(back.ok()) << back.status();
   ASSERT_EQ(back->heads.size(), 2u);
@@ -320,6 +355,7 @@ TEST(ConvertTest, TopKSurvivesTheWire) {
   EXPECT_EQ(back->heads[0][1].score, 0.5f);
   EXPECT_EQ(back->k, answer.k);
   EXPECT_EQ(back->v, answer.v);
+  EXPECT_EQ(back->shifted_tokens, answer.shifted_tokens);
 
   wire::TopKReply torn = ToProto(answer);
   torn.mutable_heads(0)->mutable_scores()->RemoveLast();

@@ -107,12 +107,38 @@ def encode_recipe(v):
     return encoded + u32(v["seed"]) if v["kind"] == "softmax_lift" else encoded
 
 
+def encode_stretch(v):
+    return (
+        sized(b"quarry.stretch.v1")
+        + sized(bytes.fromhex(v["namespace"]))
+        + u64(BLOCK_TOKENS)
+        + b"".join(u32(t) for t in tokens_of(v))
+        + digests([bytes.fromhex(d) for d in v["inputs"]])
+    )
+
+
+def encode_placed(v):
+    return (
+        sized(b"quarry.placed.v1")
+        + sized(bytes.fromhex(v["parent"]))
+        + sized(bytes.fromhex(v["stored"]))
+        + u32(v["shift"] % 2**32)
+    )
+
+
+def encode_shifted_recipe(v):
+    return sized(b"quarry.recipe.shifted.v1") + sized(bytes.fromhex(v["recipe"]))
+
+
 ENCODERS = {
     "rope": encode_rope,
     "namespace": encode_namespace,
     "block": encode_block,
     "engine_block": encode_engine_block,
     "recipe": encode_recipe,
+    "stretch": encode_stretch,
+    "placed": encode_placed,
+    "shifted_recipe": encode_shifted_recipe,
 }
 
 
@@ -179,6 +205,26 @@ def inputs():
             "error": dict(budgeted, kind="error", k=0, error=0.03125),
             "dipr": dict(budgeted, kind="dipr", beta=6.5),
             "softmax_lift": dict(budgeted, kind="softmax_lift", seed=77),
+        },
+        "stretch": {
+            name: {key: v[key] for key in ("namespace", "first_token", "token_step", "inputs")}
+            for name, v in (("second", second), ("with_inputs", seen))
+        },
+        "placed": {
+            "later": {
+                "parent": digest_of("block", first).hex(),
+                "stored": digest_of("block", second).hex(),
+                "shift": 1024,
+            },
+            "earlier": {
+                "parent": ZERO.hex(),
+                "stored": digest_of("block", second).hex(),
+                "shift": -256,
+            },
+        },
+        "shifted_recipe": {
+            "dense": {"recipe": ZERO.hex()},
+            "fixed_k": {"recipe": digest_of("recipe", budgeted).hex()},
         },
     }
 

@@ -133,6 +133,29 @@ TEST_F(GoldenIdentityTest, BudgetRecipesAreTheGoldenOnes) {
   });
 }
 
+TEST_F(GoldenIdentityTest, StretchIdsAreTheGoldenOnes) {
+  Check("stretch", [](const Json& v) {
+    return StretchIdOf(DigestOfHex<NamespaceDigest>(v.at("namespace")),
+                       Tokens(v.at("first_token"), v.at("token_step")),
+                       DigestsOfHex<InputDigest>(v.at("inputs")))
+        .Hex();
+  });
+}
+
+TEST_F(GoldenIdentityTest, PlacedBlockIdsAreTheGoldenOnes) {
+  Check("placed", [](const Json& v) {
+    return PlacedBlockIdOf(DigestOfHex<BlockId>(v.at("parent")),
+                           DigestOfHex<BlockId>(v.at("stored")), v.at("shift"))
+        .Hex();
+  });
+}
+
+TEST_F(GoldenIdentityTest, ShiftedRecipesAreTheGoldenOnes) {
+  Check("shifted_recipe", [](const Json& v) {
+    return ShiftedRecipeOf({DigestOfHex<RecipeDigest>(v.at("recipe"))}).digest.Hex();
+  });
+}
+
 RopeSpec SomeRope() {
   RopeSpec rope;
   rope.inv_freq = {1.0f, 0.5f, 0.25f, 0.125f};
@@ -256,6 +279,37 @@ TEST(BlockIdDeathTest, ABlockHasExactly256Tokens) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   const std::vector<uint32_t> tokens(255);
   EXPECT_DEATH(BlockIdOf({}, {}, tokens, {}), "kBlockTokens");
+}
+
+TEST(StretchIdTest, OneDifferingPartIsAnotherStretch) {
+  using B = BlockInput;
+  ExpectAllDiffer<B>(
+      B(), [](const B& b) { return StretchIdOf(b.name_space, b.tokens, b.inputs); },
+      {{"namespace", [](B& b) { b.name_space.bytes[0] ^= 1; }},
+       {"first token", [](B& b) { ++b.tokens.front(); }},
+       {"last token", [](B& b) { ++b.tokens.back(); }},
+       {"order of tokens", [](B& b) { std::swap(b.tokens[0], b.tokens[1]); }},
+       {"an input", [](B& b) { b.inputs[1].bytes[9] ^= 1; }},
+       {"no inputs", [](B& b) { b.inputs.clear(); }}});
+}
+
+TEST(PlacedBlockIdTest, NeitherTheStoredBlocksIdNorAnotherPlacesIsIt) {
+  const auto parent = Filled<BlockId>(7), stored = Filled<BlockId>(8);
+  std::set<BlockId> ids = {parent, stored};
+  ids.insert(PlacedBlockIdOf(parent, stored, 0));
+  ids.insert(PlacedBlockIdOf(parent, stored, 256));
+  ids.insert(PlacedBlockIdOf(parent, stored, -256));
+  ids.insert(PlacedBlockIdOf(stored, parent, 256));
+  ids.insert(PlacedBlockIdOf({}, stored, 256));
+  EXPECT_EQ(ids.size(), 7u);
+}
+
+TEST(RecipeTest, WhatFollowsAShiftedStretchIsOfItsOwnRecipe) {
+  const NumericRecipe budget = RecipeOf({Budget::Kind::kFixedK, 256, 1.0f}, 4, 512);
+  EXPECT_FALSE(ShiftedRecipeOf({}).dense());
+  EXPECT_NE(ShiftedRecipeOf({}), budget);
+  EXPECT_NE(ShiftedRecipeOf(budget), budget);
+  EXPECT_NE(ShiftedRecipeOf(budget), ShiftedRecipeOf({}));
 }
 
 TEST(EngineBlockIdTest, BytesThatMoveAcrossAFieldBoundaryAreAnotherBlock) {

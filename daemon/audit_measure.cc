@@ -1,0 +1,287 @@
+#include "daemon/audit_measure.h"
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <utility>
+
+#include "cpu_index/budget.h"
+#include "cpu_index/key_index.h"
+#include "cpu_index/partial.h"
+#include "daemon/kv_segments.h"
+#include "daemon/run_registry.h"
+
+namespace quarry {
+namespace {
+
+// Exact answers of bf16 rows differ by so much between two orders of their tokens.
+constexpr double kRounding = 1e-3;
+
+bool Drops(Budget::Kind kind) {
+  return kind == Budget::Kind::kFixedK || kind == Budget::Kind::kTopP ||
+         kind == Budget::Kind::kDipr;
+}
+
+// (o, lse) of each query head of the group.
+struct Answer {
+  std::vector<float> o, lse;
+  void Merge(const Answer& other, size_t head_dim) {
+    for (size_t g = 0; g < lse.size(); ++g) {
+      MergeFinished(std::span(o).subspan(g * head_dim, head_dim), &lse[g],
+                    std::span(other.o).subspan(g * head_dim, head_dim), other.lse[g]);
+    }
+  }
+};
+
+// ||a - b|| / ||b|| of the worst head.
+double WorstError(const Answer& a, const Answer& b, size_t head_dim) {
+  double worst = 0;
+  for (size_t g = 0; g < b.lse.size(); ++g) {
+    double difference = 0, length = 0;
+    for (size_t d = g * head_dim; d < (g + 1) * head_dim; ++d) {
+      difference += (double{a.o[d]} - b.o[d]) * (double{a.o[d]} - b.o[d]);
+      length += double{b.o[d]} * b.o[d];
+    }
+    if (difference > 0) worst = std::max(worst, std::sqrt(difference / std::max(length, 1e-30)));
+  }
+  return worst;
+}
+
+// Part of the range: of a run, or of what no run covers.
+struct Piece {
+  TokenRange range;
+  const Run* run = nullptr;
+  std::shared_ptr<const KeyIndex> index;  // of the run, that answers; null: the exact scan
+  const TokenIndex* tokens = nullptr;     // the same where the budget chooses among tokens
+  CoarseScores exact, found;              // found: of `tokens`
+  const CoarseScores& searched() const { return tokens == nullptr ? exact : found; }
+};
+
+class Measuring {
+ public:
+  Measuring(const AuditedQuery& query, const KvShape& shape, const BlockTable& table,
+            uint32_t task_tokens, const std::function<bool()>& stop)
+      : query_(query),
+        shape_(shape),
+        table_(table),
+        task_tokens_(task_tokens),
+        stop_(stop),
+        pieces_(Pieces()) {}
+
+  std::optional<AuditMeasure> Measure() {
+    if (!IsAnswer()) return std::nullopt;
+    Answer given{query_.o, query_.lse}, exact = Empty();
+    AuditMeasure measure;
+    measure.predicted = query_.predicted;
+    for (const Piece& piece : pieces_) measure.indexed |= piece.index != nullptr;
+    if (!Attend(query_.range, &exact)) return std::nullopt;
+    TakeMass(given, exact, &measure);
+    if (Drops(query_.budget.kind)) {
+      if (!Search()) return std::nullopt;
+      measure.recall = Recall();
+    }
+    if (query_.merged) {
+      Answer rest = Empty();
+      const uint32_t behind = std::max(query_.range.hi, query_.rest_hi);
+      if (!Attend({0, query_.range.lo}, &rest)) return std::nullopt;
+      if (!Attend({query_.range.hi, behind}, &rest)) return std::nullopt;
+      given.Merge(rest, shape_.head_dim);
+      exact.Merge(rest, shape_.head_dim);
+    }
+    measure.error = WorstError(given, exact, shape_.head_dim);
+    if (query_.budget.kind == Budget::Kind::kError) measure.actual = measure.error;
+    // Finite numbers may still be so large that their differences are not.
+    const bool finite = std::isfinite(measure.error) && std::isfinite(measure.mass_error);
+    return finite ? std::optional(measure) : std::nullopt;
+  }
+
+ private:
+  bool IsAnswer() const {
+    const auto finite = [](float x) { return std::isfinite(x); };
+    return std::all_of(query_.o.begin(), query_.o.end(), finite) &&
+           std::all_of(query_.lse.begin(), query_.lse.end(),
+                       [&](float lse) { return finite(lse) || lse == kEmptyLse; });
+  }
+
+  Answer Empty() const {
+    return {std::vector<float>(query_.q.size()), std::vector<float>(query_.lse.size(), kEmptyLse)};
+  }
+
+  // For a range whose keys are turned alike; until the next call.
+  QueryBlock Queries(TokenRange range) {
+    ranges_.assign(query_.lse.size(), range);
+    QueryBlock block{.q = query_.q.data(),
+                     .q_dtype = query_.q_dtype,
+                     .queries = static_cast<uint32_t>(ranges_.size()),
+                     .head_dim = shape_.head_dim,
+                     .scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim)),
+                     .ranges = ranges_};
+    if (const Rotation* turn = table_.TurnAt(range.lo); turn != nullptr) {
+      turned_ = query_.q;
+      turn->TurnQueries(turned_.data(), block.queries, block.head_dim);
+      block.q = turned_.data();
+      block.q_dtype = DType::kFp32;
+    }
+    return block;
+  }
+
+  // What of the range is read at once: keys that are turned alike, for one look at stop_.
+  TokenRange FirstStep(TokenRange range) const {
+    return {range.lo, static_cast<uint32_t>(std::min<uint64_t>({range.hi,
+                                                                uint64_t{range.lo} + task_tokens_,
+                                                                table_.NextEdge(range.lo)}))};
+  }
+
+  KvSegments Segments(TokenRange range) const {
+    return KvSegments(shape_, query_.layer, query_.kv_head, range, table_.blocks.data(), 0);
+  }
+
+  // Merges exact attention over `range` into the answer; false: stopped.
+  bool Attend(TokenRange range, Answer* answer) {
+    Answer part = Empty();
+    std::vector<Partial> partials(part.lse.size());
+    for (size_t g = 0; g < partials.size(); ++g) {
+      partials[g].acc = std::span(part.o).subspan(g * shape_.head_dim, shape_.head_dim);
+    }
+    for (uint32_t lo = range.lo; lo < range.hi;) {
+      if (stop_()) return false;
+      const TokenRange step = FirstStep({lo, range.hi});
+      const KvSegments segments = Segments(step);
+      ExactScan().AttendAll(segments.view(), Queries(step), partials);
+      lo = step.hi;
+    }
+    for (size_t g = 0; g < partials.size(); ++g) {
+      part.lse[g] = partials[g].Finish(partials[g].acc);
+    }
+    answer->Merge(part, shape_.head_dim);
+    return true;
+  }
+
+  void TakeMass(const Answer& given, const Answer& exact, AuditMeasure* measure) const {
+    double least = 1;
+    for (size_t g = 0; g < exact.lse.size(); ++g) {
+      const double share = std::exp(double{given.lse[g]} - exact.lse[g]);
+      measure->mass_error = std::max(measure->mass_error, std::abs(share - 1));
+      least = std::min(least, share);
+    }
+    if (query_.budget.kind == Budget::Kind::kSoftmaxLift) measure->actual = measure->mass_error;
+    if (!Drops(query_.budget.kind)) return;
+    measure->mass = least;
+    measure->actual = 1 - least;
+  }
+
+  void AddTail(TokenRange range, std::vector<Piece>* pieces) const {
+    for (uint32_t lo = range.lo; lo < range.hi;) {
+      pieces->push_back({.range = FirstStep({lo, range.hi})});
+      lo = pieces->back().range.hi;
+    }
+  }
+
+  // In token order.
+  std::vector<Piece> Pieces() const {
+    std::vector<Piece> pieces;
+    uint32_t next = query_.range.lo;
+    for (const RunUse& use : table_.runs) {
+      const TokenRange part = Intersect(use.tokens, query_.range);
+      if (part.empty()) continue;
+      AddTail({next, part.lo}, &pieces);
+      std::shared_ptr<const KeyIndex> index = use.run->indexes()->Get(query_.layer, query_.kv_head);
+      const auto* const tokens = dynamic_cast<const TokenIndex*>(index.get());
+      const bool estimates = query_.budget.kind == Budget::Kind::kError;
+      if (estimates == (tokens != nullptr)) index = nullptr;  // it was passed by
+      pieces.push_back({.range = part,
+                        .run = use.run.get(),
+                        .index = std::move(index),
+                        .tokens = estimates ? nullptr : tokens});
+      next = part.hi;
+    }
+    AddTail({next, query_.range.hi}, &pieces);
+    return pieces;
+  }
+
+  // The scores of all tokens, and those that the indexes find; false: stopped.
+  bool Search() {
+    for (Piece& piece : pieces_) {
+      if (stop_()) return false;
+      const QueryBlock queries = Queries(piece.range);
+      const KvSegments segments = Segments(piece.range);
+      ExactScan().Score(segments.view(), queries, &piece.exact);
+      if (piece.tokens == nullptr) continue;
+      const TokenRange run = piece.run->tokens();
+      const KvSegments all(shape_, query_.layer, query_.kv_head, run, piece.run->blocks().data(),
+                           run.lo / kBlockTokens);
+      piece.tokens->Score(all.view(), queries, &piece.found);
+    }
+    return true;
+  }
+
+  double Recall() const {
+    double worst = 1;
+    for (uint32_t g = 0; g < query_.lse.size(); ++g) worst = std::min(worst, RecallOf(g));
+    return worst;
+  }
+
+  // Of one query head: the share of its n tokens whose scores are among the n best.
+  double RecallOf(uint32_t g) const {
+    std::vector<float> taken = Taken(g);
+    if (taken.empty()) return 1;
+    std::vector<float> all;
+    for (const Piece& piece : pieces_) {
+      const std::span<const float> row = piece.exact.Row(g);
+      all.insert(all.end(), row.begin(), row.end());
+    }
+    const auto last = all.begin() + static_cast<ptrdiff_t>(std::min(taken.size(), all.size()) - 1);
+    std::nth_element(all.begin(), last, all.end(), std::greater<>());
+    const auto hits =
+        std::count_if(taken.begin(), taken.end(), [&](float score) { return score >= *last; });
+    return static_cast<double>(hits) / static_cast<double>(taken.size());
+  }
+
+  // The exact scores of the tokens that the budget takes of what was found.
+  std::vector<float> Taken(uint32_t g) const {
+    std::vector<RunScores> scores;
+    for (const Piece& piece : pieces_) scores.push_back({&piece.searched(), g});
+    std::vector<RunShare> shares(scores.size());
+    AllocateBudget(query_.budget, scores, shares);
+    std::vector<float> taken;
+    for (size_t p = 0; p < pieces_.size(); ++p) {
+      const Piece& piece = pieces_[p];
+      const CoarseScores& searched = piece.searched();
+      RunAllotment allotment;
+      allotment.threshold = {shares[p].threshold};
+      allotment.ties = {shares[p].ties};
+      AllottedTokens allotted(allotment, 0);
+      const std::span<const float> row = searched.Row(g);
+      for (size_t i = 0; i < row.size(); ++i) {
+        const uint32_t token = searched.tokens.lo + searched.NodeOf(g, i);
+        if (token < piece.range.lo || token >= piece.range.hi) continue;
+        if (!allotted.Take(token, row[i])) continue;
+        taken.push_back(piece.exact.Row(g)[token - piece.range.lo]);
+      }
+    }
+    return taken;
+  }
+
+  const AuditedQuery& query_;
+  const KvShape& shape_;
+  const BlockTable& table_;
+  const uint32_t task_tokens_;
+  const std::function<bool()>& stop_;
+  std::vector<TokenRange> ranges_;
+  std::vector<float> turned_;
+  std::vector<Piece> pieces_;
+};
+
+}  // namespace
+
+double AuditMeasure::Ratio() const {
+  return std::max(actual, kRounding) / std::max(predicted, kRounding);
+}
+
+std::optional<AuditMeasure> MeasureAudit(const AuditedQuery& query, const KvShape& shape,
+                                         const BlockTable& table, uint32_t task_tokens,
+                                         const std::function<bool()>& stop) {
+  return Measuring(query, shape, table, task_tokens, stop).Measure();
+}
+
+}  // namespace quarry

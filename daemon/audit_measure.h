@@ -1,0 +1,35 @@
+// AuditMeasure: one live answer beside the exact one.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+
+#include "daemon/audited_query.h"
+
+namespace quarry {
+
+// Of the group's query heads the worst, for each figure by itself.
+struct AuditMeasure {
+  double error = 0;       // ||o - exact|| / ||exact||, of the merged answer if the query says so
+  double mass_error = 0;  // |e^(lse - exact lse) - 1|
+  // What the budget's estimate is of, and the estimate: see AttendAnswer::error_estimate.
+  double actual = 0, predicted = 0;
+  // Budgets that drop what they do not attend: the share of the exact softmax mass attended, and
+  // the share of the n tokens attended that are among the n best. For the latter the search is done
+  // again, with the indexes of now; what is listed of a run is what counts as attended.
+  std::optional<double> mass, recall;
+  bool indexed = false;  // an index of a run may have answered
+
+  // Actual by predicted; errors that rounding alone can make count as equally small.
+  double Ratio() const;
+};
+
+// Reads all of the query's range, and of the rest if it is merged: as costly as the exact answer,
+// on the calling thread, in steps of `task_tokens`. `stop` is asked between them; nullopt: it said
+// so, or the answer is not finite (it lay in memory that its client can write).
+std::optional<AuditMeasure> MeasureAudit(const AuditedQuery& query, const KvShape& shape,
+                                         const BlockTable& table, uint32_t task_tokens,
+                                         const std::function<bool()>& stop);
+
+}  // namespace quarry
