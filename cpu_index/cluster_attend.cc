@@ -19,17 +19,22 @@ namespace {
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kAll = std::numeric_limits<float>::infinity();
 constexpr float kLeast = std::numeric_limits<float>::lowest();
-// Leaves of less than this share of the mass, by the root of their number, stand for their super.
-constexpr float kNegligible = 1e-3f;
+// Leaves of less than this share of the tolerated error, by the root of their number, stand for their
+// super.
+constexpr float kNegligible = 0.05f, kLeastNegligible = 1e-3f;
 // Rows' scores are not believed beyond so much more than anything had before.
 constexpr float kMostSurprise = 40;
 const float kLogLeaf = std::log(static_cast<float>(kLeafRows));
 const float kLogSuper = std::log(static_cast<float>(kSuperRows));
 
 // In four sums, so that additions need not wait for one another.
-float SumOfSixteen(const float* x) {
-  float sum[4];
-  for (int j = 0; j < 4; ++j) sum[j] = (x[j] + x[4 + j]) + (x[8 + j] + x[12 + j]);
+float Sum(std::span<const float> x) {
+  float sum[4] = {};
+  size_t i = 0;
+  for (; i + 4 <= x.size(); i += 4) {
+    for (size_t j = 0; j < 4; ++j) sum[j] += x[i + j];
+  }
+  for (; i < x.size(); ++i) sum[0] += x[i];
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
@@ -134,8 +139,8 @@ void ClusterSearch::WeighGroups(std::span<Partial> parts) {
     parts[i].max = largest;
     const float shift = largest == kNone ? 0 : largest;
     Kernels().exp_groups(TokenScores(i), opened, shift, leaf_sum + i * opened);
-    for (size_t j = 0; j < opened; ++j) by_code_[i] += leaf_sum[i * opened + j];
-    by_leaf_[i] = Kernels().exp_sum(leaf, leaves, shift - kLogLeaf);
+    by_code_[i] = Sum({leaf_sum + i * opened, opened});
+        by_leaf_[i] = Kernels().exp_sum(leaf, leaves, shift - kLogLeaf);
     by_super_[i] = Kernels().exp_sum(supers, supers_, shift - kLogSuper);
     closed_[i] = by_leaf_[i] * model_.leaf_doubt * unrest_[i].leaf +
                  by_super_[i] * model_.super_doubt * unrest_[i].super;
@@ -200,11 +205,14 @@ void ClusterSearch::ScoreRows(std::span<const uint32_t> entries, float* out) {
     for (uint32_t i = 0; i < count_; ++i) {
       const float* const centre = s_.centre.data() + i * opened;
       const float* const coded = TokenScores(i);
+      const float spread = 0.5f * code_variance_[i];
       for (size_t e = lo; e < lo + some; ++e) {
-        const float score =
-            out[i * n + e] + centre[entries[e] / kLeafRows] - 0.5f * code_variance_[i];
+        const float score = out[i * n + e] + centre[entries[e] / kLeafRows] - spread;
         // In this order what is no number has none.
-        out[i * n + e] = coded[entries[e]] == kNone ? kNone : std::max(kNone, score);
+        out[i * n + e] = std::max(kNone, score);
+      }
+      for (size_t e = lo; e < lo + some && !whole_[r]; ++e) {
+        if (coded[entries[e]] == kNone) out[i * n + e] = kNone;
       }
     }
   });
@@ -229,20 +237,17 @@ std::vector<uint32_t> ClusterSearch::SplitExact(std::span<Partial> parts) {
   for (uint32_t i = 0; i < count_; ++i) {
     const float* const score = TokenScores(i);
     const float shift = parts[i].max == kNone ? 0 : parts[i].max;
-    for (size_t e = 0; e < n; ++e) {
-      coded[e] = score[taken[e]];
-      // By its code or by its row: what was counted on, and what turned out.
-      is_exact[e] |= coded[e] >= cuts_[i].exact || row[i * n + e] >= cuts_[i].exact ? 1 : 0;
-      row[i * n + e] = std::min(row[i * n + e], shift + kMostSurprise);
-    }
+    const float most = shift + kMostSurprise, least = cuts_[i].exact;
+    float* const own = row + i * n;
+    for (size_t e = 0; e < n; ++e) coded[e] = score[taken[e]];
+    // By its code or by its row: what was counted on, and what turned out.
+    for (size_t e = 0; e < n; ++e) is_exact[e] |= std::max(coded[e], own[e]) >= least ? 1 : 0;
+    for (size_t e = 0; e < n; ++e) own[e] = std::min(own[e], most);
     Kernels().exp_sum(coded, n, shift);
     float* const leaf_sum = s_.leaf_sum.data() + i * opened;
     for (size_t e = 0; e < n; ++e) leaf_sum[taken[e] / kLeafRows] -= coded[e];
-    by_code_[i] = 0;
-    for (size_t j = 0; j < opened; ++j) {
-      leaf_sum[j] = std::max(0.0f, leaf_sum[j]);
-      by_code_[i] += leaf_sum[j];
-    }
+    for (size_t j = 0; j < opened; ++j) leaf_sum[j] = std::max(0.0f, leaf_sum[j]);
+    by_code_[i] = Sum({leaf_sum, opened});
   }
   for (size_t e = 0; e < n; ++e) {
     if (is_exact[e] == 0) continue;
@@ -368,9 +373,10 @@ void ClusterSearch::AddLeafValues(std::span<const Partial> parts, std::span<floa
     for (size_t j = 0; j < opened; ++j) leaf[s_.opened[j]] = s_.leaf_sum[i * opened + j];
     float* const supers = s_.super_score.data() + size_t{i} * supers_;
     for (size_t s = 0; s < s_.opened_supers.size(); ++s) {
-      supers[s_.opened_supers[s]] = SumOfSixteen(leaf + s * kLeavesPerSuper);
+      supers[s_.opened_supers[s]] = Sum({leaf + s * kLeavesPerSuper, kLeavesPerSuper});
     }
-    least.push_back(std::max(kNegligible * parts[i].sum / std::sqrt(static_cast<float>(row + 1)),
+    const float share = std::max(kLeastNegligible, kNegligible * limits_.tolerance);
+    least.push_back(std::max(share * parts[i].sum / std::sqrt(static_cast<float>(row + 1)),
                              std::numeric_limits<float>::min()));
   }
   uint32_t* const weighty = s_.weighty.Take(row + kLeafRows);

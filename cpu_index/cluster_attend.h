@@ -16,7 +16,7 @@ namespace quarry {
 // Memory of a thread's searches. Rows are of a query each; their lengths are what the search says.
 // Nodes and tokens of all runs stand one behind another; supers of a run begin at a multiple of 16.
 struct ClusterScratch {
-  Scratch<float> copy, super_score, leaf_score, token_score, centre;
+  Scratch<float> copy, super_score, leaf_score, leaf_centre, token_score, centre;
   Scratch<uint32_t> opened_supers;  // rising
   Scratch<uint32_t> local;          // of some of them, within their run
   Scratch<uint32_t> outliers;       // as `opened`
@@ -48,7 +48,7 @@ class ClusterSearch {
   // Log of the sum of e^x.
   float LogSum(std::span<const float> x);
   float SuperMass(uint32_t query);
-  float LeafMass(uint32_t query);
+  float LeafMass(std::span<const float> scores);
   void ScoreSupers();
   void CountLast(const NodeLevel& level, uint32_t rows, size_t at, float* score, size_t ld) const;
   bool Everything() const;
@@ -70,6 +70,9 @@ class ClusterSearch {
   }
   std::span<const float> LeafScores(uint32_t query) const {
     return {s_.leaf_score.data() + query * leaf_row(), leaf_row()};
+  }
+  std::span<const float> LeafCentres(uint32_t query) const {
+    return {s_.leaf_centre.data() + query * leaf_row(), leaf_row()};
   }
   // f(run, of its opened supers: the first's place among all, how many)
   template <typename F>

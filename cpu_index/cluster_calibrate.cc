@@ -205,7 +205,7 @@ void ChooseDepth(const Sampled& sampled, ClusterModel* m) {
     return std::sqrt(RootMean(errors));
   };
   const float all = missed(true), groups = missed(false);
-  m->open_all = groups > 1.5f * kTried && groups > 1.5f * all;
+  m->open_all = groups > kTried && groups > all;
 }
 
 }  // namespace

@@ -249,7 +249,8 @@ absl::Status LearnBasis(std::span<const KvView> runs, std::span<const float> que
 }  // namespace
 
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
-                                              std::span<const float> queries) {
+                                              std::span<const float> queries,
+                                              CodeReading reading) {
   for (const KvView& run : runs) {
     if (!run.tokens().empty() && run.head_dim == runs.front().head_dim && run.head_dim % 16 == 0) {
       continue;
@@ -284,6 +285,7 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
     out.indexes.push_back(std::move(index));
   }
   CalibrateClusters(runs, out.indexes, queries, model.get());
+  if (reading == CodeReading::kAll) model->open_all = true;
   out.model = std::move(model);
   return out;
 }

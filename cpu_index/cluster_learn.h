@@ -10,6 +10,15 @@
 
 namespace quarry {
 
+// Of which tokens a search reads codes.
+enum class CodeReading {
+  // Of all: a token that holds the mass is seen wherever it lies.
+  kAll,
+  // Where the answers to the sampled queries were right without, of those that groups promise: far
+  // less is read, but what no sampled query sought may be missed.
+  kLearned,
+};
+
 struct LearnedClusters {
   std::shared_ptr<const ClusterModel> model;
   std::vector<std::unique_ptr<ClusterIndex>> indexes;  // of each run
@@ -20,6 +29,7 @@ struct LearnedClusters {
 // InvalidArgument: no tokens, a head_dim that is no multiple of 16, queries that are no whole rows.
 // Cost: see README.md. One thread.
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
-                                              std::span<const float> queries);
+                                              std::span<const float> queries,
+                                              CodeReading reading = CodeReading::kAll);
 
 }  // namespace quarry

@@ -29,7 +29,6 @@ constexpr float kOutlierShare = 1.0f / 32;
 // higher. Of 1,700 tokens with 2% of a query's mass or more, whose codes missed 3 nats of their
 // scores or more, 9 in 10 were among the best 30 to 250.
 constexpr uint32_t kRankedTokens = 512;
-constexpr float kNoBreadth = 1e-30f;  // times no node's variance, -infinity, it is still that
 
 float LogAdd(float a, float b) {
   const float most = std::max(a, b);
@@ -144,12 +143,12 @@ float ClusterSearch::SuperMass(uint32_t query) {
   return kLogSuper + mass;
 }
 
-float ClusterSearch::LeafMass(uint32_t query) {
+// scores: of the leaves of opened supers.
+float ClusterSearch::LeafMass(std::span<const float> scores) {
   float mass = kNone;
   ForOpenedSupers([&](size_t r, size_t lo, size_t n) {
     if (!whole_[r]) return;
-    const auto scores = LeafScores(query).subspan(lo * kLeavesPerSuper, n * kLeavesPerSuper);
-    mass = LogAdd(mass, LogSum(scores));
+    mass = LogAdd(mass, LogSum(scores.subspan(lo * kLeavesPerSuper, n * kLeavesPerSuper)));
   });
   return kLogLeaf + mass;
 }
@@ -212,12 +211,14 @@ void ClusterSearch::OpenSupers() {
 void ClusterSearch::ScoreLeaves() {
   const size_t row = leaf_row();
   float* const score = s_.leaf_score.Take(count_ * row);
-  if (model_.open_all && limits_.depth == Depth::kAsNeeded) FindOutliers();
+  const bool outliers = model_.open_all && limits_.depth == Depth::kAsNeeded;
+  float* const centre = outliers ? s_.leaf_centre.Take(count_ * row) : nullptr;
   ForOpenedSupers([&](size_t r, size_t lo, size_t n) {
     const NodeLevel& level = runs_[r].index->parts().leaves;
     const uint32_t* const which = LocalSupers(r, lo, n);
     level.Score(node_, leaf_breadth_, which, static_cast<uint32_t>(n),
-                score + lo * kLeavesPerSuper, row);
+                score + lo * kLeavesPerSuper, row,
+                outliers ? centre + lo * kLeavesPerSuper : nullptr);
     bytes_ += n * kLeavesPerSuper * NodeLevel::kNodeBytes;
     if (s_.opened_supers[lo + n - 1] - first_super_[r] + 1 != (level.nodes() + 15) / 16) return;
     // The last of the run's leaves is there.
@@ -228,8 +229,9 @@ void ClusterSearch::ScoreLeaves() {
   for (uint32_t i = 0; i < count_; ++i) {
     float* const supers = s_.super_score.data() + size_t{i} * supers_;
     for (uint32_t n : s_.opened_supers.all()) supers[n] = kNone;
-    mass_[i] = LogAdd(LogAdd(SuperMass(i), LeafMass(i)), Elsewhere(i));
+    mass_[i] = LogAdd(LogAdd(SuperMass(i), LeafMass(LeafScores(i))), Elsewhere(i));
   }
+  if (outliers) FindOutliers();
 }
 
 // The numbers within their run of n opened supers from the lo-th on.
@@ -243,18 +245,11 @@ const uint32_t* ClusterSearch::LocalSupers(size_t run, size_t lo, size_t n) {
 // opened.
 void ClusterSearch::FindOutliers() {
   const size_t row = leaf_row();
-  float* const score = s_.leaf_score.data();
-  const std::vector<float> breadth(count_, kNoBreadth);
-  ForOpenedSupers([&](size_t r, size_t lo, size_t n) {
-    const NodeLevel& level = runs_[r].index->parts().leaves;
-    level.Score(node_, breadth, LocalSupers(r, lo, n), static_cast<uint32_t>(n),
-                score + lo * kLeavesPerSuper, row);
-  });
   std::vector<float> least(count_);
   ranked_from_ = BestByCodes(kRankedTokens);
   for (uint32_t i = 0; i < count_; ++i) {
     // A lower bound of the mass: estimates from spread are least true of such heads.
-    const float mass = LogAdd(LeafMass(i), Elsewhere(i));
+    const float mass = LogAdd(LeafMass(LeafCentres(i)), Elsewhere(i));
     least[i] = std::min(mass + std::log(limits_.tolerance * kOutlierShare), ranked_from_[i]);
   }
   uint32_t* const found = s_.outliers.Take(row + kLeafRows);
@@ -262,7 +257,7 @@ void ClusterSearch::FindOutliers() {
   ForOpenedSupers([&](size_t r, size_t lo, size_t) {
     const ClusterIndex::Parts& p = runs_[r].index->parts();
     kernels::CodedKeyTile tile = CodeTile(p, nullptr, p.leaves.nodes());
-    tile.centre = score + lo * kLeavesPerSuper;
+    tile.centre = s_.leaf_centre.data() + lo * kLeavesPerSuper;
     tile.ld_centre = row;
     const uint32_t some = Kernels().find_codes(tile, least.data(), found + count);
     for (size_t j = count; j < count + some; ++j) {
@@ -289,7 +284,7 @@ kernels::CodedKeyTile ClusterSearch::CodeTile(const ClusterIndex::Parts& p, cons
 }
 
 // [queries] about the score that `count` of all tokens have at least by their codes, from a sample of
-// leaves. Leaves' scores are their centres'.
+// leaves.
 std::vector<float> ClusterSearch::BestByCodes(uint32_t count) {
   constexpr size_t kSampledLeaves = 512;
   constexpr float kPerNat = 8;
@@ -306,7 +301,7 @@ std::vector<float> ClusterSearch::BestByCodes(uint32_t count) {
     for (size_t l = 0; l < some; ++l) {
       which[l] = static_cast<uint32_t>((2 * l + 1) * nodes / (2 * some));
       for (uint32_t i = 0; i < count_; ++i) {
-        centre[i * some + l] = LeafScores(i)[lo * kLeavesPerSuper + which[l]];
+        centre[i * some + l] = LeafCentres(i)[lo * kLeavesPerSuper + which[l]];
       }
     }
     kernels::CodedKeyTile tile = CodeTile(p, which.data(), static_cast<uint32_t>(some));

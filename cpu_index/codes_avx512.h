@@ -184,8 +184,14 @@ void ScoreNodesAvx512(const NodeTile& tile) {
                                           _mm512_set1_ps(kMostNodeVariance));
       const __m512 centre = _mm512_fmadd_ps(sum, _mm512_set1_ps(tile.scale[i]),
                                             _mm512_set1_ps(tile.offset[i]));
-      _mm512_storeu_ps(tile.out + i * tile.ld_out + size_t{b} * kCodeBlockKeys,
+      const size_t to = i * tile.ld_out + size_t{b} * kCodeBlockKeys;
+      _mm512_storeu_ps(tile.out + to,
                        BoundedScores(_mm512_fmadd_ps(spread, _mm512_set1_ps(0.5f), centre)));
+      if (tile.centre == nullptr) continue;
+      // Where there is no node there is no centre either.
+      const __m512 none = _mm512_set1_ps(-__builtin_inff());
+      const __mmask16 there = _mm512_cmp_ps_mask(spread, none, _CMP_GT_OQ);
+      _mm512_storeu_ps(tile.centre + to, BoundedScores(_mm512_mask_mov_ps(none, there, centre)));
     }
   }
 }

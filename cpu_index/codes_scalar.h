@@ -93,8 +93,13 @@ void ScoreNodesScalar(const NodeTile& tile) {
         }
         const float wide = variance[t] * tile.breadth[i];
         const float spread = wide < kMostNodeVariance ? wide : kMostNodeVariance;
-        tile.out[i * tile.ld_out + size_t{b} * kCodeBlockKeys + t] = BoundedScore(
-            tile.scale[i] * static_cast<float>(sum) + tile.offset[i] + 0.5f * spread);
+        const float centre = tile.scale[i] * static_cast<float>(sum) + tile.offset[i];
+        const size_t to = i * tile.ld_out + size_t{b} * kCodeBlockKeys + t;
+        tile.out[to] = BoundedScore(centre + 0.5f * spread);
+        // Where there is no node there is no centre either.
+        if (tile.centre != nullptr) {
+          tile.centre[to] = BoundedScore(spread > -__builtin_inff() ? centre : spread);
+        }
       }
     }
   }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "cpu_index/cluster_learn.h"
 #include "cpu_index/key_index.h"
 
 namespace quarry {
@@ -21,6 +22,7 @@ enum class IndexKind {
 
 struct IndexChoice {
   IndexKind kind = IndexKind::kAuto;
+  CodeReading codes = CodeReading::kAll;  // of clusters
   uint32_t min_run_tokens = 2048;  // of kAuto: shorter runs are scanned, which costs less
 };
 

@@ -106,6 +106,7 @@ struct NodeTile {
   uint32_t queries;
   float* out;  // nodes of what is taken one behind another
   size_t ld_out;
+  float* centre;  // as out, but without the spread; may be null
 };
 
 // Scores of coded keys around the centres of their blocks: out[i * ld_out + key] =

@@ -122,7 +122,8 @@ CodedQueries NodeLevel::Prepare(std::span<const float> coordinates, size_t strid
 }
 
 void NodeLevel::Score(const CodedQueries& queries, std::span<const float> breadth,
-                      const uint32_t* which, uint32_t blocks, float* out, size_t ld_out) const {
+                      const uint32_t* which, uint32_t blocks, float* out, size_t ld_out,
+                      float* centre) const {
   if (blocks == 0) return;
   kernels::NodeTile tile{};
   tile.centroids = centres_.data();
@@ -136,6 +137,7 @@ void NodeLevel::Score(const CodedQueries& queries, std::span<const float> breadt
   tile.queries = static_cast<uint32_t>(queries.scale.size());
   tile.out = out;
   tile.ld_out = ld_out;
+  tile.centre = centre;
   Kernels().score_nodes(tile);
 }
 

@@ -55,8 +55,9 @@ class NodeLevel {
   // Scores of blocks of 16 nodes: those of `which`, or of all blocks if it is null, as
   // kernels::NodeTile says; out: [queries] rows of blocks * 16, ld_out apart. Lanes behind the last
   // node hold -infinity.
+  // centre: like out, of the centres alone; may be null.
   void Score(const CodedQueries& queries, std::span<const float> breadth, const uint32_t* which,
-             uint32_t blocks, float* out, size_t ld_out) const;
+             uint32_t blocks, float* out, size_t ld_out, float* centre = nullptr) const;
 
   uint64_t memory_bytes() const { return centres_.size() + 4 * variance_.size(); }
 

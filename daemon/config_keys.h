@@ -35,6 +35,8 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
 
   v.Choice("index.kind", c.engine.index.choice.kind,
            {"auto", "exact", "codes", "clusters", "graph"});
+  v.Choice("index.codes", c.engine.index.choice.codes,
+           {"all", "learned"});
   v.Count("index.min_run_tokens", c.engine.index.choice.min_run_tokens, 0, 1u << 20);
   v.Count("index.threads", c.engine.index.threads, 1, 1024);
   v.Count("index.query_samples", c.engine.index.query_samples, 1, 65536);

@@ -5,9 +5,9 @@
 namespace quarry {
 namespace {
 
-// To learn again costs a build: it is worth it with enough samples, and several times more of them or
-// of the tokens than before.
-constexpr uint32_t kLeastSamples = 32, kTimesMore = 4;
+// To learn again costs a build: it is worth it with enough samples, and some times more of them or of
+// the tokens than before.
+constexpr uint32_t kLeastSamples = 32, kTimesMoreSamples = 2, kTimesMoreTokens = 4;
 
 }  // namespace
 
@@ -24,9 +24,9 @@ RunIndexes::Due RunIndexes::Begin(const Learning& now, Why why) {
     return Due::kFirst;
   }
   const bool samples =
-      now.samples >= kLeastSamples && now.samples / kTimesMore >= learned_->samples;
+      now.samples >= kLeastSamples && now.samples / kTimesMoreSamples >= learned_->samples;
   const bool tokens =
-      now.tokens / kTimesMore >= learned_->tokens && now.samples >= learned_->samples;
+      now.tokens / kTimesMoreTokens >= learned_->tokens && now.samples >= learned_->samples;
   if (why == Why::kMoreSamples && !samples && !tokens) return Due::kNo;
   busy_ = true;
   return Due::kAgain;

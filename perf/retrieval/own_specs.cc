@@ -41,11 +41,11 @@ IndexSpec CodeScanSpec(bool aware) {
   return spec;
 }
 
-IndexSpec ClusterSpec() {
+IndexSpec ClusterSpec(CodeReading reading) {
   IndexSpec spec;
-  spec.name = "clusters";
-  spec.build = [](const BuildInput& input) -> absl::StatusOr<std::vector<BuiltIndex>> {
-    absl::StatusOr<LearnedClusters> learned = LearnClusters(input.runs, Scaled(input));
+  spec.name = reading == CodeReading::kAll ? "clusters" : "clusters/learned";
+  spec.build = [reading](const BuildInput& input) -> absl::StatusOr<std::vector<BuiltIndex>> {
+    absl::StatusOr<LearnedClusters> learned = LearnClusters(input.runs, Scaled(input), reading);
     if (!learned.ok()) return learned.status();
     std::vector<BuiltIndex> out;
     for (std::unique_ptr<ClusterIndex>& index : learned->indexes) {
@@ -54,7 +54,7 @@ IndexSpec ClusterSpec() {
     }
     return out;
   };
-  for (const float error : {0.1f, 0.05f, 0.04f, 0.03f, 0.02f, 0.01f}) {
+  for (const float error : {0.1f, 0.05f, 0.03f, 0.02f, 0.01f}) {
     SearchSpec search;
     search.budget.kind = Budget::Kind::kError;
     search.budget.error = error;
@@ -97,7 +97,8 @@ std::vector<IndexSpec> OwnSpecs() {
   std::vector<IndexSpec> out;
   out.push_back(CodeScanSpec(true));
   out.push_back(CodeScanSpec(false));
-  out.push_back(ClusterSpec());
+  out.push_back(ClusterSpec(CodeReading::kAll));
+  out.push_back(ClusterSpec(CodeReading::kLearned));
   out.push_back(GraphSpec(true));
   out.push_back(GraphSpec(false));
   return out;
