@@ -185,7 +185,9 @@ TEST_F(EngineIndexTest, IndexesThatNobodyUsesGiveWayToThoseOfNewRuns) {
 }
 
 TEST_F(EngineIndexTest, ShortRunsAreScanned) {
-  StartIndexed([](IndexOptions& o) { o.choice = {IndexKind::kAuto, kRunTokens + 1}; });
+  StartIndexed([](IndexOptions& o) {
+    o.choice = {.kind = IndexKind::kAuto, .min_run_tokens = kRunTokens + 1};
+  });
   const ContextId context = OpenFilled();
   for (int ms = 0; engine_->Stats().runs_live < kRuns && ms < 10000; ++ms) {
     absl::SleepFor(absl::Milliseconds(1));
