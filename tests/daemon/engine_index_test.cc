@@ -274,7 +274,9 @@ TEST_F(EngineIndexTest, AnswersStayRightWhileRunsGrowAndIndexesAreSwapped) {
       const auto row = AttendOne(*engine_, session_, IndexedShape(), asked, 0,
                                  {kFirst, tokens - 500}, random(), kWithinError);
       ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
-      if (answers.fetch_add(1) % 8 == 0) ASSERT_LT(ErrorOf(*row), kFromKeysAlone);
+      if (answers.fetch_add(1) % 8 == 0) {
+        ASSERT_LT(ErrorOf(*row), kFromKeysAlone);
+      }
       if (asked != context) EXPECT_OK(engine_->Close(session_, asked));
     }
   };
