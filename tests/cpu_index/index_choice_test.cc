@@ -43,7 +43,8 @@ TEST_F(IndexChoiceTest, EachKindIsMadeForEachRunAndFitsItAlone) {
                {IndexKind::kClusters, "clusters"},
                {IndexKind::kGraph, "graph"}};
   for (const auto& [kind, name] : kinds) {
-    const std::vector<MadeIndex> made = Make({kind, 1 << 20});  // no kind but kAuto looks at it
+    // No kind but kAuto looks at the least length.
+    const std::vector<MadeIndex> made = Make({.kind = kind, .min_run_tokens = 1 << 20});
     ASSERT_EQ(made.size(), 4u);
     for (size_t r = 0; r < 4; ++r) {
       EXPECT_EQ(KindOf(made[r]), name);
@@ -71,14 +72,16 @@ TEST_F(IndexChoiceTest, ClustersOfAHeadHaveOneModelWhoseBytesCountOnce) {
 }
 
 TEST_F(IndexChoiceTest, ShortRunsAreScannedAndTheOthersLearnWithoutThem) {
-  const std::vector<MadeIndex> made = Make({IndexKind::kAuto, 500});
+  const std::vector<MadeIndex> made = Make({.kind = IndexKind::kAuto, .min_run_tokens = 500});
   EXPECT_EQ(KindOf(made[0]), "clusters");
   EXPECT_EQ(KindOf(made[1]), "none");
   EXPECT_EQ(KindOf(made[2]), "clusters");
   EXPECT_EQ(KindOf(made[3]), "clusters");
   EXPECT_EQ(ModelOf(made[3]), ModelOf(made[0]));
   EXPECT_EQ(ModelOf(made[0])->learned_tokens, 1700u);
-  for (const MadeIndex& one : Make({IndexKind::kAuto, 601})) EXPECT_EQ(KindOf(one), "none");
+  for (const MadeIndex& one : Make({.kind = IndexKind::kAuto, .min_run_tokens = 601})) {
+    EXPECT_EQ(KindOf(one), "none");
+  }
 }
 
 TEST_F(IndexChoiceTest, OneMoreRunUsesWhatItsNeighbourHasLearned) {
@@ -103,7 +106,8 @@ TEST_F(IndexChoiceTest, ANeighbourThatHasLearnedNothingIsNoHindrance) {
   }
   const std::vector<MadeIndex> made = Make({IndexKind::kClusters});
   const auto scanned =
-      MakeIndexLike(*made[0].index, {IndexKind::kAuto, 601}, runs_.views[0], head_.sampled);
+      MakeIndexLike(*made[0].index, {.kind = IndexKind::kAuto, .min_run_tokens = 601},
+                    runs_.views[0], head_.sampled);
   ASSERT_TRUE(scanned.ok()) << scanned.status();
   EXPECT_EQ(scanned->index, nullptr);
 }

@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "proto/half.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -63,7 +64,11 @@ TEST(KeyRowsTest, ScoresAreTheProductsWithWhatIsStored) {
     for (uint32_t r = 0; r < 500; r += 1 + c.random() % 5) which.push_back(r);
     const size_t ld = which.size() + 3;
     std::vector<float> scores(kQueries * ld, -7.0f), row(coordinates);
-    c.keys->Score(c.keys->Prepare(q, kQueries), which, scores.data(), ld);
+    std::vector<uint16_t> row_scale;
+    for (uint32_t r = 0; r < 500; ++r) {
+      row_scale.push_back(FloatToBf16(0.25f + 0.01f * static_cast<float>(c.random() % 75)));
+    }
+    c.keys->Score(c.keys->Prepare(q, kQueries), which, row_scale, scores.data(), ld);
     for (uint32_t i = 0; i < kQueries; ++i) {
       for (size_t r = 0; r < which.size(); ++r) {
         c.keys->Decode(which[r], row);
@@ -71,6 +76,7 @@ TEST(KeyRowsTest, ScoresAreTheProductsWithWhatIsStored) {
         for (uint32_t d = 0; d < coordinates; ++d) {
           wanted += double{q[i * coordinates + d]} * row[d];
         }
+        wanted *= Bf16ToFloat(row_scale[which[r]]);
         // Weights are rounded to a 127th of the largest: half of that by each coordinate's part.
         ASSERT_NEAR(scores[i * ld + r], wanted, 0.06 * std::sqrt(c.total)) << coordinates;
       }
@@ -150,8 +156,9 @@ TEST(KeyRowsTest, KeysThatDoNotVaryScoreNothing) {
   keys.Store(1, std::vector<float>(64, 5.0f));
   const std::vector<float> q(64, 1.0f);
   const std::vector<uint32_t> which{0, 1, 2};
+  const std::vector<uint16_t> row_scale(3, FloatToBf16(2.0f));
   std::vector<float> scores(3, -1.0f);
-  keys.Score(keys.Prepare(q, 1), which, scores.data(), 3);
+  keys.Score(keys.Prepare(q, 1), which, row_scale, scores.data(), 3);
   EXPECT_EQ(scores, std::vector<float>(3, 0.0f));
 }
 

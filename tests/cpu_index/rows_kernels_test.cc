@@ -2,11 +2,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <random>
 #include <vector>
 
 #include "cpu_index/kernels.h"
 #include "cpu_index/simd.h"
+#include "proto/half.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -18,7 +20,11 @@ class RowsKernelsTest : public ::testing::Test {
  protected:
   RowsKernelsTest() {
     for (uint32_t r = 0; r < kTaken; ++r) which_.push_back(random_() % kRows);
+    for (uint32_t r = 0; r < kRows; ++r) {
+      row_scale_.push_back(FloatToBf16(0.25f + 0.01f * static_cast<float>(random_() % 99)));
+    }
   }
+  double RowScale(uint32_t row) const { return Bf16ToFloat(row_scale_[row]); }
   void MakeRows(size_t stride) {
     stride_ = stride;
     bytes_.resize(kRows * stride + 64);
@@ -29,6 +35,7 @@ class RowsKernelsTest : public ::testing::Test {
   size_t stride_ = 0;
   std::vector<uint8_t> bytes_;
   std::vector<uint32_t> which_;
+  std::vector<uint16_t> row_scale_;  // bf16
 };
 
 TEST_F(RowsKernelsTest, FieldsOfAnyWidthAreTakenApartAndWeighted) {
@@ -54,8 +61,11 @@ TEST_F(RowsKernelsTest, FieldsOfAnyWidthAreTakenApartAndWeighted) {
       MakeRows(at + 3);
       std::vector<int8_t> weights(queries * padded);
       for (int8_t& w : weights) w = static_cast<int8_t>(random_() % 255 - 127);
-      std::vector<int32_t> wanted;
+      std::vector<float> scale, offset;
+      std::vector<double> wanted, most;
       for (uint32_t i = 0; i < queries; ++i) {
+        scale.push_back(0.001f * static_cast<float>(1 + random_() % 99));
+        offset.push_back(static_cast<float>(random_() % 199) - 99.0f);
         for (uint32_t row : which_) {
           int32_t sum = 0;
           for (uint32_t c = 0; c < padded; ++c) {
@@ -66,15 +76,21 @@ TEST_F(RowsKernelsTest, FieldsOfAnyWidthAreTakenApartAndWeighted) {
             }
             sum += weights[i * padded + c] * code;
           }
-          wanted.push_back(sum);
+          const double product = double{scale.back()} * sum;
+          wanted.push_back((product + offset.back()) * RowScale(row));
+          most.push_back((std::abs(product) + std::abs(offset.back())) * RowScale(row));
         }
       }
       for (const SimdLevel level : SupportedSimdLevels()) {
-        std::vector<int32_t> out(wanted.size(), -1);
-        KernelsOf(level).score_key_rows({bytes_.data(), stride_, which_.data(), kTaken, parts,
-                                         part.data(), from.data(), shift.data(), mask.data(),
-                                         weights.data(), queries, out.data(), kTaken});
-        EXPECT_EQ(out, wanted) << SimdLevelName(level) << ", " << queries << " queries";
+        std::vector<float> out(wanted.size(), -1.0f);
+        KernelsOf(level).score_key_rows({bytes_.data(), stride_, row_scale_.data(), which_.data(),
+                                         kTaken, parts, part.data(), from.data(), shift.data(),
+                                         mask.data(), weights.data(), scale.data(), offset.data(),
+                                         queries, out.data(), kTaken});
+        for (size_t at = 0; at < out.size(); ++at) {
+          ASSERT_NEAR(out[at], wanted[at], 1e-6 * most[at])
+              << SimdLevelName(level) << ", " << queries << " queries";
+        }
       }
     }
   }
@@ -92,14 +108,16 @@ TEST_F(RowsKernelsTest, WeightedValuesFollowTheLayout) {
           for (uint32_t d = 0; d < dims; ++d) {
             const uint8_t two = bytes_[which_[r] * stride_ + d / 32 * 16 + d % 16];
             const int code = d % 32 < 16 ? two & 15 : two >> 4;
-            wanted[i * dims + d] += double{weights[i * kTaken + r]} * (code - 7.5);
+            wanted[i * dims + d] +=
+                double{weights[i * kTaken + r]} * RowScale(which_[r]) * (code - 7.5);
           }
         }
       }
       for (const SimdLevel level : SupportedSimdLevels()) {
         std::vector<float> acc(queries * dims, 1.0f);
-        KernelsOf(level).add_value_rows({bytes_.data(), stride_, which_.data(), kTaken, dims,
-                                         weights.data(), kTaken, queries, acc.data()});
+        KernelsOf(level).add_value_rows({bytes_.data(), stride_, row_scale_.data(), which_.data(),
+                                         kTaken, dims, weights.data(), kTaken, queries,
+                                         acc.data()});
         for (size_t at = 0; at < acc.size(); ++at) {
           ASSERT_NEAR(acc[at], wanted[at], 1e-2) << SimdLevelName(level) << " dims " << dims;
         }

@@ -130,6 +130,7 @@ class AuditorTest : public ::testing::Test {
     q_.resize(size_t{kShape.group()} * kShape.head_dim);
     for (float& x : q_) x = normal(random);
     blocks_ = table->blocks;
+    table_ = table;
     subject_ = std::make_shared<FakeSubject>(std::move(table));
   }
 
@@ -141,7 +142,7 @@ class AuditorTest : public ::testing::Test {
   double Score(uint32_t g, uint32_t token) const {
     const float* const stored = Vector(KvPart::kKey, token);
     std::vector<float> key(stored, stored + kShape.head_dim);
-    const Rotation* const turn = subject_->Memory()->TurnAt(token);
+    const Rotation* const turn = table_->TurnAt(token);
     if (turn != nullptr) turn->TurnKeys(key.data(), 1, kShape.head_dim);
     double score = 0;
     for (uint32_t d = 0; d < kShape.head_dim; ++d) {
@@ -154,9 +155,10 @@ class AuditorTest : public ::testing::Test {
     RopeSpec rope;
     rope.inv_freq = {1.0f, 0.1f, 0.01f, 0.001f};
     rope.rotary_dim = 8;
-    auto table = std::make_shared<BlockTable>(*subject_->Memory());
+    auto table = std::make_shared<BlockTable>(*table_);
     table->runs.clear();
     table->placed = {{tokens, std::make_shared<const Rotation>(rope, distance)}};
+    table_ = table;
     subject_ = std::make_shared<FakeSubject>(std::move(table));
   }
   static std::vector<uint32_t> All(TokenRange range) {
@@ -226,6 +228,7 @@ class AuditorTest : public ::testing::Test {
   std::unique_ptr<BlockStore> store_;
   std::vector<std::shared_ptr<HeldBlock>> blocks_;
   std::shared_ptr<RunIndexes> indexes_;
+  std::shared_ptr<const BlockTable> table_;  // the subject's
   std::shared_ptr<FakeSubject> subject_;
   std::vector<float> q_;
 };

@@ -185,7 +185,9 @@ TEST_F(EngineIndexTest, IndexesThatNobodyUsesGiveWayToThoseOfNewRuns) {
 }
 
 TEST_F(EngineIndexTest, ShortRunsAreScanned) {
-  StartIndexed([](IndexOptions& o) { o.choice = {IndexKind::kAuto, kRunTokens + 1}; });
+  StartIndexed([](IndexOptions& o) {
+    o.choice = {.kind = IndexKind::kAuto, .min_run_tokens = kRunTokens + 1};
+  });
   const ContextId context = OpenFilled();
   for (int ms = 0; engine_->Stats().runs_live < kRuns && ms < 10000; ++ms) {
     absl::SleepFor(absl::Milliseconds(1));
@@ -272,7 +274,9 @@ TEST_F(EngineIndexTest, AnswersStayRightWhileRunsGrowAndIndexesAreSwapped) {
       const auto row = AttendOne(*engine_, session_, IndexedShape(), asked, 0,
                                  {kFirst, tokens - 500}, random(), kWithinError);
       ASSERT_TRUE(row->answer.status.ok()) << row->answer.status;
-      if (answers.fetch_add(1) % 8 == 0) ASSERT_LT(ErrorOf(*row), kFromKeysAlone);
+      if (answers.fetch_add(1) % 8 == 0) {
+        ASSERT_LT(ErrorOf(*row), kFromKeysAlone);
+      }
       if (asked != context) EXPECT_OK(engine_->Close(session_, asked));
     }
   };

@@ -99,7 +99,7 @@ TEST(RunIndexesTest, AreLearnedAgainFromOtherSamplesHoweverMany) {
   EXPECT_EQ(indexes.Begin({400, 1000}), Due::kAgain);
 }
 
-TEST(RunIndexesTest, AreLearnedOnceAndAgainWithFourTimesTheSamples) {
+TEST(RunIndexesTest, AreLearnedOnceAndAgainWithTwiceTheSamples) {
   using Due = RunIndexes::Due;
   RunIndexes indexes(kShape);
   EXPECT_EQ(indexes.Begin({3, 1000}), Due::kFirst);
@@ -109,11 +109,11 @@ TEST(RunIndexesTest, AreLearnedOnceAndAgainWithFourTimesTheSamples) {
   EXPECT_EQ(indexes.Begin({10, 1000}), Due::kFirst);  // it was given up
   indexes.End(RunIndexes::Learning{10, 1000});
   EXPECT_EQ(indexes.learned()->samples, 10u);
-  EXPECT_EQ(indexes.Begin({20, 1000}), Due::kNo);  // too few
-  EXPECT_EQ(indexes.Begin({39, 1000}), Due::kNo);  // less than four times as many
-  EXPECT_EQ(indexes.Begin({40, 1000}), Due::kAgain);
-  indexes.End(RunIndexes::Learning{40, 1000});
-  EXPECT_EQ(indexes.Begin({100, 1000}), Due::kNo);
+  EXPECT_EQ(indexes.Begin({31, 1000}), Due::kNo);  // too few
+  EXPECT_EQ(indexes.Begin({32, 1000}), Due::kAgain);
+  indexes.End(RunIndexes::Learning{32, 1000});
+  EXPECT_EQ(indexes.Begin({63, 1000}), Due::kNo);  // less than twice as many
+  EXPECT_EQ(indexes.Begin({64, 1000}), Due::kAgain);
 }
 
 TEST(RunIndexesTest, AreLearnedAgainFromFourTimesTheTokensUnlessTheSamplesAreFewer) {

@@ -128,6 +128,19 @@ TEST_F(RunIndexerTest, EnoughMoreSamplesAreLearnedFromAnew) {
   EXPECT_EQ(indexer_->stats().relearned, 2u);
 }
 
+TEST_F(RunIndexerTest, OtherSamplesAreLearnedFromAnewByAllHoweverMany) {
+  Start();
+  Sample(10);
+  Consider(2);
+  for (size_t r = 0; r < 2; ++r) WaitForLearned(r, 2 * kRunTokens, 10);
+  const auto model = ModelOf(0);
+  indexer_->Consider(std::span(uses_).first(3), kShape, samples_, RunIndexes::Why::kOtherSamples);
+  for (size_t r = 0; r < 3; ++r) WaitForLearned(r, 3 * kRunTokens, 10);
+  EXPECT_NE(ModelOf(0), model);
+  for (size_t r = 1; r < 3; ++r) EXPECT_EQ(ModelOf(r), ModelOf(0)) << r;
+  EXPECT_EQ(indexer_->stats().relearned, 2u);
+}
+
 TEST_F(RunIndexerTest, RunsThatAreLostMeanwhileAreLeftOut) {
   options_.threads = 0;  // whoever considers does not wait
   Start();
