@@ -213,8 +213,9 @@ void ChooseDepth(const Sampled& sampled, ClusterModel* m) {
 
 // Doubts were learned one by one; what they promise together is held against what is missed.
 void ScaleDoubts(const Sampled& sampled, ClusterModel* m) {
-  // Half at least: a query unlike the sampled ones must not be promised too much.
-  constexpr float kLeast = 0.5f, kMost = 4;
+  // With some room, and little less than they were: they are held against each other at one tolerance,
+  // of the queries that they were learned from, and groups' doubts are true where all stay closed.
+  constexpr float kRoom = 1.25f, kLeast = 0.85f, kMost = 4;
   ClusterLimits limits;
   limits.tolerance = kTried;
   std::vector<double> predicted;
@@ -223,7 +224,7 @@ void ScaleDoubts(const Sampled& sampled, ClusterModel* m) {
   for (double& p : predicted) p *= p;
   const float promised = RootMean(predicted), missed = RootMean(errors);
   if (!(promised > 0)) return;
-  const float factor = std::clamp(missed / promised, kLeast, kMost);
+  const float factor = std::clamp(kRoom * missed / promised, kLeast, kMost);
   for (float* doubt : {&m->super_doubt, &m->leaf_doubt, &m->common_doubt, &m->token_doubt,
                        &m->row_doubt}) {
     *doubt *= factor;

@@ -5,9 +5,11 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <thread>
 
 #include "daemon/metrics.h"
 #include "daemon/shm_server.h"
@@ -63,6 +65,20 @@ class ServerFixture : public ::testing::Test {
     auto client = RawShmClient::Connect(socket_path(), hello);
     EXPECT_TRUE(client.ok()) << client.status();
     return client.ok() ? *std::move(client) : nullptr;
+  }
+  // Channels of clients that have gone are taken back soon, not at once.
+  std::unique_ptr<RawShmClient> ConnectOnceThereIsRoom() {
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+    for (;;) {
+      auto client = RawShmClient::Connect(socket_path(), RawShmClient::Hello());
+      if (client.ok()) return *std::move(client);
+      if (!absl::IsResourceExhausted(client.status()) ||
+          std::chrono::steady_clock::now() > deadline) {
+        ADD_FAILURE() << client.status();
+        return nullptr;
+      }
+      std::this_thread::yield();
+    }
   }
   TransportCounters& counters() { return metrics_.counters(); }
   // The tenant of this process's clients.
