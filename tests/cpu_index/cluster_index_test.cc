@@ -83,7 +83,8 @@ TEST(ClusterIndexTest, PredictedErrorsAreAboutTheTrueOnes) {
         ClusterErrors found = ErrorsOf(head, run, Within(tolerated), 1);
         EXPECT_LE(Median(found.predicted), 1.5 * tolerated);
         for (size_t i = 0; i < found.errors.size(); ++i) found.errors[i] /= found.predicted[i];
-        EXPECT_GT(Median(found.errors), 0.25);
+        // Where nothing stands out, codes are doubted more than they err.
+        EXPECT_GT(Median(found.errors), 0.15);
         EXPECT_LT(Median(found.errors), 2);
       }
     }
