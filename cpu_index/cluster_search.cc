@@ -27,8 +27,9 @@ constexpr float kOutlierShare = 1.0f / 32;
 // About so many tokens with the highest scores by their codes are scored by their rows for each
 // query, where every code is read: a needle's score may be far too low, but hardly any other's is
 // higher. Of 1,700 tokens with 2% of a query's mass or more, whose codes missed 3 nats of their
-// scores or more, 9 in 10 were among the best 30 to 250.
-constexpr uint32_t kRankedTokens = 512;
+// scores or more, 9 in 10 were among the best 30 to 250. On pairs of needles in 131,072 tokens errors
+// are 0.022 at a tolerance of 0.02 with 512, and 0.009 with 2048, for 4% more bytes.
+constexpr uint32_t kRankedTokens = 2048;
 
 float LogAdd(float a, float b) {
   const float most = std::max(a, b);

@@ -55,8 +55,10 @@ absl::StatusOr<std::unique_ptr<IndexedHead>> IndexedHead::Build(const IndexSpec&
     bytes += (*built)[i].memory_bytes;
     if ((*built)[i].index == nullptr) continue;
     head->own_.push_back(std::move((*built)[i].index));
-    head->units_[i].index = dynamic_cast<const TokenIndex*>(head->own_.back().get());
     head->units_[i].clusters = dynamic_cast<const ClusterIndex*>(head->own_.back().get());
+    // Clusters are passed by, by the exact scan, where a budget is not of error.
+    const auto* const tokens = dynamic_cast<const TokenIndex*>(head->own_.back().get());
+    if (tokens != nullptr) head->units_[i].index = tokens;
   }
   head->build_core_s_ = head->own_.empty() ? 0 : CoreSeconds(clock) - before;
   head->bytes_per_token_ = static_cast<double>(bytes) / std::max(1u, indexed.size());
@@ -119,6 +121,7 @@ void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries,
   const std::span<const IndexedHead::Unit> units = head.units();
   Reset(queries, units.size());
   refined_.clear();
+  searched_ = budget.kind == Budget::Kind::kError;
   whole_ = budget.kind == Budget::Kind::kUnlimited || budget.kind == Budget::Kind::kError;
   if (budget.kind == Budget::Kind::kError) {
     return AnswerWithin(head, queries, elsewhere, budget.error);
@@ -168,7 +171,7 @@ std::vector<uint32_t> HeadAnswer::Attended(const IndexedHead& head, const QueryB
   }
   for (size_t u = 0; u < head.units().size(); ++u) {
     const IndexedHead::Unit& unit = head.units()[u];
-    if (unit.clusters != nullptr) continue;
+    if (unit.clusters != nullptr && searched_) continue;
     if (whole_) {
       const TokenRange range = Intersect(queries.ranges[query], unit.view.tokens());
       for (uint32_t t = range.lo; t < range.hi; ++t) out.push_back(t);

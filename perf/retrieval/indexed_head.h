@@ -17,8 +17,9 @@ namespace quarry::perf {
 class IndexedHead {
  public:
   struct Unit {
-    const TokenIndex* index = nullptr;       // or
-    const ClusterIndex* clusters = nullptr;  // which is searched with those of other units
+    const TokenIndex* index = nullptr;
+    // Under a tolerated error searched in its place, with those of other units; may be null.
+    const ClusterIndex* clusters = nullptr;
     std::vector<KvSegment> segments;
     KvView view;
   };
@@ -66,6 +67,7 @@ class HeadAnswer {
                     std::span<const float> elsewhere, float error);
 
   bool whole_ = false;  // units of tokens were attended without scores
+  bool searched_ = false;  // clusters were
   std::vector<uint32_t> refined_;          // of clusters, by any query
   std::vector<CoarseScores> coarse_;       // by unit
   std::vector<RunAllotment> allotments_;   // by unit
