@@ -24,8 +24,6 @@ constexpr float kLeast = std::numeric_limits<float>::lowest();
 constexpr float kNegligible = 0.05f, kLeastNegligible = 1e-3f;
 // Rows' scores are not believed beyond so much more than anything had before.
 constexpr float kMostSurprise = 40;
-const float kLogLeaf = std::log(static_cast<float>(kLeafRows));
-const float kLogSuper = std::log(static_cast<float>(kSuperRows));
 
 // In four sums, so that additions need not wait for one another.
 float Sum(std::span<const float> x) {

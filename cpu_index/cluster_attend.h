@@ -1,6 +1,7 @@
 // What a search of clustered indexes holds; its own files include this, nothing else.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -12,6 +13,10 @@
 #include "cpu_index/scratch.h"
 
 namespace quarry {
+
+// What a full node counts more than one token, in logs.
+inline const float kLogLeaf = std::log(static_cast<float>(kLeafRows));
+inline const float kLogSuper = std::log(static_cast<float>(kSuperRows));
 
 // Memory of a thread's searches. Rows are of a query each; their lengths are what the search says.
 // Nodes and tokens of all runs stand one behind another; supers of a run begin at a multiple of 16.

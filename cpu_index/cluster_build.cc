@@ -31,12 +31,6 @@ Matrix MeansAbove(const LeafMeans& leaves) {
   return out;
 }
 
-std::vector<uint16_t> Rounded(const Matrix& m) {
-  std::vector<uint16_t> out(m.size());
-  for (Eigen::Index i = 0; i < m.size(); ++i) out[i] = FloatToBf16(m.data()[i]);
-  return out;
-}
-
 KeyRows EncodeKeys(std::span<const float> differences, std::span<const float> variance) {
   const size_t width = variance.size();
   KeyRows rows(static_cast<uint32_t>(differences.size() / width), variance);
@@ -117,7 +111,9 @@ std::unique_ptr<ClusterIndex> ClusterIndex::Build(const KvView& run,
   KeyCodes codes = KeyCodes::Encode(Narrowed(differences, m.head_dim()), m.CodeBasis());
   scale.resize(codes.keys_padded());
   const LeafMeans leaf_means = MeanValues(run, draft.order);
-  std::vector<uint16_t> super_values = Rounded(MeansAbove(leaf_means));
+  const Matrix super_means = MeansAbove(leaf_means);
+  std::vector<uint16_t> super_values =
+      RoundedToBf16({super_means.data(), static_cast<size_t>(super_means.size())});
   ValueRows leaf_values = EncodeLeafValues(leaf_means, super_values, m.leaf_deviation);
   ValueRows token_values =
       EncodeTokenValues(run, draft.order, leaf_values, super_values, m.token_deviation);

@@ -46,12 +46,6 @@ std::vector<uint32_t> Draw(std::span<const double> share, std::span<const uint32
   return out;
 }
 
-std::vector<uint16_t> Rounded(const Matrix& m) {
-  std::vector<uint16_t> out(m.size());
-  for (Eigen::Index i = 0; i < m.size(); ++i) out[i] = FloatToBf16(m.data()[i]);
-  return out;
-}
-
 ClusterModel::Inside LookInside(std::span<const Trial> trials, uint32_t node_rows,
                                 float lost_variance) {
   Matrix covariance = Matrix::Zero(kWidth, kWidth);
@@ -148,11 +142,12 @@ void LearnSlopes(std::span<const Trial> trials, std::span<const float> queries, 
   r.missed.rowwise() -= r.missed.colwise().mean().eval();
   r.values /= static_cast<float>(r.values.rows());
   Matrix slope = r.values.transpose() * r.missed;
-  m->token_slope = Rounded(slope);
+  const std::span<const float> numbers(slope.data(), static_cast<size_t>(slope.size()));
+  m->token_slope = RoundedToBf16(numbers);
   slope.noalias() += (r.values.transpose() * r.codes) * dual;
-  m->leaf.slope = Rounded(slope);
+  m->leaf.slope = RoundedToBf16(numbers);
   slope.noalias() += (r.values.transpose() * (r.leaf - r.super)) * dual;
-  m->super.slope = Rounded(slope);
+  m->super.slope = RoundedToBf16(numbers);
 }
 
 // Means over the trials.
@@ -242,7 +237,7 @@ absl::Status LearnBasis(std::span<const KvView> runs, std::span<const float> que
   QUARRY_ASSIGN_OR_RETURN(m->basis, FitQueryBasis(whole, queries, whole.head_dim));
   m->lost_variance =
       std::accumulate(m->basis.variance.begin() + m->rank(), m->basis.variance.end(), 0.0f);
-  for (float x : m->basis.query_map) m->query_map.push_back(FloatToBf16(x));
+  m->query_map = RoundedToBf16(m->basis.query_map);
   return absl::OkStatus();
 }
 

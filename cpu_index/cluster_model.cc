@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "cpu_index/cluster_rows.h"
 #include "cpu_index/simd.h"
-#include "proto/half.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -146,7 +146,7 @@ absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
     return absl::DataLossError(
         absl::StrCat("clusters: a basis of ", m.basis.rank, " of ", d, " coordinates"));
   }
-  for (float x : m.basis.query_map) m.query_map.push_back(FloatToBf16(x));
+  m.query_map = RoundedToBf16(m.basis.query_map);
   QUARRY_RETURN_IF_ERROR(in->GetNumber("lost variance", 0, &m.lost_variance));
   QUARRY_RETURN_IF_ERROR(in->GetNumbers("step of centres", kWidth, 0, &m.centre_step));
   for (auto* numbers : {&m.difference_variance, &m.row_variance, &m.token_deviation,

@@ -38,6 +38,12 @@ std::vector<float> Differences(std::span<const float> coordinates, std::span<con
   return out;
 }
 
+std::vector<uint16_t> RoundedToBf16(std::span<const float> numbers) {
+  std::vector<uint16_t> out(numbers.size());
+  std::transform(numbers.begin(), numbers.end(), out.begin(), FloatToBf16);
+  return out;
+}
+
 std::vector<float> SecondMoments(std::span<const float> rows, uint32_t width) {
   std::vector<double> sum(width);
   for (size_t at = 0; at < rows.size(); at += width) {

@@ -18,6 +18,8 @@ std::vector<float> Narrowed(std::span<const float> rows, uint32_t width);
 std::vector<float> Differences(std::span<const float> coordinates, std::span<const uint32_t> order,
                                const NodeLevel& leaves, std::span<const float> step);
 
+std::vector<uint16_t> RoundedToBf16(std::span<const float> numbers);
+
 // [width] mean squares of rows.
 std::vector<float> SecondMoments(std::span<const float> rows, uint32_t width);
 

@@ -17,8 +17,6 @@ namespace {
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kAll = std::numeric_limits<float>::infinity();
 constexpr float kLeast = std::numeric_limits<float>::lowest();
-const float kLogLeaf = std::log(static_cast<float>(kLeafRows));
-const float kLogSuper = std::log(static_cast<float>(kSuperRows));
 
 // Of the tolerated error: what supers, and leaves, that stay closed may make of it.
 constexpr float kSuperShare = 0.3f, kLeafShare = 0.4f;

@@ -35,6 +35,12 @@ float Partial::Finish(std::span<float> o) const {
   return max + std::log(sum);
 }
 
+float Partial::LogLength() const {
+  double square = 0;
+  for (float x : acc) square += double{x} * x;
+  return square > 0 ? max + static_cast<float>(0.5 * std::log(square)) : kEmpty;
+}
+
 float Partial::RelativeError() const {
   float squares = 0;
   for (float x : acc) squares += x * x;

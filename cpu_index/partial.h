@@ -22,6 +22,8 @@ struct Partial {
   void Merge(const Partial& other);
   // Writes o [head_dim] and returns lse. An empty set gives o = 0 and -infinity.
   float Finish(std::span<float> o) const;
+  // Log of the length of the sum of e^score * value; -infinity for an empty set.
+  float LogLength() const;
   // The expected length of o's error by that of o; 0 for an empty set.
   float RelativeError() const;
 };

@@ -247,10 +247,7 @@ void AttendLane::MeasureElsewhere() {
   for (uint32_t u : whole_) MergeUnit(u, totals);
   elsewhere_.clear();
   for (const Partial& total : totals) {
-    double square = 0;
-    for (float x : total.acc) square += double{x} * x;
-    elsewhere_.push_back(square > 0 ? total.max + static_cast<float>(0.5 * std::log(square))
-                                    : kEmptyLse);
+    elsewhere_.push_back(total.LogLength());
   }
 }
 

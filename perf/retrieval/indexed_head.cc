@@ -99,9 +99,7 @@ void HeadAnswer::AnswerWithin(const IndexedHead& head, const QueryBlock& queries
   }
   std::vector<float> other;
   for (uint32_t i = 0; i < queries.queries; ++i) {
-    double square = 0;
-    for (float x : partials_[i].acc) square += double{x} * x;
-    const double whole = square > 0 ? partials_[i].max + 0.5 * std::log(square) : kEmptyLse;
+    const double whole = partials_[i].LogLength();
     const double window = elsewhere.empty() ? kEmptyLse : elsewhere[i];
     const double most = std::max(whole, window);
     other.push_back(static_cast<float>(
