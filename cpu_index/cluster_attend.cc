@@ -81,7 +81,6 @@ void ClusterSearch::Attend(std::span<Partial> acc, std::vector<uint32_t>* refine
   WeighGroups(parts);
   for (uint32_t i = 0; i < count_; ++i) {
     cuts_.push_back(limits_.depth == Depth::kAsNeeded ? CutOf(i, parts[i].max) : ForcedCut(i));
-    parts[i].doubt = cuts_[i].error * cuts_[i].error * std::exp(2 * model_.log_length);
   }
   TakeTokens();
   const std::vector<uint32_t> exact = SplitExact(parts);
@@ -138,7 +137,7 @@ void ClusterSearch::WeighGroups(std::span<Partial> parts) {
     const float shift = largest == kNone ? 0 : largest;
     Kernels().exp_groups(TokenScores(i), opened, shift, leaf_sum + i * opened);
     by_code_[i] = Sum({leaf_sum + i * opened, opened});
-        by_leaf_[i] = Kernels().exp_sum(leaf, leaves, shift - kLogLeaf);
+    by_leaf_[i] = Kernels().exp_sum(leaf, leaves, shift - kLogLeaf);
     by_super_[i] = Kernels().exp_sum(supers, supers_, shift - kLogSuper);
     closed_[i] = by_leaf_[i] * model_.leaf_doubt * unrest_[i].leaf +
                  by_super_[i] * model_.super_doubt * unrest_[i].super;
@@ -146,7 +145,7 @@ void ClusterSearch::WeighGroups(std::span<Partial> parts) {
 }
 
 ClusterSearch::Cut ClusterSearch::CutOf(uint32_t query, float top) {
-  if (top == kNone) return {kAll, kAll, 0};
+  if (top == kNone) return {kAll, kAll, 0, 0};
   const double own = double{by_code_[query]} + by_leaf_[query] + by_super_[query];
   const double length = std::hypot(own, std::exp(double{Elsewhere(query)} - top));
   ErrorCutInput in;
@@ -158,14 +157,14 @@ ClusterSearch::Cut ClusterSearch::CutOf(uint32_t query, float top) {
   in.closed = closed_[query];
   in.allowed = static_cast<float>(limits_.tolerance * length);
   in.most_tokens = limits_.most_tokens;
-  if (limits_.tolerance <= 0) return {kLeast, kLeast, 0};
+  if (limits_.tolerance <= 0) return {kLeast, kLeast, 0, 0};
   const ErrorCut cut = FindErrorCut(in);
-  return {cut.refine, cut.exact, cut.error};
+  return {cut.refine, cut.exact, cut.error, cut.together};
 }
 
 ClusterSearch::Cut ClusterSearch::ForcedCut(uint32_t query) {
   const size_t row = token_row();
-  if (limits_.best_tokens == 0 || row == 0) return {kAll, kAll, 0};
+  if (limits_.best_tokens == 0 || row == 0) return {kAll, kAll, 0, 0};
   float least = kLeast;
   if (limits_.best_tokens < row) {
     float* const copy = s_.copy.Take(row);
@@ -173,7 +172,7 @@ ClusterSearch::Cut ClusterSearch::ForcedCut(uint32_t query) {
     std::nth_element(copy, copy + limits_.best_tokens - 1, copy + row, std::greater<>());
     least = std::max(kLeast, copy[limits_.best_tokens - 1]);
   }
-  return {least, limits_.depth == Depth::kExact ? least : kAll, 0};
+  return {least, limits_.depth == Depth::kExact ? least : kAll, 0, 0};
 }
 
 void ClusterSearch::TakeTokens() {
@@ -242,6 +241,8 @@ std::vector<uint32_t> ClusterSearch::SplitExact(std::span<Partial> parts) {
     for (size_t e = 0; e < n; ++e) is_exact[e] |= std::max(coded[e], own[e]) >= least ? 1 : 0;
     for (size_t e = 0; e < n; ++e) own[e] = std::min(own[e], most);
     Kernels().exp_sum(coded, n, shift);
+    CountOthers(i, {coded, n});
+    parts[i].doubt = cuts_[i].error * cuts_[i].error * std::exp(2 * model_.log_length);
     float* const leaf_sum = s_.leaf_sum.data() + i * opened;
     for (size_t e = 0; e < n; ++e) leaf_sum[taken[e] / kLeafRows] -= coded[e];
     for (size_t j = 0; j < opened; ++j) leaf_sum[j] = std::max(0.0f, leaf_sum[j]);
@@ -258,6 +259,25 @@ std::vector<uint32_t> ClusterSearch::SplitExact(std::span<Partial> parts) {
                    Kernels().exp_sum(row + i * n, n, shift);
   }
   return exact;
+}
+
+// What other queries had read of those that this one had left to their codes. weight: of all taken.
+void ClusterSearch::CountOthers(uint32_t query, std::span<const float> weight) {
+  Cut& cut = cuts_[query];
+  if (!(cut.error > 0)) return;
+  const float* const score = TokenScores(query);
+  const std::span<const uint32_t> taken = s_.taken.all();
+  float sum = 0, squares = 0;
+  for (size_t e = 0; e < weight.size(); ++e) {
+    const float left = score[taken[e]] < cut.refine ? weight[e] : 0;
+    sum += left;
+    squares += left * left;
+  }
+  const float doubt = model_.token_doubt * unrest_[query].token;
+  const float apart = cut.error * cut.error - cut.together * cut.together;
+  cut.together = std::max(closed_[query],
+                          cut.together - model_.common_doubt * unrest_[query].token * sum);
+  cut.error = std::sqrt(std::max(0.0f, apart - doubt * doubt * squares) + cut.together * cut.together);
 }
 
 void ClusterSearch::ListTokens(std::span<const uint32_t> entries,

@@ -42,6 +42,11 @@ class ClusterSearch {
                 const ClusterLimits& limits, ClusterScratch* scratch);
   void Look();
   void Attend(std::span<Partial> acc, std::vector<uint32_t>* refined);
+  // After Attend: which share of the square of a query's predicted error adds up over tokens and groups.
+  float TogetherShare(uint32_t query) const {
+    const Cut& cut = cuts_[query];
+    return cut.error > 0 ? cut.together * cut.together / (cut.error * cut.error) : 0;
+  }
 
  private:
   using Depth = ClusterLimits::Depth;
@@ -103,7 +108,8 @@ class ClusterSearch {
   // cluster_attend.cc
   struct Cut {
     float refine, exact;  // as ErrorCut
-    float error;          // that is left, by e^max of the partials and a typical answer's length
+    // That are left, by e^max of the partials and a typical answer's length.
+    float error, together;
   };
   size_t token_row() const { return s_.opened.size() * kLeafRows; }
   float* TokenScores(uint32_t query) const { return s_.token_score.data() + query * token_row(); }
@@ -115,6 +121,7 @@ class ClusterSearch {
   void TakeTokens();
   void ScoreRows(std::span<const uint32_t> entries, float* out);
   std::vector<uint32_t> SplitExact(std::span<Partial> parts);
+  void CountOthers(uint32_t query, std::span<const float> weight);
   void ListTokens(std::span<const uint32_t> entries, std::vector<uint32_t>* out) const;
   void AttendExactly(std::span<const uint32_t> entries, std::span<Partial> acc);
   void AddValues(std::span<Partial> parts);

@@ -5,17 +5,19 @@
 #include <functional>
 #include <numeric>
 
-#include "cpu_index/cluster_search.h"
+#include "cpu_index/cluster_attend.h"
 
 namespace quarry {
 namespace {
 
-// Codes may be right for most tokens; of one that holds much of the mass they are not believed.
-constexpr float kLeastTokenDoubt = 0.7f;
+// Codes may be right for most tokens; of one that holds much of the mass they are not believed, for
+// its value is not known.
+constexpr float kLeastTokenDoubt = 0.5f;
 constexpr float kTried = 0.05f;           // a tolerated error
-constexpr float kLeastRowDoubt = 0.15f;   // 4 bits of a value alone miss 0.11 of it
+constexpr float kLeastRowDoubt = 0.1f;    // 4 bits of a value alone miss 0.11 of it
 constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
 constexpr uint32_t kToldQueries = 32;     // that say what estimates of groups are worth
+constexpr uint32_t kToldPositions = 8;    // that they are of at least
 constexpr uint32_t kTokenQueries = 12;    // and of tokens, over at most so many runs
 constexpr size_t kTokenRuns = 4;
 
@@ -23,6 +25,12 @@ float RootMean(std::span<const double> squares) {
   const double sum = std::accumulate(squares.begin(), squares.end(), 0.0);
   return static_cast<float>(std::sqrt(sum / static_cast<double>(squares.size())));
 }
+
+// The squares of what a search says that an answer may miss, by its length: of what errs independently,
+// and of what adds up.
+struct Promise {
+  double apart, together;
+};
 
 // Sampled queries, and their exact answers over some runs.
 class Sampled {
@@ -47,20 +55,28 @@ class Sampled {
     return std::span(q_).subspan(size_t{i} * head_dim_, head_dim_);
   }
 
-  // [queries][head_dim]: of each query alone, for a block's queries share what is refined.
-  // predicted: may be null; [queries] the errors that the searches promise, by the answers' lengths.
-  std::vector<float> Answers(const ClusterLimits& limits,
-                             std::vector<double>* predicted = nullptr) const {
-    std::vector<float> out(q_.size()), acc(head_dim_);
-    for (uint32_t i = 0; i < count_; ++i) {
+  // [queries][head_dim], of `together` queries at once, which then share what they read.
+  // promised: may be null; of each query.
+  std::vector<float> Answers(const ClusterLimits& limits, uint32_t together = 1,
+                             std::vector<Promise>* promised = nullptr) const {
+    std::vector<float> out(q_.size()), acc(q_.size());
+    for (uint32_t lo = 0; lo < count_; lo += together) {
+      const uint32_t n = std::min(together, count_ - lo);
       std::vector<ClusterRun> runs = runs_;
-      for (size_t r = 0; r < runs.size(); ++r) runs[r].ranges = runs[r].ranges.subspan(i, 1);
-      const QueryBlock one{Query(i).data(), DType::kFp32, 1, head_dim_, 1.0f, {}};
-      std::fill(acc.begin(), acc.end(), 0.0f);
-      Partial partial{.acc = acc};
-      SearchClusters(runs, one, limits, {&partial, 1});
-      partial.Finish(std::span(out).subspan(size_t{i} * head_dim_, head_dim_));
-      if (predicted != nullptr) predicted->push_back(partial.RelativeError());
+      for (size_t r = 0; r < runs.size(); ++r) runs[r].ranges = runs[r].ranges.subspan(lo, n);
+      const QueryBlock block{Query(lo).data(), DType::kFp32, n, head_dim_, 1.0f, {}};
+      std::vector<Partial> partials(n);
+      for (uint32_t i = 0; i < n; ++i) partials[i].acc = Row(acc, lo + i);
+      ClusterSearch search(runs, block, limits, &scratch_);
+      search.Look();
+      search.Attend(partials, nullptr);
+      for (uint32_t i = 0; i < n; ++i) {
+        partials[i].Finish(Row(out, lo + i));
+        if (promised == nullptr) continue;
+        const double square = double{partials[i].RelativeError()} * partials[i].RelativeError();
+        const double adds_up = square * search.TogetherShare(i);
+        promised->push_back({square - adds_up, adds_up});
+      }
     }
     return out;
   }
@@ -115,19 +131,19 @@ class Sampled {
   }
 
  private:
+  std::span<float> Row(std::vector<float>& rows, uint32_t i) const {
+    return std::span(rows).subspan(size_t{i} * head_dim_, head_dim_);
+  }
+
   std::vector<float> Exact() const {
     std::vector<float> out(q_.size()), acc(q_.size());
     std::vector<Partial> partials(count_);
-    for (uint32_t i = 0; i < count_; ++i) {
-      partials[i].acc = std::span(acc).subspan(size_t{i} * head_dim_, head_dim_);
-    }
+    for (uint32_t i = 0; i < count_; ++i) partials[i].acc = Row(acc, i);
     for (const ClusterRun& run : runs_) {
       const QueryBlock block{q_.data(), DType::kFp32, count_, head_dim_, 1.0f, run.ranges};
       ExactScan().AttendAll(*run.view, block, partials);
     }
-    for (uint32_t i = 0; i < count_; ++i) {
-      partials[i].Finish(std::span(out).subspan(size_t{i} * head_dim_, head_dim_));
-    }
+    for (uint32_t i = 0; i < count_; ++i) partials[i].Finish(Row(out, i));
     return out;
   }
 
@@ -138,6 +154,7 @@ class Sampled {
   std::vector<ClusterRun> runs_;
   std::vector<float> wanted_;
   double mean_square_ = 0;  // of the answers' lengths
+  mutable ClusterScratch scratch_;
 };
 
 std::vector<ClusterModel::Unrest> UnrestOf(const Sampled& sampled, const ClusterModel& m) {
@@ -211,42 +228,86 @@ void ChooseDepth(const Sampled& sampled, ClusterModel* m) {
   m->open_all = groups > kTried && groups > all;
 }
 
-// Doubts were learned one by one; what they promise together is held against what is missed.
-void ScaleDoubts(const Sampled& sampled, ClusterModel* m) {
-  // With some room, and little less than they were: they are held against each other at one tolerance,
-  // of the queries that they were learned from, and groups' doubts are true where all stay closed.
-  constexpr float kRoom = 1.25f, kLeast = 0.85f, kMost = 4;
-  ClusterLimits limits;
-  limits.tolerance = kTried;
-  std::vector<double> predicted;
-  std::vector<double> errors =
-      sampled.Errors(sampled.Answers(limits, &predicted), sampled.wanted());
-  for (double& p : predicted) p *= p;
-  const float promised = RootMean(predicted), missed = RootMean(errors);
-  if (!(promised > 0)) return;
-  const float factor = std::clamp(kRoom * missed / promised, kLeast, kMost);
-  for (float* doubt : {&m->super_doubt, &m->leaf_doubt, &m->common_doubt, &m->token_doubt,
-                       &m->row_doubt}) {
-    *doubt *= factor;
+// What answers missed, and what was promised with doubts as they were learned one by one.
+struct Observed {
+  double missed;
+  Promise promise;
+};
+
+// Factors of both parts of a promise, so that promises are right for the observed answers as a whole,
+// large and small. A part that was hardly observed stays as it was learned.
+Promise FitFactors(std::span<const Observed> observed) {
+  constexpr double kWild = 9;      // times the promised square: beyond it how far does not count
+  constexpr double kPrior = 0.05;  // of all observations, that count for what was learned
+  constexpr double kMost = 16, kLeast = 1.0 / 16;
+  Promise factor{1, 1};
+  for (int round = 0; round < 4; ++round) {  // each time weighed by better promises
+    double aa = 0, at = 0, tt = 0, ay = 0, ty = 0, n = 0;
+    for (const Observed& o : observed) {
+      double a = factor.apart * o.promise.apart, t = factor.together * o.promise.together;
+      const double all = a + t;
+      if (!(all > 0)) continue;
+      a /= all, t /= all;
+      const double y = std::min(o.missed / all, kWild);
+      aa += a * a, at += a * t, tt += t * t, ay += a * y, ty += t * y, n += 1;
+    }
+    if (n == 0) break;
+    aa += kPrior * n, ay += kPrior * n / factor.apart;
+    tt += kPrior * n, ty += kPrior * n / factor.together;
+    const double determinant = aa * tt - at * at;
+    factor.apart *= (ay * tt - ty * at) / determinant;
+    factor.together *= (ty * aa - ay * at) / determinant;
+    factor = {std::clamp(factor.apart, kLeast, kMost), std::clamp(factor.together, kLeast, kMost)};
+  }
+  return factor;
+}
+
+// Doubts were learned one by one; what they promise together is held against what is missed, at
+// tolerances between which budgets lie.
+void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
+  constexpr double kRoom = 1.1;  // beside queries that were sampled
+  const ClusterModel learned = *m;
+  std::vector<Observed> observed;
+  Promise factor{1, 1};
+  for (const float tolerance : {0.1f, 0.05f, 0.02f}) {
+    ClusterLimits limits;
+    limits.tolerance = tolerance;
+    std::vector<Promise> promised;
+    const std::vector<double> errors =
+        sampled.Errors(sampled.Answers(limits, group, &promised), sampled.wanted());
+    for (size_t i = 0; i < errors.size(); ++i) {
+      observed.push_back({errors[i],
+                          {promised[i].apart / factor.apart, promised[i].together / factor.together}});
+    }
+    factor = FitFactors(observed);
+    factor = {factor.apart * kRoom * kRoom, factor.together * kRoom * kRoom};
+    const auto scaled = [](float doubt, double square) {
+      return doubt * static_cast<float>(std::sqrt(square));
+    };
+    m->super_doubt = scaled(learned.super_doubt, factor.together);
+    m->leaf_doubt = scaled(learned.leaf_doubt, factor.together);
+    m->common_doubt = scaled(learned.common_doubt, factor.together);
+    m->token_doubt = std::max(kLeastTokenDoubt, scaled(learned.token_doubt, factor.apart));
+    m->row_doubt = std::max(kLeastRowDoubt, scaled(learned.row_doubt, factor.apart));
   }
 }
 
 }  // namespace
 
-std::vector<float> SpreadQueries(std::span<const float> queries, uint32_t head_dim,
-                                 uint32_t most) {
-  const size_t n = queries.size() / head_dim, taken = std::min<size_t>(n, most);
+std::vector<float> SpreadQueries(std::span<const float> queries, uint32_t row, uint32_t most) {
+  const size_t n = queries.size() / row, taken = std::min<size_t>(n, most);
   std::vector<float> out;
   for (size_t i = 0; i < taken; ++i) {
-    const auto row = queries.subspan((2 * i + 1) * n / (2 * taken) * head_dim, head_dim);
-    out.insert(out.end(), row.begin(), row.end());
+    const auto one = queries.subspan((2 * i + 1) * n / (2 * taken) * row, row);
+    out.insert(out.end(), one.begin(), one.end());
   }
   return out;
 }
 
 void CalibrateClusters(std::span<const KvView> runs,
                        std::span<const std::unique_ptr<ClusterIndex>> indexes,
-                       std::span<const float> queries, CodeReading reading, ClusterModel* model) {
+                       std::span<const float> queries, uint32_t group, CodeReading reading,
+                       ClusterModel* model) {
   model->open_all = reading == CodeReading::kAll;
   std::vector<const KvView*> views, some_views;
   std::vector<const ClusterIndex*> all, some;
@@ -263,7 +324,8 @@ void CalibrateClusters(std::span<const KvView> runs,
   const uint32_t d = model->head_dim();
   model->learned_queries = static_cast<uint32_t>(queries.size() / d);
   if (model->learned_queries == 0) return;
-  const Sampled sampled(views, all, SpreadQueries(queries, d, kToldQueries));
+  const uint32_t positions = std::max(kToldQueries / group, kToldPositions);
+  const Sampled sampled(views, all, SpreadQueries(queries, d * group, positions));
   model->log_length = static_cast<float>(0.5 * std::log(sampled.mean_square() + 1e-30));
   const std::vector<ClusterModel::Unrest> unrest = UnrestOf(sampled, *model);
   model->super_doubt = GroupDoubt(sampled, ClusterLimits::Depth::kSupers, unrest,
@@ -272,7 +334,7 @@ void CalibrateClusters(std::span<const KvView> runs,
       GroupDoubt(sampled, ClusterLimits::Depth::kLeaves, unrest, &ClusterModel::Unrest::leaf);
   CalibrateTokens(Sampled(some_views, some, SpreadQueries(queries, d, kTokenQueries)), model);
   if (reading == CodeReading::kLearned) ChooseDepth(sampled, model);
-  ScaleDoubts(sampled, model);
+  ScaleDoubts(sampled, group, model);
 }
 
 }  // namespace quarry

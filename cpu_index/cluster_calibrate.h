@@ -9,8 +9,8 @@
 
 namespace quarry {
 
-// Some of the queries [][head_dim], evenly spread.
-std::vector<float> SpreadQueries(std::span<const float> queries, uint32_t head_dim, uint32_t most);
+// Some of the rows [][row], evenly spread: queries, or groups of them.
+std::vector<float> SpreadQueries(std::span<const float> queries, uint32_t row, uint32_t most);
 
 // Of which tokens a search reads codes.
 enum class CodeReading {
@@ -22,10 +22,12 @@ enum class CodeReading {
 };
 
 // Sets the model's doubts, and whether every code is read, by what searches of the indexes, which
-// have this model, miss of the exact answers to sampled queries (scaled as scores are). Without
-// queries doubts stay guesses. Nobody else may use the model meanwhile.
+// have this model, miss of the exact answers to sampled queries (scaled as scores are). group: how
+// many of them are of one position, and will be searched at once. Without queries doubts stay guesses.
+// Nobody else may use the model meanwhile.
 void CalibrateClusters(std::span<const KvView> runs,
                        std::span<const std::unique_ptr<ClusterIndex>> indexes,
-                       std::span<const float> queries, CodeReading reading, ClusterModel* model);
+                       std::span<const float> queries, uint32_t group, CodeReading reading,
+                       ClusterModel* model);
 
 }  // namespace quarry

@@ -245,7 +245,7 @@ absl::Status LearnBasis(std::span<const KvView> runs, std::span<const float> que
 
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
                                               std::span<const float> queries,
-                                              CodeReading reading) {
+                                              CodeReading reading, uint32_t group) {
   for (const KvView& run : runs) {
     if (!run.tokens().empty() && run.head_dim == runs.front().head_dim && run.head_dim % 16 == 0) {
       continue;
@@ -255,6 +255,11 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
                      ": wanted are tokens and a multiple of 16, the same for all runs"));
   }
   if (runs.empty()) return absl::InvalidArgumentError("clusters of no runs");
+  if (group == 0 || queries.size() % (size_t{group} * runs.front().head_dim) != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("clusters by ", queries.size(), " numbers of queries: no groups of ", group,
+                     " of head_dim ", runs.front().head_dim));
+  }
   auto model = std::make_shared<ClusterModel>();
   QUARRY_RETURN_IF_ERROR(LearnBasis(runs, queries, model.get()));
   std::vector<Trial> trials;
@@ -279,7 +284,7 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
     QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<ClusterIndex> index, ClusterIndex::Build(run, model));
     out.indexes.push_back(std::move(index));
   }
-  CalibrateClusters(runs, out.indexes, queries, reading, model.get());
+  CalibrateClusters(runs, out.indexes, queries, group, reading, model.get());
   out.model = std::move(model);
   return out;
 }

@@ -16,12 +16,13 @@ struct LearnedClusters {
   std::vector<std::unique_ptr<ClusterIndex>> indexes;  // of each run
 };
 
-// runs: of one head, in token order, disjoint; queries: [n][head_dim] sampled, scaled as scores
-// are, may be empty. Later runs of the head are built with the same model by ClusterIndex::Build.
-// InvalidArgument: no tokens, a head_dim that is no multiple of 16, queries that are no whole rows.
+// runs: of one head, in token order, disjoint; queries: [n][group][head_dim] sampled at n positions,
+// scaled as scores are, may be empty. Later runs of the head are built with the same model by ClusterIndex::Build.
+// InvalidArgument: no tokens, a head_dim that is no multiple of 16, queries that are no whole groups.
 // Cost: see README.md. One thread.
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
                                               std::span<const float> queries,
-                                              CodeReading reading = CodeReading::kAll);
+                                              CodeReading reading = CodeReading::kAll,
+                                              uint32_t group = 1);
 
 }  // namespace quarry

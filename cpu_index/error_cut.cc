@@ -71,7 +71,8 @@ ErrorCut FindErrorCut(const ErrorCutInput& in) {
     return bin == 0 ? kAll : in.top - static_cast<float>(bin) / kPerNat;
   };
   return {edge(cut), edge(exact),
-          static_cast<float>(std::sqrt(std::max(0.0, squares + refined) + common * common))};
+          static_cast<float>(std::sqrt(std::max(0.0, squares + refined) + common * common)),
+          static_cast<float>(common)};
 }
 
 float OpenFrom(std::span<const float> weights, float allowed) {

@@ -27,7 +27,8 @@ struct ErrorCutInput {
 // no sort, no exponential for a token, and the cut is true to an eighth of a nat.
 struct ErrorCut {
   float refine, exact;
-  float error;  // that is left
+  float error;     // that is left
+  float together;  // of that, what adds up: the root of their squares' difference is independent
 };
 ErrorCut FindErrorCut(const ErrorCutInput& in);
 

@@ -54,7 +54,8 @@ absl::StatusOr<std::vector<MadeIndex>> MakeIndexes(const IndexChoice& choice,
     QUARRY_ASSIGN_OR_RETURN(out[r], MakeIndex(kind, runs[r], queries));
   }
   if (clustered.empty()) return out;
-  QUARRY_ASSIGN_OR_RETURN(LearnedClusters learned, LearnClusters(clustered, queries, choice.codes));
+  QUARRY_ASSIGN_OR_RETURN(LearnedClusters learned,
+                          LearnClusters(clustered, queries, choice.codes, choice.group));
   for (size_t i = 0; i < places.size(); ++i) {
     const uint64_t bytes =
         learned.indexes[i]->memory_bytes() + (i == 0 ? learned.model->memory_bytes() : 0);

@@ -23,6 +23,7 @@ enum class IndexKind {
 struct IndexChoice {
   IndexKind kind = IndexKind::kAuto;
   CodeReading codes = CodeReading::kAll;  // of clusters
+  uint32_t group = 1;  // query heads of a KV head, which are searched together
   uint32_t min_run_tokens = 2048;  // of kAuto: shorter runs are scanned, which costs less
 };
 
@@ -31,8 +32,8 @@ struct MadeIndex {
   uint64_t bytes = 0;
 };
 
-// The indexes of one (layer, KV head), of disjoint runs in token order. queries: [n][head_dim] fp32
-// of all heads of the group, multiplied by the attention's scale; none: they are made from the keys
+// The indexes of one (layer, KV head), of disjoint runs in token order. queries: [n][group][head_dim]
+// fp32 of sampled positions, multiplied by the attention's scale; none: they are made from the keys
 // alone. What one of them learns, all of them use. One thread. InvalidArgument: head_dim or number of
 // tokens that the kind cannot have.
 absl::StatusOr<std::vector<MadeIndex>> MakeIndexes(const IndexChoice& choice,

@@ -120,11 +120,13 @@ absl::StatusOr<std::vector<MadeIndex>> RunIndexer::MakeHead(
   const std::vector<float> queries = job.samples->Scaled(layer, kv_head);
   const std::shared_ptr<const KeyIndex> like =
       job.neighbour == nullptr ? nullptr : job.neighbour->Get(layer, kv_head);
-  if (like == nullptr) return MakeIndexes(options_.choice, views, queries);
+  IndexChoice choice = options_.choice;
+  choice.group = job.shape.group();
+  if (like == nullptr) return MakeIndexes(choice, views, queries);
   std::vector<MadeIndex> made;
   for (const KvView& view : views) {
     QUARRY_ASSIGN_OR_RETURN(MadeIndex one,
-                            MakeIndexLike(*like, options_.choice, view, queries));
+                            MakeIndexLike(*like, choice, view, queries));
     made.push_back(std::move(one));
   }
   return made;

@@ -45,7 +45,8 @@ IndexSpec ClusterSpec(CodeReading reading) {
   IndexSpec spec;
   spec.name = reading == CodeReading::kAll ? "clusters" : "clusters/learned";
   spec.build = [reading](const BuildInput& input) -> absl::StatusOr<std::vector<BuiltIndex>> {
-    absl::StatusOr<LearnedClusters> learned = LearnClusters(input.runs, Scaled(input), reading);
+    absl::StatusOr<LearnedClusters> learned =
+        LearnClusters(input.runs, Scaled(input), reading, input.group);
     if (!learned.ok()) return learned.status();
     std::vector<BuiltIndex> out;
     for (std::unique_ptr<ClusterIndex>& index : learned->indexes) {

@@ -113,10 +113,11 @@ class ClusterRuns {
     return ends;
   }
 
-  // From the first `from` runs; the others are built with their model.
-  void Learn(std::span<const float> sampled, size_t from = ~size_t{0}) {
+  // From the first `from` runs; the others are built with their model. group: of the sampled queries.
+  void Learn(std::span<const float> sampled, size_t from = ~size_t{0}, uint32_t group = 1) {
     from = std::min(from, views.size());
-    auto learned = LearnClusters(std::span(views).first(from), sampled);
+    auto learned =
+        LearnClusters(std::span(views).first(from), sampled, CodeReading::kAll, group);
     ASSERT_TRUE(learned.ok()) << learned.status();
     ASSERT_EQ(learned->indexes.size(), from);
     indexes = std::move(learned->indexes);

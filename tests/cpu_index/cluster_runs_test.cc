@@ -33,10 +33,11 @@ TEST(ClusterRunsTest, TheSameTokensInFewOrManyRunsGiveTheSameAnswerWithinTheErro
   for (const uint32_t head_dim : {64u, 96u}) {
     const ClusterHead head(16384 + 40, head_dim, 2);
     for (const uint32_t count : {1u, 4u, 16u}) {
+      constexpr uint32_t kGroup = 8;
       ClusterRuns runs(head, ClusterRuns::Even(head, count));
-      runs.Learn();
+      runs.Learn(head.sampled, count, kGroup);
       for (const float tolerated : {0.02f, 0.08f}) {
-        const ClusterErrors found = ErrorsOf(head, runs, Within(tolerated), 8);
+        const ClusterErrors found = ErrorsOf(head, runs, Within(tolerated), kGroup);
         EXPECT_LT(found.mean(), 2 * tolerated) << count << " runs";
         EXPECT_LT(Median(found.predicted), 1.5 * tolerated) << count << " runs";
         EXPECT_LT(found.bytes, ClusterHead::kAsked / 8 * 2 * head.keys.size()) << count << " runs";
@@ -193,6 +194,10 @@ TEST(ClusterRunsTest, WhatCannotBeIndexedIsRefused) {
   KvView odd = runs.views[0];
   odd.head_dim = 24;
   EXPECT_EQ(code(LearnClusters({&odd, 1}, {})), kInvalid);
+  for (const uint32_t group : {0u, 7u}) {
+    EXPECT_EQ(code(LearnClusters(std::span(runs.views).first(1), head.sampled, CodeReading::kAll, group)),
+              kInvalid);
+  }
   auto learned = LearnClusters(std::span(runs.views).first(1), head.sampled);
   ASSERT_TRUE(learned.ok()) << learned.status();
   EXPECT_EQ(code(ClusterIndex::Build(runs.views[1], learned->model)), kInvalid);
