@@ -15,7 +15,8 @@ struct IndexOptions {
 };
 
 struct IndexStats {
-  uint64_t queued_runs = 0;
+  uint64_t queued_runs = 0;   // to be indexed, or being indexed
+  uint64_t indexed_runs = 0;  // that contexts use now, indexed at least once
   uint64_t built = 0;         // indexes of one layer and KV head, since the start
   uint64_t relearned = 0;     // runs indexed anew with more sampled queries
   uint64_t failed = 0;        // heads that cannot have an index, or found no room

@@ -97,7 +97,9 @@ constexpr Figure<EngineStats> kEngine[] = {
 };
 
 constexpr Figure<IndexStats> kIndex[] = {
-    {"quarry_index_queued_runs_count", "runs with heads to index", &IndexStats::queued_runs},
+    {"quarry_index_queued_runs_count", "runs to index, or being indexed", &IndexStats::queued_runs},
+    {"quarry_index_runs_count", "runs that contexts use now, indexed at least once",
+     &IndexStats::indexed_runs},
     {"quarry_index_built_total", "indexes of one layer and KV head built", &IndexStats::built},
     {"quarry_index_relearned_runs_total", "runs indexed anew with more sampled queries",
      &IndexStats::relearned},

@@ -24,7 +24,9 @@ constexpr int kNice = 10;  // yields to decode when cores are short
 
 // All heads of some runs. Ends what RunIndexes::Begin began.
 struct RunIndexer::Job {
+  explicit Job(std::atomic<uint64_t>* queued) : queued_runs(*queued) {}
   ~Job() {
+    queued_runs.fetch_sub(parts.size(), std::memory_order_relaxed);
     for (const auto& part : parts) {
       part.indexes->End(part.built == heads() ? std::optional(learning) : std::nullopt);
     }
@@ -38,6 +40,7 @@ struct RunIndexer::Job {
     std::atomic<uint32_t> built{0};  // heads, or known to have none
   };
 
+  std::atomic<uint64_t>& queued_runs;  // counts `parts`
   KvShape shape;
   std::deque<Part> parts;
   // Of a run whose indexes have learned what these are to be made with; null: they learn themselves.
@@ -70,7 +73,7 @@ RunIndexer::~RunIndexer() {
 void RunIndexer::Consider(std::span<const RunUse> runs, const KvShape& shape,
                           const std::shared_ptr<const QuerySamples>& samples, RunIndexes::Why why) {
   if (!enabled() || runs.empty()) return;
-  auto job = std::make_shared<Job>();
+  auto job = std::make_shared<Job>(&queued_runs_);
   job->shape = shape;
   job->samples = samples;
   job->learning.samples = samples->LeastKept();
@@ -86,6 +89,7 @@ void RunIndexer::Consider(std::span<const RunUse> runs, const KvShape& shape,
     if (due == RunIndexes::Due::kAgain) relearned_.fetch_add(1, std::memory_order_relaxed);
     again |= due == RunIndexes::Due::kAgain;
     job->parts.emplace_back(use.run);
+    queued_runs_.fetch_add(1, std::memory_order_relaxed);
   }
   if (job->parts.empty()) return;
   if (again) job->neighbour = nullptr;
@@ -195,10 +199,8 @@ std::shared_ptr<const KeyIndex> RunIndexer::Account(MadeIndex made) {
 
 IndexStats RunIndexer::stats() const {
   IndexStats stats;
-  {
-    absl::MutexLock lock(&mutex_);
-    for (const std::shared_ptr<Job>& job : queue_) stats.queued_runs += job->parts.size();
-  }
+  stats.queued_runs = queued_runs_.load(std::memory_order_relaxed);
+  stats.indexed_runs = runs_->indexed();
   stats.built = built_.load(std::memory_order_relaxed);
   stats.relearned = relearned_.load(std::memory_order_relaxed);
   stats.failed = failed_.load(std::memory_order_relaxed);

@@ -58,7 +58,7 @@ class RunIndexer {
   RunRegistry* const runs_;
   // Shared with the indexes' deleters: an index may outlive the indexer.
   const std::shared_ptr<std::atomic<uint64_t>> bytes_ = std::make_shared<std::atomic<uint64_t>>(0);
-  std::atomic<uint64_t> built_{0}, relearned_{0}, failed_{0}, build_micros_{0};
+  std::atomic<uint64_t> queued_runs_{0}, built_{0}, relearned_{0}, failed_{0}, build_micros_{0};
   mutable absl::Mutex mutex_;
   std::deque<std::shared_ptr<Job>> queue_ ABSL_GUARDED_BY(mutex_);  // runs with heads to begin
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;

@@ -45,6 +45,15 @@ uint64_t RunRegistry::live() const {
   return live;
 }
 
+uint64_t RunRegistry::indexed() const {
+  absl::MutexLock lock(&mutex_);
+  uint64_t indexed = 0;
+  for (const auto& [key, entry] : runs_) {
+    indexed += !entry.run.expired() && entry.indexes->learned().has_value();
+  }
+  return indexed;
+}
+
 void RunRegistry::SweepExpired() {
   if (runs_.size() < sweep_at_) return;
   for (auto it = runs_.begin(); it != runs_.end();) {

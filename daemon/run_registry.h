@@ -67,6 +67,7 @@ class RunRegistry {
 
   uint64_t made() const { return made_.load(std::memory_order_relaxed); }
   uint64_t live() const;
+  uint64_t indexed() const;  // of those that live, indexed at least once
 
  private:
   struct Key {

@@ -155,6 +155,17 @@ TEST_F(EngineIndexTest, AnIndexMadeFromKeysAloneIsLearnedAgainFromLiveQueries) {
   EXPECT_LT(ErrorOf(*row), 0.2);
 }
 
+TEST_F(EngineIndexTest, RunsInUseAreCountedOnceTheyAreIndexed) {
+  StartIndexed();
+  const ContextId context = OpenFilled();
+  WaitFor([](const IndexStats& s) { return s.indexed_runs == kRuns && s.queued_runs == 0; });
+  EXPECT_EQ(Index().built, kHeads * kRuns);
+  EXPECT_EQ(engine_->Stats().runs_live, kRuns);
+  EXPECT_OK(engine_->Close(session_, context));
+  WaitUntilUnleased();
+  EXPECT_EQ(Index().indexed_runs, 0u);
+}
+
 TEST_F(EngineIndexTest, WithoutRoomForIndexesRunsAreScanned) {
   StartIndexed([](IndexOptions& o) { o.max_bytes = 1 << 20; });
   const ContextId context = OpenFilled();
