@@ -32,6 +32,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/client.h"
+#include "perf/bench_daemon.h"
 #include "perf/statistics.h"
 #include "proto/check.h"
 #include "proto/convert.h"
@@ -82,11 +83,7 @@ ContextId MakeContext(Client* client, uint32_t tokens, std::mt19937* random) {
   open.spec = BenchSpec();
   open.max_tokens = std::max(tokens, 1u);
   open.accepts = {NumericRecipe{}};
-  absl::StatusOr<OpenResult> opened = client->Open(open);
-  if (!opened.ok()) {
-    std::fprintf(stderr, "open: %s\n", opened.status().ToString().c_str());
-    std::exit(1);
-  }
+  const ContextId context = perf::ValueOrDie(client->Open(open), "open").context;
   constexpr uint32_t kPiece = 1024;
   std::vector<uint32_t> ids(tokens);
   for (uint32_t& id : ids) id = static_cast<uint32_t>((*random)());
@@ -95,19 +92,15 @@ ContextId MakeContext(Client* client, uint32_t tokens, std::mt19937* random) {
     size_t elements = size_t{hi - lo} * kShape.kv_heads * kShape.head_dim;
     std::vector<uint16_t> k = RandomBf16(elements, random), v = RandomBf16(elements, random);
     AppendRequest append;
-    append.context = opened->context;
+    append.context = context;
     append.kv_heads = kShape.kv_heads;
     append.range = {lo, hi};
     append.k = k.data();
     append.v = v.data();
     append.new_token_ids = std::span(ids).subspan(lo, hi - lo);
-    absl::Status status = client->Append(append);
-    if (!status.ok()) {
-      std::fprintf(stderr, "append: %s\n", status.ToString().c_str());
-      std::exit(1);
-    }
+    perf::Die(client->Append(append), "append");
   }
-  return opened->context;
+  return context;
 }
 
 // Rows over one context, with room for their answers.
@@ -222,15 +215,6 @@ class GrpcPeer {
   wire::SessionReply reply_;
 };
 
-void AttendOverShm(Client* client, Batch* batch) {
-  absl::Status status = client->Attend(batch->rows, batch->answers);
-  for (const AttendAnswer& answer : batch->answers) status.Update(answer.status);
-  if (!status.ok()) {
-    std::fprintf(stderr, "shm attend: %s\n", status.ToString().c_str());
-    std::exit(1);
-  }
-}
-
 void Print(const Settings& settings, const char* what, uint32_t tokens, uint32_t batch,
            const Quantiles& us, size_t rounds, double bytes) {
   if (settings.json) {
@@ -249,7 +233,7 @@ void Print(const Settings& settings, const char* what, uint32_t tokens, uint32_t
 void RunOne(const Settings& settings, Client* client, GrpcPeer* grpc_peer, ContextId context,
             uint32_t tokens, uint32_t size, std::mt19937* random) {
   Batch batch(context, tokens, size, random);
-  AttendOverShm(client, &batch);  // warm
+  perf::Attend(client, batch.rows, batch.answers);  // warm
   grpc_peer->Attend(&batch);
   std::vector<double> shm, copy, grpc_us, nop, wake;
   absl::Time end = absl::Now() + absl::Seconds(settings.seconds);
@@ -260,7 +244,7 @@ void RunOne(const Settings& settings, Client* client, GrpcPeer* grpc_peer, Conte
     }));
     for (int layer = 0; layer < kLayers; ++layer) {
       nop.push_back(Microseconds([&] { QUARRY_CHECK(client->Nop().ok()); }));
-      shm.push_back(Microseconds([&] { AttendOverShm(client, &batch); }));
+      shm.push_back(Microseconds([&] { perf::Attend(client, batch.rows, batch.answers); }));
     }
     client->Disarm();
     grpc_us.push_back(Microseconds([&] { grpc_peer->Attend(&batch); }));
@@ -297,31 +281,18 @@ int Run(const Settings& settings) {
   if (!settings.config.empty()) {
     options.arguments.insert(options.arguments.begin(), {"--config", settings.config});
   }
-  absl::StatusOr<std::unique_ptr<testing::DaemonProcess>> daemon =
-      testing::DaemonProcess::Start(options);
-  if (!daemon.ok()) {
-    std::fprintf(stderr, "%s\n", daemon.status().ToString().c_str());
-    return 1;
-  }
-  ClientOptions client_options;
-  client_options.socket_path = (*daemon)->socket_path();
-  client_options.name = "attend_bench";
-  client_options.slot_bytes = 8 << 20;
-  absl::StatusOr<std::unique_ptr<Client>> client = Client::Connect(client_options);
-  if (!client.ok()) {
-    std::fprintf(stderr, "%s\n", client.status().ToString().c_str());
-    return 1;
-  }
-  GrpcPeer grpc_peer((*daemon)->grpc_path());
+  const testing::DaemonProcess& daemon = perf::StartDaemon(options);
+  const auto client = perf::ConnectTo(daemon, {.name = "attend_bench", .slot_bytes = 8 << 20});
+  GrpcPeer grpc_peer(daemon.grpc_path());
   std::mt19937 random(settings.seed);
   std::fprintf(stderr, "seed %u\n", settings.seed);
-  PrintIdle(settings, **daemon);
+  PrintIdle(settings, daemon);
   for (uint32_t tokens : settings.tokens) {
-    ContextId context = MakeContext(client->get(), tokens, &random);
+    ContextId context = MakeContext(client.get(), tokens, &random);
     for (uint32_t size : settings.batches) {
-      RunOne(settings, client->get(), &grpc_peer, context, tokens, size, &random);
+      RunOne(settings, client.get(), &grpc_peer, context, tokens, size, &random);
     }
-    QUARRY_CHECK((*client)->Close(context).ok());
+    QUARRY_CHECK(client->Close(context).ok());
   }
   return 0;
 }

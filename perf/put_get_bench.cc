@@ -29,12 +29,15 @@
 
 #include "absl/strings/str_cat.h"
 #include "client/client.h"
+#include "perf/bench_daemon.h"
 #include "perf/statistics.h"
 #include "storage/block_store.h"
 #include "tests/support/daemon_process.h"
 
 namespace quarry {
 namespace {
+
+using perf::Die;
 
 struct Settings {
   std::vector<uint64_t> sizes = {64 << 10, 256 << 10, 1 << 20, 2 << 20, 8 << 20};
@@ -50,23 +53,10 @@ struct Series {
   std::vector<double> us, share;  // share: of memcpy's rate
 };
 
-void Die(const absl::Status& status, const char* what) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s: %s\n", what, status.ToString().c_str());
-  std::exit(1);
-}
-
 std::unique_ptr<Client> Connect(const testing::DaemonProcess& daemon,
                                 ClientOptions::Verify verify) {
-  ClientOptions options;
-  options.socket_path = daemon.socket_path();
-  options.name = "put_get_bench";
-  options.slot_bytes = 9 << 20;
-  options.slots = 4;
-  options.verify = verify;
-  auto client = Client::Connect(options);
-  Die(client.status(), "connect");
-  return *std::move(client);
+  return perf::ConnectTo(
+      daemon, {.name = "put_get_bench", .slots = 4, .slot_bytes = 9 << 20, .verify = verify});
 }
 
 // Bytes handed out piece by piece, from the start again at the end.
@@ -232,14 +222,10 @@ class Workload {
     Die(client->Put("bench", KeyOf(i), source_->Next(size_)), "put");
   }
   static std::unique_ptr<LeasedBlock> LeaseOf(Client* client, const std::string& key) {
-    auto block = client->Lease("bench", key);
-    Die(block.status(), "lease");
-    return *std::move(block);
+    return perf::ValueOrDie(client->Lease("bench", key), "lease");
   }
   static std::unique_ptr<PendingLease> Ask(Client* client, const std::string& key) {
-    auto pending = client->LeaseAsync("bench", key);
-    Die(pending.status(), "lease");
-    return *std::move(pending);
+    return perf::ValueOrDie(client->LeaseAsync("bench", key), "lease");
   }
   void Lease(Client* client, const std::string& key) { LeaseOf(client, key); }
   void Get(Client* client, const std::string& key) { Copy(*LeaseOf(client, key)); }
@@ -287,17 +273,16 @@ int Run(const Settings& settings) {
   options.config = absl::StrCat("[engine]\narena_bytes = \"",
                                 (2 * settings.held_bytes >> 20) + 512, "MiB\"\n");
   options.arguments = {"--metrics", "off"};
-  auto daemon = testing::DaemonProcess::Start(options);
-  Die(daemon.status(), "quarryd");
+  testing::DaemonProcess& daemon = perf::StartDaemon(options);
   std::fprintf(stderr, "seed %u\n", settings.seed);
-  const auto checked = Connect(**daemon, ClientOptions::Verify::kAlways);
-  const auto unchecked = Connect(**daemon, ClientOptions::Verify::kNever);
+  const auto checked = Connect(daemon, ClientOptions::Verify::kAlways);
+  const auto unchecked = Connect(daemon, ClientOptions::Verify::kNever);
   Rotation source(settings.held_bytes / 2), target(settings.held_bytes / 2);
   source.FillRandom(settings.seed);
   for (uint64_t size : settings.sizes) {
     Workload(settings, checked.get(), unchecked.get(), &source, &target, size).Run();
   }
-  return (*daemon)->Stop() == 0 ? 0 : 1;
+  return daemon.Stop() == 0 ? 0 : 1;
 }
 
 }  // namespace

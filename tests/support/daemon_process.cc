@@ -143,6 +143,20 @@ absl::Duration DaemonProcess::CpuTime() const {
   return absl::Seconds(user + system) / sysconf(_SC_CLK_TCK);
 }
 
+absl::Duration DaemonProcess::ThreadCpuTime(const std::string& name) const {
+  absl::Duration total;
+  std::error_code ignored;  // threads come and go
+  for (const auto& task :
+       std::filesystem::directory_iterator(absl::StrCat("/proc/", pid_, "/task"), ignored)) {
+    std::ifstream comm(task.path() / "comm"), schedstat(task.path() / "schedstat");
+    std::string its_name;
+    int64_t nanoseconds = 0;
+    if (!std::getline(comm, its_name) || its_name != name || !(schedstat >> nanoseconds)) continue;
+    total += absl::Nanoseconds(nanoseconds);
+  }
+  return total;
+}
+
 int DaemonProcess::WaitExit(absl::Duration deadline) {
   absl::Time end = absl::Now() + deadline;
   while (pid_ > 0) {

@@ -46,6 +46,8 @@ class DaemonProcess {
   bool Running();
   // User and system time used so far.
   absl::Duration CpuTime() const;
+  // The same of those of its threads that have this name and live now.
+  absl::Duration ThreadCpuTime(const std::string& name) const;
 
  private:
   DaemonProcess() = default;

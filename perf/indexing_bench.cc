@@ -1,0 +1,491 @@
+// Indexing beside decoding: how much the threads that build indexes disturb decode steps, what a
+// step takes before, while and after its context's runs are indexed, and how long that takes.
+//
+// Workload: contexts of made heads (retrieval/synthetic_trace.h; layers take turns with the
+// families), prefilled layer by layer with sampled queries. A step is one token as an engine
+// decodes it over shared memory, with a tolerated error, back to back, with nothing between two
+// steps: id declared, and per layer K and V stored and all but the window attended. Steps go on
+// from one length (perf/made_context.h). Each round has a daemon without blocks and these phases:
+//   scanned        the prompt's ids are not known yet, so that no run is there
+//   own first      they are: the context's own runs get their first indexes
+//   own again      four times the samples came, as many as are kept: the same runs are learned
+//   again,
+//                  while their first indexes are searched
+//   indexed        nothing is being indexed
+//   other first    another context has just been prefilled: its runs get their first indexes
+//   indexed
+// then the other context is closed, and one more is prefilled and indexed with nobody
+// decoding. A phase of indexing lasts until all is indexed, and has the steps that ended before.
+// `disturbed` compares the steps of all rounds with those of the phases `indexed`, `own first` with
+// those of `scanned`, since a step ends up shorter than it began.
+// `build`: seconds from the end of the prefill (own first: from the ids) until all runs are
+// indexed, and the processor time of the index threads since the beginning of the prefill, also by
+// GiB of the runs' K and V. The own runs are all there at once; those of a prefill come one after
+// another. Floor of a step: K and V, or of runs with an index its codes and what is read exactly,
+// over the machine's read bandwidth (kernel_bench, retrieval_bench).
+//
+// Prints a table; --json prints JSON lines.
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
+#include "perf/bench_daemon.h"
+#include "perf/made_context.h"
+#include "perf/retrieval/synthetic_trace.h"
+#include "perf/statistics.h"
+
+namespace quarry {
+namespace {
+
+using perf::Die;
+using perf::MadeContext;
+using perf::MadeModel;
+
+constexpr uint32_t kFirstRunToken = 128, kWindowLast = 512;
+// With that many the runs are learned again once, however many live queries were sampled before.
+constexpr uint32_t kTimesMoreSamples = 4;
+constexpr uint32_t kSampleEvery = 16;  // live attends, of which the daemon samples one
+constexpr absl::Duration kPoll = absl::Milliseconds(10);  // between two looks at the indexes
+
+struct Settings {
+  uint32_t runs = 4, run_tokens = 8192;
+  uint32_t layers = 4, kv_heads = 4, heads = 16, head_dim = 128;
+  std::vector<std::string> families = {"rope", "mass-300"};
+  float error = 0.05f;
+  uint32_t samples = 64;  // of a prefill
+  uint32_t executor_threads = 0, index_threads = 1;
+  uint32_t steps = 512;  // of a phase in which nothing is indexed
+  uint32_t rounds = 1;
+  double limit_seconds = 120;  // of a phase in which something is
+  uint32_t seed = 1;
+  std::string daemon;
+  bool quick = false, json = false;
+
+  // Behind the last run comes nothing but what the window holds.
+  uint32_t tokens() const { return kFirstRunToken + runs * run_tokens + kWindowLast; }
+  void MakeQuick() {
+    runs = 3;
+    run_tokens = 2048;
+    layers = 2;
+    kv_heads = 1;
+    heads = 2;
+    head_dim = 64;
+    families = {"rope"};
+    samples = 32;
+    steps = 32;
+    limit_seconds = 30;
+  }
+};
+
+// What the daemon says of its indexes.
+struct IndexState {
+  double runs = 0, indexed = 0, queued = 0;
+  double built = 0, relearned = 0, failed = 0;  // since the start
+};
+
+struct Phase {
+  std::string name;
+  std::vector<double> us;  // of its steps
+  double seconds = 0;
+  IndexState begin, end;  // at the end of the phase before and of this one
+  double index_core_s = 0;
+  bool complete = true;  // false: the limit came first
+};
+
+struct Build {
+  std::string name;  // what was indexed, and beside what
+  double seconds = 0, core_s = 0;
+  IndexState begin, end;
+};
+
+class Bench {
+ public:
+  Bench(const Settings& settings, const MadeModel& model) : settings_(settings), model_(model) {}
+
+  void Run() {
+    for (round_ = 0; round_ < settings_.rounds; ++round_) RunRound();
+    Compare("own first", {"scanned"});
+    Compare("own again", {"indexed"});
+    Compare("other first", {"indexed"});
+  }
+
+ private:
+  using Reached = std::function<bool(const IndexState&)>;
+
+  void StartDaemon();
+  void RunRound();
+  void DecodeQuietly(const char* name, MadeContext* context);
+  void DecodeWhileIndexing(const char* name, MadeContext* context, const Reached& reached);
+  // DeadlineExceeded after the limit.
+  IndexState WaitUntil(const char* what, const Reached& reached) const;
+  void PrefillAndWait(const MadeContext::Options& options);
+  static bool AllIndexed(const IndexState& s) {
+    return s.runs > 0 && s.indexed == s.runs && s.queued == 0;
+  }
+  // The runs of so many prompts are there, and all indexed.
+  Reached AllOf(double contexts) const {
+    return [wanted = contexts * settings_.runs](const IndexState& s) {
+      return s.runs == wanted && AllIndexed(s);
+    };
+  }
+
+  IndexState State() const;
+  double IndexCoreSeconds() const {
+    return absl::ToDoubleSeconds(daemon_->ThreadCpuTime("quarry-index"));
+  }
+  double RunsGiB() const {
+    return static_cast<double>(settings_.runs) * settings_.run_tokens *
+           static_cast<double>(model_.shape().bytes_per_token()) / (1 << 30);
+  }
+
+  void Report(Phase phase);
+  void Report(const Build& build) const;
+  void Compare(const std::string& name, const std::vector<std::string>& with) const;
+  nlohmann::json Labels(const char* line, const std::string& name) const;
+
+  const Settings& settings_;
+  const MadeModel& model_;
+  uint32_t round_ = 0;
+  testing::DaemonProcess* daemon_ = nullptr;
+  std::unique_ptr<Client> client_;
+  IndexState last_;                                   // at the end of a phase
+  std::map<std::string, std::vector<double>> steps_;  // of all rounds, by phase
+};
+
+double At(std::vector<double> us, double share) {
+  if (us.empty()) return 0;
+  const auto at = static_cast<ptrdiff_t>(share * static_cast<double>(us.size() - 1) + 0.5);
+  std::nth_element(us.begin(), us.begin() + at, us.end());
+  return us[static_cast<size_t>(at)];
+}
+
+IndexState Bench::State() const {
+  std::map<std::string, double> all = perf::ValueOrDie(client_->Statistics(), "statistics");
+  return {all["quarry_engine_runs_count"],          all["quarry_index_runs_count"],
+          all["quarry_index_queued_runs_count"],    all["quarry_index_built_total"],
+          all["quarry_index_relearned_runs_total"], all["quarry_index_failed_total"]};
+}
+
+nlohmann::json Bench::Labels(const char* line, const std::string& name) const {
+  const KvShape& s = model_.shape();
+  return {{"bench", "indexing"},
+          {"line", line},
+          {"name", name},
+          {"tokens", settings_.tokens()},
+          {"layers", s.layers},
+          {"kv_heads", s.kv_heads},
+          {"heads", s.heads},
+          {"head_dim", s.head_dim},
+          {"error", settings_.error},
+          {"executor_threads", settings_.executor_threads},
+          {"index_threads", settings_.index_threads},
+          {"seed", settings_.seed}};
+}
+
+void Bench::Report(Phase phase) {
+  std::vector<double>& all = steps_[phase.name];
+  all.insert(all.end(), phase.us.begin(), phase.us.end());
+  last_ = phase.end;
+  const double p50 = At(phase.us, 0.5), p90 = At(phase.us, 0.9), p99 = At(phase.us, 0.99);
+  const double max = At(phase.us, 1), built = phase.end.built - phase.begin.built;
+  if (settings_.json) {
+    nlohmann::json line = Labels("phase", phase.name);
+    line.update({{"round", round_},
+                 {"steps", phase.us.size()},
+                 {"us_p50", p50},
+                 {"us_p90", p90},
+                 {"us_p99", p99},
+                 {"us_max", max},
+                 {"seconds", phase.seconds},
+                 {"runs", phase.end.runs},
+                 {"indexed_runs_begin", phase.begin.indexed},
+                 {"indexed_runs_end", phase.end.indexed},
+                 {"built", built},
+                 {"relearned_runs", phase.end.relearned - phase.begin.relearned},
+                 {"index_core_s", phase.index_core_s},
+                 {"complete", phase.complete}});
+    std::printf("%s\n", line.dump().c_str());
+  } else {
+    std::printf(
+        "%-11s %5zu steps  p50 %8.2f ms  p90 %8.2f  p99 %8.2f  max %8.2f   runs indexed "
+        "%2.0f to %2.0f of %2.0f  built %4.0f  index threads %.2f of a core%s\n",
+        phase.name.c_str(), phase.us.size(), p50 / 1e3, p90 / 1e3, p99 / 1e3, max / 1e3,
+        phase.begin.indexed, phase.end.indexed, phase.end.runs, built,
+        phase.index_core_s / phase.seconds, phase.complete ? "" : "  STOPPED AT THE LIMIT");
+  }
+  std::fflush(stdout);
+}
+
+void Bench::Report(const Build& build) const {
+  const double built = build.end.built - build.begin.built;
+  const double heads =
+      static_cast<double>(settings_.runs) * model_.shape().layers * model_.shape().kv_heads;
+  const double per_gib = build.core_s / RunsGiB();
+  if (settings_.json) {
+    nlohmann::json line = Labels("build", build.name);
+    line.update({{"round", round_},
+                 {"seconds", build.seconds},
+                 {"core_s", build.core_s},
+                 {"core_s_per_gib", per_gib},
+                 {"gib", RunsGiB()},
+                 {"heads", heads},
+                 {"built", built},
+                 {"failed", build.end.failed - build.begin.failed}});
+    std::printf("%s\n", line.dump().c_str());
+  } else {
+    std::printf(
+        "build, %-21s %6.2f s until indexed, %6.2f core-s, %5.2f a GiB of K and V; %.0f "
+        "indexes for %.0f heads\n",
+        build.name.c_str(), build.seconds, build.core_s, per_gib, built, heads);
+  }
+  std::fflush(stdout);
+}
+
+void Bench::Compare(const std::string& name, const std::vector<std::string>& with) const {
+  std::vector<double> quiet;
+  for (const std::string& other : with) {
+    const std::vector<double>& us = steps_.at(other);
+    quiet.insert(quiet.end(), us.begin(), us.end());
+  }
+  const std::vector<double>& us = steps_.at(name);
+  const double p50 = At(us, 0.5) / At(quiet, 0.5), p99 = At(us, 0.99) / At(quiet, 0.99);
+  const std::string to = absl::StrJoin(with, ", ");
+  if (settings_.json) {
+    nlohmann::json line = Labels("disturbed", name);
+    line.update({{"by", to},
+                 {"steps", us.size()},
+                 {"quiet_steps", quiet.size()},
+                 {"p50_ratio", p50},
+                 {"p99_ratio", p99}});
+    std::printf("%s\n", line.dump().c_str());
+  } else {
+    std::printf("%-11s by %-8s  p50 %.2f  p99 %.2f   (%zu and %zu steps)\n", name.c_str(),
+                to.c_str(), p50, p99, us.size(), quiet.size());
+  }
+}
+
+void Bench::DecodeQuietly(const char* name, MadeContext* context) {
+  Phase phase{.name = name};
+  phase.begin = last_;
+  const double core_s = IndexCoreSeconds();
+  const absl::Time start = absl::Now();
+  for (uint32_t i = 0; i < settings_.steps; ++i) phase.us.push_back(context->Step());
+  phase.seconds = absl::ToDoubleSeconds(absl::Now() - start);
+  phase.index_core_s = IndexCoreSeconds() - core_s;
+  phase.end = State();
+  if (phase.end.built != phase.begin.built || phase.end.queued > 0) {
+    Die(absl::InternalError(absl::StrCat(phase.end.built - phase.begin.built,
+                                         " indexes were built, ", phase.end.queued,
+                                         " runs are being indexed")),
+        name);
+  }
+  Report(std::move(phase));
+}
+
+void Bench::DecodeWhileIndexing(const char* name, MadeContext* context, const Reached& reached) {
+  Phase phase{.name = name};
+  phase.begin = last_;
+  phase.end = State();
+  const double core_s = IndexCoreSeconds();
+  const absl::Time start = absl::Now(), limit = start + absl::Seconds(settings_.limit_seconds);
+  std::vector<double> since;  // the last look, at which it was still indexing
+  absl::Time look = start + kPoll;
+  while (!reached(phase.end)) {
+    if (absl::Now() > limit) {
+      phase.complete = false;
+      phase.us.insert(phase.us.end(), since.begin(), since.end());
+      break;
+    }
+    since.push_back(context->Step());
+    if (absl::Now() < look) continue;
+    phase.end = State();
+    look = absl::Now() + kPoll;
+    if (!reached(phase.end)) phase.us.insert(phase.us.end(), since.begin(), since.end());
+    since.clear();
+  }
+  phase.seconds = absl::ToDoubleSeconds(absl::Now() - start);
+  phase.index_core_s = IndexCoreSeconds() - core_s;
+  Report(std::move(phase));
+  WaitUntil(name, reached);  // the limit may have come first
+}
+
+IndexState Bench::WaitUntil(const char* what, const Reached& reached) const {
+  const absl::Time limit = absl::Now() + absl::Seconds(settings_.limit_seconds);
+  for (;;) {
+    const IndexState state = State();
+    if (reached(state)) return state;
+    if (absl::Now() > limit) {
+      Die(absl::DeadlineExceededError(
+              absl::StrCat(state.indexed, " of ", state.runs, " runs are indexed, ", state.queued,
+                           " wait, ", settings_.limit_seconds, " s after the last step")),
+          what);
+    }
+    absl::SleepFor(kPoll);
+  }
+}
+
+void Bench::PrefillAndWait(const MadeContext::Options& options) {
+  Build build{.name = "nobody decoding"};
+  build.begin = State();
+  const double core_s = IndexCoreSeconds();
+  const MadeContext context(client_.get(), model_, options);
+  const absl::Time start = absl::Now();
+  build.end = WaitUntil("indexing with nobody decoding", AllOf(2));
+  build.seconds = absl::ToDoubleSeconds(absl::Now() - start);
+  build.core_s = IndexCoreSeconds() - core_s;
+  Report(build);
+}
+
+void Bench::StartDaemon() {
+  testing::DaemonOptions options;
+  options.binary = settings_.daemon;
+  const uint64_t context_bytes = uint64_t{settings_.tokens()} * model_.shape().bytes_per_token();
+  options.config = absl::StrCat("[engine]\narena_bytes = \"", (3 * context_bytes >> 20) + 512,
+                                "MiB\"\nrun_tokens = ", settings_.run_tokens,
+                                "\nfirst_run_token = ", kFirstRunToken,
+                                "\nexecutor_threads = ", settings_.executor_threads,
+                                "\n[index]\nthreads = ", settings_.index_threads,
+                                "\nquery_samples = ", kTimesMoreSamples * settings_.samples, "\n");
+  options.arguments = {"--metrics", "off"};
+  client_ = nullptr;
+  daemon_ = &perf::StartDaemon(options);
+  client_ = perf::ConnectTo(
+      *daemon_, {.name = "indexing_bench", .slot_bytes = 8 << 20, .deadline = absl::Seconds(60)});
+  last_ = State();
+}
+
+void Bench::RunRound() {
+  StartDaemon();
+  uint32_t next_id = 0;
+  const auto made = [&](MadeContext::Ids ids) {
+    const MadeContext::Options made{
+        .first_id = next_id, .ids = ids, .samples = settings_.samples, .error = settings_.error};
+    next_id += 2 * settings_.tokens();
+    return made;
+  };
+
+  MadeContext own(client_.get(), model_, made(MadeContext::Ids::kLater));
+  DecodeQuietly("scanned", &own);
+  Build build{.name = "own, decoding"};
+  build.begin = State();
+  double core_s = IndexCoreSeconds();
+  absl::Time start = absl::Now();
+  own.DeclarePrompt();
+  DecodeWhileIndexing("own first", &own, [this](const IndexState& s) {
+    return s.runs == settings_.runs && s.indexed == s.runs;
+  });
+  const auto finish = [&] {
+    build.seconds = absl::ToDoubleSeconds(absl::Now() - start);
+    build.core_s = IndexCoreSeconds() - core_s;
+    build.end = State();
+    Report(build);
+  };
+  finish();
+  // Once, of live queries' doing if there were many.
+  own.SendSamples(settings_.samples, kTimesMoreSamples * settings_.samples);
+  DecodeWhileIndexing("own again", &own, [this](const IndexState& s) {
+    return s.relearned >= settings_.runs && AllIndexed(s);
+  });
+  DecodeQuietly("indexed", &own);
+  {
+    build.name = "another, decoding";
+    build.begin = State();
+    core_s = IndexCoreSeconds();
+    const MadeContext other(client_.get(), model_, made(MadeContext::Ids::kAtOpen));
+    start = absl::Now();
+    DecodeWhileIndexing("other first", &own, AllOf(2));
+    finish();
+    DecodeQuietly("indexed", &own);
+  }
+  PrefillAndWait(made(MadeContext::Ids::kAtOpen));
+}
+
+absl::Status Check(const Settings& s) {
+  if (s.kv_heads == 0 || s.heads % s.kv_heads != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--heads ", s.heads, ": whole groups of --kv-heads ", s.kv_heads, " are wanted"));
+  }
+  if (s.run_tokens % kBlockTokens != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("--run-tokens ", s.run_tokens,
+                                                   ": a multiple of ", kBlockTokens, " is wanted"));
+  }
+  if (!std::has_single_bit(s.samples)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--samples ", s.samples, ": a power of two is wanted"));
+  }
+  if (s.steps > kSampleEvery * s.samples) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--steps ", s.steps, ": at most ", kSampleEvery, " times --samples ",
+                     s.samples, " are possible before live queries have the runs learned again"));
+  }
+  return absl::OkStatus();
+}
+
+int Run(const Settings& settings) {
+  Die(Check(settings), "indexing_bench");
+  std::fprintf(stderr, "seed %u\n", settings.seed);
+  const MadeModel model =
+      perf::ValueOrDie(MadeModel::Make({.families = settings.families,
+                                        .layers = settings.layers,
+                                        .prompt_tokens = settings.tokens(),
+                                        .query_samples = kTimesMoreSamples * settings.samples,
+                                        .kv_heads = settings.kv_heads,
+                                        .group = settings.heads / settings.kv_heads,
+                                        .head_dim = settings.head_dim,
+                                        .seed = settings.seed}),
+                       "indexing_bench");
+  Bench(settings, model).Run();
+  return 0;
+}
+
+}  // namespace
+}  // namespace quarry
+
+int main(int argc, char** argv) {
+  quarry::Settings settings;
+  CLI::App app("Decode steps beside the building of indexes");
+  app.add_flag("--quick", settings.quick, "the sizes of a test, whatever else is said of them");
+  app.add_option("--runs", settings.runs, "of a prompt")->check(CLI::Range(1, 1024));
+  app.add_option("--run-tokens", settings.run_tokens, "a multiple of 256")
+      ->check(CLI::Range(2048, 1 << 20));
+  app.add_option("--layers", settings.layers, "of the model")->check(CLI::Range(1, 1024));
+  app.add_option("--kv-heads", settings.kv_heads, "of a layer")->check(CLI::Range(1, 1024));
+  app.add_option("--heads", settings.heads, "query heads of a layer")->check(CLI::Range(1, 8192));
+  app.add_option("--head-dim", settings.head_dim, "even")->check(CLI::Range(16, 1024));
+  app.add_option("--families", settings.families,
+                 absl::StrCat("of the layers in turn: ",
+                              absl::StrJoin(quarry::perf::SyntheticFamilies(), ", ")))
+      ->delimiter(',');
+  app.add_option("--error", settings.error, "tolerated, of decode steps")
+      ->check(CLI::Range(0.001, 0.9));
+  app.add_option("--samples", settings.samples, "sampled queries of a prefill")
+      ->check(CLI::Range(32, 4096));
+  app.add_option("--executor-threads", settings.executor_threads, "0: the daemon's default")
+      ->check(CLI::Range(0, 1024));
+  app.add_option("--index-threads", settings.index_threads, "of the daemon")
+      ->check(CLI::Range(1, 1024));
+  app.add_option("--steps", settings.steps, "of a phase in which nothing is indexed")
+      ->check(CLI::Range(1, 1000000));
+  app.add_option("--rounds", settings.rounds, "each with a daemon of its own")
+      ->check(CLI::Range(1, 1000));
+  app.add_option("--limit-seconds", settings.limit_seconds, "of a phase in which something is")
+      ->check(CLI::Range(0.1, 36000.0));
+  app.add_option("--seed", settings.seed, "of keys, values and queries");
+  app.add_option("--daemon", settings.daemon, "quarryd (default: beside this build's folder)");
+  app.add_flag("--json", settings.json, "JSON lines");
+  CLI11_PARSE(app, argc, argv);
+  if (settings.quick) settings.MakeQuick();
+  return quarry::Run(settings);
+}
