@@ -1,9 +1,6 @@
 #include "daemon/auditor.h"
 
 #include <pthread.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -13,11 +10,10 @@
 #include <spdlog/spdlog.h>
 
 #include "daemon/audit_measure.h"
+#include "daemon/low_priority.h"
 
 namespace quarry {
 namespace {
-
-constexpr int kNice = 10;  // yields to decode when cores are short
 
 uint64_t MostDrawn(double fraction) {
   if (fraction >= 1) return UINT64_MAX;
@@ -125,9 +121,10 @@ bool Auditor::Take(size_t thread, AuditedQuery* query) {
 }
 
 void Auditor::Loop(size_t thread) {
-  setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kNice);
+  RunBehindDecoding();
   AuditedQuery query;
   while (Take(thread, &query)) {
+    const OfferingProcessor offering;
     const auto start = std::chrono::steady_clock::now();
     std::shared_ptr<AuditSubject> subject = query.subject.lock();
     const bool done = subject != nullptr && Audit(query, *subject);

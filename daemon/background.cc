@@ -1,19 +1,12 @@
 #include "daemon/background.h"
 
 #include <pthread.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <utility>
 
+#include "daemon/low_priority.h"
+
 namespace quarry {
-namespace {
-
-// Yields to decode when cores are short; publishing a 32 MiB block takes about 4 ms of one core.
-constexpr int kNice = 10;
-
-}  // namespace
 
 BackgroundWorker::BackgroundWorker() : thread_([this] { Loop(); }) {
   pthread_setname_np(thread_.native_handle(), "quarry-build");
@@ -42,7 +35,7 @@ void BackgroundWorker::Flush() {
 }
 
 void BackgroundWorker::Loop() {
-  setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kNice);
+  RunBehindDecoding();  // publishing a 32 MiB block takes about 4 ms of one core
   for (;;) {
     std::shared_ptr<Client> client;
     {

@@ -1,9 +1,6 @@
 #include "daemon/run_indexer.h"
 
 #include <pthread.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <chrono>
 #include <string>
@@ -13,14 +10,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/kv_segments.h"
+#include "daemon/low_priority.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
-namespace {
-
-constexpr int kNice = 10;  // yields to decode when cores are short
-
-}  // namespace
 
 // All heads of some runs. Ends what RunIndexes::Begin began.
 struct RunIndexer::Job {
@@ -114,7 +107,7 @@ std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
 }
 
 void RunIndexer::Loop() {
-  setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kNice);
+  RunBehindDecoding();
   uint32_t head = 0;
   while (const std::shared_ptr<Job> job = NextHead(&head)) BuildHead(*job, head);
 }
@@ -152,6 +145,7 @@ void RunIndexer::BuildHead(Job& job, uint32_t head) {
     runs.push_back(std::move(run));
   }
   if (runs.empty()) return;
+  const OfferingProcessor offering;
   const auto start = std::chrono::steady_clock::now();
   absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, layer, kv_head, views);
   absl::Status status = made.status();
