@@ -10,6 +10,7 @@ from typing import NamedTuple
 from demo_text import Background
 
 TURNS = 5
+EXAMPLE_TOKENS = 11  # of icl
 
 
 class Question(NamedTuple):
@@ -114,22 +115,47 @@ def hop(pieces, tokens):
     return chunks, questions
 
 
+class Classes:
+    """Classes of 8 features and a label; a quarter of an example's features are noise."""
+
+    def __init__(self, pieces, count):
+        self.pieces, self.count = pieces, count
+        self.features = pieces.take(8 * count)
+        self.labels = pieces.random.sample(pieces.values, count)
+
+    def example(self):
+        """The number of its class, and the question that it is: EX f1..f8 LBL -> y."""
+        random, special = self.pieces.random, self.pieces.special
+        number = random.randrange(self.count)
+        own = [random.choice(self.features) if random.random() < .25 else feature
+               for feature in self.features[8 * number:8 * number + 8]]
+        return number, Question([special["EX"], *own, special["LBL"]], [self.labels[number]])
+
+    def questions(self, count):
+        """No two of them are alike."""
+        return list({tuple(one.tokens): one for _, one in (self.example() for _ in range(count))}.values())
+
+
 def icl(pieces, tokens):
-    """EX f1..f8 LBL y: classes of 8 features, a quarter of them noise | EX f1..f8 LBL -> y"""
-    special = pieces.special
-    classes = pieces.random.randint(4, 8)
-    features = pieces.take(8 * classes)
-    labels = pieces.random.sample(pieces.values, classes)
+    """EX f1..f8 LBL y | EX f1..f8 LBL -> y"""
+    classes = Classes(pieces, pieces.random.randint(4, 8))
+    examples = [classes.example() for _ in range(min(1024, tokens // 32))]
+    return ([[*one.tokens, *one.answer] for _, one in examples], classes.questions(min(1024, tokens // 16)))
 
-    def example():
-        number = pieces.random.randrange(classes)
-        own = [pieces.random.choice(features) if pieces.random.random() < .25 else feature
-               for feature in features[8 * number:8 * number + 8]]
-        return Question([special["EX"], *own, special["LBL"]], [labels[number]])
 
-    examples = [example() for _ in range(min(1024, tokens // 32))]
-    asked = {tuple(one.tokens): one for one in (example() for _ in range(min(1024, tokens // 16)))}
-    return [[*one.tokens, *one.answer] for one in examples], list(asked.values())
+def icl_wide(pieces, tokens):
+    """As icl, of four classes whose examples fill the context: two thirds of a class have its label, which is the
+    answer, and one third its wrong label. What most have is seen only by who sees many."""
+    classes = Classes(pieces, 4)
+    wrong_labels = pieces.random.sample([value for value in pieces.values if value not in classes.labels], 4)
+    examples = [classes.example() for _ in range((tokens - 1024) // EXAMPLE_TOKENS)]
+    labels = [classes.labels[number] for number, _ in examples]
+    for number, wrong in enumerate(wrong_labels):
+        own = [at for at, (its, _) in enumerate(examples) if its == number]
+        for at in pieces.random.sample(own, len(own) // 3):
+            labels[at] = wrong
+    return ([[*one.tokens, label] for (_, one), label in zip(examples, labels)],
+            classes.questions(min(1024, tokens // 16)))
 
 
 def mf(pieces, tokens):
@@ -149,7 +175,7 @@ def copy(pieces, tokens):
     return runs, [Question(run[:3], run[3:]) for run in runs]
 
 
-TASKS = {task.__name__: task for task in (kv1, kv2, ps, vt, hop, icl, mf, copy)}
+TASKS = {task.__name__.replace("_", "-"): task for task in (kv1, kv2, ps, vt, hop, icl, icl_wide, mf, copy)}
 
 
 def make_context(vocabulary, task, length, seed, first, last):

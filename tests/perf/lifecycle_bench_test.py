@@ -1,6 +1,7 @@
 #!/usr/bin/python3
 """lifecycle_bench.py: its contexts and questions, what a small run leaves behind, and its verdicts."""
 import argparse
+import collections
 import contextlib
 import io
 import json
@@ -87,6 +88,26 @@ class TextTest(unittest.TestCase):
             alike = max(examples, key=lambda e: len(features & set(e[:8])))
             self.assertIn(question.answer[0], {e[9] for e in examples})
             self.assertGreaterEqual(len(features & set(alike[:8])), 4)
+
+    def test_many_examples_with_wrong_labels(self):
+        """The answer is what two thirds of the class have; all others have one other label."""
+        context = self.context("icl-wide")
+        examples = self.records(context, "EX", 10)
+        self.assertEqual(len(examples), (4096 - 1024) // 11)
+        self.assertEqual(len({e[9] for e in examples}), 4 + 4)
+
+        near = 0
+        for question in context.questions:
+            answer, = question.answer
+            places = zip(*(e[:8] for e in examples if e[9] == answer))
+            features = {collections.Counter(place).most_common(1)[0][0] for place in places}
+            own = [e[9] for e in examples if len(features & set(e[:8])) >= 4]
+            (usual, most), (_, others), *_ = collections.Counter(own).most_common()
+            self.assertEqual(usual, answer)
+            self.assertAlmostEqual(most / len(own), 2 / 3, delta=0.05)
+            self.assertAlmostEqual(others / len(own), 1 / 3, delta=0.05)
+            near += len(features & set(question.tokens[1:9])) >= 4
+        self.assertGreater(near, 0.9 * len(context.questions))
 
     def test_lists(self):
         context = self.context("mf")
