@@ -2,7 +2,10 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <chrono>
+#include <deque>
+#include <list>
 #include <string>
 #include <utility>
 
@@ -27,7 +30,9 @@ struct RunIndexer::Job {
   uint32_t heads() const { return shape.layers * shape.kv_heads; }
 
   struct Part {
-    explicit Part(const std::shared_ptr<const Run>& of) : run(of), indexes(of->indexes()) {}
+    explicit Part(const std::shared_ptr<const Run>& of)
+        : first_token(of->tokens().lo), run(of), indexes(of->indexes()) {}
+    const uint32_t first_token;
     const std::weak_ptr<const Run> run;
     const std::shared_ptr<RunIndexes> indexes;
     std::atomic<uint32_t> built{0};  // heads, or known to have none
@@ -35,9 +40,12 @@ struct RunIndexer::Job {
 
   std::atomic<uint64_t>& queued_runs;  // counts `parts`
   KvShape shape;
-  std::deque<Part> parts;
+  std::list<Part> parts;  // in token order
   // Of a run whose indexes have learned what these are to be made with; null: they learn themselves.
   std::shared_ptr<RunIndexes> neighbour;
+  // Of the context's other runs, that may have learned by the time that this job begins.
+  std::vector<std::shared_ptr<RunIndexes>> others;
+  bool again = false;  // whatever others know is to be learned anew
   RunIndexes::Learning learning;
   std::shared_ptr<const QuerySamples> samples;
   uint32_t next = 0;  // under the indexer's mutex
@@ -71,24 +79,20 @@ void RunIndexer::Consider(std::span<const RunUse> runs, const KvShape& shape,
   job->samples = samples;
   job->learning.samples = samples->LeastKept();
   for (const RunUse& use : runs) job->learning.tokens += use.run->tokens().size();
-  bool again = why == RunIndexes::Why::kOtherSamples;
+  job->again = why == RunIndexes::Why::kOtherSamples;
   for (const RunUse& use : runs) {
     const std::shared_ptr<RunIndexes>& indexes = use.run->indexes();
     const RunIndexes::Due due = indexes->Begin(job->learning, why);
     if (due == RunIndexes::Due::kNo) {
-      if (indexes->learned().has_value()) job->neighbour = indexes;
+      job->others.push_back(indexes);
       continue;
     }
     if (due == RunIndexes::Due::kAgain) relearned_.fetch_add(1, std::memory_order_relaxed);
-    again |= due == RunIndexes::Due::kAgain;
+    job->again |= due == RunIndexes::Due::kAgain;
     job->parts.emplace_back(use.run);
     queued_runs_.fetch_add(1, std::memory_order_relaxed);
   }
   if (job->parts.empty()) return;
-  if (again) job->neighbour = nullptr;
-  if (job->neighbour != nullptr) {
-    job->learning = job->neighbour->learned().value_or(job->learning);
-  }
   absl::MutexLock lock(&mutex_);
   if (!stopping_) queue_.push_back(std::move(job));
 }
@@ -101,9 +105,32 @@ std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
   mutex_.Await(absl::Condition(&due));
   if (stopping_) return nullptr;
   std::shared_ptr<Job> job = queue_.front();
+  if (job->next == 0) Prepare(job.get());
   *head = job->next++;
   if (job->next == job->heads()) queue_.pop_front();
   return job;
+}
+
+// Runs that follow one another out of a prefill become due one by one, faster than they are indexed.
+void RunIndexer::Prepare(Job* job) {
+  for (auto later = queue_.begin() + 1; later != queue_.end() && !job->again;) {
+    Job& other = **later;
+    if (other.samples != job->samples || other.again) {
+      ++later;
+      continue;
+    }
+    job->parts.splice(job->parts.end(), other.parts);
+    job->learning.tokens = std::max(job->learning.tokens, other.learning.tokens);
+    job->learning.samples = std::max(job->learning.samples, other.learning.samples);
+    later = queue_.erase(later);
+  }
+  job->parts.sort([](const Job::Part& a, const Job::Part& b) { return a.first_token < b.first_token; });
+  if (job->again) return;
+  for (const std::shared_ptr<RunIndexes>& other : job->others) {
+    if (other->empty()) continue;
+    job->neighbour = other;
+    job->learning = other->learned().value_or(job->learning);
+  }
 }
 
 void RunIndexer::Loop() {

@@ -48,6 +48,9 @@ class RunIndexer {
   void Loop();
   // The next head of a run; null: stop.
   std::shared_ptr<Job> NextHead(uint32_t* head);
+  // When a job begins: it takes what is queued behind it that can be learned from together, and finds
+  // a neighbour.
+  void Prepare(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void BuildHead(Job& job, uint32_t head);
   absl::StatusOr<std::vector<MadeIndex>> MakeHead(const Job& job, uint32_t layer, uint32_t kv_head,
                                                   std::span<const KvView> views) const;

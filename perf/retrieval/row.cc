@@ -34,6 +34,9 @@ std::string RowToJson(const Row& row) {
                {"mass", row.mass},
                {"rel_l2", row.rel_l2},
                {"rel_l2_p95", row.rel_l2_p95},
+               {"rel_l2_max", row.rel_l2_max},
+               {"queries", row.queries},
+               {"lost", row.lost},
                {"partial_rel_l2", row.partial_rel_l2},
                {"predicted_error", OrNull(row.predicted_error)},
                {"predicted_within_2x", OrNull(row.predicted_within_2x)},
@@ -65,6 +68,9 @@ absl::StatusOr<Row> RowFromJson(const std::string& line) {
     json.at("mass").get_to(row.mass);
     json.at("rel_l2").get_to(row.rel_l2);
     json.at("rel_l2_p95").get_to(row.rel_l2_p95);
+    json.at("rel_l2_max").get_to(row.rel_l2_max);
+    json.at("queries").get_to(row.queries);
+    json.at("lost").get_to(row.lost);
     json.at("partial_rel_l2").get_to(row.partial_rel_l2);
     row.predicted_error = FromNull(json.at("predicted_error"));
     row.predicted_within_2x = FromNull(json.at("predicted_within_2x"));

@@ -26,7 +26,8 @@ struct Row {
   double recall_at_100 = 0;
   double mass = 0;
   double rel_l2 = 0, partial_rel_l2 = 0;  // after and before the merge with the window
-  double rel_l2_p95 = 0;
+  double rel_l2_p95 = 0, rel_l2_max = 0;
+  uint32_t queries = 0, lost = 0;  // query heads answered, and those of an error above 0.5
   std::optional<double> predicted_error;  // none: the index makes no prediction
   std::optional<double> predicted_within_2x;  // share of queries whose error is within a factor of 2
   double tokens_retrieved = 0;            // a query head

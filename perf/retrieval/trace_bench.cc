@@ -60,9 +60,14 @@ class QualityMeans {
     for (double error : errors_) row->rel_l2 += error / n;
     std::sort(errors_.begin(), errors_.end());
     row->rel_l2_p95 = errors_[std::min(errors_.size() - 1, errors_.size() * 95 / 100)];
+    row->rel_l2_max = errors_.back();
+    row->queries = static_cast<uint32_t>(errors_.size());
+    row->lost = static_cast<uint32_t>(
+        errors_.end() - std::upper_bound(errors_.begin(), errors_.end(), kLostError));
   }
 
  private:
+  static constexpr double kLostError = 0.5;
   double recall_ = 0, mass_ = 0, partial_ = 0, tokens_ = 0;
   std::vector<double> errors_;
 };

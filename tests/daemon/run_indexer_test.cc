@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "cpu_index/cluster_index.h"
@@ -93,6 +94,20 @@ TEST_F(RunIndexerTest, ALaterRunGetsTheModelOfItsNeighbours) {
   for (size_t r = 0; r < 3; ++r) EXPECT_EQ(ModelOf(r), model) << r;
   EXPECT_EQ(indexer_->stats().built, 3u);
   EXPECT_EQ(indexer_->stats().relearned, 0u);
+}
+
+TEST_F(RunIndexerTest, RunsThatBecomeDueFasterThanTheyAreIndexedAreLearnedFromTogether) {
+  Start();
+  Sample(10);
+  for (size_t runs = 1; runs <= kRuns; ++runs) Consider(runs);
+  WaitFor([](const IndexStats& stats) { return stats.queued_runs == 0; });
+  // The first may have begun alone, and what came while others were built has their model; not one
+  // each.
+  std::set<const ClusterModel*> models;
+  for (size_t r = 0; r < kRuns; ++r) models.insert(ModelOf(r).get());
+  EXPECT_EQ(models.count(nullptr), 0u);
+  EXPECT_LE(models.size(), 3u);
+  for (size_t r = 1; r < kRuns; ++r) EXPECT_TRUE(uses_[r].run->indexes()->learned().has_value());
 }
 
 TEST_F(RunIndexerTest, FourTimesTheTokensAreLearnedFromAnewByAll) {

@@ -153,6 +153,9 @@ TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
       EXPECT_GT(row.bytes_read, 0);
       EXPECT_GT(row.rel_l2, 0);
       EXPECT_LE(row.rel_l2, row.rel_l2_p95 * 4);
+      EXPECT_LE(row.rel_l2_p95, row.rel_l2_max);
+      EXPECT_EQ(row.lost > 0, row.rel_l2_max > 0.5);
+      EXPECT_LE(row.lost, row.queries);
       ASSERT_TRUE(row.us_p50.has_value() && row.us_p99.has_value());
       EXPECT_GT(*row.us_p50, 0);
       EXPECT_LE(*row.us_p50, *row.us_p99);
