@@ -22,10 +22,11 @@ namespace quarry {
 struct RunIndexer::Job {
   explicit Job(std::atomic<uint64_t>* queued) : queued_runs(*queued) {}
   ~Job() {
-    queued_runs.fetch_sub(parts.size(), std::memory_order_relaxed);
     for (const auto& part : parts) {
       part.indexes->End(part.built == heads() ? std::optional(learning) : std::nullopt);
     }
+    // Release: who sees that none is queued sees what was learned.
+    queued_runs.fetch_sub(parts.size(), std::memory_order_release);
   }
   uint32_t heads() const { return shape.layers * shape.kv_heads; }
 
@@ -220,7 +221,7 @@ std::shared_ptr<const KeyIndex> RunIndexer::Account(MadeIndex made) {
 
 IndexStats RunIndexer::stats() const {
   IndexStats stats;
-  stats.queued_runs = queued_runs_.load(std::memory_order_relaxed);
+  stats.queued_runs = queued_runs_.load(std::memory_order_acquire);
   stats.indexed_runs = runs_->indexed();
   stats.built = built_.load(std::memory_order_relaxed);
   stats.relearned = relearned_.load(std::memory_order_relaxed);
