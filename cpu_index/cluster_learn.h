@@ -17,7 +17,8 @@ struct LearnedClusters {
 };
 
 // runs: of one head, in token order, disjoint; queries: [n][group][head_dim] sampled at n positions,
-// scaled as scores are, may be empty. Later runs of the head are built with the same model by ClusterIndex::Build.
+// scaled as scores are, may be empty. Later runs of the head are built with the same model by
+// ClusterIndex::Build.
 // InvalidArgument: no tokens, a head_dim that is no multiple of 16, queries that are no whole groups.
 // Cost: see README.md. One thread.
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,

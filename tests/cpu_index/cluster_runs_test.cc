@@ -195,8 +195,8 @@ TEST(ClusterRunsTest, WhatCannotBeIndexedIsRefused) {
   odd.head_dim = 24;
   EXPECT_EQ(code(LearnClusters({&odd, 1}, {})), kInvalid);
   for (const uint32_t group : {0u, 7u}) {
-    EXPECT_EQ(code(LearnClusters(std::span(runs.views).first(1), head.sampled, CodeReading::kAll, group)),
-              kInvalid);
+    const auto first = std::span(runs.views).first(1);
+    EXPECT_EQ(code(LearnClusters(first, head.sampled, CodeReading::kAll, group)), kInvalid);
   }
   auto learned = LearnClusters(std::span(runs.views).first(1), head.sampled);
   ASSERT_TRUE(learned.ok()) << learned.status();
