@@ -8,7 +8,6 @@
 #include <limits>
 #include <vector>
 
-#include "cpu_index/error_cut.h"
 #include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
 #include "proto/half.h"
@@ -93,6 +92,7 @@ void ClusterSearch::Attend(std::span<Partial> acc, std::vector<uint32_t>* refine
       }));
     };
     acc[i].tokens += seen(s_.taken.all()) - seen(exact);
+    parts[i].doubt = cuts_[i].error * cuts_[i].error * std::exp(2 * model_.log_length);
   }
   AttendExactly(exact, acc);
   AddValues(parts);
@@ -144,7 +144,7 @@ void ClusterSearch::WeighGroups(std::span<Partial> parts) {
   }
 }
 
-ClusterSearch::Cut ClusterSearch::CutOf(uint32_t query, float top) {
+ErrorCut ClusterSearch::CutOf(uint32_t query, float top) {
   if (top == kNone) return {kAll, kAll, 0, 0};
   const double own = double{by_code_[query]} + by_leaf_[query] + by_super_[query];
   const double length = std::hypot(own, std::exp(double{Elsewhere(query)} - top));
@@ -158,11 +158,10 @@ ClusterSearch::Cut ClusterSearch::CutOf(uint32_t query, float top) {
   in.allowed = static_cast<float>(limits_.tolerance * length);
   in.most_tokens = limits_.most_tokens;
   if (limits_.tolerance <= 0) return {kLeast, kLeast, 0, 0};
-  const ErrorCut cut = FindErrorCut(in);
-  return {cut.refine, cut.exact, cut.error, cut.together};
+  return FindErrorCut(in);
 }
 
-ClusterSearch::Cut ClusterSearch::ForcedCut(uint32_t query) {
+ErrorCut ClusterSearch::ForcedCut(uint32_t query) {
   const size_t row = token_row();
   if (limits_.best_tokens == 0 || row == 0) return {kAll, kAll, 0, 0};
   float least = kLeast;
@@ -177,7 +176,7 @@ ClusterSearch::Cut ClusterSearch::ForcedCut(uint32_t query) {
 
 void ClusterSearch::TakeTokens() {
   std::vector<float> least;
-  for (const Cut& cut : cuts_) least.push_back(cut.refine);
+  for (const ErrorCut& cut : cuts_) least.push_back(cut.refine);
   const size_t row = token_row();
   uint32_t* const taken = s_.taken.Take(row + kLeafRows);
   s_.taken.Shrink(
@@ -222,7 +221,7 @@ std::vector<uint32_t> ClusterSearch::SplitExact(std::span<Partial> parts) {
   const size_t n = taken.size(), opened = s_.opened.size();
   float* const row = s_.row_score.Take(count_ * n);
   const bool rows = std::any_of(cuts_.begin(), cuts_.end(),
-                                [](const Cut& cut) { return cut.exact > cut.refine; });
+                                [](const ErrorCut& cut) { return cut.exact > cut.refine; });
   if (rows) {
     ScoreRows(taken, row);
   } else {
@@ -242,7 +241,6 @@ std::vector<uint32_t> ClusterSearch::SplitExact(std::span<Partial> parts) {
     for (size_t e = 0; e < n; ++e) own[e] = std::min(own[e], most);
     Kernels().exp_sum(coded, n, shift);
     CountOthers(i, {coded, n});
-    parts[i].doubt = cuts_[i].error * cuts_[i].error * std::exp(2 * model_.log_length);
     float* const leaf_sum = s_.leaf_sum.data() + i * opened;
     for (size_t e = 0; e < n; ++e) leaf_sum[taken[e] / kLeafRows] -= coded[e];
     for (size_t j = 0; j < opened; ++j) leaf_sum[j] = std::max(0.0f, leaf_sum[j]);
@@ -263,7 +261,7 @@ std::vector<uint32_t> ClusterSearch::SplitExact(std::span<Partial> parts) {
 
 // What other queries had read of those that this one had left to their codes. weight: of all taken.
 void ClusterSearch::CountOthers(uint32_t query, std::span<const float> weight) {
-  Cut& cut = cuts_[query];
+  ErrorCut& cut = cuts_[query];
   if (!(cut.error > 0)) return;
   const float* const score = TokenScores(query);
   const std::span<const uint32_t> taken = s_.taken.all();

@@ -1,4 +1,4 @@
-// What a search of clustered indexes holds; its own files include this, nothing else.
+// What a search of clustered indexes holds; its own files include this, and its calibration.
 #pragma once
 
 #include <cmath>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu_index/cluster_search.h"
+#include "cpu_index/error_cut.h"
 #include "cpu_index/coded_queries.h"
 #include "cpu_index/kernels.h"
 #include "cpu_index/scratch.h"
@@ -44,7 +45,7 @@ class ClusterSearch {
   void Attend(std::span<Partial> acc, std::vector<uint32_t>* refined);
   // After Attend: which share of the square of a query's predicted error adds up over tokens and groups.
   float TogetherShare(uint32_t query) const {
-    const Cut& cut = cuts_[query];
+    const ErrorCut& cut = cuts_[query];
     return cut.error > 0 ? cut.together * cut.together / (cut.error * cut.error) : 0;
   }
 
@@ -106,18 +107,13 @@ class ClusterSearch {
   }
 
   // cluster_attend.cc
-  struct Cut {
-    float refine, exact;  // as ErrorCut
-    // That are left, by e^max of the partials and a typical answer's length.
-    float error, together;
-  };
   size_t token_row() const { return s_.opened.size() * kLeafRows; }
   float* TokenScores(uint32_t query) const { return s_.token_score.data() + query * token_row(); }
   void ForTaken(std::span<const uint32_t> entries, auto&& f) const;
   void RankTokens();
   void WeighGroups(std::span<Partial> parts);
-  Cut CutOf(uint32_t query, float top);
-  Cut ForcedCut(uint32_t query);
+  ErrorCut CutOf(uint32_t query, float top);
+  ErrorCut ForcedCut(uint32_t query);
   void TakeTokens();
   void ScoreRows(std::span<const uint32_t> entries, float* out);
   std::vector<uint32_t> SplitExact(std::span<Partial> parts);
@@ -147,7 +143,7 @@ class ClusterSearch {
   std::vector<float> mass_;         // log of all weights, with what is known to be elsewhere
   std::vector<float> closed_;       // error that closed groups may make, by e^shift
   std::vector<float> ranked_from_;  // or empty: tokens with this score are scored by their rows
-  std::vector<Cut> cuts_;
+  std::vector<ErrorCut> cuts_;         // masses by e^max of the partials
   std::vector<float> by_code_, by_leaf_, by_super_;  // masses estimated by each, by e^shift
   uint64_t bytes_ = 0;
 };

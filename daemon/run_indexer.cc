@@ -114,7 +114,8 @@ std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
 
 // Runs that follow one another out of a prefill become due one by one, faster than they are indexed.
 void RunIndexer::Prepare(Job* job) {
-  for (auto later = queue_.begin() + 1; later != queue_.end() && !job->again;) {
+  if (job->again) return;
+  for (auto later = queue_.begin() + 1; later != queue_.end();) {
     Job& other = **later;
     if (other.samples != job->samples || other.again) {
       ++later;
@@ -126,7 +127,6 @@ void RunIndexer::Prepare(Job* job) {
     later = queue_.erase(later);
   }
   job->parts.sort([](const Job::Part& a, const Job::Part& b) { return a.first_token < b.first_token; });
-  if (job->again) return;
   for (const std::shared_ptr<RunIndexes>& other : job->others) {
     if (other->empty()) continue;
     job->neighbour = other;

@@ -9,8 +9,7 @@
 //   scanned        the prompt's ids are not known yet, so that no run is there
 //   own first      they are: the context's own runs get their first indexes
 //   own again      four times the samples came, as many as are kept: the same runs are learned
-//   again,
-//                  while their first indexes are searched
+//                  again, while their first indexes are searched
 //   indexed        nothing is being indexed
 //   other first    another context has just been prefilled: its runs get their first indexes
 //   indexed
@@ -25,14 +24,13 @@
 // over the machine's read bandwidth (kernel_bench, retrieval_bench).
 //
 // Prints a table; --json prints JSON lines.
-#include <algorithm>
 #include <bit>
 #include <cstdio>
 #include <functional>
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <CLI/CLI.hpp>
@@ -44,6 +42,7 @@
 #include "perf/bench_daemon.h"
 #include "perf/made_context.h"
 #include "perf/retrieval/synthetic_trace.h"
+#include "perf/retrieval/truth.h"
 #include "perf/statistics.h"
 
 namespace quarry {
@@ -52,8 +51,10 @@ namespace {
 using perf::Die;
 using perf::MadeContext;
 using perf::MadeModel;
+using perf::Quantiles;
+using perf::QuantilesOf;
 
-constexpr uint32_t kFirstRunToken = 128, kWindowLast = 512;
+constexpr perf::Window kWindow;
 // With that many the runs are learned again once, however many live queries were sampled before.
 constexpr uint32_t kTimesMoreSamples = 4;
 constexpr uint32_t kSampleEvery = 16;  // live attends, of which the daemon samples one
@@ -74,7 +75,7 @@ struct Settings {
   bool quick = false, json = false;
 
   // Behind the last run comes nothing but what the window holds.
-  uint32_t tokens() const { return kFirstRunToken + runs * run_tokens + kWindowLast; }
+  uint32_t tokens() const { return kWindow.first + runs * run_tokens + kWindow.last; }
   void MakeQuick() {
     runs = 3;
     run_tokens = 2048;
@@ -104,8 +105,10 @@ struct Phase {
   bool complete = true;  // false: the limit came first
 };
 
+// From BeginBuild to EndBuild.
 struct Build {
   std::string name;  // what was indexed, and beside what
+  absl::Time start;  // of `seconds`
   double seconds = 0, core_s = 0;
   IndexState begin, end;
 };
@@ -116,9 +119,9 @@ class Bench {
 
   void Run() {
     for (round_ = 0; round_ < settings_.rounds; ++round_) RunRound();
-    Compare("own first", {"scanned"});
-    Compare("own again", {"indexed"});
-    Compare("other first", {"indexed"});
+    Compare("own first", "scanned");
+    Compare("own again", "indexed");
+    Compare("other first", "indexed");
   }
 
  private:
@@ -131,6 +134,8 @@ class Bench {
   // DeadlineExceeded after the limit.
   IndexState WaitUntil(const char* what, const Reached& reached) const;
   void PrefillAndWait(const MadeContext::Options& options);
+  Build BeginBuild(const char* name) const;
+  void EndBuild(Build build) const;
   static bool AllIndexed(const IndexState& s) {
     return s.runs > 0 && s.indexed == s.runs && s.queued == 0;
   }
@@ -152,7 +157,7 @@ class Bench {
 
   void Report(Phase phase);
   void Report(const Build& build) const;
-  void Compare(const std::string& name, const std::vector<std::string>& with) const;
+  void Compare(const std::string& name, const std::string& with) const;
   nlohmann::json Labels(const char* line, const std::string& name) const;
 
   const Settings& settings_;
@@ -163,13 +168,6 @@ class Bench {
   IndexState last_;                                   // at the end of a phase
   std::map<std::string, std::vector<double>> steps_;  // of all rounds, by phase
 };
-
-double At(std::vector<double> us, double share) {
-  if (us.empty()) return 0;
-  const auto at = static_cast<ptrdiff_t>(share * static_cast<double>(us.size() - 1) + 0.5);
-  std::nth_element(us.begin(), us.begin() + at, us.end());
-  return us[static_cast<size_t>(at)];
-}
 
 IndexState Bench::State() const {
   std::map<std::string, double> all = perf::ValueOrDie(client_->Statistics(), "statistics");
@@ -198,16 +196,16 @@ void Bench::Report(Phase phase) {
   std::vector<double>& all = steps_[phase.name];
   all.insert(all.end(), phase.us.begin(), phase.us.end());
   last_ = phase.end;
-  const double p50 = At(phase.us, 0.5), p90 = At(phase.us, 0.9), p99 = At(phase.us, 0.99);
-  const double max = At(phase.us, 1), built = phase.end.built - phase.begin.built;
+  const Quantiles us = QuantilesOf(phase.us);
+  const double built = phase.end.built - phase.begin.built;
   if (settings_.json) {
     nlohmann::json line = Labels("phase", phase.name);
     line.update({{"round", round_},
                  {"steps", phase.us.size()},
-                 {"us_p50", p50},
-                 {"us_p90", p90},
-                 {"us_p99", p99},
-                 {"us_max", max},
+                 {"us_p50", us.p50},
+                 {"us_p90", us.p90},
+                 {"us_p99", us.p99},
+                 {"us_max", us.max},
                  {"seconds", phase.seconds},
                  {"runs", phase.end.runs},
                  {"indexed_runs_begin", phase.begin.indexed},
@@ -221,7 +219,8 @@ void Bench::Report(Phase phase) {
     std::printf(
         "%-11s %5zu steps  p50 %8.2f ms  p90 %8.2f  p99 %8.2f  max %8.2f   runs indexed "
         "%2.0f to %2.0f of %2.0f  built %4.0f  index threads %.2f of a core%s\n",
-        phase.name.c_str(), phase.us.size(), p50 / 1e3, p90 / 1e3, p99 / 1e3, max / 1e3,
+        phase.name.c_str(), phase.us.size(), us.p50 / 1e3, us.p90 / 1e3, us.p99 / 1e3,
+        us.max / 1e3,
         phase.begin.indexed, phase.end.indexed, phase.end.runs, built,
         phase.index_core_s / phase.seconds, phase.complete ? "" : "  STOPPED AT THE LIMIT");
   }
@@ -253,18 +252,13 @@ void Bench::Report(const Build& build) const {
   std::fflush(stdout);
 }
 
-void Bench::Compare(const std::string& name, const std::vector<std::string>& with) const {
-  std::vector<double> quiet;
-  for (const std::string& other : with) {
-    const std::vector<double>& us = steps_.at(other);
-    quiet.insert(quiet.end(), us.begin(), us.end());
-  }
-  const std::vector<double>& us = steps_.at(name);
-  const double p50 = At(us, 0.5) / At(quiet, 0.5), p99 = At(us, 0.99) / At(quiet, 0.99);
-  const std::string to = absl::StrJoin(with, ", ");
+void Bench::Compare(const std::string& name, const std::string& with) const {
+  const std::vector<double>&us = steps_.at(name), &quiet = steps_.at(with);
+  const Quantiles of_steps = QuantilesOf(us), of_quiet = QuantilesOf(quiet);
+  const double p50 = of_steps.p50 / of_quiet.p50, p99 = of_steps.p99 / of_quiet.p99;
   if (settings_.json) {
     nlohmann::json line = Labels("disturbed", name);
-    line.update({{"by", to},
+    line.update({{"by", with},
                  {"steps", us.size()},
                  {"quiet_steps", quiet.size()},
                  {"p50_ratio", p50},
@@ -272,7 +266,7 @@ void Bench::Compare(const std::string& name, const std::vector<std::string>& wit
     std::printf("%s\n", line.dump().c_str());
   } else {
     std::printf("%-11s by %-8s  p50 %.2f  p99 %.2f   (%zu and %zu steps)\n", name.c_str(),
-                to.c_str(), p50, p99, us.size(), quiet.size());
+                with.c_str(), p50, p99, us.size(), quiet.size());
   }
 }
 
@@ -337,14 +331,21 @@ IndexState Bench::WaitUntil(const char* what, const Reached& reached) const {
 }
 
 void Bench::PrefillAndWait(const MadeContext::Options& options) {
-  Build build{.name = "nobody decoding"};
-  build.begin = State();
-  const double core_s = IndexCoreSeconds();
+  Build build = BeginBuild("nobody decoding");
   const MadeContext context(client_.get(), model_, options);
-  const absl::Time start = absl::Now();
-  build.end = WaitUntil("indexing with nobody decoding", AllOf(2));
-  build.seconds = absl::ToDoubleSeconds(absl::Now() - start);
-  build.core_s = IndexCoreSeconds() - core_s;
+  build.start = absl::Now();
+  WaitUntil("indexing with nobody decoding", AllOf(2));
+  EndBuild(std::move(build));
+}
+
+Build Bench::BeginBuild(const char* name) const {
+  return {.name = name, .start = absl::Now(), .core_s = -IndexCoreSeconds(), .begin = State()};
+}
+
+void Bench::EndBuild(Build build) const {
+  build.seconds = absl::ToDoubleSeconds(absl::Now() - build.start);
+  build.core_s += IndexCoreSeconds();
+  build.end = State();
   Report(build);
 }
 
@@ -354,7 +355,7 @@ void Bench::StartDaemon() {
   const uint64_t context_bytes = uint64_t{settings_.tokens()} * model_.shape().bytes_per_token();
   options.config = absl::StrCat("[engine]\narena_bytes = \"", (3 * context_bytes >> 20) + 512,
                                 "MiB\"\nrun_tokens = ", settings_.run_tokens,
-                                "\nfirst_run_token = ", kFirstRunToken,
+                                "\nfirst_run_token = ", kWindow.first,
                                 "\nexecutor_threads = ", settings_.executor_threads,
                                 "\n[index]\nthreads = ", settings_.index_threads,
                                 "\nquery_samples = ", kTimesMoreSamples * settings_.samples, "\n");
@@ -378,21 +379,12 @@ void Bench::RunRound() {
 
   MadeContext own(client_.get(), model_, made(MadeContext::Ids::kLater));
   DecodeQuietly("scanned", &own);
-  Build build{.name = "own, decoding"};
-  build.begin = State();
-  double core_s = IndexCoreSeconds();
-  absl::Time start = absl::Now();
+  Build build = BeginBuild("own, decoding");
   own.DeclarePrompt();
   DecodeWhileIndexing("own first", &own, [this](const IndexState& s) {
     return s.runs == settings_.runs && s.indexed == s.runs;
   });
-  const auto finish = [&] {
-    build.seconds = absl::ToDoubleSeconds(absl::Now() - start);
-    build.core_s = IndexCoreSeconds() - core_s;
-    build.end = State();
-    Report(build);
-  };
-  finish();
+  EndBuild(std::move(build));
   // Once, of live queries' doing if there were many.
   own.SendSamples(settings_.samples, kTimesMoreSamples * settings_.samples);
   DecodeWhileIndexing("own again", &own, [this](const IndexState& s) {
@@ -400,13 +392,11 @@ void Bench::RunRound() {
   });
   DecodeQuietly("indexed", &own);
   {
-    build.name = "another, decoding";
-    build.begin = State();
-    core_s = IndexCoreSeconds();
+    build = BeginBuild("another, decoding");
     const MadeContext other(client_.get(), model_, made(MadeContext::Ids::kAtOpen));
-    start = absl::Now();
+    build.start = absl::Now();
     DecodeWhileIndexing("other first", &own, AllOf(2));
-    finish();
+    EndBuild(std::move(build));
     DecodeQuietly("indexed", &own);
   }
   PrefillAndWait(made(MadeContext::Ids::kAtOpen));

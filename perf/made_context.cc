@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "perf/bench_daemon.h"
 #include "perf/retrieval/synthetic_trace.h"
+#include "perf/retrieval/truth.h"
 #include "perf/statistics.h"
 #include "proto/status_macros.h"
 
@@ -17,7 +18,6 @@ namespace {
 
 constexpr uint32_t kQueries = 64;  // that decoding asks in turn
 constexpr uint32_t kAppendTokens = 1024;
-constexpr uint32_t kWindowFirst = 128, kWindowLast = 512;
 constexpr uint32_t kSpareTokens = 2;  // for SendSamples
 
 // [kv_head][token][head_dim] to [token][kv_head][head_dim].
@@ -36,10 +36,11 @@ std::vector<std::byte> ByToken(const std::vector<std::byte>& heads, const Trace&
 }  // namespace
 
 absl::StatusOr<MadeModel> MadeModel::Make(const Options& o) {
-  if (o.families.empty() || o.layers == 0 || o.prompt_tokens <= kWindowFirst + kWindowLast) {
+  constexpr Window kWindow;
+  if (o.families.empty() || o.layers == 0 || o.prompt_tokens <= kWindow.first + kWindow.last) {
     return absl::InvalidArgumentError(absl::StrCat(
         o.families.size(), " families, ", o.layers, " layers, a prompt of ", o.prompt_tokens,
-        " tokens: wanted are at least one, one and ", kWindowFirst + kWindowLast + 1));
+        " tokens: wanted are at least one, one and ", kWindow.first + kWindow.last + 1));
   }
   MadeModel model;
   model.spec_.name = "made";
@@ -169,7 +170,7 @@ double MadeContext::Step() {
   const uint32_t position = model_.prompt_tokens() + decoded_;
   AttendRow row;
   row.context = fork_;
-  row.range = {kWindowFirst, position - kWindowLast};
+  row.range = Window{}.Rest(position);
   row.heads = model_.shape().heads;
   row.budget.kind = Budget::Kind::kError;
   row.budget.error = options_.error;

@@ -93,8 +93,8 @@ class MadeContext {
   // Sends the model's samples [lo, hi) too, with one more token.
   void SendSamples(uint32_t lo, uint32_t hi);
   // One token of decoding in a fork of the prompt: its id is declared if the prompt's are, and each
-  // layer's K and V are stored and the context attended but for the window, first 128 and last 512
-  // tokens. After MadeModel::kDecoded tokens a new fork begins, so that the length stays the same
+  // layer's K and V are stored and the context attended but for the window (retrieval/truth.h).
+  // After MadeModel::kDecoded tokens a new fork begins, so that the length stays the same
   // but for these; making it is not counted. Returns microseconds.
   double Step();
 

@@ -8,7 +8,7 @@
 namespace quarry::perf {
 
 struct Quantiles {
-  double p10 = 0, p50 = 0, p90 = 0;
+  double p10 = 0, p50 = 0, p90 = 0, p99 = 0, max = 0;
 };
 
 inline Quantiles QuantilesOf(std::vector<double> x) {
@@ -17,7 +17,7 @@ inline Quantiles QuantilesOf(std::vector<double> x) {
   const auto at = [&](double q) {
     return x[static_cast<size_t>(q * static_cast<double>(x.size() - 1) + 0.5)];
   };
-  return {at(0.1), at(0.5), at(0.9)};
+  return {at(0.1), at(0.5), at(0.9), at(0.99), x.back()};
 }
 
 template <typename F>
