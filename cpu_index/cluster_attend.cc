@@ -1,6 +1,4 @@
-// How clustered indexes attend: tokens exactly or by their rows, all others by estimates.
-#include "cpu_index/cluster_attend.h"
-
+// How a part of a search attends: tokens exactly or by their rows, all others by estimates.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -8,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu_index/cluster_part.h"
 #include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
 #include "proto/half.h"
@@ -18,9 +17,6 @@ namespace {
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kAll = std::numeric_limits<float>::infinity();
 constexpr float kLeast = std::numeric_limits<float>::lowest();
-// Leaves of less than this share of the tolerated error, by the root of their number, stand for their
-// super.
-constexpr float kNegligible = 0.05f, kLeastNegligible = 1e-3f;
 // Rows' scores are not believed beyond so much more than anything had before.
 constexpr float kMostSurprise = 40;
 
@@ -35,31 +31,10 @@ float Sum(std::span<const float> x) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// out [queries][dims] += weight[i] * slope * query i
-void AddSlope(std::span<const uint16_t> slope, const QueryBlock& queries,
-              std::span<const float> weight, std::span<Partial> parts) {
-  const uint32_t d = queries.head_dim;
-  std::vector<float> along(size_t{queries.queries} * d);
-  kernels::ScoreTile tile{};
-  tile.q = queries.q;
-  tile.queries = queries.queries;
-  tile.head_dim = d;
-  tile.k = slope.data();
-  tile.tokens = d;
-  tile.dtype = kernels::kBf16;
-  tile.scale = queries.scale;
-  tile.out = along.data();
-  tile.ld_out = d;
-  Kernels().score(tile);
-  for (uint32_t i = 0; i < queries.queries; ++i) {
-    for (uint32_t c = 0; c < d; ++c) parts[i].acc[c] += weight[i] * along[size_t{i} * d + c];
-  }
-}
-
 }  // namespace
 
 // f(run, the first entry's number, how many) for the entries of each run.
-void ClusterSearch::ForTaken(std::span<const uint32_t> entries, auto&& f) const {
+void ClusterPart::ForTaken(std::span<const uint32_t> entries, auto&& f) const {
   size_t lo = 0;
   for (size_t r = 0; r < runs_.size() && lo < entries.size(); ++r) {
     const size_t end = size_t{s_.run_ends[r]} * kLeafRows;
@@ -70,113 +45,75 @@ void ClusterSearch::ForTaken(std::span<const uint32_t> entries, auto&& f) const 
   }
 }
 
-void ClusterSearch::Attend(std::span<Partial> acc, std::vector<uint32_t>* refined) {
-  if (!ranked_from_.empty()) RankTokens();
-  std::vector<float> o(size_t{count_} * queries_.head_dim);
-  std::vector<Partial> parts(count_);
+void ClusterPart::Attend(std::span<const ErrorCut> cuts, std::span<const float> least) {
+  const size_t floats = size_t{count_} * q_.block.head_dim;
+  acc_.resize(2 * floats);
   for (uint32_t i = 0; i < count_; ++i) {
-    parts[i].acc = std::span(o).subspan(size_t{i} * queries_.head_dim, queries_.head_dim);
+    const size_t at = size_t{i} * q_.block.head_dim;
+    exact_[i].acc = std::span(acc_).subspan(at, q_.block.head_dim);
+    estimated_[i].acc = std::span(acc_).subspan(floats + at, q_.block.head_dim);
+    estimated_[i].max = found_[i].max;
   }
-  WeighGroups(parts);
+  TakeTokens(cuts);
+  const std::vector<uint32_t> exact = SplitExact(cuts);
+  CountRead(exact);
+  AttendExactly(exact);
+  AddValues(least);
+}
+
+// By which weights are divided.
+float ClusterPart::Shift(uint32_t query) const {
+  return found_[query].max == kNone ? 0 : found_[query].max;
+}
+
+// Those of a query's own that are read by their rows.
+void ClusterPart::CountRead(std::span<const uint32_t> exact) {
   for (uint32_t i = 0; i < count_; ++i) {
-    cuts_.push_back(limits_.depth == Depth::kAsNeeded ? CutOf(i, parts[i].max) : ForcedCut(i));
-  }
-  TakeTokens();
-  const std::vector<uint32_t> exact = SplitExact(parts);
-  if (refined != nullptr) ListTokens(s_.taken.all(), refined);
-  for (uint32_t i = 0; i < count_; ++i) {
-    // Those of its own that are read by their rows.
     const auto seen = [&](std::span<const uint32_t> entries) {
       return static_cast<uint64_t>(std::count_if(entries.begin(), entries.end(), [&](uint32_t e) {
         return TokenScores(i)[e] != kNone;
       }));
     };
-    acc[i].tokens += seen(s_.taken.all()) - seen(exact);
-    parts[i].doubt = cuts_[i].error * cuts_[i].error * std::exp(2 * model_.log_length);
+    estimated_[i].tokens = seen(s_.taken.all()) - seen(exact);
   }
-  AttendExactly(exact, acc);
-  AddValues(parts);
-  acc[0].bytes += bytes_;
-  for (uint32_t i = 0; i < count_; ++i) acc[i].Merge(parts[i]);
 }
 
 // Scores the best tokens by their rows.
-void ClusterSearch::RankTokens() {
-  std::vector<float> least;
-  for (uint32_t i = 0; i < count_; ++i) {
-    // Scores of tokens count in what codes miss.
-    least.push_back(ranked_from_[i] + 0.5f * code_variance_[i]);
-  }
+void ClusterPart::RankTokens(const std::vector<float>& floors) {
   const size_t row = token_row();
   uint32_t* const ranked = s_.ranked.Take(row + kLeafRows);
   const size_t n =
-      Kernels().select(s_.token_score.data(), row, count_, row, least.data(), ranked);
+      Kernels().select(s_.token_score.data(), row, count_, row, floors.data(), ranked);
   s_.ranked.Shrink(n);
   float* const score = s_.row_score.Take(count_ * n);
   ScoreRows(s_.ranked.all(), score);
   for (uint32_t i = 0; i < count_; ++i) {
-    float* const of_query = TokenScores(i);
+    float* const of_query = OwnTokenScores(i);
     for (size_t e = 0; e < n; ++e) of_query[ranked[e]] = score[i * n + e];
   }
 }
 
-// What every group weighs by its estimate, by e^max of the parts.
-void ClusterSearch::WeighGroups(std::span<Partial> parts) {
+// What every group weighs by its estimate.
+void ClusterPart::WeighGroups() {
   const size_t leaves = leaf_row(), opened = s_.opened.size();
   float* const leaf_sum = s_.leaf_sum.Take(count_ * opened);
-  by_code_.resize(count_);
-  by_leaf_.resize(count_);
-  by_super_.resize(count_);
   for (uint32_t i = 0; i < count_; ++i) {
     float* const supers = s_.super_score.data() + size_t{i} * supers_;
     float* const leaf = s_.leaf_score.data() + i * leaves;
-    const float largest =
-        std::max({Kernels().max(supers, supers_), Kernels().max(leaf, leaves),
-                  Kernels().max(TokenScores(i), token_row())});
-    parts[i].max = largest;
-    const float shift = largest == kNone ? 0 : largest;
-    Kernels().exp_groups(TokenScores(i), opened, shift, leaf_sum + i * opened);
-    by_code_[i] = Sum({leaf_sum + i * opened, opened});
-    by_leaf_[i] = Kernels().exp_sum(leaf, leaves, shift - kLogLeaf);
-    by_super_[i] = Kernels().exp_sum(supers, supers_, shift - kLogSuper);
-    closed_[i] = by_leaf_[i] * model_.leaf_doubt * unrest_[i].leaf +
-                 by_super_[i] * model_.super_doubt * unrest_[i].super;
+    ClusterFindings& found = found_[i];
+    found.max = std::max({Kernels().max(supers, supers_), Kernels().max(leaf, leaves),
+                          Kernels().max(TokenScores(i).data(), token_row())});
+    const float shift = Shift(i);
+    Kernels().exp_groups(TokenScores(i).data(), opened, shift, leaf_sum + i * opened);
+    found.by_code = Sum({leaf_sum + i * opened, opened});
+    found.by_leaf = Kernels().exp_sum(leaf, leaves, shift - kLogLeaf);
+    found.by_super = Kernels().exp_sum(supers, supers_, shift - kLogSuper);
   }
 }
 
-ErrorCut ClusterSearch::CutOf(uint32_t query, float top) {
-  if (top == kNone) return {kAll, kAll, 0, 0};
-  const double own = double{by_code_[query]} + by_leaf_[query] + by_super_[query];
-  const double length = std::hypot(own, std::exp(double{Elsewhere(query)} - top));
-  ErrorCutInput in;
-  in.scores = {TokenScores(query), token_row()};
-  in.top = top;
-  in.token_doubt = model_.token_doubt * unrest_[query].token;
-  in.common_part = model_.common_doubt / model_.token_doubt;
-  in.refined_part = model_.row_doubt / model_.token_doubt;
-  in.closed = closed_[query];
-  in.allowed = static_cast<float>(limits_.tolerance * length);
-  in.most_tokens = limits_.most_tokens;
-  if (limits_.tolerance <= 0) return {kLeast, kLeast, 0, 0};
-  return FindErrorCut(in);
-}
-
-ErrorCut ClusterSearch::ForcedCut(uint32_t query) {
-  const size_t row = token_row();
-  if (limits_.best_tokens == 0 || row == 0) return {kAll, kAll, 0, 0};
-  float least = kLeast;
-  if (limits_.best_tokens < row) {
-    float* const copy = s_.copy.Take(row);
-    std::copy_n(TokenScores(query), row, copy);
-    std::nth_element(copy, copy + limits_.best_tokens - 1, copy + row, std::greater<>());
-    least = std::max(kLeast, copy[limits_.best_tokens - 1]);
-  }
-  return {least, limits_.depth == Depth::kExact ? least : kAll, 0, 0};
-}
-
-void ClusterSearch::TakeTokens() {
+void ClusterPart::TakeTokens(std::span<const ErrorCut> cuts) {
   std::vector<float> least;
-  for (const ErrorCut& cut : cuts_) least.push_back(cut.refine);
+  for (const ErrorCut& cut : cuts) least.push_back(cut.refine);
   const size_t row = token_row();
   uint32_t* const taken = s_.taken.Take(row + kLeafRows);
   s_.taken.Shrink(
@@ -184,24 +121,21 @@ void ClusterSearch::TakeTokens() {
 }
 
 // [queries][entries]; what a query must not see has none.
-void ClusterSearch::ScoreRows(std::span<const uint32_t> entries, float* out) {
+void ClusterPart::ScoreRows(std::span<const uint32_t> entries, float* out) {
   const size_t n = entries.size(), opened = s_.opened.size();
   uint32_t* const place = s_.row_place.Take(n);
-  if (row_queries_.scale.empty()) {
-    row_queries_ = KeyRows(0, model_.row_variance).Prepare(coordinates_, count_);
-  }
   ForTaken(entries, [&](size_t r, size_t lo, size_t some) {
     const ClusterIndex::Parts& p = runs_[r].index->parts();
     for (size_t e = lo; e < lo + some; ++e) {
       place[e] = s_.opened_leaf[entries[e] / kLeafRows] * kLeafRows + entries[e] % kLeafRows;
     }
     const std::span<const uint32_t> which(place + lo, some);
-    p.key_rows.Score(row_queries_, which, p.scale, out + lo, n);
+    p.key_rows.Score(q_.row, which, p.scale, out + lo, n);
     bytes_ += p.key_rows.BytesOf(which);
     for (uint32_t i = 0; i < count_; ++i) {
       const float* const centre = s_.centre.data() + i * opened;
-      const float* const coded = TokenScores(i);
-      const float spread = 0.5f * code_variance_[i];
+      const std::span<const float> coded = TokenScores(i);
+      const float spread = 0.5f * q_.code_variance[i];
       for (size_t e = lo; e < lo + some; ++e) {
         const float score = out[i * n + e] + centre[entries[e] / kLeafRows] - spread;
         // In this order what is no number has none.
@@ -216,11 +150,11 @@ void ClusterSearch::ScoreRows(std::span<const uint32_t> entries, float* out) {
 
 // Scores the rows of what was taken, moves their weight from the codes' estimate to the rows', and
 // returns those that are to be read exactly.
-std::vector<uint32_t> ClusterSearch::SplitExact(std::span<Partial> parts) {
+std::vector<uint32_t> ClusterPart::SplitExact(std::span<const ErrorCut> cuts) {
   const std::span<const uint32_t> taken = s_.taken.all();
   const size_t n = taken.size(), opened = s_.opened.size();
   float* const row = s_.row_score.Take(count_ * n);
-  const bool rows = std::any_of(cuts_.begin(), cuts_.end(),
+  const bool rows = std::any_of(cuts.begin(), cuts.end(),
                                 [](const ErrorCut& cut) { return cut.exact > cut.refine; });
   if (rows) {
     ScoreRows(taken, row);
@@ -231,20 +165,20 @@ std::vector<uint32_t> ClusterSearch::SplitExact(std::span<Partial> parts) {
   float* const coded = s_.copy.Take(n);
   std::vector<uint8_t> is_exact(n);
   for (uint32_t i = 0; i < count_; ++i) {
-    const float* const score = TokenScores(i);
-    const float shift = parts[i].max == kNone ? 0 : parts[i].max;
-    const float most = shift + kMostSurprise, least = cuts_[i].exact;
+    const std::span<const float> score = TokenScores(i);
+    const float shift = Shift(i);
+    const float most = shift + kMostSurprise, least = cuts[i].exact;
     float* const own = row + i * n;
     for (size_t e = 0; e < n; ++e) coded[e] = score[taken[e]];
     // By its code or by its row: what was counted on, and what turned out.
     for (size_t e = 0; e < n; ++e) is_exact[e] |= std::max(coded[e], own[e]) >= least ? 1 : 0;
     for (size_t e = 0; e < n; ++e) own[e] = std::min(own[e], most);
     Kernels().exp_sum(coded, n, shift);
-    CountOthers(i, {coded, n});
+    CountOthers(i, cuts[i].refine, {coded, n});
     float* const leaf_sum = s_.leaf_sum.data() + i * opened;
     for (size_t e = 0; e < n; ++e) leaf_sum[taken[e] / kLeafRows] -= coded[e];
     for (size_t j = 0; j < opened; ++j) leaf_sum[j] = std::max(0.0f, leaf_sum[j]);
-    by_code_[i] = Sum({leaf_sum, opened});
+    found_[i].by_code = Sum({leaf_sum, opened});
   }
   for (size_t e = 0; e < n; ++e) {
     if (is_exact[e] == 0) continue;
@@ -252,33 +186,27 @@ std::vector<uint32_t> ClusterSearch::SplitExact(std::span<Partial> parts) {
     for (uint32_t i = 0; i < count_; ++i) row[i * n + e] = kNone;
   }
   for (uint32_t i = 0; i < count_; ++i) {
-    const float shift = parts[i].max == kNone ? 0 : parts[i].max;
-    parts[i].sum = by_code_[i] + by_leaf_[i] + by_super_[i] +
-                   Kernels().exp_sum(row + i * n, n, shift);
+    estimated_[i].sum = found_[i].by_code + found_[i].by_leaf + found_[i].by_super +
+                        Kernels().exp_sum(row + i * n, n, Shift(i));
   }
   return exact;
 }
 
-// What other queries had read of those that this one had left to their codes. weight: of all taken.
-void ClusterSearch::CountOthers(uint32_t query, std::span<const float> weight) {
-  ErrorCut& cut = cuts_[query];
-  if (!(cut.error > 0)) return;
-  const float* const score = TokenScores(query);
+// weight: of all that are taken.
+void ClusterPart::CountOthers(uint32_t query, float refine, std::span<const float> weight) {
+  const std::span<const float> score = TokenScores(query);
   const std::span<const uint32_t> taken = s_.taken.all();
   float sum = 0, squares = 0;
   for (size_t e = 0; e < weight.size(); ++e) {
-    const float left = score[taken[e]] < cut.refine ? weight[e] : 0;
+    const float left = score[taken[e]] < refine ? weight[e] : 0;
     sum += left;
     squares += left * left;
   }
-  const float doubt = model_.token_doubt * unrest_[query].token;
-  const float apart = cut.error * cut.error - cut.together * cut.together;
-  cut.together = std::max(closed_[query],
-                          cut.together - model_.common_doubt * unrest_[query].token * sum);
-  cut.error = std::sqrt(std::max(0.0f, apart - doubt * doubt * squares) + cut.together * cut.together);
+  found_[query].others = sum;
+  found_[query].others_squares = squares;
 }
 
-void ClusterSearch::ListTokens(std::span<const uint32_t> entries,
+void ClusterPart::ListTokens(std::span<const uint32_t> entries,
                                std::vector<uint32_t>* out) const {
   ForTaken(entries, [&](size_t r, size_t lo, size_t some) {
     const uint32_t first = runs_[r].view->tokens().lo;
@@ -292,7 +220,7 @@ void ClusterSearch::ListTokens(std::span<const uint32_t> entries,
 
 // Gathered in the order of tokens, so that what a query may see lies together, and attended like
 // any other run.
-void ClusterSearch::AttendExactly(std::span<const uint32_t> entries, std::span<Partial> acc) {
+void ClusterPart::AttendExactly(std::span<const uint32_t> entries) {
   constexpr uint32_t kTogether = 512, kAhead = 8;
   std::vector<uint32_t> tokens;
   std::vector<TokenRange> ranges(count_);
@@ -332,30 +260,26 @@ void ClusterSearch::AttendExactly(std::span<const uint32_t> entries, std::span<P
       }
       const KvSegment segment{gathered, gathered + kTogether * row,
                               {0, static_cast<uint32_t>(n)}};
-      QueryBlock block = queries_;
+      QueryBlock block = q_.block;
       block.ranges = ranges;
-      ExactScan().AttendAll({{&segment, 1}, view.head_dim, view.dtype}, block, acc);
+      ExactScan().AttendAll({{&segment, 1}, view.head_dim, view.dtype}, block, exact_);
     }
   });
 }
 
 // Every token weighs in its leaf's mean, every leaf in its super's; rows add differences.
-void ClusterSearch::AddValues(std::span<Partial> parts) {
-  std::vector<float> sums(size_t{count_} * queries_.head_dim);
+void ClusterPart::AddValues(std::span<const float> least) {
+  std::vector<float> sums(size_t{count_} * q_.block.head_dim);
   AddTokenValues(sums);
-  AddLeafValues(parts, sums);
+  AddLeafValues(least, sums);
   AddSuperValues(sums);
   for (uint32_t i = 0; i < count_; ++i) {
-    for (uint32_t d = 0; d < queries_.head_dim; ++d) {
-      parts[i].acc[d] += sums[size_t{i} * queries_.head_dim + d];
-    }
+    std::copy_n(sums.data() + size_t{i} * q_.block.head_dim, q_.block.head_dim,
+                estimated_[i].acc.data());
   }
-  AddSlope(model_.token_slope, queries_, by_code_, parts);
-  AddSlope(model_.leaf.slope, queries_, by_leaf_, parts);
-  AddSlope(model_.super.slope, queries_, by_super_, parts);
 }
 
-void ClusterSearch::AddTokenValues(std::span<float> sums) {
+void ClusterPart::AddTokenValues(std::span<float> sums) {
   const std::span<const uint32_t> taken = s_.taken.all();
   const size_t n = taken.size(), opened = s_.opened.size();
   uint32_t* const place = s_.row_place.Take(n);
@@ -381,9 +305,8 @@ void ClusterSearch::AddTokenValues(std::span<float> sums) {
 }
 
 // Of the leaves that matter to some query; all leaves' weights go up to their supers.
-void ClusterSearch::AddLeafValues(std::span<const Partial> parts, std::span<float> sums) {
+void ClusterPart::AddLeafValues(std::span<const float> least, std::span<float> sums) {
   const size_t row = leaf_row(), opened = s_.opened.size();
-  std::vector<float> least;
   for (uint32_t i = 0; i < count_; ++i) {
     float* const leaf = s_.leaf_score.data() + i * row;
     for (size_t j = 0; j < opened; ++j) leaf[s_.opened[j]] = s_.leaf_sum[i * opened + j];
@@ -391,9 +314,6 @@ void ClusterSearch::AddLeafValues(std::span<const Partial> parts, std::span<floa
     for (size_t s = 0; s < s_.opened_supers.size(); ++s) {
       supers[s_.opened_supers[s]] = Sum({leaf + s * kLeavesPerSuper, kLeavesPerSuper});
     }
-    const float share = std::max(kLeastNegligible, kNegligible * limits_.tolerance);
-    least.push_back(std::max(share * parts[i].sum / std::sqrt(static_cast<float>(row + 1)),
-                             std::numeric_limits<float>::min()));
   }
   uint32_t* const weighty = s_.weighty.Take(row + kLeafRows);
   ForOpenedSupers([&](size_t r, size_t lo, size_t supers) {
@@ -415,11 +335,11 @@ void ClusterSearch::AddLeafValues(std::span<const Partial> parts, std::span<floa
   });
 }
 
-void ClusterSearch::AddSuperValues(std::span<float> sums) {
+void ClusterPart::AddSuperValues(std::span<float> sums) {
   kernels::AccumulateTile tile{};
   tile.ld_p = supers_;
   tile.queries = count_;
-  tile.head_dim = queries_.head_dim;
+  tile.head_dim = q_.block.head_dim;
   tile.dtype = kernels::kBf16;
   tile.acc = sums.data();
   for (size_t r = 0; r < runs_.size(); ++r) {

@@ -5,7 +5,7 @@
 #include <functional>
 #include <numeric>
 
-#include "cpu_index/cluster_attend.h"
+#include "cpu_index/cluster_search.h"
 
 namespace quarry {
 namespace {
@@ -67,9 +67,11 @@ class Sampled {
       const QueryBlock block{Query(lo).data(), DType::kFp32, n, head_dim_, 1.0f, {}};
       std::vector<Partial> partials(n);
       for (uint32_t i = 0; i < n; ++i) partials[i].acc = Row(acc, lo + i);
-      ClusterSearch search(runs, block, limits, &scratch_);
-      search.Look();
-      search.Attend(partials, nullptr);
+      ClusterSearch search(runs, block, limits);
+      do {
+        search.RunPart(0);
+      } while (search.Next());
+      search.Finish(partials);
       for (uint32_t i = 0; i < n; ++i) {
         partials[i].Finish(Row(out, lo + i));
         if (promised == nullptr) continue;
@@ -154,7 +156,6 @@ class Sampled {
   std::vector<ClusterRun> runs_;
   std::vector<float> wanted_;
   double mean_square_ = 0;  // of the answers' lengths
-  mutable ClusterScratch scratch_;
 };
 
 std::vector<ClusterModel::Unrest> UnrestOf(const Sampled& sampled, const ClusterModel& m) {

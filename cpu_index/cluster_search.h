@@ -2,13 +2,20 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
 #include "cpu_index/cluster_index.h"
+#include "cpu_index/error_cut.h"
 #include "cpu_index/key_index.h"
 
 namespace quarry {
+
+class ClusterPart;
+struct ClusterFindings;
+struct ClusterQueries;
+struct TokenFloors;
 
 // One run that is searched.
 struct ClusterRun {
@@ -31,11 +38,67 @@ struct ClusterLimits {
   enum class Depth { kAsNeeded, kSupers, kLeaves, kCodes, kRows, kExact };
   Depth depth = Depth::kAsNeeded;
   uint32_t best_tokens = 0;
+
+  // Whether it is known beforehand that all tokens are looked at, whatever their groups weigh.
+  bool Everything() const {
+    return depth == Depth::kAsNeeded ? tolerance <= 0 : depth >= Depth::kCodes;
+  }
 };
 
-// Attention of every query over the tokens that it sees of `runs`, all of one model, merged into acc
-// [queries]; the bytes of all of it go to acc[0]. queries.ranges is not used. Cost: see README.md.
-// refined: may be null; the tokens whose rows, or keys and values, were read, in no order.
+// Attention of every query over the tokens that it sees of `runs`, all of one model, in stages whose
+// parts, some of the runs each, any threads may run at the same time; what is opened and read is
+// decided between the stages for all parts together. Up to rounding the answer is the same with any
+// number of parts.
+class ClusterSearch {
+ public:
+  // parts: into which the runs are cut, about even in tokens; no more than that, and a run is not
+  // cut. What `runs`, `queries` and `limits` point to outlives
+  // the search; queries.ranges is not used.
+  ClusterSearch(std::span<const ClusterRun> runs, const QueryBlock& queries,
+                const ClusterLimits& limits, uint32_t parts = 1);
+  ~ClusterSearch();
+
+  uint32_t parts() const { return static_cast<uint32_t>(parts_.size()); }
+  // Of the current stage, each part once.
+  void RunPart(uint32_t part);
+  // When all parts of a stage have been run. False after the last one.
+  bool Next();
+
+  // After the last stage: merges the answers into acc [queries]; the bytes of all of it go to acc[0].
+  // refined: may be null; the tokens whose rows, or keys and values, were read, in no order.
+  void Finish(std::span<Partial> acc, std::vector<uint32_t>* refined = nullptr) const;
+  // Then: which share of the square of a query's predicted error adds up over tokens and groups.
+  float TogetherShare(uint32_t query) const;
+
+ private:
+  enum class Stage { kLeaves, kTokens, kAttend };
+
+  float Mass(uint32_t query, float ClusterFindings::* mass) const;
+  ScoreHistogram Together(uint32_t query, ScoreHistogram ClusterFindings::* scores) const;
+  float Sum(uint32_t query, float ClusterFindings::* weight, int power = 1) const;
+  float OpenedFrom(uint32_t query, float share, float tokens, float doubt) const;
+  void DecideSupers();
+  void DecideLeaves();
+  void DecideTokens();
+  ErrorCut CutOf(uint32_t query, const ScoreHistogram& tokens) const;
+  ErrorCut ForcedCut(uint32_t query) const;
+  void Attend(uint32_t part);
+  ErrorCut Left(uint32_t query) const;
+
+  const std::unique_ptr<const ClusterQueries> queries_;
+  std::vector<std::unique_ptr<ClusterPart>> parts_;
+  Stage stage_ = Stage::kLeaves;
+  // What was decided, by query.
+  std::vector<float> super_floors_;
+  std::unique_ptr<TokenFloors> floors_;
+  std::vector<ErrorCut> cuts_;
+  // Once tokens are scored: near their largest score; by e^top_, the error that closed groups may
+  // make, and what all that is estimated weighs.
+  std::vector<float> top_, closed_, mass_;
+  size_t leaves_ = 0;  // that were scored
+};
+
+// All of it on the calling thread.
 void SearchClusters(std::span<const ClusterRun> runs, const QueryBlock& queries,
                     const ClusterLimits& limits, std::span<Partial> acc,
                     std::vector<uint32_t>* refined = nullptr);

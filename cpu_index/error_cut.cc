@@ -10,8 +10,8 @@
 namespace quarry {
 namespace {
 
-constexpr int kBins = kernels::kHistogramBins;
-constexpr float kPerNat = 8;
+constexpr int kBins = ScoreHistogram::kBins;
+constexpr float kPerNat = ScoreHistogram::kPerNat;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kAll = std::numeric_limits<float>::infinity();
 // Where groups alone come near to what is allowed, tokens need not be much better than they.
@@ -36,10 +36,36 @@ int ExactAboveBins(float refined_part) {
 
 }  // namespace
 
+ScoreHistogram ScoreHistogram::Of(std::span<const float> scores) {
+  ScoreHistogram out;
+  const float most = Kernels().max(scores.data(), scores.size());
+  if (most == kNone) {
+    out.count.back() = static_cast<uint32_t>(scores.size());
+    return out;
+  }
+  out.top = std::ceil(most * kPerNat) / kPerNat;
+  Kernels().histogram(scores.data(), scores.size(), out.top, kPerNat, out.count.data());
+  return out;
+}
+
+void ScoreHistogram::Add(const ScoreHistogram& other) {
+  if (other.top > top) {
+    const ScoreHistogram mine = *this;
+    *this = other;
+    return Add(mine);
+  }
+  // In this order what is no number, of two tops that are none, is far below.
+  const int lower = static_cast<int>(std::min(float{kBins}, (top - other.top) * kPerNat));
+  for (int b = 0; b < kBins; ++b) count[std::min(b + lower, kBins - 1)] += other.count[b];
+}
+
+float ScoreHistogram::Below(int bins) const {
+  return bins == 0 ? kAll : std::nextafter(top - static_cast<float>(bins) / kPerNat, kAll);
+}
+
 ErrorCut FindErrorCut(const ErrorCutInput& in) {
   const std::array<float, kBins>& mass = MassOfBin();
-  uint32_t count[kBins] = {};
-  Kernels().histogram(in.scores.data(), in.scores.size(), in.top, kPerNat, count);
+  const std::array<uint32_t, kBins>& count = in.tokens.count;
   const double doubt = double{in.token_doubt} * in.token_doubt;
   const double refined_part = double{in.refined_part} * in.refined_part;
   const auto squares_of = [&](int b) { return doubt * mass[b] * mass[b] * count[b]; };
@@ -67,24 +93,19 @@ ErrorCut FindErrorCut(const ErrorCutInput& in) {
   for (; exact < cut && left() > allowed * allowed; ++exact) {
     refined -= refined_part * squares_of(exact);
   }
-  const auto edge = [&](int bin) {
-    return bin == 0 ? kAll : in.top - static_cast<float>(bin) / kPerNat;
-  };
-  return {edge(cut), edge(exact),
+  return {in.tokens.Below(cut), in.tokens.Below(exact),
           static_cast<float>(std::sqrt(std::max(0.0, squares + refined) + common * common)),
           static_cast<float>(common)};
 }
 
-float OpenFrom(std::span<const float> weights, float allowed) {
-  constexpr float kAbove = 16;  // nats above what is allowed in all, beyond which all are alike
-  uint32_t count[kBins] = {};
-  Kernels().histogram(weights.data(), weights.size(), allowed + kAbove, kPerNat, count);
+float OpenFrom(const ScoreHistogram& weights, float allowed) {
+  if (weights.top == kNone) return kAll;
   const std::array<float, kBins>& mass = MassOfBin();
+  const double most = std::exp(double{allowed} - weights.top);
   double sum = 0;
-  const double most = std::exp(-kAbove);
   for (int b = kBins - 2; b >= 0; --b) {
-    sum += double{mass[b]} * count[b];
-    if (sum > most) return allowed + kAbove - static_cast<float>(b + 1) / kPerNat;
+    sum += double{mass[b]} * weights.count[b];
+    if (sum > most) return weights.Below(b + 1);
   }
   return kAll;
 }

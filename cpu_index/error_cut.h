@@ -1,18 +1,34 @@
 // How many tokens of a query are looked at more closely, so that its predicted error is tolerated.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <limits>
 #include <span>
 
-#include "cpu_index/cluster_model.h"
+#include "cpu_index/kernels.h"
 
 namespace quarry {
 
-// What one query's tokens and groups of tokens weigh, by their scores. All masses and errors are by
-// e^top, errors also by the length of a typical answer.
+// How many scores, logs of weights, lie in each eighth of a nat below a top. No sort, and no exponential
+// for a score; what is found by it is true to a bin.
+struct ScoreHistogram {
+  static constexpr int kBins = kernels::kHistogramBins;  // the last: far below, and no weight at all
+  static constexpr float kPerNat = 8;
+  // No less than any score, and a whole number of bins, so that histograms can be added.
+  float top = -std::numeric_limits<float>::infinity();
+  std::array<uint32_t, kBins> count{};
+
+  static ScoreHistogram Of(std::span<const float> scores);
+  void Add(const ScoreHistogram& other);
+  // The least score in the `bins` highest, whose lower edges are the next ones'; infinity for none.
+  float Below(int bins) const;
+};
+
+// What one query's tokens and groups of tokens weigh, by their scores. Errors are by e^tokens.top and
+// the length of a typical answer.
 struct ErrorCutInput {
-  std::span<const float> scores;  // of tokens, by their codes
-  float top = 0;                  // near the largest of all scores
+  ScoreHistogram tokens;          // by their codes
   float token_doubt = 0;          // of a single token's estimate, by its mass
   float common_part = 0;          // of that, what adds up over tokens
   float refined_part = 0;         // of that, what is left where a token's row is read
@@ -23,8 +39,7 @@ struct ErrorCutInput {
 
 // Tokens of at least `refine` are to be read by their rows, those of at least `exact` exactly; the
 // first tokens of the highest scores until the errors left add up to at most what is allowed: those of
-// single tokens as independent, the common parts and the groups' as one. A histogram of the scores:
-// no sort, no exponential for a token, and the cut is true to an eighth of a nat.
+// single tokens as independent, the common parts and the groups' as one.
 struct ErrorCut {
   float refine, exact;
   float error;     // that is left
@@ -32,8 +47,8 @@ struct ErrorCut {
 };
 ErrorCut FindErrorCut(const ErrorCutInput& in);
 
-// The least weight (a log) that has to be opened, so that those of `weights` below it sum up to at
-// most e^allowed.
-float OpenFrom(std::span<const float> weights, float allowed);
+// The least weight (a log) that has to be opened, so that the weights below it sum up to at most
+// e^allowed.
+float OpenFrom(const ScoreHistogram& weights, float allowed);
 
 }  // namespace quarry

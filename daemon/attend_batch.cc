@@ -108,7 +108,7 @@ void AttendBatch::Start(Executor& executor) {
   }
   if (admitted_.empty()) return Finish();
 
-  PlanLanes();
+  PlanLanes(executor.threads());
   uint64_t bytes = 0;
   for (const AttendLane& lane : lanes_) bytes += std::max(lane.scan_bytes(), lane.work_bytes());
   lanes_left_.store(static_cast<uint32_t>(lanes_.size()), std::memory_order_relaxed);
@@ -226,17 +226,21 @@ std::vector<AttendBatch::LaneSeat> AttendBatch::Seats() const {
   return seats;
 }
 
-void AttendBatch::PlanLanes() {
+void AttendBatch::PlanLanes(uint32_t threads) {
   const std::vector<LaneSeat> seats = Seats();
   const auto same = [](const LaneKey& a, const LaneKey& b) {
     return a.shape == b.shape && a.layer == b.layer && a.kv_head == b.kv_head &&
            a.q_dtype == b.q_dtype && a.kind == b.kind && a.samples == b.samples &&
            a.tolerance == b.tolerance;
   };
+  std::vector<std::span<const LaneSeat>> lanes;
   for (size_t lo = 0, hi = 0; lo < seats.size(); lo = hi) {
     for (hi = lo + 1; hi < seats.size() && same(seats[lo].key, seats[hi].key);) ++hi;
-    AddLane(std::span(seats).subspan(lo, hi - lo));
+    lanes.push_back(std::span(seats).subspan(lo, hi - lo));
   }
+  // So many that no thread is idle, the caller's neither.
+  const auto parts = static_cast<uint32_t>(threads / lanes.size() + 1);
+  for (const std::span<const LaneSeat> lane : lanes) AddLane(lane, parts);
 }
 
 const AttendBatch::Plan& AttendBatch::PlanFor(std::span<const LaneSeat> seats) {
@@ -280,7 +284,7 @@ void AttendBatch::PlanRest(Plan* plan) const {
   }
 }
 
-void AttendBatch::AddLane(std::span<const LaneSeat> seats) {
+void AttendBatch::AddLane(std::span<const LaneSeat> seats, uint32_t search_parts) {
   const Plan& plan = PlanFor(seats);
   const LaneKey& key = seats.front().key;
   const size_t group = key.shape->group();
@@ -301,7 +305,8 @@ void AttendBatch::AddLane(std::span<const LaneSeat> seats) {
     indexes.push_back(index == nullptr ? &ExactScan() : index.get());
     if (index != nullptr) indexes_.push_back(std::move(index));
   }
-  AttendLane& lane = lanes_.emplace_back(key, members, plan.units, indexes, plan.rest);
+  AttendLane& lane = lanes_.emplace_back(key, members, plan.units, indexes, plan.rest,
+                                         search_parts);
   lane_rows_.push_back(plan.rows);
   for (uint32_t i = 0; i < lane.tasks(); ++i) tasks_.push_back({&lane, i});
 }

@@ -74,11 +74,11 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   absl::Status Admit(const AttendRow& row, AttendAnswer& answer, AdmittedRow* admitted);
   absl::Status ChargeScratch(const AttendRow& row, ScanKind kind, const KvShape& shape);
   absl::Status TakeQueries(const AttendRow& row, size_t floats);
-  void PlanLanes();
+  void PlanLanes(uint32_t threads);
   std::vector<LaneSeat> Seats() const;
   const Plan& PlanFor(std::span<const LaneSeat> seats);
   void PlanRest(Plan* plan) const;
-  void AddLane(std::span<const LaneSeat> seats);
+  void AddLane(std::span<const LaneSeat> seats, uint32_t search_parts);
   bool cancelled();
   void RunLaneTask(AttendLane& lane, uint32_t task);
   void PhaseDone(AttendLane& lane);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
+#include <optional>
 #include <utility>
 
 #include "absl/container/inlined_vector.h"
@@ -77,13 +79,60 @@ class AttendLane::Queries {
   QueryBlock block_;
 };
 
+// The runs of a family, whose queries are the same but for what they see of each.
+class AttendLane::FamilySearch {
+ public:
+  FamilySearch(AttendLane& lane, const Family& family)
+      : answers_(lane.UnitPartials(family.front())) {
+    for (uint32_t u : family) {
+      lane.ClearPartials(u);
+      views_.emplace_back(lane, u);
+      kv_.push_back(views_.back().segments.view());
+      queries_.emplace_back(lane, lane.units_[u]);
+      runs_.push_back({lane.clusters_[u], &kv_.back(), queries_.back().block().ranges});
+    }
+    limits_.tolerance = lane.key_.tolerance;
+    for (uint32_t member : lane.units_[family.front()].members) {
+      const auto first = lane.elsewhere_.begin() + member * lane.group_;
+      elsewhere_.insert(elsewhere_.end(), first, first + lane.group_);
+      // All queries of a block share what is read, so its members' least cap is for all of them.
+      const uint32_t most = lane.members_[member].budget.k;
+      if (most > 0) limits_.most_tokens = std::min(limits_.most_tokens, most);
+    }
+    limits_.other_length = elsewhere_;
+    search_.emplace(runs_, queries_.front().block(), limits_, lane.search_parts_);
+  }
+  FamilySearch(const FamilySearch&) = delete;
+
+  uint32_t parts() const { return search_->parts(); }
+  void RunPart(uint32_t part) { search_->RunPart(part); }
+  // False when the answers are there.
+  bool Next() {
+    if (search_->Next()) return true;
+    search_->Finish(answers_);
+    return false;
+  }
+
+ private:
+  const std::span<Partial> answers_;
+  std::deque<View> views_;
+  std::deque<KvView> kv_;
+  std::deque<Queries> queries_;
+  std::vector<ClusterRun> runs_;
+  std::vector<float> elsewhere_;
+  ClusterLimits limits_;
+  std::optional<ClusterSearch> search_;
+};
+
 AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
                        std::span<const ScanUnit> units,
-                       std::span<const KeyIndex* const> indexes, std::span<const ScanUnit> rest)
+                       std::span<const KeyIndex* const> indexes, std::span<const ScanUnit> rest,
+                       uint32_t search_parts)
     : key_(key),
       group_(key.shape->group()),
       units_(units),
       rest_(rest),
+      search_parts_(search_parts),
       members_(members.begin(), members.end()),
       results_(members.size()) {
   const size_t head_dim = key.shape->head_dim;
@@ -96,6 +145,7 @@ AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
     }
   }
   PickIndexes(indexes);
+  searches_.resize(families_.size());
   size_t slots = 0;
   for (uint32_t u = 0; u < indexes_.size(); ++u) {
     first_slot_.push_back(static_cast<uint32_t>(slots));
@@ -151,6 +201,8 @@ void AttendLane::AddToFamily(uint32_t u, const ClusterIndex* clusters) {
   families_.push_back({u});
 }
 
+AttendLane::~AttendLane() = default;
+
 uint64_t AttendLane::scan_bytes() const {
   uint64_t tokens = 0;
   for (uint32_t u = 0; u < indexes_.size(); ++u) tokens += unit(u).tokens.size();
@@ -189,6 +241,11 @@ uint32_t AttendLane::tasks() const {
       return static_cast<uint32_t>(members_.size() * group_);
     case Phase::kSearch:
       return static_cast<uint32_t>(families_.size());
+    case Phase::kSearchPart: {
+      uint32_t parts = 0;
+      for (const auto& search : searches_) parts += search == nullptr ? 0 : search->parts();
+      return parts;
+    }
     case Phase::kScore:
     case Phase::kRefine:
       break;
@@ -207,7 +264,9 @@ void AttendLane::RunTask(uint32_t task) {
     case Phase::kRefine:
       return Refine(searched_[task]);
     case Phase::kSearch:
-      return Search(families_[task]);
+      return Search(task);
+    case Phase::kSearchPart:
+      return SearchPart(task);
   }
 }
 
@@ -229,11 +288,21 @@ bool AttendLane::NextPhase() {
     case Phase::kAllocate:
       EnterPhase(Phase::kRefine);
       return true;
-    case Phase::kRefine:
     case Phase::kSearch:
+    case Phase::kSearchPart:
+      return NextStage();
+    case Phase::kRefine:
       break;
   }
   return false;
+}
+
+bool AttendLane::NextStage() {
+  for (auto& search : searches_) {
+    if (phase_ == Phase::kSearchPart && search != nullptr && !search->Next()) search.reset();
+  }
+  EnterPhase(Phase::kSearchPart);
+  return tasks() > 0;
 }
 
 // The lengths of the sums over what has been attended whole.
@@ -308,33 +377,23 @@ void AttendLane::Refine(uint32_t u) {
   coarse_[u] = CoarseScores{};  // of no more use, and large
 }
 
-void AttendLane::Search(const Family& family) {
-  std::vector<std::unique_ptr<View>> views;
-  std::vector<std::unique_ptr<Queries>> queries;  // the same but for what they see
-  std::vector<ClusterRun> runs;
-  for (uint32_t u : family) {
-    ClearPartials(u);
-    views.push_back(std::make_unique<View>(*this, u));
-    queries.push_back(std::make_unique<Queries>(*this, units_[u]));
+void AttendLane::Search(uint32_t f) {
+  auto search = std::make_unique<FamilySearch>(*this, families_[f]);
+  if (search->parts() > 1) {
+    searches_[f] = std::move(search);
+    return;
   }
-  std::vector<KvView> of_view;
-  for (const auto& view : views) of_view.push_back(view->segments.view());
-  for (size_t i = 0; i < family.size(); ++i) {
-    runs.push_back({clusters_[family[i]], &of_view[i], queries[i]->block().ranges});
+  do {
+    search->RunPart(0);
+  } while (search->Next());
+}
+
+void AttendLane::SearchPart(uint32_t task) {
+  for (const auto& search : searches_) {
+    const uint32_t parts = search == nullptr ? 0 : search->parts();
+    if (task < parts) return search->RunPart(task);
+    task -= parts;
   }
-  std::vector<float> elsewhere;
-  for (uint32_t member : units_[family.front()].members) {
-    for (uint32_t g = 0; g < group_; ++g) elsewhere.push_back(elsewhere_[member * group_ + g]);
-  }
-  ClusterLimits limits;
-  limits.tolerance = key_.tolerance;
-  limits.other_length = elsewhere;
-  // All queries of a block share what is read, so its members' least cap is for all of them.
-  for (uint32_t member : units_[family.front()].members) {
-    const uint32_t most = members_[member].budget.k;
-    if (most > 0) limits.most_tokens = std::min(limits.most_tokens, most);
-  }
-  SearchClusters(runs, queries.front()->block(), limits, UnitPartials(family.front()));
 }
 
 std::span<const Partial> AttendLane::MergeUnits(std::vector<Partial>* totals,

@@ -47,14 +47,16 @@ struct LaneResult {
 // indexed one scores its units, shares each query's budget out over them, then refines them. One
 // with a tolerance first attends the units that no index estimates, and the `rest`, tokens that the
 // answers will be merged with elsewhere: beside a long sum of these errors matter less. Then it
-// searches the others, all at once that have the same members and the same model.
+// searches the others, all at once that have the same members and the same model, in parts.
 class AttendLane {
  public:
   // `units` and `rest` are PlanScan's answers for these members; indexes[u] may answer for unit u
   // (the exact scan: there is no other), and is asked throughout. All outlive the lane.
+  // search_parts: into which the clusters of a search are cut, as far as there are runs.
   AttendLane(const LaneKey& key, std::span<const LaneMember> members,
              std::span<const ScanUnit> units, std::span<const KeyIndex* const> indexes,
-             std::span<const ScanUnit> rest = {});
+             std::span<const ScanUnit> rest = {}, uint32_t search_parts = 1);
+  ~AttendLane();
 
   const LaneKey& key() const { return key_; }
   uint64_t scan_bytes() const;
@@ -75,11 +77,12 @@ class AttendLane {
   std::span<const LaneResult> results() const { return results_; }  // by member
 
  private:
-  enum class Phase { kAttend, kScore, kAllocate, kRefine, kSearch };
+  enum class Phase { kAttend, kScore, kAllocate, kRefine, kSearch, kSearchPart };
   // Units that are searched together.
   using Family = std::vector<uint32_t>;
   class View;
   class Queries;
+  class FamilySearch;
 
   // Units of the lane, and behind them those of the rest.
   const ScanUnit& unit(uint32_t u) const {
@@ -92,7 +95,9 @@ class AttendLane {
   void Score(uint32_t unit);
   void Allocate(uint32_t query);
   void Refine(uint32_t unit);
-  void Search(const Family& family);
+  void Search(uint32_t family);
+  void SearchPart(uint32_t task);
+  bool NextStage();
   void AddToFamily(uint32_t unit, const ClusterIndex* clusters);
   float ErrorOf(const Partial& total, uint32_t query) const;
   std::span<Partial> UnitPartials(uint32_t unit);
@@ -108,6 +113,8 @@ class AttendLane {
   std::vector<const ClusterIndex*> clusters_;  // per unit; null: indexes_ has what is used
   std::vector<uint32_t> whole_, searched_;  // units, and of the rest, that are attended; searched
   std::vector<Family> families_;            // of the others
+  const uint32_t search_parts_;
+  std::vector<std::unique_ptr<FamilySearch>> searches_;  // per family; null: not in parts, or over
   std::vector<LaneMember> members_;
   std::vector<float> packed_q_;           // [member][group][head_dim], if there are several
   std::vector<uint32_t> first_slot_;      // per unit, of partials_; one past the end at the end

@@ -10,6 +10,7 @@
 #include <memory>
 #include <random>
 #include <span>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -194,15 +195,27 @@ inline ClusterAnswer Exactly(const ClusterRuns& runs, QueryBlock queries,
   });
 }
 
+// parts: of each stage, run by as many threads.
 inline ClusterAnswer Search(const ClusterRuns& runs, const QueryBlock& queries,
-                            std::span<const TokenRange> ranges, const ClusterLimits& limits) {
+                            std::span<const TokenRange> ranges, const ClusterLimits& limits,
+                            uint32_t parts = 1) {
   std::vector<ClusterRun> searched;
   for (size_t r = 0; r < runs.views.size(); ++r) {
     searched.push_back({runs.indexes[r].get(), &runs.views[r], ranges});
   }
   return internal::Collect(
       queries, [&](std::span<Partial> partials, std::vector<uint32_t>* refined) {
-        SearchClusters(searched, queries, limits, partials, refined);
+        if (parts == 1) return SearchClusters(searched, queries, limits, partials, refined);
+        ClusterSearch search(searched, queries, limits, parts);
+        EXPECT_LE(search.parts(), parts);
+        EXPECT_GT(search.parts(), 1u);
+        do {
+          std::vector<std::jthread> threads;
+          for (uint32_t p = 0; p < search.parts(); ++p) {
+            threads.emplace_back([&, p] { search.RunPart(p); });
+          }
+        } while (search.Next());
+        search.Finish(partials, refined);
       });
 }
 

@@ -46,6 +46,39 @@ TEST(ClusterRunsTest, TheSameTokensInFewOrManyRunsGiveTheSameAnswerWithinTheErro
   }
 }
 
+TEST(ClusterRunsTest, PartsThatThreadsShareAnswerLikeOneSearch) {
+  const ClusterHead head(9000, 64, 2);
+  ClusterRuns runs(head, {100, 1800, 3000, 5200, 8100, 9000});
+  runs.Learn(head.sampled, runs.views.size(), 4);
+  const std::vector<TokenRange> all(4, head.all());
+  std::vector<TokenRange> some = all;
+  some[1] = {kFirst + 2000, kFirst + 7000};
+  some[3] = {kFirst + 8500, kFirst + 9000};
+  const std::vector<float> elsewhere(4, 2.0f);
+  for (const bool open_all : {false, true}) {
+    runs.OpenAll(open_all);
+    for (const std::vector<TokenRange>& ranges : {all, some}) {
+      for (const float tolerated : {0.0f, 0.01f, 0.1f}) {
+        ClusterLimits limits = Within(tolerated);
+        limits.other_length = elsewhere;
+        const ClusterAnswer one = Search(runs, head.Queries(0, 4), ranges, limits);
+        for (const uint32_t parts : {2u, 3u, 6u}) {
+          SCOPED_TRACE(::testing::Message() << parts << " parts, tolerated " << tolerated
+                                            << (open_all ? ", every code" : ""));
+          const ClusterAnswer cut = Search(runs, head.Queries(0, 4), ranges, limits, parts);
+          EXPECT_NEAR(cut.bytes, one.bytes, 0.01 * one.bytes);
+          EXPECT_NEAR(cut.refined.size(), one.refined.size(), 1 + 0.01 * one.refined.size());
+          for (uint32_t i = 0; i < 4; ++i) {
+            EXPECT_LT(ErrorOf(cut.o[i], one.o[i]), 1e-4 + 0.02 * tolerated);
+            EXPECT_NEAR(cut.lse[i], one.lse[i], 1e-4 + 0.02 * tolerated);
+            EXPECT_NEAR(cut.predicted[i], one.predicted[i], 0.02 * one.predicted[i]);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(ClusterRunsTest, EverythingRefinedIsExactOverRunsOfAnyLength) {
   const ClusterHead head(3000, 64, 2);
   ClusterRuns runs(head, {1, 17, 33, 33 + 256, 800, 801, 2500, 3000});

@@ -28,9 +28,9 @@ std::vector<float> RandomScores(size_t n, float spread, std::mt19937* random) {
   return out;
 }
 
-float TopOf(const std::vector<float>& scores) {
-  return *std::max_element(scores.begin(), scores.end());
-}
+struct CutCase : ErrorCutInput {
+  std::vector<float> scores;
+};
 
 size_t CountFrom(const std::vector<float>& scores, float least) {
   return static_cast<size_t>(std::count_if(scores.begin(), scores.end(),
@@ -38,10 +38,10 @@ size_t CountFrom(const std::vector<float>& scores, float least) {
 }
 
 // What is left where tokens from `refine` on are read by their rows, and from `exact` on exactly.
-double ErrorLeft(const ErrorCutInput& in, float refine, float exact) {
+double ErrorLeft(const CutCase& in, float refine, float exact) {
   double squares = 0, common = in.closed;
   for (const float score : in.scores) {
-    const double weight = in.token_doubt * std::exp(double{score} - in.top);
+    const double weight = in.token_doubt * std::exp(double{score} - in.tokens.top);
     if (score >= exact) continue;
     const double part = score >= refine ? in.refined_part : 1;
     squares += part * part * weight * weight;
@@ -52,12 +52,12 @@ double ErrorLeft(const ErrorCutInput& in, float refine, float exact) {
 
 // How much heavier than what is just refined a token is that is read exactly: a byte of either
 // takes as much of the squared error away.
-double ExactAbove(const ErrorCutInput& in) { return std::log(2 / in.refined_part); }
+double ExactAbove(const CutCase& in) { return std::log(2 / in.refined_part); }
 
-ErrorCutInput Input(const std::vector<float>& scores, float allowed) {
-  ErrorCutInput in;
+CutCase Input(const std::vector<float>& scores, float allowed) {
+  CutCase in;
   in.scores = scores;
-  in.top = scores.empty() ? 0 : TopOf(scores);
+  in.tokens = ScoreHistogram::Of(scores);
   in.token_doubt = 1.3f;
   in.common_part = 0.08f;
   in.refined_part = 0.2f;
@@ -67,16 +67,16 @@ ErrorCutInput Input(const std::vector<float>& scores, float allowed) {
 
 // Sums from which all parts were taken again are 0 but for what doubles round, of which this is the
 // root.
-double Rounding(const ErrorCutInput& in) { return 1e-6 * ErrorLeft(in, kAll, kAll); }
+double Rounding(const CutCase& in) { return 1e-6 * ErrorLeft(in, kAll, kAll); }
 
 // The sum of all weights, by e^top.
-float MassOf(const ErrorCutInput& in) {
+float MassOf(const CutCase& in) {
   double mass = 0;
-  for (const float x : in.scores) mass += std::exp(double{x} - in.top);
+  for (const float x : in.scores) mass += std::exp(double{x} - in.tokens.top);
   return static_cast<float>(mass);
 }
 
-void ExpectRightCut(const ErrorCutInput& in, const std::vector<float>& scores) {
+void ExpectRightCut(const CutCase& in, const std::vector<float>& scores) {
   const ErrorCut cut = FindErrorCut(in);
   const double allowed = std::max<double>(in.allowed, 1.4 * in.closed);
   ASSERT_GE(cut.exact, cut.refine);
@@ -91,6 +91,44 @@ void ExpectRightCut(const ErrorCutInput& in, const std::vector<float>& scores) {
   EXPECT_GT(CountFrom(scores, cut.refine), 0u);
 }
 
+// How many scores are in the first bins, at the edges of all bins.
+std::vector<uint32_t> Summed(const ScoreHistogram& scores) {
+  std::vector<uint32_t> out;
+  for (const uint32_t n : scores.count) out.push_back(n + (out.empty() ? 0 : out.back()));
+  return out;
+}
+
+TEST(ScoreHistogramTest, CountsScoresByEighthsBelowATop) {
+  const std::vector<float> scores = {2.3f, 1.0f, 0.99f, -40.0f, kNone, 2.26f};
+  const ScoreHistogram histogram = ScoreHistogram::Of(scores);
+  EXPECT_EQ(histogram.top, 2.375f);
+  EXPECT_EQ(histogram.count[0], 2u);
+  EXPECT_EQ(histogram.count[11], 2u);
+  EXPECT_EQ(histogram.count.back(), 2u);
+  EXPECT_EQ(Summed(histogram).back(), 6u);
+}
+
+TEST(ScoreHistogramTest, PartsAddUpToTheWhole) {
+  std::mt19937 random(static_cast<uint32_t>(Seed()));
+  for (const float spread : {0.4f, 5.0f, 30.0f}) {
+    const std::vector<float> scores = RandomScores(3000, spread, &random);
+    const ScoreHistogram whole = ScoreHistogram::Of(scores);
+    ScoreHistogram sum;
+    size_t lo = 0;
+    for (const size_t hi : {0u, 1u, 700u, 701u, 2900u, 3000u}) {
+      sum.Add(ScoreHistogram::Of(std::span(scores).subspan(lo, hi - lo)));
+      lo = hi;
+    }
+    EXPECT_EQ(sum.top, whole.top);
+    const std::vector<uint32_t> parts = Summed(sum), all = Summed(whole);
+    EXPECT_EQ(parts.back(), all.back());
+    for (int b = 1; b < ScoreHistogram::kBins - 1; ++b) {  // but for what is rounded across an edge
+      EXPECT_LE(parts[b - 1], all[b]);
+      EXPECT_GE(parts[b], all[b - 1]);
+    }
+  }
+}
+
 TEST(ErrorCutTest, TheFirstTokensAreReadUntilTheErrorIsAllowed) {
   std::mt19937 random(static_cast<uint32_t>(Seed()));
   for (const size_t n : {1u, 3u, 40u, 1000u, 30000u}) {
@@ -101,7 +139,7 @@ TEST(ErrorCutTest, TheFirstTokensAreReadUntilTheErrorIsAllowed) {
         for (const float closed : {0.0f, 0.5f, 3.0f}) {
           SCOPED_TRACE(::testing::Message() << n << " tokens of spread " << spread << ", tolerated "
                                             << tolerance << ", closed " << closed);
-          ErrorCutInput in = Input(scores, 0);
+          CutCase in = Input(scores, 0);
           in.allowed = tolerance * MassOf(in);
           in.closed = closed * in.allowed;
           ExpectRightCut(in, scores);
@@ -115,8 +153,10 @@ TEST(ErrorCutTest, ATopThatIsNotTheLargestScoreIsNearEnough) {
   std::mt19937 random(static_cast<uint32_t>(Seed()));
   const std::vector<float> scores = RandomScores(5000, 2, &random);
   for (const float above : {0.3f, 2.0f, 6.0f}) {
-    ErrorCutInput in = Input(scores, 0);
-    in.top += above;
+    CutCase in = Input(scores, 0);
+    ScoreHistogram higher;
+    higher.top = std::ceil(in.tokens.top + above);
+    in.tokens.Add(higher);
     in.allowed = 0.03f * MassOf(in);
     ExpectRightCut(in, scores);
   }
@@ -128,7 +168,7 @@ TEST(ErrorCutTest, NoMoreTokensAreReadThanTheCap) {
     const std::vector<float> scores = RandomScores(4000, spread, &random);
     for (const uint32_t most : {0u, 1u, 10u, 300u, 2000u, 100000u}) {
       for (const float tolerance : {0.002f, 0.02f}) {
-        ErrorCutInput in = Input(scores, 0);
+        CutCase in = Input(scores, 0);
         in.allowed = tolerance * MassOf(in);
         const ErrorCut free = FindErrorCut(in);
         in.most_tokens = most;
@@ -143,7 +183,7 @@ TEST(ErrorCutTest, NoMoreTokensAreReadThanTheCap) {
           continue;
         }
         // As many as it lets, and if that is not enough, all of them exactly.
-        EXPECT_GT(CountFrom(scores, std::min(in.top, cut.refine) - 1.01f * kBin), most);
+        EXPECT_GT(CountFrom(scores, std::min(in.tokens.top, cut.refine) - 1.01f * kBin), most);
         EXPECT_TRUE(cut.error <= in.allowed || cut.exact == cut.refine);
       }
     }
@@ -153,7 +193,7 @@ TEST(ErrorCutTest, NoMoreTokensAreReadThanTheCap) {
 TEST(ErrorCutTest, NothingAllowedReadsEverythingExactly) {
   std::mt19937 random(static_cast<uint32_t>(Seed()));
   const std::vector<float> scores = RandomScores(3000, 1.5f, &random);
-  const ErrorCutInput in = Input(scores, 0);
+  const CutCase in = Input(scores, 0);
   const ErrorCut cut = FindErrorCut(in);
   EXPECT_EQ(CountFrom(scores, cut.exact), CountFrom(scores, std::numeric_limits<float>::lowest()));
   EXPECT_LE(cut.refine, cut.exact);
@@ -163,8 +203,8 @@ TEST(ErrorCutTest, NothingAllowedReadsEverythingExactly) {
 TEST(ErrorCutTest, WithoutTokensNothingIsReadAndGroupsMakeTheError) {
   for (const std::vector<float>& scores : {std::vector<float>{}, std::vector<float>(70, kNone)}) {
     for (const float allowed : {0.0f, 0.1f}) {
-      ErrorCutInput in = Input(scores, allowed);
-      in.top = 1;
+      CutCase in = Input(scores, allowed);
+      in.tokens.top = 1;  // of groups
       in.closed = 0.25f;
       const ErrorCut cut = FindErrorCut(in);
       EXPECT_EQ(cut.refine, kAll);
@@ -176,7 +216,7 @@ TEST(ErrorCutTest, WithoutTokensNothingIsReadAndGroupsMakeTheError) {
 
 TEST(ErrorCutTest, AllTokensAlikeAreReadTogetherOrNotAtAll) {
   const std::vector<float> scores(500, 2.0f);
-  ErrorCutInput in = Input(scores, 1000);
+  CutCase in = Input(scores, 1000);
   EXPECT_EQ(FindErrorCut(in).refine, kAll);
   in.allowed = 1;
   EXPECT_LE(FindErrorCut(in).refine, 2.0f);
@@ -199,7 +239,7 @@ TEST(OpenFromTest, WhatStaysClosedWeighsWhatIsAllowedAndHardlyLess) {
         const double most = share * MassBelow(weights, kAll);
         if (most == 0) continue;
         const auto allowed = static_cast<float>(std::log(most));
-        const float least = OpenFrom(weights, allowed);
+        const float least = OpenFrom(ScoreHistogram::Of(weights), allowed);
         EXPECT_LE(MassBelow(weights, least), kTrue * most + 1e-6 * std::exp(double{allowed}));
         EXPECT_TRUE(least == kAll ||
                     MassBelow(weights, double{least} + 1.01 * kBin) > most / kTrue);
@@ -211,12 +251,12 @@ TEST(OpenFromTest, WhatStaysClosedWeighsWhatIsAllowedAndHardlyLess) {
 
 TEST(OpenFromTest, WithoutWeightsNothingIsOpened) {
   EXPECT_EQ(OpenFrom({}, 1), kAll);
-  EXPECT_EQ(OpenFrom(std::vector<float>(40, kNone), 1), kAll);
+  EXPECT_EQ(OpenFrom(ScoreHistogram::Of(std::vector<float>(40, kNone)), 1), kAll);
 }
 
 TEST(OpenFromTest, WhatIsFarAboveIsOpenedAlone) {
   const std::vector<float> weights = {90, -3, 0, -2, 120};
-  const float least = OpenFrom(weights, 1);
+  const float least = OpenFrom(ScoreHistogram::Of(weights), 1);
   EXPECT_GT(least, 0);
   EXPECT_LE(least, 90);
 }

@@ -80,7 +80,7 @@ class AttendLaneTest : public ::testing::Test {
     LaneKey key{.shape = &kShape, .kind = ScanKind::kIndexed};
     key.samples = budgets[0].kind == Budget::Kind::kSoftmaxLift;
     key.tolerance = budgets[0].kind == Budget::Kind::kError ? budgets[0].error : 0;
-    AttendLane lane(key, members, units_, indexes, rest);
+    AttendLane lane(key, members, units_, indexes, rest, search_parts_);
     do {
       for (uint32_t i = 0, n = lane.tasks(); i < n; ++i) {
         lane.RunTask(i);
@@ -177,6 +177,7 @@ class AttendLaneTest : public ::testing::Test {
   const std::vector<float> q_ = held_.Queries(3);
   std::vector<Cut> cuts_;
   std::vector<ScanUnit> units_, rest_;
+  uint32_t search_parts_ = 1;
 };
 
 TEST_F(AttendLaneTest, RunsOfOneModelAreSearchedAtOnceBesideTheTailThatIsAttendedWhole) {
@@ -187,6 +188,32 @@ TEST_F(AttendLaneTest, RunsOfOneModelAreSearchedAtOnceBesideTheTailThatIsAttende
   EXPECT_GT(answer.results[0].error_estimate, 0);
   EXPECT_LT(answer.results[0].error_estimate, 3 * kTolerant.error);
   ExpectAttended(answer, 0, {kFirst, kSecond, kTail}, 0.2);
+}
+
+TEST_F(AttendLaneTest, ASearchInPartsAnswersAsOneDoes) {
+  const Answer one = Ask(kTolerant, rest_);
+  search_parts_ = 5;  // more than there are runs
+  const Answer cut = Ask(kTolerant, rest_);
+  EXPECT_EQ(cut.results[0].tokens, one.results[0].tokens);
+  EXPECT_EQ(cut.results[0].bytes, one.results[0].bytes);
+  EXPECT_NEAR(cut.results[0].error_estimate, one.results[0].error_estimate, 1e-4);
+  for (size_t i = 0; i < one.o.size(); ++i) EXPECT_NEAR(cut.o[i], one.o[i], 1e-4);
+  for (size_t h = 0; h < kGroup; ++h) EXPECT_NEAR(cut.lse[h], one.lse[h], 1e-4);
+}
+
+TEST_F(AttendLaneTest, FamiliesInPartsAndOfOneRunAreSearchedTogether) {
+  units_[1].members = {0, 1};
+  units_[1].ranges = {kSecond, kSecond};
+  units_[0].members = {0, 1};
+  units_[0].ranges = {kFirst, kFirst};
+  units_.push_back(UnitOf(kSecond, 1));
+  units_.back().members = {2};
+  const Budget budgets[] = {kTolerant, kTolerant, kTolerant};
+  search_parts_ = 2;
+  const Answer answer = Ask(budgets);
+  ExpectAttended(answer, 0, {kFirst, kSecond, kTail}, 0.2);
+  ExpectAttended(answer, 1, {kFirst, kSecond}, 0.2);
+  ExpectAttended(answer, 2, {kSecond}, 0.2);
 }
 
 TEST_F(AttendLaneTest, RunsOfDifferentModelsAreSearchedEachAlone) {

@@ -1,0 +1,190 @@
+// What a search of clustered indexes consists of; its own files include this.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cpu_index/cluster_search.h"
+#include "cpu_index/coded_queries.h"
+#include "cpu_index/error_cut.h"
+#include "cpu_index/kernels.h"
+#include "cpu_index/scratch.h"
+
+namespace quarry {
+
+// What a full node counts more than one token, in logs.
+inline const float kLogLeaf = std::log(static_cast<float>(kLeafRows));
+inline const float kLogSuper = std::log(static_cast<float>(kSuperRows));
+
+// Log of e^a + e^b.
+float LogAdd(float a, float b);
+
+// The queries of a search, made ready for its model. Constant.
+struct ClusterQueries {
+  ClusterQueries(const ClusterModel& head, const QueryBlock& queries, const ClusterLimits& limited);
+
+  uint32_t count() const { return block.queries; }
+  std::span<const float> Coordinates(uint32_t query) const {
+    return std::span(coordinates).subspan(size_t{query} * block.head_dim, block.head_dim);
+  }
+  // In the units of the tokens' weights.
+  float Elsewhere(uint32_t query) const;
+
+  const ClusterModel& model;
+  const QueryBlock& block;
+  const ClusterLimits& limits;
+  const bool every_code;  // read, to find tokens that stand out
+  std::vector<float> coordinates;  // [queries][head_dim]
+  CodedQueries node, code, row;
+  std::vector<float> leaf_breadth, super_breadth, code_variance;  // [queries], as the rest
+  std::vector<ClusterModel::Unrest> unrest;
+};
+
+// Memory of a part of a search. Rows are of a query each; their lengths are what the part says.
+// Nodes and tokens of all its runs stand one behind another; supers of a run begin at a multiple of 16.
+struct ClusterScratch {
+  Scratch<float> copy, super_score, leaf_score, leaf_centre, token_score, centre;
+  Scratch<uint32_t> opened_supers;  // rising
+  Scratch<uint32_t> local;          // of some of them, within their run
+  Scratch<uint32_t> outliers;       // as `opened`
+  // Leaves: an entry of `opened` is a place in a row of leaf_score, and rising; opened_leaf is the
+  // same leaf within its run; run_ends says where each run's end among them.
+  Scratch<uint32_t> opened, opened_leaf, run_ends;
+  // Tokens whose rows are read, rising: entries are places in a row of token_score.
+  Scratch<uint32_t> taken, ranked, row_place;
+  Scratch<float> row_score, leaf_sum, super_sum, leaf_weight;
+  Scratch<uint32_t> weighty;
+  Scratch<std::byte> gathered;  // keys and values of tokens
+};
+
+// What a part finds out about a query, stage after stage.
+struct ClusterFindings {
+  // Log of what the part weighs, of the runs that are seen whole: a part of another may be the lesser
+  // one, and what is hidden must not make other errors matter less.
+  float mass = 0;
+  float centre_mass = 0;   // the same by the leaves' centres alone, a lower bound
+  ScoreHistogram weights;  // of what was scored last: supers, leaves, tokens
+  ScoreHistogram centres;  // of leaves, where every code is read
+  // Weights estimated by each, by e^max.
+  float max = 0, by_code = 0, by_leaf = 0, by_super = 0;
+  // Of what other queries had read: weights of tokens that this one had left to their codes.
+  float others = 0, others_squares = 0;
+};
+
+// How a stage goes on, by query.
+struct TokenFloors {
+  std::vector<float> outlier;  // a leaf with a code of at least this score is opened
+  std::vector<float> leaf;     // and one of at least this weight
+  std::vector<float> ranked;   // tokens of at least this score by their code are scored by their rows
+};
+
+// Some of a search's runs.
+class ClusterPart {
+ public:
+  ClusterPart(std::span<const ClusterRun> runs, const ClusterQueries& queries);
+  ~ClusterPart();
+
+  // The stages, each with what was decided by the findings of all parts after the one before it.
+  void ScoreSupers();
+  void ScoreLeaves(std::span<const float> super_floors);
+  void ScoreTokens(const TokenFloors& floors);
+  // least: [queries] weight of all of a query's groups that count.
+  void Attend(std::span<const ErrorCut> cuts, std::span<const float> least);
+
+  std::span<const ClusterFindings> findings() const { return found_; }
+  std::span<const float> TokenScores(uint32_t query) const {
+    return {s_.token_score.data() + query * token_row(), token_row()};
+  }
+  size_t leaf_row() const { return s_.opened_supers.size() * kLeavesPerSuper; }
+  // After Attend: of tokens that were read exactly; estimates of all others, but for the slopes.
+  std::span<const Partial> exact() const { return exact_; }
+  std::span<const Partial> estimated() const { return estimated_; }
+  uint64_t bytes() const { return bytes_; }
+  // Appends the tokens whose rows, or keys and values, were read.
+  void ListRefined(std::vector<uint32_t>* out) const { ListTokens(s_.taken.all(), out); }
+
+ private:
+  // cluster_look.cc
+  float LogSum(std::span<const float> x);
+  float SuperMass(uint32_t query);
+  float LeafMass(std::span<const float> scores);
+  void CountLast(const NodeLevel& level, uint32_t rows, size_t at, float* score, size_t ld) const;
+  void OpenSupers(std::span<const float> floors);
+  const uint32_t* LocalSupers(size_t run, size_t lo, size_t n);
+  void FindOutliers(const std::vector<float>& floors);
+  kernels::CodedKeyTile CodeTile(const ClusterIndex::Parts& p, const uint32_t* which,
+                                 uint32_t blocks) const;
+  void OpenLeaves(const std::vector<float>& floors);
+  void CloseOpened();
+  void ScoreCodes();
+  void Mask(size_t run, size_t lo, size_t leaves);
+  std::span<const float> SuperScores(uint32_t query) const {
+    return {s_.super_score.data() + size_t{query} * supers_, supers_};
+  }
+  std::span<const float> LeafScores(uint32_t query) const {
+    return {s_.leaf_score.data() + query * leaf_row(), leaf_row()};
+  }
+  std::span<const float> LeafCentres(uint32_t query) const {
+    return {s_.leaf_centre.data() + query * leaf_row(), leaf_row()};
+  }
+  // f(run, of its opened supers: the first's place among all, how many)
+  template <typename F>
+  void ForOpenedSupers(F&& f) const {
+    const std::span<const uint32_t> opened = s_.opened_supers.all();
+    size_t lo = 0;
+    for (size_t r = 0; r < runs_.size(); ++r) {
+      size_t hi = lo;
+      while (hi < opened.size() && opened[hi] < first_super_[r + 1]) ++hi;
+      if (hi > lo) f(r, lo, hi - lo);
+      lo = hi;
+    }
+  }
+  // f(run, of its opened leaves: the first's place among all, how many)
+  template <typename F>
+  void ForOpenedLeaves(F&& f) const {
+    size_t lo = 0;
+    for (size_t r = 0; r < runs_.size(); lo = s_.run_ends[r++]) {
+      if (s_.run_ends[r] > lo) f(r, lo, s_.run_ends[r] - lo);
+    }
+  }
+
+  // cluster_attend.cc
+  size_t token_row() const { return s_.opened.size() * kLeafRows; }
+  float* OwnTokenScores(uint32_t query) { return s_.token_score.data() + query * token_row(); }
+  float Shift(uint32_t query) const;
+  void ForTaken(std::span<const uint32_t> entries, auto&& f) const;
+  void RankTokens(const std::vector<float>& floors);
+  void WeighGroups();
+  void TakeTokens(std::span<const ErrorCut> cuts);
+  void ScoreRows(std::span<const uint32_t> entries, float* out);
+  std::vector<uint32_t> SplitExact(std::span<const ErrorCut> cuts);
+  void CountOthers(uint32_t query, float refine, std::span<const float> weight);
+  void CountRead(std::span<const uint32_t> exact);
+  void ListTokens(std::span<const uint32_t> entries, std::vector<uint32_t>* out) const;
+  void AttendExactly(std::span<const uint32_t> entries);
+  void AddValues(std::span<const float> least);
+  void AddTokenValues(std::span<float> sums);
+  void AddLeafValues(std::span<const float> least, std::span<float> sums);
+  void AddSuperValues(std::span<float> sums);
+
+  const std::span<const ClusterRun> runs_;
+  const ClusterQueries& q_;
+  const ClusterModel& model_;
+  const uint32_t count_;  // queries
+  std::unique_ptr<ClusterScratch> scratch_;
+  ClusterScratch& s_;
+
+  std::vector<uint32_t> first_super_;  // [runs + 1]
+  std::vector<bool> whole_;            // [runs] every query sees all of it
+  uint32_t supers_ = 0;                // with gaps
+  std::vector<ClusterFindings> found_;  // [queries]
+  std::vector<float> acc_;             // of both
+  std::vector<Partial> exact_, estimated_;
+  uint64_t bytes_ = 0;
+};
+
+}  // namespace quarry
