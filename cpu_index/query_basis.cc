@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
 #include "proto/half.h"
 #include "proto/status_macros.h"
@@ -23,6 +24,8 @@ float Untold(uint32_t head_dim, Eigen::Index queries) {
   return kUnseen + (1 - kUnseen) * static_cast<float>(head_dim) /
                        static_cast<float>(head_dim + queries);
 }
+
+constexpr uint32_t kTileKeys = 64;  // widened, they and their coordinates stay in the nearest caches
 
 // [keys][head_dim], every so many tokens.
 Matrix SampleKeys(const KvView& run) {
@@ -125,37 +128,56 @@ QueryBasis::Coordinates QueryBasis::EncodeQueries(const QueryBlock& queries) con
   return out;
 }
 
-std::vector<float> ProjectKeys(const KvView& run, const QueryBasis& basis, uint32_t width) {
-  constexpr uint32_t kTileKeys = 256;
-  std::vector<uint16_t> map_bf16(basis.key_map.size());
-  std::vector<float> map(basis.key_map.size()), offset(basis.rank);
-  for (size_t i = 0; i < map.size(); ++i) {
-    map_bf16[i] = FloatToBf16(basis.key_map[i]);
-    map[i] = Bf16ToFloat(map_bf16[i]);
-    offset[i / basis.head_dim] += map[i] * basis.mean[i % basis.head_dim];
+KeyProjection::KeyProjection(const QueryBasis& basis, uint32_t width, DType dtype)
+    : head_dim_(basis.head_dim),
+      width_(width),
+      taken_(std::min(width, basis.rank)),
+      dtype_(dtype),
+      map_(size_t{taken_} * head_dim_),
+      map_bf16_(map_.size()),
+      offset_(taken_),
+      widened_(size_t{kTileKeys} * head_dim_) {
+  for (size_t i = 0; i < map_.size(); ++i) {
+    map_bf16_[i] = FloatToBf16(basis.key_map[i]);
+    map_[i] = Bf16ToFloat(map_bf16_[i]);
+    offset_[i / head_dim_] += map_[i] * basis.mean[i % head_dim_];
   }
-  std::vector<float> out(size_t{run.tokens().size()} * width), columns(kTileKeys * basis.rank);
+}
+
+void KeyProjection::Project(const void* keys, uint32_t count, float* out) {
+  // The keys stand where queries do, so that scores come out as rows of coordinates.
+  const bool is_bf16 = dtype_ == DType::kBf16;
   kernels::ScoreTile tile{};
-  tile.q = map.data();
-  tile.q_bf16 = map_bf16.data();
-  tile.queries = basis.rank;
-  tile.head_dim = basis.head_dim;
-  tile.dtype = static_cast<uint8_t>(run.dtype);
+  tile.q = widened_.data();
+  tile.head_dim = head_dim_;
+  tile.k = is_bf16 ? static_cast<const void*>(map_bf16_.data()) : map_.data();
+  tile.dtype = is_bf16 ? kernels::kBf16 : kernels::kFp32;
+  tile.tokens = taken_;
   tile.scale = 1;
-  tile.out = columns.data();
-  tile.ld_out = kTileKeys;
-  for (const KvSegment& segment : run.segments) {
-    for (uint32_t lo = segment.tokens.lo; lo < segment.tokens.hi; lo += kTileKeys) {
-      tile.tokens = std::min(kTileKeys, segment.tokens.hi - lo);
-      tile.k = static_cast<const std::byte*>(segment.k) +
-               size_t{lo - segment.tokens.lo} * run.head_dim * DTypeBytes(run.dtype);
-      Kernels().score(tile);
-      float* const rows = out.data() + size_t{lo - run.tokens().lo} * width;
-      for (uint32_t c = 0; c < basis.rank; ++c) {
-        const float* const column = columns.data() + size_t{c} * kTileKeys;
-        for (uint32_t t = 0; t < tile.tokens; ++t) rows[t * width + c] = column[t] - offset[c];
-      }
+  tile.ld_out = width_;
+  for (uint32_t lo = 0; lo < count; lo += kTileKeys) {
+    const auto* const at = static_cast<const std::byte*>(keys) +
+                           size_t{lo} * head_dim_ * DTypeBytes(dtype_);
+    float* const rows = out + size_t{lo} * width_;
+    tile.queries = std::min(kTileKeys, count - lo);
+    WidenNumbers(at, size_t{tile.queries} * head_dim_, dtype_, widened_.data());
+    tile.q_bf16 = is_bf16 ? reinterpret_cast<const uint16_t*>(at) : nullptr;
+    tile.out = rows;
+    Kernels().score(tile);
+    for (uint32_t t = 0; t < tile.queries; ++t) {
+      float* const row = rows + size_t{t} * width_;
+      for (uint32_t c = 0; c < taken_; ++c) row[c] -= offset_[c];
+      std::fill(row + taken_, row + width_, 0.0f);
     }
+  }
+}
+
+std::vector<float> ProjectKeys(const KvView& run, const QueryBasis& basis, uint32_t width) {
+  KeyProjection projection(basis, width, run.dtype);
+  std::vector<float> out(size_t{run.tokens().size()} * width);
+  for (const KvSegment& segment : run.segments) {
+    projection.Project(segment.k, segment.tokens.size(),
+                       out.data() + size_t{segment.tokens.lo - run.tokens().lo} * width);
   }
   return out;
 }

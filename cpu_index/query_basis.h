@@ -47,8 +47,24 @@ struct QueryBasis {
   Coordinates EncodeQueries(const QueryBlock& queries) const;
 };
 
-// The keys' coordinates, [keys][width], 0 beyond the rank (at most width); width a multiple of 16.
-// The map is rounded to bf16, which is far finer than what coordinates are used for.
+// Maps keys to their first `width` coordinates, 0 beyond the basis' rank; width a multiple of 16. The
+// map is rounded to bf16, which is far finer than what coordinates are used for. Not thread-safe.
+class KeyProjection {
+ public:
+  KeyProjection(const QueryBasis& basis, uint32_t width, DType dtype);
+  // keys: [count][head_dim] of the dtype; out: [count][width].
+  void Project(const void* keys, uint32_t count, float* out);
+
+ private:
+  const uint32_t head_dim_, width_, taken_;  // taken: coordinates that the basis has of the width
+  const DType dtype_;
+  std::vector<float> map_;          // [taken][head_dim]
+  std::vector<uint16_t> map_bf16_;  // the same
+  std::vector<float> offset_;       // [taken] of the mean key
+  std::vector<float> widened_;      // some keys
+};
+
+// [keys][width] of a run, in token order.
 std::vector<float> ProjectKeys(const KvView& run, const QueryBasis& basis, uint32_t width);
 
 // Fits a basis of `rank` (at most head_dim) to the keys of `run`, of which at most kBasisKeys are

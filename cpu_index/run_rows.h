@@ -11,6 +11,16 @@
 
 namespace quarry {
 
+// n numbers of a dtype as floats.
+inline void WidenNumbers(const std::byte* data, size_t n, DType dtype, float* out) {
+  if (dtype == DType::kBf16) {
+    const auto* const bits = reinterpret_cast<const uint16_t*>(data);
+    for (size_t i = 0; i < n; ++i) out[i] = Bf16ToFloat(bits[i]);
+    return;
+  }
+  for (size_t i = 0; i < n; ++i) out[i] = LoadAsFloat(data, i, dtype);
+}
+
 // Finds keys or values by their token. The run outlives it; thread-safe.
 class RunRows {
  public:
@@ -29,13 +39,7 @@ class RunRows {
   }
 
   void Widen(uint32_t token, float* out) const {
-    const std::byte* const data = At(token);
-    if (run_.dtype == DType::kBf16) {
-      const auto* const bits = reinterpret_cast<const uint16_t*>(data);
-      for (uint32_t d = 0; d < run_.head_dim; ++d) out[d] = Bf16ToFloat(bits[d]);
-      return;
-    }
-    for (uint32_t d = 0; d < run_.head_dim; ++d) out[d] = LoadAsFloat(data, d, run_.dtype);
+    WidenNumbers(At(token), run_.head_dim, run_.dtype, out);
   }
 
  private:
