@@ -25,20 +25,13 @@ static_assert(kLeafRows == KeyCodes::kBlockKeys && kLeavesPerSuper == NodeLevel:
 // together with the other runs that have the same model. Immutable; thread-safe.
 class ClusterIndex final : public KeyIndex {
  public:
-  // A run's keys in the coordinates of a basis, in the order of a tree.
-  struct Draft {
-    std::vector<float> coordinates;  // [tokens][head_dim], as tokens are
-    std::vector<float> rows;         // [tokens][KeyCodes::kCoordinates], reordered
-    std::vector<uint32_t> order;     // [tokens] within the run
-  };
-  static Draft MakeDraft(const KvView& run, const QueryBasis& basis);
-
   // InvalidArgument: a run of no tokens, or of another head_dim than the model's.
   static absl::StatusOr<std::unique_ptr<ClusterIndex>> Build(
       const KvView& run, std::shared_ptr<const ClusterModel> model);
+  // order: TreeOrder of the run.
   static std::unique_ptr<ClusterIndex> Build(const KvView& run,
                                              std::shared_ptr<const ClusterModel> model,
-                                             Draft draft);
+                                             std::vector<uint32_t> order);
 
   // What Serialize made; it shares `known` if its model is the same. DataLoss or InvalidArgument:
   // anything else, and what was made of keys or values so large that not all of its numbers are

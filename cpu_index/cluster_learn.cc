@@ -30,9 +30,18 @@ constexpr double kEvenShare = 0.2;        // of them, whether attended or not
 // A run that the model is learned from.
 struct Trial {
   const KvView* run;
-  ClusterIndex::Draft draft;
+  std::vector<uint32_t> order;     // TreeOrder
+  std::vector<float> coordinates;  // [tokens][head_dim], in that order
   std::unique_ptr<ClusterIndex> index;
 };
+
+Trial MakeTrial(const KvView& run, const QueryBasis& basis) {
+  Trial trial{&run, TreeOrder(run, basis), {}, nullptr};
+  const auto tokens = static_cast<uint32_t>(trial.order.size());
+  trial.coordinates.resize(size_t{tokens} * run.head_dim);
+  OrderedKeys(run, trial.order, basis).Read(0, tokens, trial.coordinates.data());
+  return trial;
+}
 
 // About `count` places of the order, each as often as its token's share says.
 std::vector<uint32_t> Draw(std::span<const double> share, std::span<const uint32_t> order,
@@ -51,16 +60,17 @@ ClusterModel::Inside LookInside(std::span<const Trial> trials, uint32_t node_row
   Matrix covariance = Matrix::Zero(kWidth, kWidth);
   double tokens = 0;
   for (const Trial& trial : trials) {
-    const std::vector<float>& rows = trial.draft.rows;
-    const auto n = static_cast<uint32_t>(rows.size() / kWidth);
+    const auto n = static_cast<uint32_t>(trial.order.size());
+    const uint32_t d = trial.run->head_dim, width = std::min(d, kWidth);
     const uint32_t nodes = (n + node_rows - 1) / node_rows;
     const uint32_t taken = std::min(nodes, std::max(1u, kInsideTokens / node_rows));
     for (uint32_t i = 0; i < taken; ++i) {
       const uint32_t lo = static_cast<uint32_t>(uint64_t{i} * nodes / taken) * node_rows;
       const uint32_t count = std::min(node_rows, n - lo);
-      Matrix dy = Eigen::Map<const Matrix>(rows.data() + size_t{lo} * kWidth, count, kWidth);
+      Matrix dy = Eigen::Map<const Matrix>(trial.coordinates.data() + size_t{lo} * d, count, d)
+                      .leftCols(width);
       dy.rowwise() -= dy.colwise().mean().eval();
-      covariance += dy.transpose() * dy;
+      covariance.topLeftCorner(width, width) += dy.transpose() * dy;
       tokens += count;
     }
   }
@@ -106,7 +116,7 @@ SlopeRows GatherRows(const ClusterModel& m, std::span<const Trial> trials,
   std::vector<std::vector<uint32_t>> chosen;
   Eigen::Index rows = 0;
   for (const Trial& trial : trials) {
-    chosen.push_back(Draw(AttendedShare(*trial.run, queries), trial.draft.order,
+    chosen.push_back(Draw(AttendedShare(*trial.run, queries), trial.order,
                           static_cast<double>(kSlopeTokens) / static_cast<double>(trials.size())));
     rows += static_cast<Eigen::Index>(chosen.back().size());
   }
@@ -161,30 +171,21 @@ void AddMean(std::span<const float> of_one, size_t trials, std::vector<float>* m
 void LearnDeviations(std::span<const Trial> trials, ClusterModel* m) {
   const uint32_t d = m->head_dim();
   std::vector<double> of_leaves(d), of_tokens(d);
+  const auto add = [d](const float* x, const float* mean, std::vector<double>* squares) {
+    for (uint32_t i = 0; i < d; ++i) (*squares)[i] += (x[i] - mean[i]) * (x[i] - mean[i]);
+  };
   double leaves = 0, tokens = 0;
-  std::vector<float> value(d), super(d);
   for (const Trial& trial : trials) {
-    const RunRows values(*trial.run, KvPart::kValue);
-    const std::vector<uint32_t>& order = trial.draft.order;
-    const LeafMeans means = MeanValues(*trial.run, order);
-    const auto nodes = static_cast<uint32_t>(means.means.size() / d);
-    for (uint32_t lo = 0; lo < nodes; lo += kLeavesPerSuper) {
-      const uint32_t hi = std::min(nodes, lo + kLeavesPerSuper);
-      std::fill(super.begin(), super.end(), 0.0f);
-      for (uint32_t l = lo; l < hi; ++l) {
-        for (uint32_t i = 0; i < d; ++i) super[i] += means.Of(l)[i] / static_cast<float>(hi - lo);
-      }
-      for (uint32_t l = lo; l < hi; ++l, ++leaves) {
-        for (uint32_t i = 0; i < d; ++i) {
-          of_leaves[i] += (means.Of(l)[i] - super[i]) * (means.Of(l)[i] - super[i]);
+    OrderedValues values(*trial.run, trial.order);
+    const uint32_t apart = trial.order.size() < kSuperRows ? 1 : 4;
+    for (uint32_t super = 0; super * kSuperRows < trial.order.size(); ++super) {
+      values.Read(super);
+      for (uint32_t leaf = 0; leaf < values.leaves(); ++leaf, ++leaves) {
+        add(values.LeafMean(leaf), values.mean().data(), &of_leaves);
+        for (uint32_t t = 0; t < values.leaf_tokens(leaf); t += apart, ++tokens) {
+          add(values.Leaf(leaf) + size_t{t} * d, values.LeafMean(leaf), &of_tokens);
         }
       }
-    }
-    const uint32_t apart = order.size() < kSuperRows ? 1 : 4;
-    for (uint32_t at = 0; at < order.size(); at += apart, ++tokens) {
-      values.Widen(order[at], value.data());
-      const float* const mean = means.Of(at / kLeafRows);
-      for (uint32_t i = 0; i < d; ++i) of_tokens[i] += (value[i] - mean[i]) * (value[i] - mean[i]);
     }
   }
   for (uint32_t i = 0; i < d; ++i) {
@@ -195,27 +196,32 @@ void LearnDeviations(std::span<const Trial> trials, ClusterModel* m) {
 
 // Quantisers for what the trials' tokens differ in from their leaves.
 void LearnQuantisers(std::span<const Trial> trials, ClusterModel* m) {
+  const uint32_t d = m->head_dim();
   m->centre_step.assign(kWidth, 0.0f);
   for (const Trial& trial : trials) {
-    const std::vector<float> step = NodeLevel::StepFor(trial.draft.rows, kLeafRows);
+    const std::vector<float> step = NodeLevel::StepFor(trial.coordinates, d, kLeafRows);
     for (uint32_t c = 0; c < kWidth; ++c) m->centre_step[c] = std::max(m->centre_step[c], step[c]);
   }
   std::vector<std::vector<float>> differences;
   for (const Trial& trial : trials) {
-    const NodeLevel leaves(trial.draft.rows, kLeafRows, m->centre_step, m->lost_variance);
-    differences.push_back(
-        Differences(trial.draft.coordinates, trial.draft.order, leaves, m->centre_step));
-    AddMean(SecondMoments(differences.back(), m->head_dim()), trials.size(),
-            &m->difference_variance);
+    std::vector<float>& rows = differences.emplace_back(trial.coordinates);
+    NodeLevel leaves(static_cast<uint32_t>(trial.order.size()), kLeafRows);
+    for (uint32_t leaf = 0; leaf < leaves.nodes(); ++leaf) {
+      StoreLeaf(leaf, d, m->centre_step, m->lost_variance, rows.data() + size_t{leaf} * kLeafRows * d,
+                &leaves);
+    }
+    AddMean(SecondMoments(rows, d), trials.size(), &m->difference_variance);
   }
+  const Equaliser equaliser(m->difference_variance);
   for (std::vector<float>& rows : differences) {
-    Equalise(m->difference_variance, rows);
-    AddMean(SecondMoments(rows, m->head_dim()), trials.size(), &m->row_variance);
+    std::vector<uint16_t> scale(rows.size() / d);
+    equaliser.Equalise(rows, scale);
+    AddMean(SecondMoments(rows, d), trials.size(), &m->row_variance);
   }
   for (const std::vector<float>& rows : differences) {
-    const std::vector<float> narrow = Narrowed(rows, m->head_dim());
-    AddMean(KeyCodes::Encode(narrow, m->CodeBasis()).ErrorVariance(narrow), trials.size(),
-            &m->code_error);
+    KeyCodes codes(m->CodeBasis(), static_cast<uint32_t>(rows.size() / d));
+    codes.Store(0, rows, d);
+    AddMean(codes.ErrorVariance(rows, d), trials.size(), &m->code_error);
   }
   LearnDeviations(trials, m);
 }
@@ -266,12 +272,12 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
   const size_t count = std::min<size_t>(kTrials, runs.size());
   for (size_t i = 0; i < count; ++i) {
     const KvView& run = runs[(2 * i + 1) * runs.size() / (2 * count)];
-    trials.push_back({&run, ClusterIndex::MakeDraft(run, model->basis), nullptr});
+    trials.push_back(MakeTrial(run, model->basis));
   }
   LearnQuantisers(trials, model.get());
   model->leaf = LookInside(trials, kLeafRows, model->lost_variance);
   model->super = LookInside(trials, kSuperRows, model->lost_variance);
-  for (Trial& trial : trials) trial.index = ClusterIndex::Build(*trial.run, model, trial.draft);
+  for (Trial& trial : trials) trial.index = ClusterIndex::Build(*trial.run, model, trial.order);
   LearnSlopes(trials, queries, model.get());
   LearnedClusters out;
   for (const KvView& run : runs) {

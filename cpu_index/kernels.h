@@ -168,6 +168,31 @@ struct ValueRowTile {
   float* acc;
 };
 
+// Lengths of rows of numbers: squares[r] is the sum of (x[r * width + c] * weight[c])^2 over c, most[r] the
+// largest of them.
+struct LengthTile {
+  const float* x;       // [rows][width]
+  uint32_t rows;
+  uint32_t width;
+  const float* weight;  // [width]
+  float* squares;       // [rows]
+  float* most;          // [rows]
+};
+
+// Levels of uniform quantisers: out[r * ld_out + c] = x[r * ld_x + c] * inverse_step[c] * factor[r] + half[c],
+// rounded down to a whole number of [0, 2 half[c]); 0 for what is no number.
+struct LevelTile {
+  const float* x;
+  size_t ld_x;  // in floats
+  uint32_t rows;
+  uint32_t width;
+  const float* inverse_step;  // [width]
+  const float* half;          // [width] at most 128
+  const float* factor;        // [rows]; null: 1
+  uint8_t* out;
+  size_t ld_out;
+};
+
 inline constexpr uint32_t kHistogramBins = 256;
 
 struct Table {
@@ -196,6 +221,8 @@ struct Table {
   void (*histogram)(const float* x, size_t n, float top, float per_unit, uint32_t* counts);
   void (*score_key_rows)(const KeyRowTile&);
   void (*add_value_rows)(const ValueRowTile&);
+  void (*measure_rows)(const LengthTile&);
+  void (*quantise)(const LevelTile&);
 };
 
 // Each defined in its own file, compiled for that instruction set alone.

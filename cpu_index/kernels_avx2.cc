@@ -93,6 +93,8 @@ const Table& Avx2Table() {
       .histogram = HistogramScalar,
       .score_key_rows = ScoreKeyRowsScalar,
       .add_value_rows = AddValueRowsScalar,
+      .measure_rows = MeasureRowsScalar,
+      .quantise = QuantiseScalar,
   };
   return kTable;
 }

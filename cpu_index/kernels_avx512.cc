@@ -24,6 +24,8 @@ const Table& Avx512Table() {
       .histogram = HistogramAvx512,
       .score_key_rows = ScoreKeyRowsAvx512,
       .add_value_rows = AddValueRowsAvx512,
+      .measure_rows = MeasureRowsAvx512,
+      .quantise = QuantiseAvx512,
   };
   return kTable;
 }

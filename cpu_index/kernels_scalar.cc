@@ -156,6 +156,8 @@ const Table& ScalarTable() {
       .histogram = HistogramScalar,
       .score_key_rows = ScoreKeyRowsScalar,
       .add_value_rows = AddValueRowsScalar,
+      .measure_rows = MeasureRowsScalar,
+      .quantise = QuantiseScalar,
   };
   return kTable;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -40,8 +41,13 @@ KeyCodes::KeyCodes(QueryBasis basis, uint32_t keys)
     : basis_(std::move(basis)),
       keys_(keys),
       step_(basis_.rank),
-      inverse_step_(basis_.rank),
-      codes_(size_t{keys_padded()} * kBytes) {}
+      inverse_step_(kCoordinates),
+      half_(kCoordinates, 0.5f),
+      codes_(size_t{keys_padded()} * kBytes) {
+  for (uint32_t c = 0; c < basis_.rank; ++c) {
+    SetStep(c, std::sqrt(basis_.variance[c]) * (IsFine(c) ? kFineStep : kCoarseStep));
+  }
+}
 
 void KeyCodes::Write(IndexWriter* out) const {
   basis_.Write(out);
@@ -72,6 +78,7 @@ absl::StatusOr<KeyCodes> KeyCodes::Read(IndexReader* in) {
 void KeyCodes::SetStep(uint32_t c, float step) {
   step_[c] = step;
   inverse_step_[c] = step > 0 ? 1 / step : 0;
+  half_[c] = static_cast<float>(Levels(c)) / 2;
 }
 
 absl::StatusOr<KeyCodes> KeyCodes::Encode(const KvView& run, QueryBasis basis) {
@@ -85,30 +92,39 @@ absl::StatusOr<KeyCodes> KeyCodes::Encode(const KvView& run, QueryBasis basis) {
 }
 
 KeyCodes KeyCodes::Encode(std::span<const float> coordinates, QueryBasis basis) {
-  const auto keys = static_cast<uint32_t>(coordinates.size() / kCoordinates);
-  KeyCodes codes(std::move(basis), keys);
-  for (uint32_t c = 0; c < codes.basis_.rank; ++c) {
-    codes.SetStep(c, std::sqrt(codes.basis_.variance[c]) * (IsFine(c) ? kFineStep : kCoarseStep));
-  }
-  for (uint32_t t = 0; t < keys; ++t) {
-    codes.Store(t, coordinates.subspan(size_t{t} * kCoordinates, codes.basis_.rank));
-  }
+  KeyCodes codes(std::move(basis), static_cast<uint32_t>(coordinates.size() / kCoordinates));
+  codes.Store(0, coordinates, kCoordinates);
   return codes;
 }
 
-uint32_t KeyCodes::Level(uint32_t c, float coordinate) const {
-  const float half = static_cast<float>(Levels(c) / 2);
-  // Shifted above zero first: a conversion rounds towards it.
-  return static_cast<uint32_t>(std::clamp(coordinate * inverse_step_[c], -half, half - 0.5f) + half);
+void KeyCodes::Store(uint32_t first, std::span<const float> rows, size_t stride) {
+  for (size_t lo = 0; lo * stride < rows.size(); lo += kBlockKeys) {
+    const size_t count = std::min<size_t>(kBlockKeys, rows.size() / stride - lo);
+    uint8_t levels[kBlockKeys * kCoordinates] = {};
+    Kernels().quantise({rows.data() + lo * stride, stride, static_cast<uint32_t>(count),
+                        static_cast<uint32_t>(std::min<size_t>(stride, kCoordinates)),
+                        inverse_step_.data(), half_.data(), nullptr, levels, kCoordinates});
+    for (size_t i = 0; i < count; ++i) {
+      StoreLevels(static_cast<uint32_t>(first + lo + i), levels + i * kCoordinates);
+    }
+  }
 }
 
-void KeyCodes::Store(uint32_t key, std::span<const float> coordinates) {
-  uint8_t* const block = codes_.data() + size_t{key / kBlockKeys} * kBlockKeys * kBytes;
-  const uint32_t lane = key % kBlockKeys * 4;
-  for (uint32_t c = 0; c < coordinates.size(); ++c) {
-    const Place place = PlaceOf(c);
-    block[place.byte + lane] |= static_cast<uint8_t>(Level(c, coordinates[c]) << place.shift);
-  }
+void KeyCodes::StoreLevels(uint32_t key, const uint8_t* levels) {
+  uint8_t* const lane =
+      codes_.data() + size_t{key / kBlockKeys} * kBlockKeys * kBytes + key % kBlockKeys * 4;
+  // Four coordinates are a word; words whose bytes are the same ones are put into one.
+  const auto put = [&](uint32_t first, uint32_t words, uint32_t bits) {
+    uint32_t together = 0;
+    for (uint32_t i = 0; i < words; ++i) {
+      uint32_t word;
+      std::memcpy(&word, levels + first + 4 * i, sizeof(word));
+      together |= word << bits * i;
+    }
+    std::memcpy(lane + PlaceOf(first).byte, &together, sizeof(together));
+  };
+  for (uint32_t c = 0; c < kFineCoordinates; c += 8) put(c, 2, 4);
+  for (uint32_t c = kFineCoordinates; c < kCoordinates; c += 16) put(c, 4, 2);
 }
 
 void KeyCodes::Decode(uint32_t key, std::span<float> coordinates) const {
@@ -121,17 +137,16 @@ void KeyCodes::Decode(uint32_t key, std::span<float> coordinates) const {
   }
 }
 
-std::vector<float> KeyCodes::ErrorVariance(std::span<const float> coordinates) const {
+std::vector<float> KeyCodes::ErrorVariance(std::span<const float> rows, size_t stride) const {
   constexpr uint32_t kKeys = 4096;
   const uint32_t step = keys_ / kKeys + 1;
-  std::vector<float> squares(basis_.rank);
+  std::vector<float> squares(basis_.rank), coded(basis_.rank);
   uint32_t taken = 0;
   for (uint32_t t = 0; t < keys_; t += step, ++taken) {
+    Decode(t, coded);
     for (uint32_t c = 0; c < basis_.rank; ++c) {
-      const float y = coordinates[size_t{t} * kCoordinates + c];
-      const float middle = (static_cast<float>(Level(c, y)) + 0.5f -
-                            static_cast<float>(Levels(c)) / 2) * step_[c];
-      squares[c] += (y - middle) * (y - middle);
+      const float missed = rows[size_t{t} * stride + c] - coded[c];
+      squares[c] += missed * missed;
     }
   }
   for (float& s : squares) s /= static_cast<float>(std::max(1u, taken));

@@ -13,13 +13,18 @@
 namespace quarry {
 
 // The codes of one run, and scores from them alone. Uniform steps fitted to each coordinate's
-// variance. Immutable; thread-safe.
+// variance. Immutable after the last Store; thread-safe then.
 class KeyCodes {
  public:
   static constexpr uint32_t kFineCoordinates = 16;   // of 4 bits
   static constexpr uint32_t kCoordinates = 48;       // all of them; the others have 2 bits
   static constexpr uint32_t kBytes = 16;             // per key
   static constexpr uint32_t kBlockKeys = 16;         // stored together, coordinates across
+
+  // Of keys that are yet to be stored.
+  KeyCodes(QueryBasis basis, uint32_t keys);
+  // rows: [count][stride], keys from `first` on, of which the first coordinates count; each key once.
+  void Store(uint32_t first, std::span<const float> rows, size_t stride);
 
   // The basis may have fewer coordinates than kCoordinates, not more.
   static absl::StatusOr<KeyCodes> Encode(const KvView& run, QueryBasis basis);
@@ -45,8 +50,8 @@ class KeyCodes {
   // queries.
   void Sum(std::span<const Query> queries, std::span<int32_t> sums) const;
   // [rank] mean square of what the codes miss of each coordinate, over some of the keys, given
-  // their coordinates [keys][kCoordinates].
-  std::vector<float> ErrorVariance(std::span<const float> coordinates) const;
+  // what was stored.
+  std::vector<float> ErrorVariance(std::span<const float> rows, size_t stride) const;
 
   uint32_t keys() const { return keys_; }
   uint32_t keys_padded() const { return (keys_ + kBlockKeys - 1) / kBlockKeys * kBlockKeys; }
@@ -58,15 +63,14 @@ class KeyCodes {
   const QueryBasis& basis() const { return basis_; }
 
  private:
-  // With steps of 0.
-  KeyCodes(QueryBasis basis, uint32_t keys);
   void SetStep(uint32_t c, float step);
-  uint32_t Level(uint32_t c, float coordinate) const;
-  void Store(uint32_t key, std::span<const float> coordinates);
+  void StoreLevels(uint32_t key, const uint8_t* levels);  // [kCoordinates]
 
   QueryBasis basis_;
   uint32_t keys_ = 0;
-  std::vector<float> step_, inverse_step_;  // [rank]; 0 where keys do not vary
+  std::vector<float> step_;  // [rank]; 0 where keys do not vary
+  // [kCoordinates] and half as many levels as there are: beyond the rank one, whose bits are 0.
+  std::vector<float> inverse_step_, half_;
   std::vector<uint8_t> codes_;  // blocks of kBlockKeys * kBytes, 64-byte lines
 };
 

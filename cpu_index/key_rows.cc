@@ -44,6 +44,15 @@ std::vector<uint8_t> ShareBits(std::span<const float> variance, uint32_t bytes) 
 
 float Levels(uint32_t bits) { return static_cast<float>(1u << bits); }
 
+// The low `bits` of eight bytes, one behind another: fields are put together pair by pair.
+uint64_t PackBytes(uint64_t x, uint32_t bits) {
+  constexpr uint64_t kEvenBytes = 0x00ff00ff00ff00ff, kEvenPairs = 0x0000ffff0000ffff;
+  const uint32_t apart = 8 - bits;
+  x = (x & kEvenBytes) | (x & ~kEvenBytes) >> apart;
+  x = (x & kEvenPairs) | (x & ~kEvenPairs) >> 2 * apart;
+  return (x & 0xffffffffu) | (x >> 32) << 4 * bits;
+}
+
 }  // namespace
 
 KeyRows::KeyRows(uint32_t rows, uint32_t coordinates)
@@ -51,6 +60,7 @@ KeyRows::KeyRows(uint32_t rows, uint32_t coordinates)
       width_(coordinates / kGroup),
       step_(coordinates),
       inverse_step_(coordinates),
+      half_(coordinates),
       rows_(rows, coordinates / 2) {
   QUARRY_CHECK(coordinates % kGroup == 0 && coordinates > 0 && coordinates <= kMostCoordinates);
 }
@@ -84,6 +94,7 @@ void KeyRows::LayOut() {
     const uint32_t bits = width_[g];
     for (uint32_t i = 0; i < kGroup; ++i) {
       const uint32_t c = g * kGroup + i;
+      half_[c] = Levels(bits) / 2;
       from_[c] = static_cast<uint8_t>(at - part_.back() + (bits > 0 ? std::min(i, bits - 1) : 0));
       shift_[c] = static_cast<uint8_t>(i * bits);
       mask_[c] = static_cast<uint8_t>((1u << bits) - 1);
@@ -121,21 +132,22 @@ absl::StatusOr<KeyRows> KeyRows::Read(IndexReader* in, uint32_t rows, uint32_t c
   return out;
 }
 
-void KeyRows::Store(uint32_t row, std::span<const float> coordinates) {
-  uint8_t* bytes = rows_.Row(row);
-  for (uint32_t g = 0; g < width_.size(); ++g) {
-    const uint32_t bits = width_[g];
-    const float half = Levels(bits) / 2;
-    uint64_t packed = 0;
-    for (uint32_t i = 0; i < kGroup && bits > 0; ++i) {
-      const uint32_t c = g * kGroup + i;
-      // Shifted above zero first: a conversion rounds towards it.
-      const auto level = static_cast<uint64_t>(
-          std::clamp(coordinates[c] * inverse_step_[c], -half, half - 0.5f) + half);
-      packed |= level << (i * bits);
+void KeyRows::Store(uint32_t first, std::span<const float> rows) {
+  const auto count = static_cast<uint32_t>(rows.size() / coordinates_);
+  std::vector<uint8_t> levels(size_t{count} * coordinates_);
+  Kernels().quantise({rows.data(), coordinates_, count, coordinates_, inverse_step_.data(),
+                      half_.data(), nullptr, levels.data(), coordinates_});
+  uint8_t row[kMostCoordinates / 2 + sizeof(uint64_t)] = {};
+  for (uint32_t r = 0; r < count; ++r) {
+    uint8_t* bytes = row;
+    for (uint32_t g = 0; g < width_.size(); ++g) {
+      uint64_t packed;
+      std::memcpy(&packed, levels.data() + size_t{r} * coordinates_ + g * kGroup, sizeof(packed));
+      packed = PackBytes(packed, width_[g]);
+      std::memcpy(bytes, &packed, sizeof(packed));  // the next group goes over what is too much
+      bytes += width_[g];
     }
-    std::memcpy(bytes, &packed, bits);
-    bytes += bits;
+    std::memcpy(rows_.Row(first + r), row, rows_.stride());
   }
 }
 

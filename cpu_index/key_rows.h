@@ -27,8 +27,8 @@ class KeyRows {
   // or numbers of no rows.
   static absl::StatusOr<KeyRows> Read(IndexReader* in, uint32_t rows, uint32_t coordinates);
 
-  // coordinates: [coordinates]; rows in any order, each once.
-  void Store(uint32_t row, std::span<const float> coordinates);
+  // rows: [count][coordinates], those from `first` on; rows in any order, each once.
+  void Store(uint32_t first, std::span<const float> rows);
   // What a row stands for.
   void Decode(uint32_t row, std::span<float> coordinates) const;
 
@@ -58,6 +58,7 @@ class KeyRows {
   const uint32_t coordinates_;
   std::vector<uint8_t> width_;              // [groups] bits of a coordinate
   std::vector<float> step_, inverse_step_;  // [coordinates]; 0 where nothing is stored
+  std::vector<float> half_;                 // [coordinates] half as many levels as there are
   // [padded coordinates] how kernels take rows apart: see KeyRowTile.
   std::vector<uint8_t> from_, shift_, mask_;
   std::vector<uint16_t> part_;  // where each 64 coordinates begin, in bytes

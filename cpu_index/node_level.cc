@@ -18,18 +18,19 @@ static_assert(NodeLevel::kBlockNodes * NodeLevel::kCentreBytes == kernels::kCent
 // Later runs of the same head may lie a little farther out than those that the step was made for.
 constexpr float kMargin = 1.25f;
 
-// The mean of rows [lo, hi), and the sum of the coordinates' variances around it.
-float MeanOf(std::span<const float> rows, uint32_t lo, uint32_t hi, float* centre) {
+// The mean of rows, and the sum of the coordinates' variances around it.
+float MeanOf(const float* rows, size_t stride, uint32_t count, float* centre) {
+  const auto width = static_cast<uint32_t>(std::min<size_t>(stride, kWidth));
   float squares[kWidth] = {};
   std::fill_n(centre, kWidth, 0.0f);
-  for (uint32_t t = lo; t < hi; ++t) {
-    const float* const row = rows.data() + size_t{t} * kWidth;
-    for (uint32_t c = 0; c < kWidth; ++c) {
+  for (uint32_t t = 0; t < count; ++t) {
+    const float* const row = rows + t * stride;
+    for (uint32_t c = 0; c < width; ++c) {
       centre[c] += row[c];
       squares[c] += row[c] * row[c];
     }
   }
-  const float share = 1.0f / static_cast<float>(hi - lo);
+  const float share = 1.0f / static_cast<float>(count);
   float variance = 0;
   for (uint32_t c = 0; c < kWidth; ++c) {
     centre[c] *= share;
@@ -40,12 +41,13 @@ float MeanOf(std::span<const float> rows, uint32_t lo, uint32_t hi, float* centr
 
 }  // namespace
 
-std::vector<float> NodeLevel::StepFor(std::span<const float> rows, uint32_t rows_per_node) {
-  const auto n = static_cast<uint32_t>(rows.size() / kWidth);
+std::vector<float> NodeLevel::StepFor(std::span<const float> rows, size_t stride,
+                                      uint32_t rows_per_node) {
+  const auto n = static_cast<uint32_t>(rows.size() / stride);
   std::vector<float> step(kWidth);
   float centre[kWidth];
   for (uint32_t lo = 0; lo < n; lo += rows_per_node) {
-    MeanOf(rows, lo, std::min(n, lo + rows_per_node), centre);
+    MeanOf(rows.data() + lo * stride, stride, std::min(rows_per_node, n - lo), centre);
     for (uint32_t c = 0; c < kWidth; ++c) step[c] = std::max(step[c], std::fabs(centre[c]));
   }
   for (float& s : step) s *= kMargin / 127;
@@ -56,6 +58,7 @@ NodeLevel::NodeLevel(uint32_t rows, uint32_t rows_per_node)
     : rows_(rows),
       rows_per_node_(rows_per_node),
       nodes_((rows + rows_per_node - 1) / rows_per_node),
+      centres_(size_t{blocks()} * kBlockNodes * kCentreBytes, 128),
       // Lanes without a node score as low as can be.
       variance_(size_t{blocks()} * kBlockNodes, -std::numeric_limits<float>::infinity()) {}
 
@@ -76,16 +79,11 @@ absl::StatusOr<NodeLevel> NodeLevel::Read(IndexReader* in, uint32_t rows, uint32
   return level;
 }
 
-NodeLevel::NodeLevel(std::span<const float> rows, uint32_t rows_per_node,
-                     std::span<const float> step, float lost_variance)
-    : NodeLevel(static_cast<uint32_t>(rows.size() / kWidth), rows_per_node) {
-  centres_.assign(size_t{blocks()} * kBlockNodes * kCentreBytes, 128);
+void NodeLevel::Store(uint32_t node, const float* rows, size_t stride, std::span<const float> step,
+                      float lost_variance) {
   float centre[kWidth];
-  for (uint32_t node = 0; node < nodes_; ++node) {
-    const uint32_t lo = node * rows_per_node;
-    variance_[node] = MeanOf(rows, lo, std::min(rows_, lo + rows_per_node), centre) + lost_variance;
-    StoreCentre(node, centre, step);
-  }
+  variance_[node] = MeanOf(rows, stride, count(node), centre) + lost_variance;
+  StoreCentre(node, centre, step);
 }
 
 void NodeLevel::StoreCentre(uint32_t node, std::span<const float> centre,

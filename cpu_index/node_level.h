@@ -13,8 +13,9 @@
 
 namespace quarry {
 
-// Node i holds `rows_per_node` consecutive rows of a reordered run; the last one may have fewer.
-// Immutable after construction; thread-safe.
+// Node i holds `rows_per_node` consecutive rows of a reordered run; the last one may have fewer. Rows
+// lie `stride` numbers apart, of which the first KeyCodes::kCoordinates count. Immutable after the
+// last Store; thread-safe then.
 class NodeLevel {
  public:
   static constexpr uint32_t kBlockNodes = KeyCodes::kBlockKeys;
@@ -22,13 +23,16 @@ class NodeLevel {
   static constexpr uint32_t kNodeBytes = kCentreBytes + sizeof(float);
 
   // [KeyCodes::kCoordinates] what a centre's bytes are multiples of, wide enough for the centres of
-  // rows like these.
-  static std::vector<float> StepFor(std::span<const float> rows, uint32_t rows_per_node);
+  // rows [n][stride] like these.
+  static std::vector<float> StepFor(std::span<const float> rows, size_t stride,
+                                    uint32_t rows_per_node);
 
-  // rows: [n][KeyCodes::kCoordinates], reordered. step: of StepFor; centres beyond it are cut off.
-  // lost_variance: of the scores, outside the coordinates.
-  NodeLevel(std::span<const float> rows, uint32_t rows_per_node, std::span<const float> step,
-            float lost_variance);
+  // Of nodes that are yet to be stored.
+  NodeLevel(uint32_t rows, uint32_t rows_per_node);
+  // rows: [count(node)][stride]. step: of StepFor; a centre beyond it is cut off. lost_variance: of
+  // the scores, outside the coordinates.
+  void Store(uint32_t node, const float* rows, size_t stride, std::span<const float> step,
+             float lost_variance);
 
   void Write(IndexWriter* out) const;
   // Of `rows` rows. DataLoss: cut off, or numbers of no level.
@@ -62,7 +66,6 @@ class NodeLevel {
   uint64_t memory_bytes() const { return centres_.size() + 4 * variance_.size(); }
 
  private:
-  NodeLevel(uint32_t rows, uint32_t rows_per_node);
   void StoreCentre(uint32_t node, std::span<const float> centre, std::span<const float> step);
 
   uint32_t rows_ = 0, rows_per_node_ = 0, nodes_ = 0;

@@ -1,4 +1,4 @@
-// Rows of coded keys and values with AVX-512 VBMI and VNNI: 64 coordinates, or 16 dimensions, a
+// Rows of coded keys and values, and how they are coded, with AVX-512 VBMI and VNNI: 64 coordinates, or 16 dimensions, a
 // register.
 #pragma once
 
@@ -137,6 +137,45 @@ void AddValueRowsAvx512(const ValueRowTile& tile) {
       uint32_t query = 0;
       for (; query + 4 <= tile.queries; query += 4) AddValueRowsPart<4>(some, query, dim);
       for (; query < tile.queries; ++query) AddValueRowsPart<1>(some, query, dim);
+    }
+  }
+}
+
+// The lanes of 16 that lie before `end`.
+inline __mmask16 LanesUntil(uint32_t first, uint32_t end) {
+  return end - first < 16 ? static_cast<__mmask16>((1u << (end - first)) - 1) : __mmask16{0xffff};
+}
+
+void MeasureRowsAvx512(const LengthTile& tile) {
+  for (uint32_t r = 0; r < tile.rows; ++r) {
+    const float* const x = tile.x + size_t{r} * tile.width;
+    __m512 sum = _mm512_setzero_ps(), most = _mm512_setzero_ps();
+    for (uint32_t c = 0; c < tile.width; c += 16) {
+      const __mmask16 lanes = LanesUntil(c, tile.width);
+      const __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + c),
+                                     _mm512_maskz_loadu_ps(lanes, tile.weight + c));
+      sum = _mm512_fmadd_ps(y, y, sum);
+      most = _mm512_max_ps(_mm512_mul_ps(y, y), most);
+    }
+    tile.squares[r] = _mm512_reduce_add_ps(sum);
+    tile.most[r] = _mm512_reduce_max_ps(most);
+  }
+}
+
+void QuantiseAvx512(const LevelTile& tile) {
+  for (uint32_t c = 0; c < tile.width; c += 16) {
+    const __mmask16 lanes = LanesUntil(c, tile.width);
+    const __m512 inverse = _mm512_maskz_loadu_ps(lanes, tile.inverse_step + c);
+    const __m512 half = _mm512_maskz_loadu_ps(lanes, tile.half + c);
+    const __m512 least = _mm512_sub_ps(_mm512_setzero_ps(), half);
+    const __m512 most = _mm512_sub_ps(half, _mm512_set1_ps(0.5f));
+    for (uint32_t r = 0; r < tile.rows; ++r) {
+      __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, tile.x + r * tile.ld_x + c), inverse);
+      if (tile.factor != nullptr) y = _mm512_mul_ps(y, _mm512_set1_ps(tile.factor[r]));
+      // What is no number is below everything: of such a pair the second is taken.
+      y = _mm512_min_ps(_mm512_max_ps(y, least), most);
+      _mm512_mask_cvtepi32_storeu_epi8(tile.out + r * tile.ld_out + c, lanes,
+                                       _mm512_cvttps_epi32(_mm512_add_ps(y, half)));
     }
   }
 }

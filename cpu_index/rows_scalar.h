@@ -1,4 +1,4 @@
-// Rows of coded keys and values without vector instructions.
+// Rows of coded keys and values, and how they are coded, without vector instructions.
 #pragma once
 
 #include <cstring>
@@ -50,6 +50,43 @@ void AddValueRowsScalar(const ValueRowTile& tile) {
           acc[g * kValueRowGroup + kHalf + j] += w * (static_cast<float>(two >> 4) - 7.5f);
         }
       }
+    }
+  }
+}
+
+void MeasureRowsScalar(const LengthTile& tile) {
+  constexpr uint32_t kChains = 16;  // that a compiler can keep in vectors
+  for (uint32_t r = 0; r < tile.rows; ++r) {
+    const float* const x = tile.x + size_t{r} * tile.width;
+    float sum[kChains] = {}, most[kChains] = {};
+    for (uint32_t lo = 0; lo < tile.width; lo += kChains) {
+      const uint32_t n = tile.width - lo < kChains ? tile.width - lo : kChains;
+      for (uint32_t j = 0; j < n; ++j) {
+        const float y = x[lo + j] * tile.weight[lo + j];
+        sum[j] += y * y;
+        most[j] = y * y > most[j] ? y * y : most[j];
+      }
+    }
+    for (uint32_t j = 1; j < kChains; ++j) {
+      sum[0] += sum[j];
+      most[0] = most[j] > most[0] ? most[j] : most[0];
+    }
+    tile.squares[r] = sum[0];
+    tile.most[r] = most[0];
+  }
+}
+
+void QuantiseScalar(const LevelTile& tile) {
+  for (uint32_t r = 0; r < tile.rows; ++r) {
+    const float* const x = tile.x + r * tile.ld_x;
+    const float factor = tile.factor != nullptr ? tile.factor[r] : 1;
+    uint8_t* const out = tile.out + r * tile.ld_out;
+    for (uint32_t c = 0; c < tile.width; ++c) {
+      // Shifted above zero before it is rounded towards it.
+      const float half = tile.half[c], y = x[c] * tile.inverse_step[c] * factor;
+      const float least = y > -half ? y : -half;
+      const float held = least < half - 0.5f ? least : half - 0.5f;
+      out[c] = static_cast<uint8_t>(static_cast<int32_t>(held + half));
     }
   }
 }

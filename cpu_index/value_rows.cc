@@ -51,21 +51,30 @@ absl::StatusOr<ValueRows> ValueRows::Read(IndexReader* in, uint32_t rows, uint32
   return out;
 }
 
-void ValueRows::Store(uint32_t row, std::span<const float> value) {
-  float squares = 0;
-  for (uint32_t d = 0; d < head_dim_; ++d) {
-    const float steps = value[d] * inverse_step_[d];
-    squares += steps * steps;
+void ValueRows::Store(uint32_t first, std::span<const float> values) {
+  const uint32_t padded = Padded(head_dim_);
+  const auto count = static_cast<uint32_t>(values.size() / head_dim_);
+  const std::vector<float> half(head_dim_, 8.0f);
+  std::vector<float> squares(count), most(count);
+  Kernels().measure_rows({values.data(), count, head_dim_, inverse_step_.data(), squares.data(),
+                          most.data()});
+  std::vector<float>& factor = squares;
+  for (uint32_t r = 0; r < count; ++r) {
+    scale_[first + r] = FloatToBf16(kStep * std::sqrt(squares[r] / static_cast<float>(head_dim_)));
+    const float scale = Bf16ToFloat(scale_[first + r]);
+    factor[r] = scale > 0 ? 1 / scale : 0;
   }
-  scale_[row] = FloatToBf16(kStep * std::sqrt(squares / static_cast<float>(head_dim_)));
-  const float scale = Bf16ToFloat(scale_[row]);
-  const float inverse = scale > 0 ? 1 / scale : 0;
-  uint8_t* const bytes = rows_.Row(row);
-  for (uint32_t d = 0; d < head_dim_; ++d) {
-    const float level = std::clamp(value[d] * inverse_step_[d] * inverse + 8.0f, 0.0f, 15.5f);
-    const uint32_t in_group = d % kGroup;
-    bytes[d / kGroup * (kGroup / 2) + in_group % (kGroup / 2)] |= static_cast<uint8_t>(
-        static_cast<uint32_t>(level) << (in_group < kGroup / 2 ? 0 : 4));
+  std::vector<uint8_t> levels(size_t{count} * padded);
+  Kernels().quantise({values.data(), head_dim_, count, head_dim_, inverse_step_.data(),
+                      half.data(), factor.data(), levels.data(), padded});
+  for (uint32_t r = 0; r < count; ++r) {
+    const uint8_t* level = levels.data() + size_t{r} * padded;
+    uint8_t* out = rows_.Row(first + r);
+    for (uint32_t d = 0; d < padded; d += kGroup, level += kGroup, out += kGroup / 2) {
+      for (uint32_t j = 0; j < kGroup / 2; ++j) {
+        out[j] = static_cast<uint8_t>(level[j] | level[kGroup / 2 + j] << 4);
+      }
+    }
   }
 }
 

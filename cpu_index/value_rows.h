@@ -23,8 +23,8 @@ class ValueRows {
   // `rows` rows of head_dim numbers. DataLoss: cut off, or numbers of no rows.
   static absl::StatusOr<ValueRows> Read(IndexReader* in, uint32_t rows, uint32_t head_dim);
 
-  // value: [head_dim]; rows in any order, each once.
-  void Store(uint32_t row, std::span<const float> value);
+  // values: [count][head_dim], of rows from `first` on; rows in any order, each once.
+  void Store(uint32_t first, std::span<const float> values);
   void Decode(uint32_t row, std::span<float> value) const;
 
   // sums[i * head_dim + d] += sum over r of weights[i * ld_weights + r] * row which[r].

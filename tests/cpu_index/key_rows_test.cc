@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <random>
@@ -25,8 +26,12 @@ struct Case {
       values.push_back(normal(random) * std::sqrt(variance[at % coordinates]));
     }
     keys.emplace(rows, variance);
-    for (uint32_t r = 0; r < rows; ++r) {
-      keys->Store(r, std::span(values).subspan(r * coordinates, coordinates));
+    // The later half first, some at a time.
+    for (const uint32_t lo : {rows / 2, 0u}) {
+      for (uint32_t r = lo, some = 1; r < lo + rows / 2; r += some, some = 1 + (r + 5) % 9) {
+        some = std::min(some, lo + rows / 2 - r);
+        keys->Store(r, std::span(values).subspan(r * coordinates, some * coordinates));
+      }
     }
   }
   std::mt19937 random;

@@ -25,8 +25,16 @@ class NodeLevelTest : public ::testing::Test {
     for (uint32_t at = 0; at < kRows * kWidth; ++at) {
       rows_.push_back(at % kWidth == 5 ? 0 : normal(random) / (1 + 0.1f * (at % kWidth)));
     }
-    step_ = NodeLevel::StepFor(rows_, kPerNode);
+    step_ = NodeLevel::StepFor(rows_, kWidth, kPerNode);
     for (uint32_t at = 0; at < kQueries * kWidth; ++at) q_.push_back(normal(random));
+  }
+  NodeLevel Level(const std::vector<float>& rows, float lost_variance) const {
+    NodeLevel level(kRows, kPerNode);
+    for (uint32_t node = 0; node < level.nodes(); ++node) {
+      level.Store(node, rows.data() + size_t{node} * kPerNode * kWidth, kWidth, step_,
+                  lost_variance);
+    }
+    return level;
   }
   // The mean of a node's rows, and the sum of their variances around it.
   std::vector<double> Mean(uint32_t node) const {
@@ -51,7 +59,7 @@ class NodeLevelTest : public ::testing::Test {
 };
 
 TEST_F(NodeLevelTest, CentresAreTheRowsMeansWithinHalfAStep) {
-  const NodeLevel level(rows_, kPerNode, step_, 0);
+  const NodeLevel level = Level(rows_, 0);
   EXPECT_EQ(level.nodes(), 63u);
   EXPECT_EQ(level.blocks(), 4u);
   EXPECT_EQ(level.count(0), kPerNode);
@@ -67,7 +75,7 @@ TEST_F(NodeLevelTest, CentresAreTheRowsMeansWithinHalfAStep) {
 TEST_F(NodeLevelTest, CentresBeyondTheStepAreCutOff) {
   std::vector<float> far = rows_;
   for (float& x : far) x = 100;
-  const NodeLevel level(far, kPerNode, step_, 0);
+  const NodeLevel level = Level(far, 0);
   std::vector<float> centre(kWidth);
   level.Centre(7, step_, centre);
   for (uint32_t c = 0; c < kWidth; ++c) EXPECT_FLOAT_EQ(centre[c], 127 * step_[c]);
@@ -75,7 +83,7 @@ TEST_F(NodeLevelTest, CentresBeyondTheStepAreCutOff) {
 
 TEST_F(NodeLevelTest, ScoresAreOfCentresAndSpreadAndPlacesBehindTheLastNodeHaveNone) {
   constexpr float kLost = 0.3f;
-  const NodeLevel level(rows_, kPerNode, step_, kLost);
+  const NodeLevel level = Level(rows_, kLost);
   const std::vector<float> mean_score = {1, -2, 0.5f}, breadth = {0.01f, 1e-30f, 50};
   const CodedQueries queries = NodeLevel::Prepare(q_, kWidth, kWidth, mean_score, step_);
   std::vector<float> centre(kWidth);
@@ -105,7 +113,7 @@ TEST_F(NodeLevelTest, ScoresAreOfCentresAndSpreadAndPlacesBehindTheLastNodeHaveN
 }
 
 TEST_F(NodeLevelTest, WhatWasWrittenIsReadAndWhatIsCutOffRefused) {
-  const NodeLevel level(rows_, kPerNode, step_, 0.3f);
+  const NodeLevel level = Level(rows_, 0.3f);
   IndexWriter writer("nodes", 1);
   level.Write(&writer);
   const std::vector<std::byte> form = std::move(writer).Finish();

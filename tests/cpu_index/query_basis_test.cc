@@ -130,6 +130,32 @@ TEST(QueryBasisTest, CoordinatesAreCentredAndTheirVarianceFalls) {
   }
 }
 
+TEST(QueryBasisTest, ProjectedKeysAreTheirFirstCoordinatesAndZerosBehindTheRank) {
+  Sample s(700, 300, 64);
+  const auto basis = FitQueryBasis(s.view, s.queries, 40);
+  ASSERT_TRUE(basis.ok()) << basis.status();
+  std::vector<float> wanted(40);
+  for (const DType dtype : {DType::kBf16, DType::kFp32}) {
+    s.view.dtype = dtype;
+    s.segment.k = dtype == DType::kBf16 ? static_cast<const void*>(s.k_bf16.data()) : s.keys.data();
+    for (const uint32_t width : {16u, 48u}) {
+      const std::vector<float> rows = ProjectKeys(s.view, *basis, width);
+      ASSERT_EQ(rows.size(), 700 * width);
+      for (uint32_t t = 0; t < 700; ++t) {
+        basis->EncodeKey(s.Key(t), wanted);
+        for (uint32_t c = 0; c < width; ++c) {
+          const float at = rows[t * width + c];
+          if (c >= 40) {
+            ASSERT_EQ(at, 0);
+          } else {
+            ASSERT_NEAR(at, wanted[c], 0.02 * std::sqrt(basis->variance[0])) << t << " " << c;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(QueryBasisTest, FewerQueriesThanDimensionsAndEqualKeysAreNoProblem) {
   const Sample s(600, 5, 64);
   const auto few = FitQueryBasis(s.view, s.queries, 64);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -120,6 +121,69 @@ TEST_F(RowsKernelsTest, WeightedValuesFollowTheLayout) {
                                          acc.data()});
         for (size_t at = 0; at < acc.size(); ++at) {
           ASSERT_NEAR(acc[at], wanted[at], 1e-2) << SimdLevelName(level) << " dims " << dims;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(RowsKernelsTest, LengthsAreThoseOfWeightedRows) {
+  for (const uint32_t width : {8u, 16u, 48u, 72u, 128u}) {
+    std::vector<float> x(kRows * width), weight(width);
+    for (float& w : weight) w = 0.1f * static_cast<float>(random_() % 20);
+    for (float& number : x) number = 0.1f * (static_cast<float>(random_() % 199) - 99.0f);
+    for (const SimdLevel level : SupportedSimdLevels()) {
+      std::vector<float> squares(kRows + 1, -1.0f), most(kRows + 1, -1.0f);
+      KernelsOf(level).measure_rows(
+          {x.data(), kRows, width, weight.data(), squares.data(), most.data()});
+      for (uint32_t r = 0; r < kRows; ++r) {
+        double sum = 0, largest = 0;
+        for (uint32_t c = 0; c < width; ++c) {
+          const double square = std::pow(double{x[r * width + c]} * weight[c], 2);
+          sum += square;
+          largest = std::max(largest, square);
+        }
+        ASSERT_NEAR(squares[r], sum, 1e-5 * sum) << SimdLevelName(level) << " width " << width;
+        ASSERT_NEAR(most[r], largest, 1e-5 * largest) << SimdLevelName(level) << " width " << width;
+      }
+      EXPECT_EQ(squares.back(), -1.0f);
+      EXPECT_EQ(most.back(), -1.0f);
+    }
+  }
+}
+
+TEST_F(RowsKernelsTest, LevelsAreRoundedDownAndHeldWhereverTheNumbersLie) {
+  constexpr float kNoNumber = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const uint32_t width : {8u, 16u, 48u, 72u, 128u}) {
+    const size_t ld_x = width + 5, ld_out = width + 3;
+    std::vector<float> x(kRows * ld_x), inverse_step, half, factor;
+    for (uint32_t c = 0; c < width; ++c) {
+      half.push_back(0.5f * static_cast<float>(1u << c % 9));
+      inverse_step.push_back(c % 9 == 0 ? 0.0f : 0.5f * static_cast<float>(1 + random_() % 8));
+    }
+    for (uint32_t r = 0; r < kRows; ++r) factor.push_back(0.25f * static_cast<float>(1 + r % 7));
+    for (float& number : x) {
+      // Products of these are exact, so all levels agree at edges, too.
+      number = 0.125f * (static_cast<float>(random_() % 1999) - 999.0f);
+      const uint32_t odd = random_() % 64;
+      if (odd < 3) number = odd == 0 ? kNoNumber : odd == 1 ? kInfinity : -kInfinity;
+    }
+    for (const SimdLevel level : SupportedSimdLevels()) {
+      for (const bool scaled : {false, true}) {
+        const float* const factors = scaled ? factor.data() : nullptr;
+        std::vector<uint8_t> out(kRows * ld_out, 200);
+        KernelsOf(level).quantise({x.data(), ld_x, kRows, width, inverse_step.data(), half.data(),
+                                   factors, out.data(), ld_out});
+        for (uint32_t r = 0; r < kRows; ++r) {
+          for (uint32_t c = 0; c < width; ++c) {
+            double y = double{x[r * ld_x + c]} * inverse_step[c];
+            if (scaled) y *= factor[r];
+            const double held = std::isnan(y) ? 0 : std::clamp(y + half[c], 0.0, 2.0 * half[c] - 0.5);
+            ASSERT_EQ(out[r * ld_out + c], std::floor(held))
+                << SimdLevelName(level) << ", " << x[r * ld_x + c] << " of coordinate " << c;
+          }
+          for (size_t c = width; c < ld_out; ++c) ASSERT_EQ(out[r * ld_out + c], 200);
         }
       }
     }

@@ -24,8 +24,9 @@ TEST(ValueRowsTest, WeightedSumsMissLittleOfTheStoredValuesLongOnesIncluded) {
       for (uint32_t d = 0; d < head_dim; ++d) {
         values[r * head_dim + d] = length * deviation[d] * normal(random);
       }
-      rows.Store(r, std::span(values).subspan(r * head_dim, head_dim));
     }
+    rows.Store(100, std::span(values).subspan(100 * head_dim));
+    rows.Store(0, std::span(values).first(100 * head_dim));
     double error = 0, all = 0;
     for (uint32_t r = 0; r < kRows; ++r) {
       rows.Decode(r, decoded);
