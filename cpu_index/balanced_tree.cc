@@ -20,13 +20,26 @@ uint32_t LeftRows(uint32_t rows) {
   return (rows + unit - 1) / unit / 2 * unit;
 }
 
+float Sum(const float* x, uint32_t n) {
+  float sum[4] = {};  // independent chains
+  uint32_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    for (uint32_t j = 0; j < 4; ++j) sum[j] += x[i + j];
+  }
+  for (; i < n; ++i) sum[0] += x[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 class Bisection {
  public:
   Bisection(std::span<float> rows, uint32_t width)
       : rows_(rows.data()), width_(width), order_(rows.size() / width) {
     std::iota(order_.begin(), order_.end(), 0u);
-    direction_.resize(width);
+    for (std::vector<float>* of_columns : {&direction_, &sum_, &square_}) of_columns->resize(width);
+    sample_.resize(size_t{kSample} * width);
+    sample_along_.resize(kSample);
     along_.resize(order_.size());
+    sorted_.resize(order_.size());
     moved_.resize(rows.size());
     moved_order_.resize(order_.size());
   }
@@ -64,68 +77,77 @@ class Bisection {
     Kernels().score(tile);
   }
 
-  // The line from the mean of the lower half to that of the upper one, from a first guess: the
+  // The line from the mean of the lower part to that of the upper one, from a first guess: the
   // coordinate that varies most.
   void FindDirection(uint32_t lo, uint32_t hi) {
     const uint32_t step = (hi - lo + kSample - 1) / kSample;
-    sample_.clear();
-    for (uint32_t i = lo; i < hi; i += step) sample_.insert(sample_.end(), Row(i), Row(i) + width_);
-    const auto n = static_cast<uint32_t>(sample_.size() / width_);
-    std::vector<float> sum(width_), square(width_);
+    const uint32_t n = (hi - lo + step - 1) / step;
+    const float* sample = Row(lo);
+    if (step > 1) {
+      for (uint32_t i = 0; i < n; ++i) {
+        std::copy_n(Row(lo + i * step), width_, sample_.data() + size_t{i} * width_);
+      }
+      sample = sample_.data();
+    }
+    std::fill(sum_.begin(), sum_.end(), 0.0f);
+    std::fill(square_.begin(), square_.end(), 0.0f);
     for (uint32_t i = 0; i < n; ++i) {
-      const float* const row = sample_.data() + size_t{i} * width_;
+      const float* const row = sample + size_t{i} * width_;
       for (uint32_t c = 0; c < width_; ++c) {
-        sum[c] += row[c];
-        square[c] += row[c] * row[c];
+        sum_[c] += row[c];
+        square_[c] += row[c] * row[c];
       }
     }
-    for (uint32_t c = 0; c < width_; ++c) square[c] -= sum[c] * sum[c] / static_cast<float>(n);
-    const size_t widest = std::max_element(square.begin(), square.end()) - square.begin();
-    sample_along_.resize(n);
-    for (uint32_t i = 0; i < n; ++i) sample_along_[i] = sample_[size_t{i} * width_ + widest];
+    for (uint32_t c = 0; c < width_; ++c) square_[c] -= sum_[c] * sum_[c] / static_cast<float>(n);
+    const size_t widest = std::max_element(square_.begin(), square_.end()) - square_.begin();
+    for (uint32_t i = 0; i < n; ++i) sample_along_[i] = sample[size_t{i} * width_ + widest];
     for (int round = 0; round < kRounds; ++round) {
-      MeansOfHalves(sum);
-      Along(sample_.data(), n, sample_along_.data());
+      FromMeanToMean(sample, n);
+      Along(sample, n, sample_along_.data());
     }
-    MeansOfHalves(sum);
+    FromMeanToMean(sample, n);
   }
 
-  void MeansOfHalves(std::span<const float> sum) {
-    const auto n = static_cast<uint32_t>(sample_along_.size());
-    sorted_ = sample_along_;
-    std::nth_element(sorted_.begin(), sorted_.begin() + n / 2, sorted_.end());
-    const float median = sorted_[n / 2];
+  // Of the sample's rows that lie below the mean of sample_along_ to those that lie above.
+  void FromMeanToMean(const float* sample, uint32_t n) {
+    const float mean = Sum(sample_along_.data(), n) / static_cast<float>(n);
+    for (uint32_t i = 0; i < n; ++i) sample_along_[i] = sample_along_[i] > mean ? 1.0f : 0.0f;
+    const float above = Sum(sample_along_.data(), n);
     std::fill(direction_.begin(), direction_.end(), 0.0f);
-    uint32_t above = 0;
-    for (uint32_t i = 0; i < n; ++i) {
-      if (sample_along_[i] < median) continue;
-      ++above;
-      const float* const row = sample_.data() + size_t{i} * width_;
-      for (uint32_t c = 0; c < width_; ++c) direction_[c] += row[c];
-    }
-    if (above == n) return;  // all alike: any cut will do
-    const float up = 1.0f / static_cast<float>(above), down = 1.0f / static_cast<float>(n - above);
+    if (above == 0) return;  // all alike: any cut will do
+    kernels::AccumulateTile tile{};
+    tile.p = sample_along_.data();
+    tile.ld_p = n;
+    tile.queries = 1;
+    tile.head_dim = width_;
+    tile.v = sample;
+    tile.tokens = n;
+    tile.dtype = kernels::kFp32;
+    tile.acc = direction_.data();
+    Kernels().accumulate(tile);
+    const float up = 1.0f / above, down = 1.0f / (static_cast<float>(n) - above);
     for (uint32_t c = 0; c < width_; ++c) {
-      direction_[c] = direction_[c] * up - (sum[c] - direction_[c]) * down;
+      direction_[c] = direction_[c] * up - (sum_[c] - direction_[c]) * down;
     }
   }
 
   // The rows that lie lowest go to [lo, middle), ties by their order, which is otherwise kept.
   void Cut(uint32_t lo, uint32_t middle, uint32_t hi) {
-    sorted_.assign(along_.begin() + lo, along_.begin() + hi);
-    std::nth_element(sorted_.begin(), sorted_.begin() + (middle - lo), sorted_.end());
-    const float pivot = sorted_[middle - lo];
+    std::copy(along_.begin() + lo, along_.begin() + hi, sorted_.begin());
+    const auto pivot_at = sorted_.begin() + (middle - lo);
+    std::nth_element(sorted_.begin(), pivot_at, sorted_.begin() + (hi - lo));
+    const float pivot = *pivot_at;
     uint32_t ties = middle - lo;  // that still go left
     for (uint32_t i = lo; i < hi; ++i) ties -= along_[i] < pivot ? 1 : 0;
-    uint32_t left = lo, right = middle;
+    uint32_t to[2] = {lo, middle};  // the left and the right part's next place
     for (uint32_t i = lo; i < hi; ++i) {
-      const bool tie = along_[i] == pivot && ties > 0;
-      ties -= tie ? 1 : 0;
-      uint32_t& to = tie || along_[i] < pivot ? left : right;
-      std::memcpy(moved_.data() + size_t{to} * width_, Row(i), width_ * sizeof(float));
-      moved_order_[to++] = order_[i];
+      const uint32_t tie = along_[i] == pivot && ties > 0 ? 1 : 0;
+      ties -= tie;
+      const uint32_t at = to[along_[i] >= pivot && tie == 0 ? 1 : 0]++;
+      std::copy_n(Row(i), width_, moved_.data() + size_t{at} * width_);
+      moved_order_[at] = order_[i];
     }
-    QUARRY_CHECK(left == middle);
+    QUARRY_CHECK(to[0] == middle);
     std::memcpy(Row(lo), moved_.data() + size_t{lo} * width_,
                 size_t{hi - lo} * width_ * sizeof(float));
     std::copy(moved_order_.begin() + lo, moved_order_.begin() + hi, order_.begin() + lo);
@@ -134,7 +156,7 @@ class Bisection {
   float* const rows_;
   const uint32_t width_;
   std::vector<uint32_t> order_;
-  std::vector<float> direction_;
+  std::vector<float> direction_, sum_, square_;  // [width]
   std::vector<float> sample_, sample_along_, sorted_;
   std::vector<float> along_;  // [n] of each row
   std::vector<float> moved_;  // [n][width]
