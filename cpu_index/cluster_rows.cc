@@ -16,6 +16,14 @@ constexpr uint32_t kWidth = KeyCodes::kCoordinates;
 constexpr uint32_t kTreeCoordinates = 16;
 constexpr uint32_t kAhead = 8;  // rows that are fetched before they are read
 
+// Rows lie anywhere in the run, so the processor does not see which are next.
+[[gnu::always_inline]] inline void FetchAhead(const RunRows& rows, std::span<const uint32_t> order,
+                                              uint32_t at, size_t row_bytes) {
+  if (at + kAhead >= order.size()) return;
+  const std::byte* const row = rows.At(order[at + kAhead]);
+  for (size_t b = 0; b < row_bytes; b += 64) __builtin_prefetch(row + b);
+}
+
 }  // namespace
 
 std::vector<uint32_t> TreeOrder(const KvView& run, const QueryBasis& basis) {
@@ -33,6 +41,7 @@ OrderedKeys::OrderedKeys(const KvView& run, std::span<const uint32_t> order,
 void OrderedKeys::Read(uint32_t lo, uint32_t hi, float* out) {
   keys_.resize((hi - lo) * row_bytes_);
   for (uint32_t at = lo; at < hi; ++at) {
+    FetchAhead(rows_, order_, at, row_bytes_);
     std::memcpy(keys_.data() + (at - lo) * row_bytes_, rows_.At(order_[at]), row_bytes_);
   }
   projection_.Project(keys_.data(), hi - lo, out);
@@ -41,6 +50,7 @@ void OrderedKeys::Read(uint32_t lo, uint32_t hi, float* out) {
 OrderedValues::OrderedValues(const KvView& run, std::span<const uint32_t> order)
     : order_(order),
       rows_(run, KvPart::kValue),
+      row_bytes_(run.head_dim * DTypeBytes(run.dtype)),
       values_(size_t{kSuperRows} * run.head_dim),
       leaf_means_(values_.size() / kLeafRows),
       mean_(run.head_dim) {}
@@ -55,6 +65,7 @@ void OrderedValues::Read(uint32_t super) {
     std::fill_n(sum, width, 0.0f);
     for (uint32_t at = leaf * kLeafRows; at < leaf * kLeafRows + leaf_tokens(leaf); ++at) {
       float* const value = values_.data() + at * width;
+      FetchAhead(rows_, order_, lo + at, row_bytes_);
       rows_.Widen(order_[lo + at], value);
       for (size_t d = 0; d < width; ++d) sum[d] += value[d];
     }

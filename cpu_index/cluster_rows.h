@@ -59,6 +59,7 @@ class OrderedValues {
 
   const std::span<const uint32_t> order_;
   const RunRows rows_;
+  const size_t row_bytes_;
   uint32_t tokens_ = 0;
   std::vector<float> values_, leaf_means_, mean_;
 };
