@@ -22,7 +22,7 @@ using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMa
 
 constexpr uint32_t kWidth = KeyCodes::kCoordinates;
 constexpr uint32_t kTrials = 2;           // runs that tell how runs of the head are
-constexpr uint32_t kInsideTokens = 4096;  // that say how tokens lie in their nodes
+constexpr uint32_t kLookedTokens = 4096;  // of each, that say how tokens lie in their nodes
 constexpr uint32_t kSlopeTokens = 8192;   // that say how values go with keys
 constexpr uint32_t kAttendedBy = 32;      // sampled queries that say which tokens these are
 constexpr double kEvenShare = 0.2;        // of them, whether attended or not
@@ -31,15 +31,23 @@ constexpr double kEvenShare = 0.2;        // of them, whether attended or not
 struct Trial {
   const KvView* run;
   std::vector<uint32_t> order;     // TreeOrder
-  std::vector<float> coordinates;  // [tokens][head_dim], in that order
+  std::vector<uint32_t> looked;    // those of some supers, evenly spread
+  std::vector<float> coordinates;  // [looked][head_dim]
   std::unique_ptr<ClusterIndex> index;
 };
 
 Trial MakeTrial(const KvView& run, const QueryBasis& basis) {
-  Trial trial{&run, TreeOrder(run, basis), {}, nullptr};
-  const auto tokens = static_cast<uint32_t>(trial.order.size());
-  trial.coordinates.resize(size_t{tokens} * run.head_dim);
-  OrderedKeys(run, trial.order, basis).Read(0, tokens, trial.coordinates.data());
+  Trial trial{&run, TreeOrder(run, basis), {}, {}, nullptr};
+  const size_t tokens = trial.order.size(), supers = (tokens + kSuperRows - 1) / kSuperRows;
+  const size_t taken = std::min<size_t>(supers, kLookedTokens / kSuperRows);
+  for (size_t i = 0; i < taken; ++i) {
+    const size_t lo = (i + 1) * supers / taken * kSuperRows - kSuperRows;
+    trial.looked.insert(trial.looked.end(), trial.order.begin() + static_cast<ptrdiff_t>(lo),
+                        trial.order.begin() + static_cast<ptrdiff_t>(std::min(tokens, lo + kSuperRows)));
+  }
+  trial.coordinates.resize(trial.looked.size() * run.head_dim);
+  OrderedKeys(run, trial.looked, basis)
+      .Read(0, static_cast<uint32_t>(trial.looked.size()), trial.coordinates.data());
   return trial;
 }
 
@@ -60,12 +68,9 @@ ClusterModel::Inside LookInside(std::span<const Trial> trials, uint32_t node_row
   Matrix covariance = Matrix::Zero(kWidth, kWidth);
   double tokens = 0;
   for (const Trial& trial : trials) {
-    const auto n = static_cast<uint32_t>(trial.order.size());
+    const auto n = static_cast<uint32_t>(trial.looked.size());
     const uint32_t d = trial.run->head_dim, width = std::min(d, kWidth);
-    const uint32_t nodes = (n + node_rows - 1) / node_rows;
-    const uint32_t taken = std::min(nodes, std::max(1u, kInsideTokens / node_rows));
-    for (uint32_t i = 0; i < taken; ++i) {
-      const uint32_t lo = static_cast<uint32_t>(uint64_t{i} * nodes / taken) * node_rows;
+    for (uint32_t lo = 0; lo < n; lo += node_rows) {
       const uint32_t count = std::min(node_rows, n - lo);
       Matrix dy = Eigen::Map<const Matrix>(trial.coordinates.data() + size_t{lo} * d, count, d)
                       .leftCols(width);
@@ -103,61 +108,105 @@ std::vector<double> AttendedShare(const KvView& run, std::span<const float> quer
   return share;
 }
 
-// What tokens of the trials have, as they are attended, a row each.
-struct SlopeRows {
-  Matrix values, missed, codes, leaf, super;
-  SlopeRows(Eigen::Index rows, uint32_t head_dim, uint32_t rank)
-      : values(rows, head_dim), missed(rows, head_dim), codes(rows, rank), leaf(rows, rank),
-        super(rows, rank) {}
-};
+// Sums of products of tokens' values, and what goes with them, as the tokens are attended.
+class Products {
+ public:
+  // What stands in a row beside a value: the key but for the mean one, and in the codes' coordinates
+  // its code, its leaf's centre and its super's.
+  explicit Products(const ClusterModel& model)
+      : m_(model),
+        d_(model.head_dim()),
+        width_(d_ + 3 * Padded(model.rank())),
+        sums_(Matrix::Zero(d_, width_)),
+        value_sum_(Eigen::VectorXd::Zero(d_)),
+        row_sum_(Eigen::RowVectorXd::Zero(width_)),
+        value_(d_),
+        centre_(kWidth),
+        values_(d_, kTileRows),
+        rows_(Matrix::Zero(kTileRows, width_)) {}
 
-SlopeRows GatherRows(const ClusterModel& m, std::span<const Trial> trials,
-                     std::span<const float> queries) {
-  std::vector<std::vector<uint32_t>> chosen;
-  Eigen::Index rows = 0;
-  for (const Trial& trial : trials) {
-    chosen.push_back(Draw(AttendedShare(*trial.run, queries), trial.order,
-                          static_cast<double>(kSlopeTokens) / static_cast<double>(trials.size())));
-    rows += static_cast<Eigen::Index>(chosen.back().size());
-  }
-  SlopeRows out(rows, m.head_dim(), m.rank());
-  std::vector<float> centre(kWidth);
-  Eigen::Index row = 0;
-  for (size_t t = 0; t < trials.size(); ++t) {
-    const ClusterIndex::Parts& p = trials[t].index->parts();
-    const RunRows keys(*trials[t].run, KvPart::kKey), values(*trials[t].run, KvPart::kValue);
-    for (uint32_t at : chosen[t]) {
-      keys.Widen(p.order[at], out.missed.row(row).data());
-      values.Widen(p.order[at], out.values.row(row).data());
-      p.leaves.Centre(at / kLeafRows, m.centre_step, centre);
-      std::copy_n(centre.begin(), m.rank(), out.leaf.row(row).data());
-      p.supers.Centre(at / kSuperRows, m.centre_step, centre);
-      std::copy_n(centre.begin(), m.rank(), out.super.row(row).data());
-      p.codes.Decode(at, std::span(out.codes.row(row).data(), m.rank()));
-      out.codes.row(row++) *= Bf16ToFloat(p.scale[at]);
+  // Places of a trial's order.
+  void Add(const Trial& trial, std::span<const uint32_t> places) {
+    const ClusterIndex::Parts& p = trial.index->parts();
+    const RunRows keys(*trial.run, KvPart::kKey), values(*trial.run, KvPart::kValue);
+    for (uint32_t at : places) {
+      float* const row = rows_.row(tile_rows_).data();
+      keys.Widen(p.order[at], row);
+      for (uint32_t i = 0; i < d_; ++i) row[i] -= m_.basis.mean[i];
+      p.codes.Decode(at, std::span(row + Column(0), m_.rank()));
+      for (uint32_t c = 0; c < m_.rank(); ++c) row[Column(0) + c] *= Bf16ToFloat(p.scale[at]);
+      p.leaves.Centre(at / kLeafRows, m_.centre_step, centre_);
+      std::copy_n(centre_.begin(), m_.rank(), row + Column(1));
+      p.supers.Centre(at / kSuperRows, m_.centre_step, centre_);
+      std::copy_n(centre_.begin(), m_.rank(), row + Column(2));
+      values.Widen(p.order[at], value_.data());
+      values_.col(tile_rows_) = Eigen::Map<const Eigen::VectorXf>(value_.data(), d_);
+      if (++tile_rows_ == kTileRows) AddTile();
     }
   }
-  return out;
-}
+
+  // [head_dim][] means of the products of what values and these differ in from their means.
+  struct Means {
+    Matrix keys, codes, leaves, supers;
+  };
+  Means Finish() {
+    AddTile();
+    const Matrix means =
+        ((sums_.cast<double>() - value_sum_ * row_sum_ / count_) / count_).cast<float>();
+    const auto part = [&](uint32_t i) { return means.middleCols(Column(i), m_.rank()); };
+    return {means.leftCols(d_), part(0), part(1), part(2)};
+  }
+
+ private:
+  static constexpr uint32_t kTileRows = 128;
+  static uint32_t Padded(uint32_t rank) { return (rank + 15) / 16 * 16; }
+  uint32_t Column(uint32_t part) const { return d_ + part * Padded(m_.rank()); }
+
+  void AddTile() {
+    kernels::AccumulateTile tile{};
+    tile.p = values_.data();
+    tile.ld_p = kTileRows;
+    tile.queries = d_;
+    tile.head_dim = width_;
+    tile.v = rows_.data();
+    tile.tokens = tile_rows_;
+    tile.dtype = kernels::kFp32;
+    tile.acc = sums_.data();
+    if (tile_rows_ > 0) Kernels().accumulate(tile);
+    value_sum_ += values_.leftCols(tile_rows_).cast<double>().rowwise().sum();
+    row_sum_ += rows_.topRows(tile_rows_).cast<double>().colwise().sum();
+    count_ += tile_rows_;
+    tile_rows_ = 0;
+  }
+
+  const ClusterModel& m_;
+  const uint32_t d_, width_;
+  Matrix sums_;  // [head_dim][width]
+  Eigen::VectorXd value_sum_;
+  Eigen::RowVectorXd row_sum_;
+  double count_ = 0;
+  std::vector<float> value_, centre_;
+  Matrix values_, rows_;  // [head_dim][kTileRows], [kTileRows][width]
+  uint32_t tile_rows_ = 0;
+};
 
 // How values go with what is missed of keys, where queries look.
 void LearnSlopes(std::span<const Trial> trials, std::span<const float> queries, ClusterModel* m) {
-  SlopeRows r = GatherRows(*m, trials, queries);
-  const uint32_t d = m->head_dim();
-  const Eigen::Map<const Eigen::RowVectorXf> mean(m->basis.mean.data(), d);
-  const Eigen::Map<const Matrix> dual(m->basis.query_map.data(), m->rank(), d);
-  r.missed.rowwise() -= mean;
-  r.missed.noalias() -= (r.leaf + r.codes) * dual;
-  r.values.rowwise() -= r.values.colwise().mean().eval();
-  r.missed.rowwise() -= r.missed.colwise().mean().eval();
-  r.values /= static_cast<float>(r.values.rows());
-  Matrix slope = r.values.transpose() * r.missed;
-  const std::span<const float> numbers(slope.data(), static_cast<size_t>(slope.size()));
-  m->token_slope = RoundedToBf16(numbers);
-  slope.noalias() += (r.values.transpose() * r.codes) * dual;
-  m->leaf.slope = RoundedToBf16(numbers);
-  slope.noalias() += (r.values.transpose() * (r.leaf - r.super)) * dual;
-  m->super.slope = RoundedToBf16(numbers);
+  Products products(*m);
+  for (const Trial& trial : trials) {
+    products.Add(trial,
+                 Draw(AttendedShare(*trial.run, queries), trial.order,
+                      static_cast<double>(kSlopeTokens) / static_cast<double>(trials.size())));
+  }
+  const Products::Means mean = products.Finish();
+  const Eigen::Map<const Matrix> dual(m->basis.query_map.data(), m->rank(), m->head_dim());
+  const auto slope = [&](const Matrix& known) {
+    const Matrix missed = mean.keys - known * dual;
+    return RoundedToBf16({missed.data(), static_cast<size_t>(missed.size())});
+  };
+  m->token_slope = slope(mean.leaves + mean.codes);
+  m->leaf.slope = slope(mean.leaves);
+  m->super.slope = slope(mean.supers);
 }
 
 // Means over the trials.
@@ -176,9 +225,9 @@ void LearnDeviations(std::span<const Trial> trials, ClusterModel* m) {
   };
   double leaves = 0, tokens = 0;
   for (const Trial& trial : trials) {
-    OrderedValues values(*trial.run, trial.order);
-    const uint32_t apart = trial.order.size() < kSuperRows ? 1 : 4;
-    for (uint32_t super = 0; super * kSuperRows < trial.order.size(); ++super) {
+    OrderedValues values(*trial.run, trial.looked);
+    const uint32_t apart = trial.looked.size() < kSuperRows ? 1 : 4;
+    for (uint32_t super = 0; super * kSuperRows < trial.looked.size(); ++super) {
       values.Read(super);
       for (uint32_t leaf = 0; leaf < values.leaves(); ++leaf, ++leaves) {
         add(values.LeafMean(leaf), values.mean().data(), &of_leaves);
@@ -194,18 +243,18 @@ void LearnDeviations(std::span<const Trial> trials, ClusterModel* m) {
   }
 }
 
-// Quantisers for what the trials' tokens differ in from their leaves.
-void LearnQuantisers(std::span<const Trial> trials, ClusterModel* m) {
+// Quantisers for what the trials' tokens differ in from their leaves, which is left in place of the
+// coordinates.
+void LearnQuantisers(std::span<Trial> trials, ClusterModel* m) {
   const uint32_t d = m->head_dim();
   m->centre_step.assign(kWidth, 0.0f);
   for (const Trial& trial : trials) {
     const std::vector<float> step = NodeLevel::StepFor(trial.coordinates, d, kLeafRows);
     for (uint32_t c = 0; c < kWidth; ++c) m->centre_step[c] = std::max(m->centre_step[c], step[c]);
   }
-  std::vector<std::vector<float>> differences;
-  for (const Trial& trial : trials) {
-    std::vector<float>& rows = differences.emplace_back(trial.coordinates);
-    NodeLevel leaves(static_cast<uint32_t>(trial.order.size()), kLeafRows);
+  for (Trial& trial : trials) {
+    std::vector<float>& rows = trial.coordinates;
+    NodeLevel leaves(static_cast<uint32_t>(trial.looked.size()), kLeafRows);
     for (uint32_t leaf = 0; leaf < leaves.nodes(); ++leaf) {
       StoreLeaf(leaf, d, m->centre_step, m->lost_variance, rows.data() + size_t{leaf} * kLeafRows * d,
                 &leaves);
@@ -213,15 +262,15 @@ void LearnQuantisers(std::span<const Trial> trials, ClusterModel* m) {
     AddMean(SecondMoments(rows, d), trials.size(), &m->difference_variance);
   }
   const Equaliser equaliser(m->difference_variance);
-  for (std::vector<float>& rows : differences) {
-    std::vector<uint16_t> scale(rows.size() / d);
-    equaliser.Equalise(rows, scale);
-    AddMean(SecondMoments(rows, d), trials.size(), &m->row_variance);
+  for (Trial& trial : trials) {
+    std::vector<uint16_t> scale(trial.looked.size());
+    equaliser.Equalise(trial.coordinates, scale);
+    AddMean(SecondMoments(trial.coordinates, d), trials.size(), &m->row_variance);
   }
-  for (const std::vector<float>& rows : differences) {
-    KeyCodes codes(m->CodeBasis(), static_cast<uint32_t>(rows.size() / d));
-    codes.Store(0, rows, d);
-    AddMean(codes.ErrorVariance(rows, d), trials.size(), &m->code_error);
+  for (const Trial& trial : trials) {
+    KeyCodes codes(m->CodeBasis(), static_cast<uint32_t>(trial.looked.size()));
+    codes.Store(0, trial.coordinates, d);
+    AddMean(codes.ErrorVariance(trial.coordinates, d), trials.size(), &m->code_error);
   }
   LearnDeviations(trials, m);
 }
@@ -274,9 +323,9 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
     const KvView& run = runs[(2 * i + 1) * runs.size() / (2 * count)];
     trials.push_back(MakeTrial(run, model->basis));
   }
-  LearnQuantisers(trials, model.get());
   model->leaf = LookInside(trials, kLeafRows, model->lost_variance);
   model->super = LookInside(trials, kSuperRows, model->lost_variance);
+  LearnQuantisers(trials, model.get());
   for (Trial& trial : trials) trial.index = ClusterIndex::Build(*trial.run, model, trial.order);
   LearnSlopes(trials, queries, model.get());
   LearnedClusters out;
