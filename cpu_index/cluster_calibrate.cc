@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "cpu_index/cluster_search.h"
+#include "cpu_index/simd.h"
 
 namespace quarry {
 namespace {
@@ -118,16 +119,19 @@ class Sampled {
       const size_t best = std::min<size_t>(kRefinedTokens, all.size() - 1);
       std::nth_element(all.begin(), all.begin() + static_cast<ptrdiff_t>(best), all.end(),
                        std::greater<>());
-      const double top = *std::max_element(all.begin(), all.begin() + static_cast<ptrdiff_t>(best) + 1);
+      const float top = *std::max_element(all.begin(), all.begin() + static_cast<ptrdiff_t>(best) + 1);
+      Kernels().exp_sum(all.data(), all.size(), top);
+      const auto add = [&all](size_t lo, size_t hi, double* sum, double* squares) {
+        for (size_t t = lo; t < hi; ++t) {
+          *sum += all[t];
+          *squares += double{all[t]} * all[t];
+        }
+      };
       Weights& w = out.emplace_back();
-      for (size_t t = 0; t < all.size(); ++t) {
-        const double weight = std::exp(all[t] - top);
-        w.mass += weight;
-        w.squares += weight * weight;
-        if (t < best) continue;
-        w.tail += weight;
-        w.tail_squares += weight * weight;
-      }
+      add(best, all.size(), &w.tail, &w.tail_squares);
+      w.mass = w.tail;
+      w.squares = w.tail_squares;
+      add(0, best, &w.mass, &w.squares);
     }
     return out;
   }
