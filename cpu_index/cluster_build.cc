@@ -50,14 +50,13 @@ class Encoder {
     keys_.Read(lo, hi, rows_.data());
     p_.supers.Store(super, rows_.data(), d_, m_.centre_step, m_.lost_variance);
     for (uint32_t at = lo; at < hi; at += kLeafRows) {
-      const uint32_t count = std::min(kLeafRows, hi - at);
-      const std::span<float> rows =
-          std::span(rows_).subspan(size_t{at - lo} * d_, size_t{count} * d_);
-      StoreLeaf(at / kLeafRows, d_, m_.centre_step, m_.lost_variance, rows.data(), &p_.leaves);
-      equaliser_.Equalise(rows, std::span(p_.scale).subspan(at, count));
-      p_.key_rows.Store(at, rows);
-      p_.codes.Store(at, rows, d_);
+      StoreLeaf(at / kLeafRows, d_, m_.centre_step, m_.lost_variance,
+                rows_.data() + size_t{at - lo} * d_, &p_.leaves);
     }
+    const std::span<float> rows = std::span(rows_).first(size_t{hi - lo} * d_);
+    equaliser_.Equalise(rows, std::span(p_.scale).subspan(lo, hi - lo));
+    p_.key_rows.Store(lo, rows);
+    p_.codes.Store(lo, rows, d_);
   }
 
   // Leaves' means around their super's, and tokens' values around their leaf's mean, both as those are
@@ -75,12 +74,12 @@ class Encoder {
       p_.leaf_values.Decode(leaf, mean);
       for (uint32_t d = 0; d < d_; ++d) mean[d] += Bf16ToFloat(kept[d]);
       const float* const value = values_.Leaf(i);
-      const size_t numbers = size_t{values_.leaf_tokens(i)} * d_;
-      for (size_t at = 0; at < numbers; at += d_) {
-        for (uint32_t d = 0; d < d_; ++d) rows_[at + d] = value[at + d] - mean[d];
+      float* const row = rows_.data() + size_t{i} * kLeafRows * d_;
+      for (size_t at = 0; at < size_t{values_.leaf_tokens(i)} * d_; at += d_) {
+        for (uint32_t d = 0; d < d_; ++d) row[at + d] = value[at + d] - mean[d];
       }
-      p_.token_values.Store(leaf * kLeafRows, std::span(rows_).first(numbers));
     }
+    p_.token_values.Store(super * kSuperRows, std::span(rows_).first(size_t{values_.tokens()} * d_));
   }
 
   const ClusterModel& m_;
