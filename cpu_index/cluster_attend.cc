@@ -146,6 +146,21 @@ void ClusterPart::ScoreRows(std::span<const uint32_t> entries, float* out) {
       }
     }
   });
+  PutKnown(entries, out);
+}
+
+// Rows know no more of uncoded keys than codes do.
+void ClusterPart::PutKnown(std::span<const uint32_t> entries, float* out) const {
+  auto at = entries.begin();
+  for (size_t k = 0; k < s_.known.size(); ++k) {
+    at = std::lower_bound(at, entries.end(), s_.known[k]);
+    if (at == entries.end()) return;
+    if (*at != s_.known[k]) continue;
+    for (uint32_t i = 0; i < count_; ++i) {
+      out[i * entries.size() + static_cast<size_t>(at - entries.begin())] =
+          s_.known_score[k * count_ + i];
+    }
+  }
 }
 
 // Scores the rows of what was taken, moves their weight from the codes' estimate to the rows', and

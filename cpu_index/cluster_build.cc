@@ -26,7 +26,9 @@ class Encoder {
            ValueRows((n_ + kLeafRows - 1) / kLeafRows, model.leaf_deviation),
            {},
            NodeLevel(n_, kLeafRows),
-           NodeLevel(n_, kSuperRows)},
+           NodeLevel(n_, kSuperRows),
+           UncodedKeys(d_)},
+        run_(run),
         keys_(run, p_.order, model.basis),
         values_(run, p_.order),
         equaliser_(model.difference_variance),
@@ -40,6 +42,7 @@ class Encoder {
       EncodeKeys(super);
       EncodeValues(super);
     }
+    if (d_ > KeyCodes::kCoordinates) p_.uncoded = UncodedKeys(run_, p_.order, lost_);
     return std::move(p_);
   }
 
@@ -54,9 +57,17 @@ class Encoder {
                 rows_.data() + size_t{at - lo} * d_, &p_.leaves);
     }
     const std::span<float> rows = std::span(rows_).first(size_t{hi - lo} * d_);
+    for (size_t at = 0; at < rows.size(); at += d_) lost_.push_back(Lost(rows.subspan(at, d_)));
     equaliser_.Equalise(rows, std::span(p_.scale).subspan(lo, hi - lo));
     p_.key_rows.Store(lo, rows);
     p_.codes.Store(lo, rows, d_);
+  }
+
+  // What codes leave out of a token's difference.
+  static float Lost(std::span<const float> row) {
+    float sum = 0;
+    for (size_t c = KeyCodes::kCoordinates; c < row.size(); ++c) sum += row[c] * row[c];
+    return sum;
   }
 
   // Leaves' means around their super's, and tokens' values around their leaf's mean, both as those are
@@ -85,6 +96,8 @@ class Encoder {
   const ClusterModel& m_;
   const uint32_t n_, d_;
   ClusterIndex::Parts p_;
+  const KvView& run_;
+  std::vector<float> lost_;  // of the tokens up to now
   OrderedKeys keys_;
   OrderedValues values_;
   const Equaliser equaliser_;
@@ -113,7 +126,7 @@ std::unique_ptr<ClusterIndex> ClusterIndex::Build(const KvView& run,
 
 uint64_t ClusterIndex::memory_bytes() const {
   return p_.codes.memory_bytes() + p_.key_rows.memory_bytes() + p_.token_values.memory_bytes() +
-         p_.leaf_values.memory_bytes() + p_.leaves.memory_bytes() + p_.supers.memory_bytes() +
+         p_.leaf_values.memory_bytes() + p_.leaves.memory_bytes() + p_.supers.memory_bytes() + p_.uncoded.bytes() +
          4 * p_.order.size() + 2 * (p_.scale.size() + p_.super_values.size());
 }
 

@@ -10,7 +10,7 @@ namespace quarry {
 namespace {
 
 constexpr std::string_view kKind = "clusters";
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 
 absl::Status GetOrder(uint32_t tokens, IndexReader* in, std::vector<uint32_t>* out) {
   QUARRY_RETURN_IF_ERROR(in->GetVector(tokens, out));
@@ -35,6 +35,7 @@ void Write(const ClusterIndex::Parts& p, IndexWriter* out) {
   out->PutAll(std::span<const uint16_t>(p.super_values));
   p.leaves.Write(out);
   p.supers.Write(out);
+  p.uncoded.Write(out);
 }
 
 // Codes and rows have quantisers of their own in their bytes, but queries are made ready by the
@@ -69,11 +70,12 @@ absl::StatusOr<ClusterIndex::Parts> ReadParts(const ClusterModel& model, IndexRe
       in->GetBf16("mean value", uint64_t{super_count} * d, kAnyNumber, &super_values));
   QUARRY_ASSIGN_OR_RETURN(NodeLevel leaves, NodeLevel::Read(in, tokens, kLeafRows));
   QUARRY_ASSIGN_OR_RETURN(NodeLevel supers, NodeLevel::Read(in, tokens, kSuperRows));
+  QUARRY_ASSIGN_OR_RETURN(UncodedKeys uncoded, UncodedKeys::Read(in, tokens, d));
   ClusterIndex::Parts parts{std::move(order),        std::move(codes),
                             std::move(scale),        std::move(key_rows),
                             std::move(token_values), std::move(leaf_values),
                             std::move(super_values), std::move(leaves),
-                            std::move(supers)};
+                            std::move(supers),       std::move(uncoded)};
   QUARRY_RETURN_IF_ERROR(CheckQuantisers(parts, model));
   return parts;
 }

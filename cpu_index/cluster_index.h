@@ -13,6 +13,7 @@
 #include "cpu_index/key_index.h"
 #include "cpu_index/key_rows.h"
 #include "cpu_index/node_level.h"
+#include "cpu_index/uncoded_keys.h"
 #include "cpu_index/value_rows.h"
 
 namespace quarry {
@@ -61,6 +62,7 @@ class ClusterIndex final : public KeyIndex {
     ValueRows leaf_values;          // the leaves' means, around their super's
     std::vector<uint16_t> super_values;  // bf16 [supers][head_dim]
     NodeLevel leaves, supers;
+    UncodedKeys uncoded;
   };
   const Parts& parts() const { return p_; }
 

@@ -1,6 +1,7 @@
 // How a part of a search looks for what queries attend: supers, leaves, tokens.
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 
 #include "absl/base/thread_annotations.h"
@@ -171,10 +172,15 @@ void ClusterPart::ScoreLeaves(std::span<const float> super_floors) {
 }
 
 void ClusterPart::ScoreTokens(const TokenFloors& floors) {
-  if (q_.every_code) FindOutliers(floors.outlier);
+  s_.known.Take(0);
+  if (q_.every_code) {
+    FindOutliers(floors.outlier);
+    FindUncoded(floors.outlier);
+  }
   OpenLeaves(floors.leaf);
   CloseOpened();
   ScoreCodes();
+  ScoreKnown();
   if (q_.every_code) RankTokens(floors.ranked);
   WeighGroups();
   for (uint32_t i = 0; i < count_; ++i) found_[i].weights = ScoreHistogram::Of(TokenScores(i));
@@ -206,6 +212,48 @@ void ClusterPart::FindOutliers(const std::vector<float>& floors) {
     bytes_ += p.codes.code_bytes() + 2 * p.scale.size();
   });
   s_.outliers.Shrink(count);
+}
+
+// Tokens that stand out, but not by their codes.
+void ClusterPart::FindUncoded(const std::vector<float>& floors) {
+  size_t most = 0, n = 0;
+  for (const ClusterRun& run : runs_) most += run.index->parts().uncoded.places().size();
+  uint32_t* const known = s_.known.Take(most);
+  float* const known_score = s_.known_score.Take(most * count_);
+  ForOpenedSupers([&](size_t r, size_t lo, size_t) {
+    const ClusterIndex::Parts& p = runs_[r].index->parts();
+    const std::span<const uint32_t> places = p.uncoded.places();
+    float* const score = s_.uncoded_score.Take(count_ * places.size());
+    p.uncoded.Score(q_.block, score);
+    bytes_ += p.uncoded.bytes();
+    for (size_t j = 0; j < places.size(); ++j) {
+      const uint32_t token = runs_[r].view->tokens().lo + p.order[places[j]];
+      bool stands_out = false;
+      for (uint32_t i = 0; i < count_; ++i) {
+        const TokenRange range = runs_[r].ranges[i];
+        const bool seen = token >= range.lo && token < range.hi;
+        float& own = known_score[n * count_ + i];
+        // In this order what is no number has none.
+        own = seen ? std::max(kNone, score[i * places.size() + j]) : kNone;
+        stands_out |= own >= floors[i];
+      }
+      known[n] = static_cast<uint32_t>(lo * kSuperRows) + places[j];
+      n += stands_out ? 1 : 0;
+    }
+  });
+  s_.known.Shrink(n);
+  AddOutliers();
+}
+
+// The leaves of what is known.
+void ClusterPart::AddOutliers() {
+  const std::span<const uint32_t> found = s_.outliers.all();
+  std::vector<uint32_t> leaves, all;
+  for (const uint32_t place : s_.known.all()) leaves.push_back(place / kLeafRows);
+  leaves.erase(std::unique(leaves.begin(), leaves.end()), leaves.end());
+  std::set_union(found.begin(), found.end(), leaves.begin(), leaves.end(),
+                 std::back_inserter(all));
+  std::copy(all.begin(), all.end(), s_.outliers.Take(all.size()));
 }
 
 kernels::CodedKeyTile ClusterPart::CodeTile(const ClusterIndex::Parts& p, const uint32_t* which,
@@ -289,6 +337,18 @@ void ClusterPart::ScoreCodes() {
     Mask(r, lo, leaves);
   });
   if (!q_.every_code) bytes_ += row * (KeyCodes::kBytes + sizeof(uint16_t));
+}
+
+void ClusterPart::ScoreKnown() {
+  const std::span<const uint32_t> opened = s_.opened.all();
+  for (size_t k = 0; k < s_.known.size(); ++k) {
+    uint32_t& entry = s_.known[k];
+    const auto leaf = std::lower_bound(opened.begin(), opened.end(), entry / kLeafRows);
+    entry = static_cast<uint32_t>(leaf - opened.begin()) * kLeafRows + entry % kLeafRows;
+    for (uint32_t i = 0; i < count_; ++i) {
+      OwnTokenScores(i)[entry] = s_.known_score[k * count_ + i];
+    }
+  }
 }
 
 // Takes out places behind a run's last token, and tokens that a query must not see.

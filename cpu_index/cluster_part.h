@@ -56,7 +56,11 @@ struct ClusterScratch {
   Scratch<uint32_t> opened, opened_leaf, run_ends;
   // Tokens whose rows are read, rising: entries are places in a row of token_score.
   Scratch<uint32_t> taken, ranked, row_place;
-  Scratch<float> row_score, leaf_sum, super_sum, leaf_weight;
+  // Uncoded tokens that stand out, rising: first places of all tokens of the opened supers, then as
+  // `taken`; and their scores, [known][queries].
+  Scratch<uint32_t> known;
+  Scratch<float> known_score, uncoded_score;
+  Scratch<float> row_score, leaf_sum, leaf_weight;
   Scratch<uint32_t> weighty;
   Scratch<std::byte> gathered;  // keys and values of tokens
 };
@@ -116,11 +120,14 @@ class ClusterPart {
   void OpenSupers(std::span<const float> floors);
   const uint32_t* LocalSupers(size_t run, size_t lo, size_t n);
   void FindOutliers(const std::vector<float>& floors);
+  void FindUncoded(const std::vector<float>& floors);
+  void AddOutliers();
   kernels::CodedKeyTile CodeTile(const ClusterIndex::Parts& p, const uint32_t* which,
                                  uint32_t blocks) const;
   void OpenLeaves(const std::vector<float>& floors);
   void CloseOpened();
   void ScoreCodes();
+  void ScoreKnown();
   void Mask(size_t run, size_t lo, size_t leaves);
   std::span<const float> SuperScores(uint32_t query) const {
     return {s_.super_score.data() + size_t{query} * supers_, supers_};
@@ -161,6 +168,7 @@ class ClusterPart {
   void WeighGroups();
   void TakeTokens(std::span<const ErrorCut> cuts);
   void ScoreRows(std::span<const uint32_t> entries, float* out);
+  void PutKnown(std::span<const uint32_t> entries, float* out) const;
   std::vector<uint32_t> SplitExact(std::span<const ErrorCut> cuts);
   void CountOthers(uint32_t query, float refine, std::span<const float> weight);
   void CountRead(std::span<const uint32_t> exact);

@@ -121,6 +121,20 @@ TEST_F(ClusterFormTest, RunsOfOneModelShareItWhenReadBack) {
   }
 }
 
+TEST_F(ClusterFormTest, UncodedKeysHavePlacesThatRiseAndFiniteNumbers) {
+  const UncodedKeys& uncoded = runs_.indexes[0]->parts().uncoded;
+  ASSERT_EQ(uncoded.places().size(), kRun / UncodedKeys::kTokensForOne);
+  const size_t keys = bytes_.size() - kIndexFormDigestBytes -
+                      uncoded.places().size() * head_.head_dim * sizeof(uint16_t);
+  const size_t places = keys - uncoded.places().size_bytes();
+  EXPECT_EQ(ClusterIndex::Deserialize(With(places, uncoded.places()[0])).status(),
+            absl::OkStatus());
+  ExpectDataLoss(With(places, kRun), "uncoded key is at place 300 of 300");
+  ExpectDataLoss(With(places + sizeof(uint32_t), uncoded.places()[0]), "uncoded key is at place");
+  ExpectDataLoss(With(places - sizeof(uint32_t), kRun + 1), "301 uncoded keys of 300");
+  ExpectDataLoss(With(keys + 6, uint16_t{0x7f80}), "uncoded key");
+}
+
 TEST_F(ClusterFormTest, AnotherModelIsNotShared) {
   auto other = std::make_shared<ClusterModel>(*runs_.model);
   other->token_doubt *= 1.01f;
