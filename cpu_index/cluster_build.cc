@@ -10,8 +10,8 @@
 namespace quarry {
 namespace {
 
-// Encodes a run super by super, so that what is computed of one stays in the nearest caches until it
-// is coded.
+// Encodes a run super by super, so that what is computed of one stays in the nearest caches until
+// it is coded.
 class Encoder {
  public:
   Encoder(const KvView& run, const ClusterModel& model, std::vector<uint32_t> order)
@@ -70,8 +70,8 @@ class Encoder {
     return sum;
   }
 
-  // Leaves' means around their super's, and tokens' values around their leaf's mean, both as those are
-  // kept.
+  // Leaves' means around their super's, and tokens' values around their leaf's mean, both as those
+  // are kept.
   void EncodeValues(uint32_t super) {
     values_.Read(super);
     uint16_t* const kept = p_.super_values.data() + size_t{super} * d_;
@@ -90,7 +90,8 @@ class Encoder {
         for (uint32_t d = 0; d < d_; ++d) row[at + d] = value[at + d] - mean[d];
       }
     }
-    p_.token_values.Store(super * kSuperRows, std::span(rows_).first(size_t{values_.tokens()} * d_));
+    p_.token_values.Store(super * kSuperRows,
+                          std::span(rows_).first(size_t{values_.tokens()} * d_));
   }
 
   const ClusterModel& m_;

@@ -119,7 +119,7 @@ class Sampled {
       const size_t best = std::min<size_t>(kRefinedTokens, all.size() - 1);
       std::nth_element(all.begin(), all.begin() + static_cast<ptrdiff_t>(best), all.end(),
                        std::greater<>());
-      const float top = *std::max_element(all.begin(), all.begin() + static_cast<ptrdiff_t>(best) + 1);
+      const float top = Kernels().max(all.data(), best + 1);
       Kernels().exp_sum(all.data(), all.size(), top);
       const auto add = [&all](size_t lo, size_t hi, double* sum, double* squares) {
         for (size_t t = lo; t < hi; ++t) {

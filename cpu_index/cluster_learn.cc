@@ -42,8 +42,9 @@ Trial MakeTrial(const KvView& run, const QueryBasis& basis) {
   const size_t taken = std::min<size_t>(supers, kLookedTokens / kSuperRows);
   for (size_t i = 0; i < taken; ++i) {
     const size_t lo = (i + 1) * supers / taken * kSuperRows - kSuperRows;
-    trial.looked.insert(trial.looked.end(), trial.order.begin() + static_cast<ptrdiff_t>(lo),
-                        trial.order.begin() + static_cast<ptrdiff_t>(std::min(tokens, lo + kSuperRows)));
+    const std::span<const uint32_t> rest = std::span<const uint32_t>(trial.order).subspan(lo);
+    const auto super = rest.first(std::min<size_t>(rest.size(), kSuperRows));
+    trial.looked.insert(trial.looked.end(), super.begin(), super.end());
   }
   trial.coordinates.resize(trial.looked.size() * run.head_dim);
   OrderedKeys(run, trial.looked, basis)
@@ -111,8 +112,8 @@ std::vector<double> AttendedShare(const KvView& run, std::span<const float> quer
 // Sums of products of tokens' values, and what goes with them, as the tokens are attended.
 class Products {
  public:
-  // What stands in a row beside a value: the key but for the mean one, and in the codes' coordinates
-  // its code, its leaf's centre and its super's.
+  // What stands in a row beside a value: the key but for the mean one, and in the codes'
+  // coordinates its code, its leaf's centre and its super's.
   explicit Products(const ClusterModel& model)
       : m_(model),
         d_(model.head_dim()),
@@ -256,8 +257,8 @@ void LearnQuantisers(std::span<Trial> trials, ClusterModel* m) {
     std::vector<float>& rows = trial.coordinates;
     NodeLevel leaves(static_cast<uint32_t>(trial.looked.size()), kLeafRows);
     for (uint32_t leaf = 0; leaf < leaves.nodes(); ++leaf) {
-      StoreLeaf(leaf, d, m->centre_step, m->lost_variance, rows.data() + size_t{leaf} * kLeafRows * d,
-                &leaves);
+      StoreLeaf(leaf, d, m->centre_step, m->lost_variance,
+                rows.data() + size_t{leaf} * kLeafRows * d, &leaves);
     }
     AddMean(SecondMoments(rows, d), trials.size(), &m->difference_variance);
   }

@@ -11,8 +11,8 @@ namespace quarry {
 namespace {
 
 constexpr uint32_t kWidth = KeyCodes::kCoordinates;
-// Of the coordinates, which begin with those that vary most: the tree is cut by these. With all 48
-// errors of answers are the same within what seeds differ by, and cutting costs three times as much.
+// Of the coordinates, which begin with those that vary most: the tree is cut by these. By all 48,
+// leaves vary 0.7% less inside, answers err alike, and building costs a tenth more.
 constexpr uint32_t kTreeCoordinates = 16;
 constexpr uint32_t kAhead = 8;  // rows that are fetched before they are read
 

@@ -64,8 +64,8 @@ class OrderedValues {
   std::vector<float> values_, leaf_means_, mean_;
 };
 
-// Stores a leaf's centre, of step and lost_variance as NodeLevel::Store says, and takes it, as it is
-// scored, from the leaf's rows [tokens][width].
+// Stores a leaf's centre, of step and lost_variance as NodeLevel::Store says, and takes it, as it
+// is scored, from the leaf's rows [tokens][width].
 void StoreLeaf(uint32_t leaf, uint32_t width, std::span<const float> step, float lost_variance,
                float* rows, NodeLevel* leaves);
 

@@ -168,8 +168,8 @@ struct ValueRowTile {
   float* acc;
 };
 
-// Lengths of rows of numbers: squares[r] is the sum of (x[r * width + c] * weight[c])^2 over c, most[r] the
-// largest of them.
+// Lengths of rows of numbers: squares[r] is the sum of (x[r * width + c] * weight[c])^2 over c,
+// most[r] the largest of them.
 struct LengthTile {
   const float* x;       // [rows][width]
   uint32_t rows;
@@ -179,7 +179,8 @@ struct LengthTile {
   float* most;          // [rows]
 };
 
-// Levels of uniform quantisers: out[r * ld_out + c] = x[r * ld_x + c] * inverse_step[c] * factor[r] + half[c],
+// Levels of uniform quantisers: out[r * ld_out + c] is
+//     x[r * ld_x + c] * inverse_step[c] * factor[r] + half[c],
 // rounded down to a whole number of [0, 2 half[c]); 0 for what is no number.
 struct LevelTile {
   const float* x;

@@ -23,7 +23,8 @@ class KeyCodes {
 
   // Of keys that are yet to be stored.
   KeyCodes(QueryBasis basis, uint32_t keys);
-  // rows: [count][stride], keys from `first` on, of which the first coordinates count; each key once.
+  // rows: [count][stride], keys from `first` on, of which the first coordinates count; each key
+  // once.
   void Store(uint32_t first, std::span<const float> rows, size_t stride);
 
   // The basis may have fewer coordinates than kCoordinates, not more.

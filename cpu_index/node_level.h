@@ -13,9 +13,9 @@
 
 namespace quarry {
 
-// Node i holds `rows_per_node` consecutive rows of a reordered run; the last one may have fewer. Rows
-// lie `stride` numbers apart, of which the first KeyCodes::kCoordinates count. Immutable after the
-// last Store; thread-safe then.
+// Node i holds `rows_per_node` consecutive rows of a reordered run; the last one may have fewer.
+// Rows lie `stride` numbers apart, of which the first KeyCodes::kCoordinates count. Immutable after
+// the last Store; thread-safe then.
 class NodeLevel {
  public:
   static constexpr uint32_t kBlockNodes = KeyCodes::kBlockKeys;

@@ -25,7 +25,7 @@ float Untold(uint32_t head_dim, Eigen::Index queries) {
                        static_cast<float>(head_dim + queries);
 }
 
-constexpr uint32_t kTileKeys = 64;  // widened, they and their coordinates stay in the nearest caches
+constexpr uint32_t kTileKeys = 64;  // which stay in the nearest caches, widened and projected
 
 // [keys][head_dim], every so many tokens.
 Matrix SampleKeys(const KvView& run) {

@@ -47,8 +47,9 @@ struct QueryBasis {
   Coordinates EncodeQueries(const QueryBlock& queries) const;
 };
 
-// Maps keys to their first `width` coordinates, 0 beyond the basis' rank; width a multiple of 16. The
-// map is rounded to bf16, which is far finer than what coordinates are used for. Not thread-safe.
+// Maps keys to their first `width` coordinates, 0 beyond the basis' rank; width a multiple of 16.
+// The map is rounded to bf16, which is far finer than what coordinates are used for. Not
+// thread-safe.
 class KeyProjection {
  public:
   KeyProjection(const QueryBasis& basis, uint32_t width, DType dtype);

@@ -1,5 +1,5 @@
-// Rows of coded keys and values, and how they are coded, with AVX-512 VBMI and VNNI: 64 coordinates, or 16 dimensions, a
-// register.
+// Rows of coded keys and values, and how they are coded, with AVX-512 VBMI and VNNI: 64 coordinates,
+// or 16 dimensions, a register.
 #pragma once
 
 #include <immintrin.h>
