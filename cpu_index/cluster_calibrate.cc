@@ -11,11 +11,9 @@
 namespace quarry {
 namespace {
 
-// Codes may be right for most tokens; of one that holds much of the mass they are not believed, for
-// its value is not known.
-constexpr float kLeastTokenDoubt = 0.5f;
+// However well a few sampled queries were answered.
+constexpr float kLeastTokenDoubt = 0.1f, kLeastRowDoubt = 0.03f;
 constexpr float kTried = 0.05f;           // a tolerated error
-constexpr float kLeastRowDoubt = 0.1f;    // 4 bits of a value alone miss 0.11 of it
 constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
 constexpr uint32_t kToldQueries = 32;     // that say what estimates of groups are worth
 constexpr uint32_t kToldPositions = 8;    // that they are of at least
@@ -239,32 +237,32 @@ struct Observed {
   Promise promise;
 };
 
-// Factors of both parts of a promise, so that promises are right for the observed answers as a whole,
-// large and small. A part that was hardly observed stays as it was learned.
+// Factors of both parts of a promise with the least mean square of the log of what was missed by what
+// is promised, so that promises are right for most answers. A part that was hardly observed stays as
+// it was learned.
 Promise FitFactors(std::span<const Observed> observed) {
-  constexpr double kWild = 9;      // times the promised square: beyond it how far does not count
+  constexpr double kWild = 2.2;    // a log, beyond which how far does not count
   constexpr double kPrior = 0.05;  // of all observations, that count for what was learned
-  constexpr double kMost = 16, kLeast = 1.0 / 16;
-  Promise factor{1, 1};
-  for (int round = 0; round < 4; ++round) {  // each time weighed by better promises
+  constexpr double kMost = 5;      // a log
+  double apart = 0, together = 0;  // logs
+  for (int round = 0; round < 6; ++round) {
     double aa = 0, at = 0, tt = 0, ay = 0, ty = 0, n = 0;
     for (const Observed& o : observed) {
-      double a = factor.apart * o.promise.apart, t = factor.together * o.promise.together;
+      double a = std::exp(apart) * o.promise.apart, t = std::exp(together) * o.promise.together;
       const double all = a + t;
       if (!(all > 0)) continue;
       a /= all, t /= all;
-      const double y = std::min(o.missed / all, kWild);
+      const double y = std::clamp(std::log(o.missed / all + 1e-9), -kWild, kWild);
       aa += a * a, at += a * t, tt += t * t, ay += a * y, ty += t * y, n += 1;
     }
     if (n == 0) break;
-    aa += kPrior * n, ay += kPrior * n / factor.apart;
-    tt += kPrior * n, ty += kPrior * n / factor.together;
+    aa += kPrior * n, ay -= kPrior * n * apart;
+    tt += kPrior * n, ty -= kPrior * n * together;
     const double determinant = aa * tt - at * at;
-    factor.apart *= (ay * tt - ty * at) / determinant;
-    factor.together *= (ty * aa - ay * at) / determinant;
-    factor = {std::clamp(factor.apart, kLeast, kMost), std::clamp(factor.together, kLeast, kMost)};
+    apart = std::clamp(apart + (ay * tt - ty * at) / determinant, -kMost, kMost);
+    together = std::clamp(together + (ty * aa - ay * at) / determinant, -kMost, kMost);
   }
-  return factor;
+  return {std::exp(apart), std::exp(together)};
 }
 
 // Doubts were learned one by one; what they promise together is held against what is missed, at

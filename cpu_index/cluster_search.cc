@@ -31,6 +31,11 @@ constexpr float kOutlierShare = 1.0f / 32;
 // one bit for each of 48, 64 or 128 coordinates the best 1024 have 95th percentiles of 0.449, 0.085
 // and 0.117.
 constexpr float kRankedTokens = 1024;
+// Rows may miss some nats of a needle's score: of two tokens with half of the mass each, one with its
+// score known, the other was left at a fortieth. A token that would weigh what is tolerated if it
+// were heavier by so much is read exactly, as far as few are.
+constexpr float kRowsMiss = 5;
+constexpr uint32_t kBestExact = 64;
 // Leaves of less than this share of the tolerated error, by the root of their number, stand for their
 // super.
 constexpr float kNegligible = 0.05f, kLeastNegligible = 1e-3f;
@@ -276,6 +281,8 @@ ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) cons
   in.closed = closed_[query];
   in.allowed = static_cast<float>(q.limits.tolerance * length);
   in.most_tokens = q.limits.most_tokens;
+  in.surely_from = tokens.top + std::log(in.allowed) - kRowsMiss;
+  in.surely_most = kBestExact;
   return FindErrorCut(in);
 }
 

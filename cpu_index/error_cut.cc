@@ -81,14 +81,21 @@ ErrorCut FindErrorCut(const ErrorCutInput& in) {
   const auto left = [&] { return squares + refined + common * common; };
   const int exact_above = ExactAboveBins(in.refined_part);
   uint64_t tokens = 0;
-  int cut = 0, exact = 0;  // the first bins that are not refined, and not read exactly
+  int cut = 0;  // the first bin that is not refined
+  for (const uint32_t most = std::min(in.surely_most, in.most_tokens); cut < kBins - 1; ++cut) {
+    if (in.tokens.Below(cut + 1) < in.surely_from || tokens + count[cut] > most) break;
+    tokens += count[cut];
+    squares -= squares_of(cut);
+    common -= common_of(cut);
+  }
+  int exact = cut;  // the first bin that is not read exactly
   for (; cut < kBins - 1 && left() > allowed * allowed; ++cut) {
     if (tokens + count[cut] > in.most_tokens) break;
     tokens += count[cut];
     squares -= squares_of(cut);
     common -= common_of(cut);
     refined += refined_part * squares_of(cut);
-    if (cut >= exact_above) refined -= refined_part * squares_of(exact++);
+    if (cut - exact >= exact_above) refined -= refined_part * squares_of(exact++);
   }
   for (; exact < cut && left() > allowed * allowed; ++exact) {
     refined -= refined_part * squares_of(exact);

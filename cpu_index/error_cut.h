@@ -35,6 +35,9 @@ struct ErrorCutInput {
   float closed = 0;               // error of the groups that stay closed
   float allowed = 0;              // error
   uint32_t most_tokens = ~0u;
+  // Whatever is allowed, tokens from this score on are read exactly, but no more than so many.
+  float surely_from = std::numeric_limits<float>::infinity();
+  uint32_t surely_most = 0;
 };
 
 // Tokens of at least `refine` are to be read by their rows, those of at least `exact` exactly; the

@@ -190,6 +190,38 @@ TEST(ErrorCutTest, NoMoreTokensAreReadThanTheCap) {
   }
 }
 
+TEST(ErrorCutTest, TheBestAreReadExactlyWhateverIsAllowed) {
+  std::mt19937 random(static_cast<uint32_t>(Seed()));
+  const std::vector<float> scores = RandomScores(4000, 2, &random);
+  CutCase in = Input(scores, 0);
+  in.allowed = 10 * MassOf(in);
+  EXPECT_EQ(FindErrorCut(in).exact, kAll);
+  for (const uint32_t most : {0u, 5u, 64u, 100000u}) {
+    for (const float below : {0.5f, 3.0f}) {
+      for (const float tolerance : {0.002f, 0.03f, 10.0f}) {
+        in.allowed = tolerance * MassOf(in);
+        in.surely_from = in.tokens.top - below;
+        in.surely_most = most;
+        const ErrorCut cut = FindErrorCut(in);
+        // To a bin, and as far as all of a bin are few enough.
+        const size_t wanted = CountFrom(scores, in.surely_from + kBin);
+        if (wanted <= most) {
+          EXPECT_GE(CountFrom(scores, cut.exact), wanted);
+        }
+        EXPECT_LE(cut.refine, cut.exact);
+        const double left = ErrorLeft(in, cut.refine, cut.exact);
+        EXPECT_LE(left, kTrue * cut.error + Rounding(in));
+        EXPECT_GE(left, cut.error / kTrue - Rounding(in));
+        EXPECT_LE(cut.error, in.allowed * 1.0001);
+        if (tolerance == 10) {
+          EXPECT_LE(CountFrom(scores, cut.refine), most);
+          EXPECT_EQ(cut.refine, cut.exact);
+        }
+      }
+    }
+  }
+}
+
 TEST(ErrorCutTest, NothingAllowedReadsEverythingExactly) {
   std::mt19937 random(static_cast<uint32_t>(Seed()));
   const std::vector<float> scores = RandomScores(3000, 1.5f, &random);
