@@ -175,7 +175,7 @@ void ClusterPart::ScoreTokens(const TokenFloors& floors) {
   s_.known.Take(0);
   if (q_.every_code) {
     FindOutliers(floors.outlier);
-    FindUncoded(floors.outlier);
+    FindUncoded(floors.known);
   }
   OpenLeaves(floors.leaf);
   CloseOpened();
@@ -214,34 +214,46 @@ void ClusterPart::FindOutliers(const std::vector<float>& floors) {
   s_.outliers.Shrink(count);
 }
 
-// Tokens that stand out, but not by their codes.
-void ClusterPart::FindUncoded(const std::vector<float>& floors) {
+// Tokens that stand out, but not by their codes: beside `floors`, and beside one another.
+void ClusterPart::FindUncoded(std::vector<float> floors) {
   size_t most = 0, n = 0;
   for (const ClusterRun& run : runs_) most += run.index->parts().uncoded.places().size();
   uint32_t* const known = s_.known.Take(most);
   float* const known_score = s_.known_score.Take(most * count_);
+  std::vector<float> top(count_, kNone);
   ForOpenedSupers([&](size_t r, size_t lo, size_t) {
     const ClusterIndex::Parts& p = runs_[r].index->parts();
     const std::span<const uint32_t> places = p.uncoded.places();
     float* const score = s_.uncoded_score.Take(count_ * places.size());
     p.uncoded.Score(q_.block, score);
     bytes_ += p.uncoded.bytes();
-    for (size_t j = 0; j < places.size(); ++j) {
+    for (size_t j = 0; j < places.size(); ++j, ++n) {
+      known[n] = static_cast<uint32_t>(lo * kSuperRows) + places[j];
       const uint32_t token = runs_[r].view->tokens().lo + p.order[places[j]];
-      bool stands_out = false;
       for (uint32_t i = 0; i < count_; ++i) {
         const TokenRange range = runs_[r].ranges[i];
         const bool seen = token >= range.lo && token < range.hi;
-        float& own = known_score[n * count_ + i];
         // In this order what is no number has none.
-        own = seen ? std::max(kNone, score[i * places.size() + j]) : kNone;
-        stands_out |= own >= floors[i];
+        const float own = seen ? std::max(kNone, score[i * places.size() + j]) : kNone;
+        known_score[n * count_ + i] = own;
+        top[i] = std::max(top[i], own);
       }
-      known[n] = static_cast<uint32_t>(lo * kSuperRows) + places[j];
-      n += stands_out ? 1 : 0;
     }
   });
-  s_.known.Shrink(n);
+  for (uint32_t i = 0; i < count_; ++i) {
+    floors[i] = std::max(floors[i], top[i] + std::log(q_.limits.tolerance * kOutlierShare));
+  }
+  size_t kept = 0;
+  for (size_t k = 0; k < n; ++k) {
+    const float* const own = known_score + k * count_;
+    bool stands_out = false;
+    for (uint32_t i = 0; i < count_; ++i) stands_out |= own[i] >= floors[i];
+    if (!stands_out) continue;
+    known[kept] = known[k];
+    std::copy_n(own, count_, known_score + kept * count_);
+    ++kept;
+  }
+  s_.known.Shrink(kept);
   AddOutliers();
 }
 

@@ -20,6 +20,9 @@ namespace quarry {
 inline const float kLogLeaf = std::log(static_cast<float>(kLeafRows));
 inline const float kLogSuper = std::log(static_cast<float>(kSuperRows));
 
+// A token whose weight is this share of the tolerated error stands out: its leaf is opened.
+inline constexpr float kOutlierShare = 1.0f / 32;
+
 // Log of e^a + e^b.
 float LogAdd(float a, float b);
 
@@ -82,6 +85,7 @@ struct ClusterFindings {
 // How a stage goes on, by query.
 struct TokenFloors {
   std::vector<float> outlier;  // a leaf with a code of at least this score is opened
+  std::vector<float> known;    // the same of uncoded keys
   std::vector<float> leaf;     // and one of at least this weight
   std::vector<float> ranked;   // tokens of at least this score by their code are scored by their rows
 };
@@ -120,7 +124,7 @@ class ClusterPart {
   void OpenSupers(std::span<const float> floors);
   const uint32_t* LocalSupers(size_t run, size_t lo, size_t n);
   void FindOutliers(const std::vector<float>& floors);
-  void FindUncoded(const std::vector<float>& floors);
+  void FindUncoded(std::vector<float> floors);
   void AddOutliers();
   kernels::CodedKeyTile CodeTile(const ClusterIndex::Parts& p, const uint32_t* which,
                                  uint32_t blocks) const;

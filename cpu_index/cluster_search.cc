@@ -20,8 +20,6 @@ constexpr float kLeast = std::numeric_limits<float>::lowest();
 
 // Of the tolerated error: what supers, and leaves, that stay closed may make of it.
 constexpr float kSuperShare = 0.3f, kLeafShare = 0.4f;
-// A token whose weight is this share of the tolerated error stands out: its leaf is opened.
-constexpr float kOutlierShare = 1.0f / 32;
 // About so many tokens with the highest scores by their codes are scored by their rows for each
 // query, where every code is read: a needle's score may be far too low, but hardly any other's is
 // higher. Of 1,700 tokens with 2% of a query's mass or more, whose codes missed 3 nats of their
@@ -242,8 +240,8 @@ void ClusterSearch::DecideLeaves() {
                                    std::sqrt(std::max(variance, 0.0f)), kRankedTokens);
     // By a lower bound of the mass: estimates from spread are least true of such heads.
     const float mass = Mass(i, &ClusterFindings::centre_mass);
-    floors_->outlier.push_back(
-        std::min(mass + std::log(q.limits.tolerance * kOutlierShare), best));
+    floors_->known.push_back(mass + std::log(q.limits.tolerance * kOutlierShare));
+    floors_->outlier.push_back(std::min(floors_->known.back(), best));
     // Scores of tokens count in what codes miss.
     floors_->ranked.push_back(best + 0.5f * q.code_variance[i]);
   }
