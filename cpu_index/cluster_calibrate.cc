@@ -265,6 +265,19 @@ Promise FitFactors(std::span<const Observed> observed) {
   return {std::exp(apart), std::exp(together)};
 }
 
+float CautionOf(std::span<const Observed> observed, const Promise& factor) {
+  constexpr double kWild = 9;  // a square, beyond which how far does not count
+  constexpr float kMost = 2;
+  double sum = 0;
+  for (const Observed& o : observed) {
+    const double promised =
+        factor.apart * o.promise.apart + factor.together * o.promise.together;
+    sum += promised > 0 ? std::min(o.missed / promised, kWild) : 0;
+  }
+  return std::clamp(static_cast<float>(std::sqrt(sum / static_cast<double>(observed.size()))),
+                    1.0f, kMost);
+}
+
 // Doubts were learned one by one; what they promise together is held against what is missed, at
 // tolerances between which budgets lie.
 void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
@@ -293,6 +306,7 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
     m->token_doubt = std::max(kLeastTokenDoubt, scaled(learned.token_doubt, factor.apart));
     m->row_doubt = std::max(kLeastRowDoubt, scaled(learned.row_doubt, factor.apart));
   }
+  m->caution = CautionOf(observed, factor);
 }
 
 }  // namespace

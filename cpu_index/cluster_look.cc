@@ -241,7 +241,7 @@ void ClusterPart::FindUncoded(std::vector<float> floors) {
     }
   });
   for (uint32_t i = 0; i < count_; ++i) {
-    floors[i] = std::max(floors[i], top[i] + std::log(q_.limits.tolerance * kOutlierShare));
+    floors[i] = std::max(floors[i], top[i] + std::log(q_.tolerance * kOutlierShare));
   }
   size_t kept = 0;
   for (size_t k = 0; k < n; ++k) {

@@ -132,7 +132,7 @@ void ClusterModel::Write(IndexWriter* out) const {
   quarry::Write(super, out);
   Put(token_slope, out);
   for (float number :
-       {super_doubt, leaf_doubt, common_doubt, token_doubt, row_doubt, log_length}) {
+       {super_doubt, leaf_doubt, common_doubt, token_doubt, row_doubt, caution, log_length}) {
     out->Put(number);
   }
   for (uint32_t number : {open_all ? 1u : 0u, learned_queries, learned_tokens}) out->Put(number);
@@ -165,6 +165,7 @@ absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
       return absl::DataLossError(absl::StrCat("clusters: a doubt of ", *doubt));
     }
   }
+  QUARRY_RETURN_IF_ERROR(in->GetNumber("caution", 1, &m.caution));
   QUARRY_RETURN_IF_ERROR(in->GetNumber("log of a length", kAnyNumber, &m.log_length));
   uint32_t open_all = 0;
   for (uint32_t* number : {&open_all, &m.learned_queries, &m.learned_tokens}) {

@@ -50,6 +50,9 @@ struct ClusterModel {
   // common to them, and of a single token; what is left of that when its rows are read.
   float super_doubt = 0.5f, leaf_doubt = 0.3f, common_doubt = 0.1f, token_doubt = 1.5f;
   float row_doubt = 0.2f;
+  // By how much more than predicted answers err in the mean square, of which large errors are the
+  // most: predictions are right for most answers, and what is tolerated is asked for over this.
+  float caution = 1;
   float log_length = 0;  // of a typical answer
   // Whether every code is read, as heads need whose mass lies on single tokens that groups hide.
   bool open_all = false;

@@ -95,6 +95,7 @@ ClusterQueries::ClusterQueries(const ClusterModel& head, const QueryBlock& queri
     : model(head),
       block(queries),
       limits(limited),
+      tolerance(limited.tolerance / head.caution),
       every_code(head.open_all && limited.depth == Depth::kAsNeeded && !limited.Everything()) {
   const uint32_t d = block.head_dim;
   coordinates.resize(size_t{count()} * d);
@@ -211,7 +212,7 @@ float ClusterSearch::Sum(uint32_t query, float ClusterFindings::* weight, int po
 // at most `share` of what is tolerated.
 float ClusterSearch::OpenedFrom(uint32_t query, float share, float tokens, float doubt) const {
   const float allowed = Mass(query, &ClusterFindings::mass) - tokens +
-                        std::log(share * queries_->limits.tolerance / doubt);
+                        std::log(share * queries_->tolerance / doubt);
   return std::max(kLeast, OpenFrom(Together(query, &ClusterFindings::weights), allowed));
 }
 
@@ -240,7 +241,7 @@ void ClusterSearch::DecideLeaves() {
                                    std::sqrt(std::max(variance, 0.0f)), kRankedTokens);
     // By a lower bound of the mass: estimates from spread are least true of such heads.
     const float mass = Mass(i, &ClusterFindings::centre_mass);
-    floors_->known.push_back(mass + std::log(q.limits.tolerance * kOutlierShare));
+    floors_->known.push_back(mass + std::log(q.tolerance * kOutlierShare));
     floors_->outlier.push_back(std::min(floors_->known.back(), best));
     // Scores of tokens count in what codes miss.
     floors_->ranked.push_back(best + 0.5f * q.code_variance[i]);
@@ -277,7 +278,7 @@ ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) cons
   in.common_part = q.model.common_doubt / q.model.token_doubt;
   in.refined_part = q.model.row_doubt / q.model.token_doubt;
   in.closed = closed_[query];
-  in.allowed = static_cast<float>(q.limits.tolerance * length);
+  in.allowed = static_cast<float>(q.tolerance * length);
   in.most_tokens = q.limits.most_tokens;
   in.surely_from = tokens.top + std::log(in.allowed) - kRowsMiss;
   in.surely_most = kBestExact;
@@ -303,7 +304,7 @@ ErrorCut ClusterSearch::ForcedCut(uint32_t query) const {
 
 void ClusterSearch::Attend(uint32_t part) {
   const ClusterQueries& q = *queries_;
-  const float share = std::max(kLeastNegligible, kNegligible * q.limits.tolerance) /
+  const float share = std::max(kLeastNegligible, kNegligible * q.tolerance) /
                       std::sqrt(static_cast<float>(leaves_ + 1));
   std::vector<float> least;
   for (uint32_t i = 0; i < q.count(); ++i) {

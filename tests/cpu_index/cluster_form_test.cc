@@ -43,7 +43,7 @@ class ClusterFormTest : public ::testing::Test {
     runs_.Learn();
     bytes_ = runs_.indexes[0]->Serialize();
     model_end_ = kIndexFormHeaderBytes + BytesOf(*runs_.model);
-    doubts_ = model_end_ - 9 * sizeof(uint32_t);
+    doubts_ = model_end_ - 10 * sizeof(uint32_t);
     order_ = model_end_ + BytesOf(runs_.indexes[0]->parts().codes);
   }
 
@@ -183,7 +183,8 @@ TEST_F(ClusterFormTest, DoubtsThatNoModelHasAreRefused) {
     }
     EXPECT_TRUE(ClusterIndex::Deserialize(With(doubts_ + 4 * i, 0.5f)).ok());
   }
-  ExpectDataLoss(With(doubts_ + 20, -kInfinity), "length");
+  ExpectDataLoss(With(doubts_ + 20, 0.9f), "caution");
+  ExpectDataLoss(With(doubts_ + 24, -kInfinity), "length");
   ExpectDataLoss(With(model_end_ - 12, uint32_t{2}), "how codes are read");
   EXPECT_TRUE(ClusterIndex::Deserialize(With(model_end_ - 8, ~0u)).ok());
 }
