@@ -5,9 +5,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <limits>
 #include <numeric>
+#include <random>
+#include <span>
 #include <vector>
 
 #include "cpu_index/key_codes.h"
@@ -53,28 +55,46 @@ TEST(UncodedKeysTest, KeepsTheKeysOfWhichMostIsLeftOutInTheOrderOfTheirPlaces) {
   }
 }
 
-// Keys in 32 of 128 directions, but for one token far out in another, which no sampled query sought.
+// Keys in 32 of 128 directions, but for a few tokens far out at right angles to all of them, each
+// sought by other queries, and by none of the sampled.
 class SoughtOutsideTest : public ::testing::Test {
  protected:
+  // None of them is among the keys, every third one, that a basis is made of.
+  static constexpr std::array<uint32_t, 4> kTokens = {1501, 2999, 4321, 5773};
+
   SoughtOutsideTest() : head_(6000, kHeadDim, 2) {
-    std::vector<float> mark(kHeadDim);
-    std::normal_distribution<float> normal(0, 1);
-    for (float& x : mark) x = normal(head_.random);
-    double squares = 0;
-    for (float x : mark) squares += x * x;
-    for (float& x : mark) x *= static_cast<float>(6 / std::sqrt(squares));
-    head_.SetKey(kToken, mark);
-    for (uint32_t i = 0; i < ClusterHead::kAsked; ++i) {  // some 20 nats for the token
-      for (uint32_t d = 0; d < kHeadDim; ++d) {
-        head_.asked[size_t{i} * kHeadDim + d] += mark[d] * 20 / (36 * head_.scale);
+    for (uint32_t m = 0; m < kTokens.size(); ++m) {
+      const std::vector<float> mark = Outside(6);
+      head_.SetKey(kTokens[m], mark);
+      for (uint32_t i = m; i < ClusterHead::kAsked; i += kTokens.size()) {  // 20 nats for the token
+        for (uint32_t d = 0; d < kHeadDim; ++d) {
+          head_.asked[size_t{i} * kHeadDim + d] += mark[d] * 20 / (36 * head_.scale);
+        }
       }
     }
   }
-  static constexpr uint32_t kToken = 4321;
+  std::vector<float> Outside(float length) {
+    std::vector<float> mark(kHeadDim);
+    std::normal_distribution<float> normal(0, 1);
+    for (float& x : mark) x = normal(head_.random);
+    for (int round = 0; round < 200; ++round) {  // they are not at right angles to one another
+      for (size_t at = 0; at < head_.directions.size(); at += kHeadDim) {
+        const std::span<const float> direction = std::span(head_.directions).subspan(at, kHeadDim);
+        const float along = Product(mark, direction) / Product(direction, direction);
+        for (uint32_t d = 0; d < kHeadDim; ++d) mark[d] -= along * direction[d];
+      }
+    }
+    const float factor = length / std::sqrt(Product(mark, mark));
+    for (float& x : mark) x *= factor;
+    return mark;
+  }
+  static float Product(std::span<const float> a, std::span<const float> b) {
+    return std::inner_product(a.begin(), a.end(), b.begin(), 0.0f);
+  }
   ClusterHead head_;
 };
 
-TEST_F(SoughtOutsideTest, OneTokenIsFoundInOneRunAndInMany) {
+TEST_F(SoughtOutsideTest, EachTokenIsFoundInOneRunAndInMany) {
   for (const uint32_t count : {1u, 6u}) {
     ClusterRuns runs(head_, ClusterRuns::Even(head_, count));
     runs.Learn(head_.sampled, 1);
@@ -83,7 +103,7 @@ TEST_F(SoughtOutsideTest, OneTokenIsFoundInOneRunAndInMany) {
     for (uint32_t first = 0; first < ClusterHead::kAsked; first += 4) {
       const auto found = Search(runs, head_.Queries(first, 4), ranges, Within(0.05f));
       const auto exact = Exactly(runs, head_.Queries(first, 4), ranges);
-      for (uint32_t i = 0; i < 4; ++i) EXPECT_LT(ErrorOf(found.o[i], exact.o[i]), 0.1);
+      for (uint32_t i = 0; i < 4; ++i) EXPECT_LT(ErrorOf(found.o[i], exact.o[i]), 0.25);
     }
   }
 }
@@ -93,12 +113,12 @@ TEST_F(SoughtOutsideTest, OnlyQueriesThatSeeTheTokenFindIt) {
   runs.Learn();
   runs.OpenAll(true);
   std::vector<TokenRange> ranges(4, head_.all());
-  ranges[1] = {kFirst, kFirst + kToken};
-  ranges[2] = {kFirst + kToken, kFirst + kToken + 1};
-  ranges[3] = {kFirst + kToken + 1, kFirst + head_.tokens};
+  ranges[1] = {kFirst, kFirst + kTokens[1]};
+  ranges[2] = {kFirst + kTokens[2], kFirst + kTokens[2] + 1};
+  ranges[3] = {kFirst + kTokens[3] + 1, kFirst + head_.tokens};
   const auto found = Search(runs, head_.Queries(0, 4), ranges, Within(0.05f));
   const auto exact = Exactly(runs, head_.Queries(0, 4), ranges);
-  for (uint32_t i = 0; i < 4; ++i) EXPECT_LT(ErrorOf(found.o[i], exact.o[i]), 0.1) << i;
+  for (uint32_t i = 0; i < 4; ++i) EXPECT_LT(ErrorOf(found.o[i], exact.o[i]), 0.25) << i;
 }
 
 }  // namespace
