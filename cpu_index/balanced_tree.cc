@@ -5,6 +5,7 @@
 #include <numeric>
 #include <span>
 
+#include "cpu_index/float_sum.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
 
@@ -18,16 +19,6 @@ constexpr int kRounds = 2;         // of moving the two means
 uint32_t LeftRows(uint32_t rows) {
   const uint32_t unit = rows > kSuperRows ? kSuperRows : kLeafRows;
   return (rows + unit - 1) / unit / 2 * unit;
-}
-
-float Sum(const float* x, uint32_t n) {
-  float sum[4] = {};  // independent chains
-  uint32_t i = 0;
-  for (; i + 4 <= n; i += 4) {
-    for (uint32_t j = 0; j < 4; ++j) sum[j] += x[i + j];
-  }
-  for (; i < n; ++i) sum[0] += x[i];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 class Bisection {
@@ -110,9 +101,9 @@ class Bisection {
 
   // Of the sample's rows that lie below the mean of sample_along_ to those that lie above.
   void FromMeanToMean(const float* sample, uint32_t n) {
-    const float mean = Sum(sample_along_.data(), n) / static_cast<float>(n);
+    const float mean = FloatSum({sample_along_.data(), n}) / static_cast<float>(n);
     for (uint32_t i = 0; i < n; ++i) sample_along_[i] = sample_along_[i] > mean ? 1.0f : 0.0f;
-    const float above = Sum(sample_along_.data(), n);
+    const float above = FloatSum({sample_along_.data(), n});
     std::fill(direction_.begin(), direction_.end(), 0.0f);
     if (above == 0) return;  // all alike: any cut will do
     kernels::AccumulateTile tile{};

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu_index/cluster_part.h"
+#include "cpu_index/float_sum.h"
 #include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
 #include "proto/half.h"
@@ -19,17 +20,6 @@ constexpr float kAll = std::numeric_limits<float>::infinity();
 constexpr float kLeast = std::numeric_limits<float>::lowest();
 // Rows' scores are not believed beyond so much more than anything had before.
 constexpr float kMostSurprise = 40;
-
-// In four sums, so that additions need not wait for one another.
-float Sum(std::span<const float> x) {
-  float sum[4] = {};
-  size_t i = 0;
-  for (; i + 4 <= x.size(); i += 4) {
-    for (size_t j = 0; j < 4; ++j) sum[j] += x[i + j];
-  }
-  for (; i < x.size(); ++i) sum[0] += x[i];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
 
 }  // namespace
 
@@ -105,7 +95,7 @@ void ClusterPart::WeighGroups() {
                           Kernels().max(TokenScores(i).data(), token_row())});
     const float shift = Shift(i);
     Kernels().exp_groups(TokenScores(i).data(), opened, shift, leaf_sum + i * opened);
-    found.by_code = Sum({leaf_sum + i * opened, opened});
+    found.by_code = FloatSum({leaf_sum + i * opened, opened});
     found.by_leaf = Kernels().exp_sum(leaf, leaves, shift - kLogLeaf);
     found.by_super = Kernels().exp_sum(supers, supers_, shift - kLogSuper);
   }
@@ -193,7 +183,7 @@ std::vector<uint32_t> ClusterPart::SplitExact(std::span<const ErrorCut> cuts) {
     float* const leaf_sum = s_.leaf_sum.data() + i * opened;
     for (size_t e = 0; e < n; ++e) leaf_sum[taken[e] / kLeafRows] -= coded[e];
     for (size_t j = 0; j < opened; ++j) leaf_sum[j] = std::max(0.0f, leaf_sum[j]);
-    found_[i].by_code = Sum({leaf_sum, opened});
+    found_[i].by_code = FloatSum({leaf_sum, opened});
   }
   for (size_t e = 0; e < n; ++e) {
     if (is_exact[e] == 0) continue;
@@ -222,7 +212,7 @@ void ClusterPart::CountOthers(uint32_t query, float refine, std::span<const floa
 }
 
 void ClusterPart::ListTokens(std::span<const uint32_t> entries,
-                               std::vector<uint32_t>* out) const {
+                             std::vector<uint32_t>* out) const {
   ForTaken(entries, [&](size_t r, size_t lo, size_t some) {
     const uint32_t first = runs_[r].view->tokens().lo;
     for (size_t e = lo; e < lo + some; ++e) {
@@ -327,7 +317,7 @@ void ClusterPart::AddLeafValues(std::span<const float> least, std::span<float> s
     for (size_t j = 0; j < opened; ++j) leaf[s_.opened[j]] = s_.leaf_sum[i * opened + j];
     float* const supers = s_.super_score.data() + size_t{i} * supers_;
     for (size_t s = 0; s < s_.opened_supers.size(); ++s) {
-      supers[s_.opened_supers[s]] = Sum({leaf + s * kLeavesPerSuper, kLeavesPerSuper});
+      supers[s_.opened_supers[s]] = FloatSum({leaf + s * kLeavesPerSuper, kLeavesPerSuper});
     }
   }
   uint32_t* const weighty = s_.weighty.Take(row + kLeafRows);

@@ -269,7 +269,7 @@ void ClusterPart::AddOutliers() {
 }
 
 kernels::CodedKeyTile ClusterPart::CodeTile(const ClusterIndex::Parts& p, const uint32_t* which,
-                                              uint32_t blocks) const {
+                                            uint32_t blocks) const {
   kernels::CodedKeyTile tile{};
   tile.codes = p.codes.data();
   tile.key_scale = p.scale.data();

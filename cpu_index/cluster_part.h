@@ -40,7 +40,7 @@ struct ClusterQueries {
   const ClusterModel& model;
   const QueryBlock& block;
   const ClusterLimits& limits;
-  const float tolerance;   // that is aimed at
+  const float tolerance;  // that is aimed at
   const bool every_code;  // read, to find tokens that stand out
   std::vector<float> coordinates;  // [queries][head_dim]
   CodedQueries node, code, row;
