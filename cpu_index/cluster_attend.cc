@@ -35,7 +35,8 @@ void ClusterPart::ForTaken(std::span<const uint32_t> entries, auto&& f) const {
   }
 }
 
-void ClusterPart::Attend(std::span<const ErrorCut> cuts, std::span<const float> least) {
+void ClusterPart::Attend(std::span<const ErrorCut> cuts, std::span<const float> least,
+                         const std::vector<bool>& scanned) {
   const size_t floats = size_t{count_} * q_.block.head_dim;
   acc_.resize(2 * floats);
   for (uint32_t i = 0; i < count_; ++i) {
@@ -47,8 +48,32 @@ void ClusterPart::Attend(std::span<const ErrorCut> cuts, std::span<const float> 
   TakeTokens(cuts);
   const std::vector<uint32_t> exact = SplitExact(cuts);
   CountRead(exact);
-  AttendExactly(exact);
+  AttendExactly(exact, scanned);
   AddValues(least);
+  for (Partial& estimated : estimated_) {
+    // All of it may be too little for a float beside what codes took for the most.
+    if (!(estimated.sum > 0)) estimated.max = kNone;
+  }
+  Scan(scanned);
+}
+
+void ClusterPart::Scan(const std::vector<bool>& scanned) {
+  if (std::find(scanned.begin(), scanned.end(), true) == scanned.end()) return;
+  scanned_ = true;
+  std::vector<TokenRange> ranges(count_);
+  QueryBlock block = q_.block;
+  block.ranges = ranges;
+  for (const ClusterRun& run : runs_) {
+    for (uint32_t i = 0; i < count_; ++i) ranges[i] = scanned[i] ? run.ranges[i] : TokenRange{};
+    ExactScan().AttendAll(*run.view, block, exact_);
+  }
+  for (uint32_t i = 0; i < count_; ++i) {
+    if (!scanned[i]) continue;
+    // What was looked at before says nothing beside that.
+    const uint64_t bytes = estimated_[i].bytes;
+    std::fill(estimated_[i].acc.begin(), estimated_[i].acc.end(), 0.0f);
+    estimated_[i] = {.bytes = bytes, .acc = estimated_[i].acc};
+  }
 }
 
 // By which weights are divided.
@@ -211,6 +236,14 @@ void ClusterPart::CountOthers(uint32_t query, float refine, std::span<const floa
   found_[query].others_squares = squares;
 }
 
+void ClusterPart::ListRead(std::vector<uint32_t>* out) const {
+  if (!scanned_) return ListTokens(s_.taken.all(), out);
+  for (const ClusterRun& run : runs_) {
+    const TokenRange all = run.view->tokens();
+    for (uint32_t token = all.lo; token < all.hi; ++token) out->push_back(token);
+  }
+}
+
 void ClusterPart::ListTokens(std::span<const uint32_t> entries,
                              std::vector<uint32_t>* out) const {
   ForTaken(entries, [&](size_t r, size_t lo, size_t some) {
@@ -225,7 +258,8 @@ void ClusterPart::ListTokens(std::span<const uint32_t> entries,
 
 // Gathered in the order of tokens, so that what a query may see lies together, and attended like
 // any other run.
-void ClusterPart::AttendExactly(std::span<const uint32_t> entries) {
+void ClusterPart::AttendExactly(std::span<const uint32_t> entries,
+                                const std::vector<bool>& scanned) {
   constexpr uint32_t kTogether = 512, kAhead = 8;
   std::vector<uint32_t> tokens;
   std::vector<TokenRange> ranges(count_);
@@ -261,6 +295,7 @@ void ClusterPart::AttendExactly(std::span<const uint32_t> entries) {
           return static_cast<uint32_t>(std::lower_bound(part.begin(), part.end(), token) -
                                        part.begin());
         };
+        if (scanned[i]) continue;
         ranges[i] = {place(runs_[r].ranges[i].lo), place(runs_[r].ranges[i].hi)};
       }
       const KvSegment segment{gathered, gathered + kTogether * row,

@@ -12,13 +12,14 @@ namespace quarry {
 namespace {
 
 // However well a few sampled queries were answered.
-constexpr float kLeastTokenDoubt = 0.1f, kLeastRowDoubt = 0.03f;
+constexpr float kLeastTokenDoubt = 0.03f, kLeastRowDoubt = 0.01f;
 constexpr float kTried = 0.05f;           // a tolerated error
 constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
 constexpr uint32_t kToldQueries = 32;     // that say what estimates of groups are worth
 constexpr uint32_t kToldPositions = 8;    // that they are of at least
 constexpr uint32_t kTokenQueries = 12;    // and of tokens, over at most so many runs
 constexpr size_t kTokenRuns = 4;
+constexpr uint32_t kMeasuredQueries = 256;  // that say how far queries go
 
 float RootMean(std::span<const double> squares) {
   const double sum = std::accumulate(squares.begin(), squares.end(), 0.0);
@@ -169,6 +170,17 @@ std::vector<ClusterModel::Unrest> UnrestOf(const Sampled& sampled, const Cluster
                              m.Breadth(m.super, y, 1)[0]));
   }
   return out;
+}
+
+float LargestVariance(std::span<const float> queries, const ClusterModel& m) {
+  const uint32_t d = m.head_dim();
+  float largest = 0;
+  std::vector<float> y(d);
+  for (size_t at = 0; at < queries.size(); at += d) {
+    m.basis.EncodeQuery(queries.subspan(at, d), y);
+    largest = std::max(largest, m.KeyVariance(y));
+  }
+  return largest;
 }
 
 ClusterLimits Forced(ClusterLimits::Depth depth, uint32_t best_tokens) {
@@ -344,6 +356,7 @@ void CalibrateClusters(std::span<const KvView> runs,
   const uint32_t positions = std::max(kToldQueries / group, kToldPositions);
   const Sampled sampled(views, all, SpreadQueries(queries, d * group, positions));
   model->log_length = static_cast<float>(0.5 * std::log(sampled.mean_square() + 1e-30));
+  model->largest_variance = LargestVariance(SpreadQueries(queries, d, kMeasuredQueries), *model);
   const std::vector<ClusterModel::Unrest> unrest = UnrestOf(sampled, *model);
   model->super_doubt = GroupDoubt(sampled, ClusterLimits::Depth::kSupers, unrest,
                                   &ClusterModel::Unrest::super);

@@ -27,12 +27,12 @@ static_assert(kLeafRows == KeyCodes::kBlockKeys && kLeavesPerSuper == NodeLevel:
 class ClusterIndex final : public KeyIndex {
  public:
   // InvalidArgument: a run of no tokens, or of another head_dim than the model's.
+  // FailedPrecondition: a key or a value far longer than the run's others.
   static absl::StatusOr<std::unique_ptr<ClusterIndex>> Build(
       const KvView& run, std::shared_ptr<const ClusterModel> model);
   // order: TreeOrder of the run.
-  static std::unique_ptr<ClusterIndex> Build(const KvView& run,
-                                             std::shared_ptr<const ClusterModel> model,
-                                             std::vector<uint32_t> order);
+  static absl::StatusOr<std::unique_ptr<ClusterIndex>> Build(
+      const KvView& run, std::shared_ptr<const ClusterModel> model, std::vector<uint32_t> order);
 
   // What Serialize made; it shares `known` if its model is the same. DataLoss or InvalidArgument:
   // anything else, and what was made of keys or values so large that not all of its numbers are

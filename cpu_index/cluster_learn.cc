@@ -276,6 +276,27 @@ void LearnQuantisers(std::span<Trial> trials, ClusterModel* m) {
   LearnDeviations(trials, m);
 }
 
+// Without rows, of one position each, that are far longer than most: one of them would outweigh all
+// others in what is learned.
+std::vector<float> WithoutOutliers(std::span<const float> queries, size_t row) {
+  constexpr float kMost = 16;  // times as long as the median
+  std::vector<float> squares;
+  for (size_t at = 0; at < queries.size(); at += row) {
+    float sum = 0;
+    for (float x : queries.subspan(at, row)) sum += x * x;
+    squares.push_back(sum);
+  }
+  std::vector<float> sorted = squares, out;
+  const auto middle = sorted.begin() + static_cast<ptrdiff_t>(sorted.size() / 2);
+  std::nth_element(sorted.begin(), middle, sorted.end());
+  for (size_t i = 0; i < squares.size(); ++i) {
+    if (!(squares[i] <= kMost * kMost * *middle)) continue;
+    const std::span<const float> one = queries.subspan(i * row, row);
+    out.insert(out.end(), one.begin(), one.end());
+  }
+  return out;
+}
+
 absl::Status LearnBasis(std::span<const KvView> runs, std::span<const float> queries,
                         ClusterModel* m) {
   // One behind another, whatever lies between them.
@@ -300,8 +321,8 @@ absl::Status LearnBasis(std::span<const KvView> runs, std::span<const float> que
 }  // namespace
 
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
-                                              std::span<const float> queries,
-                                              CodeReading reading, uint32_t group) {
+                                              std::span<const float> sampled, CodeReading reading,
+                                              uint32_t group) {
   for (const KvView& run : runs) {
     if (!run.tokens().empty() && run.head_dim == runs.front().head_dim && run.head_dim % 16 == 0) {
       continue;
@@ -311,11 +332,13 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
                      ": wanted are tokens and a multiple of 16, the same for all runs"));
   }
   if (runs.empty()) return absl::InvalidArgumentError("clusters of no runs");
-  if (group == 0 || queries.size() % (size_t{group} * runs.front().head_dim) != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("clusters by ", queries.size(), " numbers of queries: no groups of ", group,
-                     " of head_dim ", runs.front().head_dim));
+  if (group == 0 || sampled.size() % (size_t{group} * runs.front().head_dim) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("clusters by ", sampled.size(),
+                                                   " numbers of queries: no groups of ", group,
+                                                   " of head_dim ", runs.front().head_dim));
   }
+  const std::vector<float> queries =
+      WithoutOutliers(sampled, size_t{group} * runs.front().head_dim);
   auto model = std::make_shared<ClusterModel>();
   QUARRY_RETURN_IF_ERROR(LearnBasis(runs, queries, model.get()));
   std::vector<Trial> trials;
@@ -327,7 +350,9 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
   model->leaf = LookInside(trials, kLeafRows, model->lost_variance);
   model->super = LookInside(trials, kSuperRows, model->lost_variance);
   LearnQuantisers(trials, model.get());
-  for (Trial& trial : trials) trial.index = ClusterIndex::Build(*trial.run, model, trial.order);
+  for (Trial& trial : trials) {
+    QUARRY_ASSIGN_OR_RETURN(trial.index, ClusterIndex::Build(*trial.run, model, trial.order));
+  }
   LearnSlopes(trials, queries, model.get());
   LearnedClusters out;
   for (const KvView& run : runs) {
@@ -341,6 +366,7 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
     out.indexes.push_back(std::move(index));
   }
   CalibrateClusters(runs, out.indexes, queries, group, reading, model.get());
+  QUARRY_RETURN_IF_ERROR(model->Check());
   out.model = std::move(model);
   return out;
 }

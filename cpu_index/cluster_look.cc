@@ -30,6 +30,7 @@ class ScratchPool {
     return scratch;
   }
   void Return(std::unique_ptr<ClusterScratch> scratch) {
+    if (scratch->token_score.bytes() + scratch->row_score.bytes() > kMostKept) return;
     absl::MutexLock lock(&mutex_);
     if (free_.size() < kMostFree) free_.push_back(std::move(scratch));
   }
@@ -39,7 +40,9 @@ class ScratchPool {
   }
 
  private:
-  static constexpr size_t kMostFree = 256;
+  // What a search of usual size needs is kept; the rest is made anew, beside the work of filling
+  // it.
+  static constexpr size_t kMostFree = 256, kMostKept = 8 << 20;
   absl::Mutex mutex_;
   std::vector<std::unique_ptr<ClusterScratch>> free_ ABSL_GUARDED_BY(mutex_);
 };
@@ -214,7 +217,8 @@ void ClusterPart::FindOutliers(const std::vector<float>& floors) {
   s_.outliers.Shrink(count);
 }
 
-// Tokens that stand out, but not by their codes: beside `floors`, and beside one another.
+// The scores of uncoded tokens, whose leaves are opened if they stand out: beside `floors`, and
+// beside one another.
 void ClusterPart::FindUncoded(std::vector<float> floors) {
   size_t most = 0, n = 0;
   for (const ClusterRun& run : runs_) most += run.index->parts().uncoded.places().size();
@@ -243,26 +247,16 @@ void ClusterPart::FindUncoded(std::vector<float> floors) {
   for (uint32_t i = 0; i < count_; ++i) {
     floors[i] = std::max(floors[i], top[i] + std::log(q_.tolerance * kOutlierShare));
   }
-  size_t kept = 0;
+  std::vector<uint32_t> leaves;
   for (size_t k = 0; k < n; ++k) {
     const float* const own = known_score + k * count_;
     bool stands_out = false;
     for (uint32_t i = 0; i < count_; ++i) stands_out |= own[i] >= floors[i];
-    if (!stands_out) continue;
-    known[kept] = known[k];
-    std::copy_n(own, count_, known_score + kept * count_);
-    ++kept;
+    if (stands_out) leaves.push_back(known[k] / kLeafRows);
   }
-  s_.known.Shrink(kept);
-  AddOutliers();
-}
-
-// The leaves of what is known.
-void ClusterPart::AddOutliers() {
-  const std::span<const uint32_t> found = s_.outliers.all();
-  std::vector<uint32_t> leaves, all;
-  for (const uint32_t place : s_.known.all()) leaves.push_back(place / kLeafRows);
   leaves.erase(std::unique(leaves.begin(), leaves.end()), leaves.end());
+  const std::span<const uint32_t> found = s_.outliers.all();
+  std::vector<uint32_t> all;
   std::set_union(found.begin(), found.end(), leaves.begin(), leaves.end(),
                  std::back_inserter(all));
   std::copy(all.begin(), all.end(), s_.outliers.Take(all.size()));
@@ -353,14 +347,20 @@ void ClusterPart::ScoreCodes() {
 
 void ClusterPart::ScoreKnown() {
   const std::span<const uint32_t> opened = s_.opened.all();
+  size_t kept = 0, leaf = 0;
   for (size_t k = 0; k < s_.known.size(); ++k) {
-    uint32_t& entry = s_.known[k];
-    const auto leaf = std::lower_bound(opened.begin(), opened.end(), entry / kLeafRows);
-    entry = static_cast<uint32_t>(leaf - opened.begin()) * kLeafRows + entry % kLeafRows;
+    const uint32_t place = s_.known[k];
+    while (leaf < opened.size() && opened[leaf] < place / kLeafRows) ++leaf;
+    if (leaf == opened.size()) break;
+    if (opened[leaf] != place / kLeafRows) continue;  // it weighs in its leaf
+    const uint32_t entry = static_cast<uint32_t>(leaf) * kLeafRows + place % kLeafRows;
     for (uint32_t i = 0; i < count_; ++i) {
-      OwnTokenScores(i)[entry] = s_.known_score[k * count_ + i];
+      const float own = s_.known_score[k * count_ + i];
+      OwnTokenScores(i)[entry] = s_.known_score[kept * count_ + i] = own;
     }
+    s_.known[kept++] = entry;
   }
+  s_.known.Shrink(kept);
 }
 
 // Takes out places behind a run's last token, and tokens that a query must not see.

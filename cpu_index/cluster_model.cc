@@ -15,7 +15,11 @@ namespace {
 constexpr uint32_t kWidth = KeyCodes::kCoordinates;
 // Of what one doubt may be; learned ones lie between 1e-4 and 20.
 constexpr float kLeastDoubt = 1e-6f, kMostDoubt = 1e3f;
-constexpr float kMostCodeVariance = 2;
+constexpr float kMostCodeVariance = 4;
+// How much larger a query's variance may be than any sampled one's. Queries of heads that drift
+// stay below twice; of queries three times as long as all sampled ones, 9 times, a fifth erred by
+// more than four times what was predicted.
+constexpr float kMostBeyond = 4;
 // A breadth is a number above 0: times the variance of a place without a node, -infinity, it must
 // leave that as it is.
 constexpr float kLeastBreadth = 1e-30f, kMostBreadth = 1e30f;
@@ -48,6 +52,14 @@ QueryBasis ClusterModel::CodeBasis() const {
   return out;
 }
 
+float ClusterModel::LostVariance(std::span<const float> coordinates) const {
+  float sum = 0;
+  for (size_t c = rank(); c < coordinates.size(); ++c) {
+    sum += difference_variance[c] * coordinates[c] * coordinates[c];
+  }
+  return sum;
+}
+
 std::vector<float> ClusterModel::Breadth(const Inside& inside, std::span<const float> coordinates,
                                          uint32_t queries) const {
   const size_t stride = coordinates.size() / queries, used = rank();
@@ -67,12 +79,11 @@ std::vector<float> ClusterModel::Breadth(const Inside& inside, std::span<const f
   tile.ld_out = kWidth;
   Kernels().score(tile);
   for (size_t at = 0; at < y.size(); at += kWidth) {
-    float sum = 0, length = 0;
+    float sum = 0;
     for (uint32_t c = 0; c < kWidth; ++c) {
       sum += along[at + c] * y[at + c];
-      length += y[at + c] * y[at + c];
     }
-    sum += lost_variance * length / static_cast<float>(used);
+    sum += LostVariance(coordinates.subspan(at / kWidth * stride, stride));
     const float breadth =
         std::max(sum, 1e-6f * inside.variance) / std::max(inside.variance, 1e-12f);
     // In this order what is no number is the least.
@@ -87,21 +98,33 @@ std::vector<float> ClusterModel::CodeVariance(std::span<const float> coordinates
   std::vector<float> out;
   for (uint32_t i = 0; i < queries; ++i) {
     const float* const y = coordinates.data() + i * stride;
-    float sum = 0, length = 0;
+    float sum = 0;
     for (size_t c = 0; c < code_error.size(); ++c) {
       sum += code_error[c] * y[c] * y[c];
-      length += y[c] * y[c];
     }
-    sum += lost_variance * length / static_cast<float>(code_error.size());
+    sum += LostVariance({y, stride});
     out.push_back(std::min(kMostCodeVariance, sum));
   }
   return out;
 }
 
+float ClusterModel::KeyVariance(std::span<const float> coordinates) const {
+  float sum = 0;
+  for (size_t c = 0; c < coordinates.size(); ++c) {
+    sum += basis.variance[c] * coordinates[c] * coordinates[c];
+  }
+  return sum;
+}
+
+bool ClusterModel::Trusts(std::span<const float> coordinates) const {
+  const float variance = KeyVariance(coordinates);
+  return std::isfinite(variance) && variance <= kMostBeyond * largest_variance;
+}
+
 ClusterModel::Unrest ClusterModel::UnrestOf(float code_variance, float leaf_breadth,
                                             float super_breadth) const {
   // A weight e^x, with x normal of this variance, and a value that has an error of its own.
-  constexpr float kOwn = 0.7f, kMost = 3;
+  constexpr float kOwn = 0.7f, kMost = 2.5f;
   const auto unrest = [=](float variance) {
     return std::sqrt(std::exp(std::min(kMost, variance)) - 1 + kOwn);
   };
@@ -131,11 +154,20 @@ void ClusterModel::Write(IndexWriter* out) const {
   quarry::Write(leaf, out);
   quarry::Write(super, out);
   Put(token_slope, out);
-  for (float number :
-       {super_doubt, leaf_doubt, common_doubt, token_doubt, row_doubt, caution, log_length}) {
+  for (float number : {super_doubt, leaf_doubt, common_doubt, token_doubt, row_doubt, caution,
+                       log_length, largest_variance}) {
     out->Put(number);
   }
   for (uint32_t number : {open_all ? 1u : 0u, learned_queries, learned_tokens}) out->Put(number);
+}
+
+absl::Status ClusterModel::Check() const {
+  constexpr std::string_view kKind = "cluster model";
+  IndexWriter writer(kKind, 0);
+  Write(&writer);
+  const std::vector<std::byte> bytes = std::move(writer).Finish();
+  QUARRY_ASSIGN_OR_RETURN(IndexReader reader, IndexReader::Open(kKind, 0, bytes));
+  return Read(&reader).status();
 }
 
 absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
@@ -167,6 +199,11 @@ absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
   }
   QUARRY_RETURN_IF_ERROR(in->GetNumber("caution", 1, &m.caution));
   QUARRY_RETURN_IF_ERROR(in->GetNumber("log of a length", kAnyNumber, &m.log_length));
+  QUARRY_RETURN_IF_ERROR(in->Get(&m.largest_variance));
+  if (!(m.largest_variance >= 0)) {
+    return absl::DataLossError(
+        absl::StrCat("clusters: a largest variance of ", m.largest_variance));
+  }
   uint32_t open_all = 0;
   for (uint32_t* number : {&open_all, &m.learned_queries, &m.learned_tokens}) {
     QUARRY_RETURN_IF_ERROR(in->Get(number));

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <span>
 #include <vector>
@@ -56,6 +57,9 @@ struct ClusterModel {
   float log_length = 0;  // of a typical answer
   // Whether every code is read, as heads need whose mass lies on single tokens that groups hide.
   bool open_all = false;
+  // The largest variance that a sampled query's scores have over the keys; infinite: not known.
+  // Nothing learned tells what estimates are worth for queries that go much further.
+  float largest_variance = std::numeric_limits<float>::infinity();
   uint32_t learned_queries = 0;  // that it was calibrated by; 0: its doubts are guesses
   uint32_t learned_tokens = 0;
 
@@ -68,14 +72,24 @@ struct ClusterModel {
                              uint32_t queries) const;
   // [queries] variance of a token's score around its code's.
   std::vector<float> CodeVariance(std::span<const float> coordinates, uint32_t queries) const;
+  // Of a query's scores over all keys. coordinates: [head_dim].
+  float KeyVariance(std::span<const float> coordinates) const;
+  // Whether estimates for it are worth what was learned.
+  bool Trusts(std::span<const float> coordinates) const;
   Unrest UnrestOf(float code_variance, float leaf_breadth, float super_breadth) const;
   // Read for each query block: maps, covariances, slopes.
   uint64_t query_bytes() const;
   uint64_t memory_bytes() const;
 
   void Write(IndexWriter* out) const;
+  // Whether its numbers are ones that Read takes: keys or values may be too large or too small.
+  absl::Status Check() const;
   // DataLoss: cut off, or numbers of no model.
   static absl::StatusOr<ClusterModel> Read(IndexReader* in);
+
+ private:
+  // Of a query's scores, by what codes have no coordinate for. coordinates: [head_dim].
+  float LostVariance(std::span<const float> coordinates) const;
 };
 
 }  // namespace quarry

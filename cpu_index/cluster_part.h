@@ -36,6 +36,7 @@ struct ClusterQueries {
   }
   // In the units of the tokens' weights.
   float Elsewhere(uint32_t query) const;
+  uint32_t MostTokens(uint32_t query) const;
 
   const ClusterModel& model;
   const QueryBlock& block;
@@ -46,6 +47,7 @@ struct ClusterQueries {
   CodedQueries node, code, row;
   std::vector<float> leaf_breadth, super_breadth, code_variance;  // [queries], as the rest
   std::vector<ClusterModel::Unrest> unrest;
+  std::vector<bool> trusted;  // what is estimated for it
 };
 
 // Memory of a part of a search. Rows are of a query each; their lengths are what the part says.
@@ -60,8 +62,8 @@ struct ClusterScratch {
   Scratch<uint32_t> opened, opened_leaf, run_ends;
   // Tokens whose rows are read, rising: entries are places in a row of token_score.
   Scratch<uint32_t> taken, ranked, row_place;
-  // Uncoded tokens that stand out, rising: first places of all tokens of the opened supers, then as
-  // `taken`; and their scores, [known][queries].
+  // Uncoded tokens, rising: first places of all tokens of the opened supers, then, of the opened
+  // leaves, as `taken`; and their scores, [known][queries].
   Scratch<uint32_t> known;
   Scratch<float> known_score, uncoded_score;
   Scratch<float> row_score, leaf_sum, leaf_weight;
@@ -101,8 +103,10 @@ class ClusterPart {
   void ScoreSupers();
   void ScoreLeaves(std::span<const float> super_floors);
   void ScoreTokens(const TokenFloors& floors);
-  // least: [queries] weight of all of a query's groups that count.
-  void Attend(std::span<const ErrorCut> cuts, std::span<const float> least);
+  // least: [queries] weight of all of a query's groups that count. scanned: those for which every
+  // key and value is read, and nothing is estimated.
+  void Attend(std::span<const ErrorCut> cuts, std::span<const float> least,
+              const std::vector<bool>& scanned);
 
   std::span<const ClusterFindings> findings() const { return found_; }
   std::span<const float> TokenScores(uint32_t query) const {
@@ -113,8 +117,8 @@ class ClusterPart {
   std::span<const Partial> exact() const { return exact_; }
   std::span<const Partial> estimated() const { return estimated_; }
   uint64_t bytes() const { return bytes_; }
-  // Appends the tokens whose rows, or keys and values, were read.
-  void ListRefined(std::vector<uint32_t>* out) const { ListTokens(s_.taken.all(), out); }
+  // Appends the tokens that are attended by their rows, or by their keys and values.
+  void ListRead(std::vector<uint32_t>* out) const;
 
  private:
   // cluster_look.cc
@@ -126,7 +130,6 @@ class ClusterPart {
   const uint32_t* LocalSupers(size_t run, size_t lo, size_t n);
   void FindOutliers(const std::vector<float>& floors);
   void FindUncoded(std::vector<float> floors);
-  void AddOutliers();
   kernels::CodedKeyTile CodeTile(const ClusterIndex::Parts& p, const uint32_t* which,
                                  uint32_t blocks) const;
   void OpenLeaves(const std::vector<float>& floors);
@@ -178,7 +181,8 @@ class ClusterPart {
   void CountOthers(uint32_t query, float refine, std::span<const float> weight);
   void CountRead(std::span<const uint32_t> exact);
   void ListTokens(std::span<const uint32_t> entries, std::vector<uint32_t>* out) const;
-  void AttendExactly(std::span<const uint32_t> entries);
+  void AttendExactly(std::span<const uint32_t> entries, const std::vector<bool>& scanned);
+  void Scan(const std::vector<bool>& scanned);
   void AddValues(std::span<const float> least);
   void AddTokenValues(std::span<float> sums);
   void AddLeafValues(std::span<const float> least, std::span<float> sums);
@@ -197,6 +201,7 @@ class ClusterPart {
   std::vector<ClusterFindings> found_;  // [queries]
   std::vector<float> acc_;             // of both
   std::vector<Partial> exact_, estimated_;
+  bool scanned_ = false;  // for some query
   uint64_t bytes_ = 0;
 };
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 #include "cpu_index/cluster_part.h"
 #include "cpu_index/simd.h"
@@ -34,6 +35,9 @@ constexpr float kRankedTokens = 1024;
 // were heavier by so much is read exactly, as far as few are.
 constexpr float kRowsMiss = 5;
 constexpr uint32_t kBestExact = 64;
+// A query whose predicted error would be more than so many times what is tolerated is attended
+// exactly.
+constexpr float kMostOverdrawn = 2;
 // Leaves of less than this share of the tolerated error, by the root of their number, stand for their
 // super.
 constexpr float kNegligible = 0.05f, kLeastNegligible = 1e-3f;
@@ -42,6 +46,8 @@ constexpr float kNegligible = 0.05f, kLeastNegligible = 1e-3f;
 // around its centre with this deviation as in a normal distribution.
 float BestByCodes(const ScoreHistogram& centres, float deviation, float count) {
   constexpr int kBins = ScoreHistogram::kBins, kReach = 96;  // bins
+  const uint64_t leaves = std::accumulate(centres.count.begin(), centres.count.end(), uint64_t{0});
+  if (static_cast<float>(leaves * kLeafRows) <= count) return kLeast;
   const float width = ScoreHistogram::kPerNat * deviation + 0.5f;
   // Of a leaf's tokens those that lie so many bins below its centre's; past kReach none.
   float spread[2 * kReach + 1];
@@ -58,7 +64,7 @@ float BestByCodes(const ScoreHistogram& centres, float deviation, float count) {
     }
     above += tokens[b];  // the bins below are not complete yet
   }
-  if (b == kBins - 1 || centres.top == kNone) return kLeast;
+  if (centres.top == kNone) return kLeast;
   return centres.top + static_cast<float>(reach - b) / ScoreHistogram::kPerNat;
 }
 
@@ -131,7 +137,12 @@ ClusterQueries::ClusterQueries(const ClusterModel& head, const QueryBlock& queri
   code_variance = model.CodeVariance(coordinates, count());
   for (uint32_t i = 0; i < count(); ++i) {
     unrest.push_back(model.UnrestOf(code_variance[i], leaf_breadth[i], super_breadth[i]));
+    trusted.push_back(model.Trusts(Coordinates(i)));
   }
+}
+
+uint32_t ClusterQueries::MostTokens(uint32_t query) const {
+  return limits.most_tokens.empty() ? ~0u : limits.most_tokens[query];
 }
 
 float ClusterQueries::Elsewhere(uint32_t query) const {
@@ -263,23 +274,36 @@ void ClusterSearch::DecideTokens() {
     mass_.push_back(Sum(i, &ClusterFindings::by_code) + Sum(i, &ClusterFindings::by_leaf) +
                     Sum(i, &ClusterFindings::by_super));
     cuts_.push_back(q.limits.depth == Depth::kAsNeeded ? CutOf(i, tokens) : ForcedCut(i));
+    scanned_.push_back(Scans(i, cuts_.back()));
+    if (scanned_.back()) cuts_.back() = {kAll, kAll, 0, 0};
   }
+}
+
+bool ClusterSearch::Scans(uint32_t query, const ErrorCut& cut) const {
+  const ClusterQueries& q = *queries_;
+  if (q.limits.depth != Depth::kAsNeeded) return false;
+  if (!q.trusted[query] || !std::isfinite(mass_[query])) return true;
+  return cut.error > kMostOverdrawn * Allowed(query) && q.MostTokens(query) == ~0u;
+}
+
+// By e^top_.
+float ClusterSearch::Allowed(uint32_t query) const {
+  const double elsewhere = std::exp(double{queries_->Elsewhere(query)} - top_[query]);
+  return static_cast<float>(queries_->tolerance * std::hypot(double{mass_[query]}, elsewhere));
 }
 
 ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) const {
   const ClusterQueries& q = *queries_;
   if (tokens.top == kNone) return {kAll, kAll, 0, 0};
   if (q.limits.tolerance <= 0) return {kLeast, kLeast, 0, 0};
-  const double length =
-      std::hypot(double{mass_[query]}, std::exp(double{q.Elsewhere(query)} - tokens.top));
   ErrorCutInput in;
   in.tokens = tokens;
   in.token_doubt = q.model.token_doubt * q.unrest[query].token;
   in.common_part = q.model.common_doubt / q.model.token_doubt;
   in.refined_part = q.model.row_doubt / q.model.token_doubt;
   in.closed = closed_[query];
-  in.allowed = static_cast<float>(q.tolerance * length);
-  in.most_tokens = q.limits.most_tokens;
+  in.allowed = Allowed(query);
+  in.most_tokens = q.MostTokens(query);
   in.surely_from = tokens.top + std::log(in.allowed) - kRowsMiss;
   in.surely_most = kBestExact;
   return FindErrorCut(in);
@@ -312,7 +336,7 @@ void ClusterSearch::Attend(uint32_t part) {
     const float own = max == kNone ? 0 : mass_[i] * std::exp(top_[i] - max);
     least.push_back(std::max(share * own, std::numeric_limits<float>::min()));
   }
-  parts_[part]->Attend(cuts_, least);
+  parts_[part]->Attend(cuts_, least, scanned_);
 }
 
 // The error that is left, less what other queries had read of what this one had left to its codes.
@@ -369,7 +393,7 @@ void ClusterSearch::Finish(std::span<Partial> acc, std::vector<uint32_t>* refine
     acc[i].Merge(estimated[i]);
   }
   if (refined == nullptr) return;
-  for (const auto& part : parts_) part->ListRefined(refined);
+  for (const auto& part : parts_) part->ListRead(refined);
 }
 
 void SearchClusters(std::span<const ClusterRun> runs, const QueryBlock& queries,

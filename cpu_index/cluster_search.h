@@ -26,10 +26,13 @@ struct ClusterRun {
 
 // How far a search goes. A query's answer is estimated where it is not read; its predicted error
 // (Partial::doubt) is to be at most `tolerance` of the length of what the answer is merged with,
-// the answer itself included.
+// the answer itself included. A query is attended exactly, whatever it may read, if it is unlike
+// all that were sampled, or if its error cannot be brought near to what is tolerated.
 struct ClusterLimits {
   float tolerance = 0;         // 0: every token's key and value are read
-  uint32_t most_tokens = ~0u;  // read one by one for a query
+  // [queries] how many tokens are read one by one for each; empty: any number. A query may be
+  // answered by what is read for another one beside its own.
+  std::span<const uint32_t> most_tokens;
   // [queries] log of the length of the sum of e^score * value over what the answer will be merged
   // with, as far as it is known: it makes errors here matter less. Empty: nothing is.
   std::span<const float> other_length;
@@ -64,8 +67,9 @@ class ClusterSearch {
   // When all parts of a stage have been run. False after the last one.
   bool Next();
 
-  // After the last stage: merges the answers into acc [queries]; the bytes of all of it go to acc[0].
-  // refined: may be null; the tokens whose rows, or keys and values, were read, in no order.
+  // After the last stage: merges the answers into acc [queries]; the bytes of all of it go to
+  // acc[0]. refined: may be null; the tokens that are attended by their rows, or by their keys and
+  // values, in no order; not those whose rows were looked at and left.
   void Finish(std::span<Partial> acc, std::vector<uint32_t>* refined = nullptr) const;
   // Then: which share of the square of a query's predicted error adds up over tokens and groups.
   float TogetherShare(uint32_t query) const;
@@ -80,6 +84,8 @@ class ClusterSearch {
   void DecideSupers();
   void DecideLeaves();
   void DecideTokens();
+  float Allowed(uint32_t query) const;
+  bool Scans(uint32_t query, const ErrorCut& cut) const;
   ErrorCut CutOf(uint32_t query, const ScoreHistogram& tokens) const;
   ErrorCut ForcedCut(uint32_t query) const;
   void Attend(uint32_t part);
@@ -92,6 +98,7 @@ class ClusterSearch {
   std::vector<float> super_floors_;
   std::unique_ptr<TokenFloors> floors_;
   std::vector<ErrorCut> cuts_;
+  std::vector<bool> scanned_;  // attended exactly
   // Once tokens are scored: near their largest score; by e^top_, the error that closed groups may
   // make, and what all that is estimated weighs.
   std::vector<float> top_, closed_, mass_;

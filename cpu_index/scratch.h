@@ -24,6 +24,7 @@ class Scratch {
   void Shrink(size_t n) { size_ = n; }
   T* data() const { return data_.get(); }
   size_t size() const { return size_; }
+  size_t bytes() const { return capacity_ * sizeof(T); }
   T& operator[](size_t i) const { return data_.get()[i]; }
   std::span<T> all() const { return {data_.get(), size_}; }
 

@@ -95,10 +95,10 @@ class AttendLane::FamilySearch {
     for (uint32_t member : lane.units_[family.front()].members) {
       const auto first = lane.elsewhere_.begin() + member * lane.group_;
       elsewhere_.insert(elsewhere_.end(), first, first + lane.group_);
-      // All queries of a block share what is read, so its members' least cap is for all of them.
       const uint32_t most = lane.members_[member].budget.k;
-      if (most > 0) limits_.most_tokens = std::min(limits_.most_tokens, most);
+      most_tokens_.insert(most_tokens_.end(), lane.group_, most > 0 ? most : ~0u);
     }
+    limits_.most_tokens = most_tokens_;
     limits_.other_length = elsewhere_;
     search_.emplace(runs_, queries_.front().block(), limits_, lane.search_parts_);
   }
@@ -120,6 +120,7 @@ class AttendLane::FamilySearch {
   std::deque<Queries> queries_;
   std::vector<ClusterRun> runs_;
   std::vector<float> elsewhere_;
+  std::vector<uint32_t> most_tokens_;
   ClusterLimits limits_;
   std::optional<ClusterSearch> search_;
 };

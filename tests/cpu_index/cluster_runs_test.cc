@@ -170,7 +170,8 @@ TEST(ClusterRunsTest, WhatAQueryDoesNotSeeMakesNoErrorMatterLess) {
     const ClusterAnswer alone = Search(seen, head.Queries(0, 1), ranges, Within(0.02f));
     const ClusterAnswer beside = Search(runs, head.Queries(0, 1), ranges, Within(0.02f));
     // Not quite: hidden tokens lie in groups with others, whose codes are the worse for it.
-    EXPECT_LT(ErrorOf(beside.o[0], exact.o[0]), 2 * ErrorOf(alone.o[0], exact.o[0]) + 0.04);
+    EXPECT_LT(ErrorOf(beside.o[0], exact.o[0]),
+              0.04 + std::max(0.04, 2 * ErrorOf(alone.o[0], exact.o[0])));
     EXPECT_LT(beside.predicted[0], 2 * alone.predicted[0] + 0.06);
   }
 }

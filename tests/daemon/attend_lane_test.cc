@@ -263,7 +263,7 @@ TEST_F(AttendLaneTest, OfARunThatIsSeenPartlyOnlyThatPartCounts) {
   ExpectAttended(Ask(kTolerant), 0, {kFirst, {kSecond.lo, kSecond.lo + 200}}, 0.2);
 }
 
-TEST_F(AttendLaneTest, MembersLeastCapBoundsWhatIsReadOneByOne) {
+TEST_F(AttendLaneTest, ACapBoundsWhatIsReadOneByOne) {
   Budget strict = kTolerant;
   strict.error = 1e-3f;
   const Answer free = Ask(strict);
@@ -274,6 +274,22 @@ TEST_F(AttendLaneTest, MembersLeastCapBoundsWhatIsReadOneByOne) {
   EXPECT_LE(capped.results[0].tokens, tail + uint64_t{kGroup} * kGroup * 20);
   EXPECT_GT(free.results[0].tokens, capped.results[0].tokens);
   EXPECT_GT(capped.results[0].error_estimate, free.results[0].error_estimate);
+}
+
+TEST_F(AttendLaneTest, AMembersCapTakesNothingFromAnother) {
+  Budget strict = kTolerant;
+  strict.error = 1e-3f;
+  for (ScanUnit& unit : units_) {
+    unit.members = {0, 1};
+    unit.ranges = {unit.tokens, unit.tokens};
+  }
+  const Answer free = Ask(std::vector<Budget>{strict, strict});
+  Budget capped = strict;
+  capped.k = 1;
+  const Answer beside = Ask(std::vector<Budget>{strict, capped});
+  EXPECT_GT(beside.results[1].error_estimate, free.results[1].error_estimate);
+  EXPECT_LT(beside.results[0].error_estimate, 2 * free.results[0].error_estimate + strict.error);
+  EXPECT_GT(beside.results[0].tokens, free.results[0].tokens / 2);
 }
 
 TEST_F(AttendLaneTest, ClustersArePassedByWhereBudgetsAreOfTokens) {
