@@ -15,7 +15,6 @@ constexpr uint32_t kWorthALook = 32;  // positions, and each power of two above
 }  // namespace
 
 QuerySamples::QuerySamples(const KvShape& shape, uint32_t capacity)
-
     : shape_(shape),
       capacity_(capacity),
       heads_(size_t{shape.layers} * shape.kv_heads),
@@ -44,6 +43,9 @@ bool QuerySamples::AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv
     const uint64_t place =
         head.seen < capacity_ ? head.seen : SpreadBits(head.seen) % (head.seen + 1);
     ++head.seen;
+    most_seen_ = std::max(most_seen_, head.seen);
+    // Those that lag are waited for no longer.
+    worth |= h == 0 && head.seen == capacity_ + 1;
     if (place >= capacity_) continue;
     if (place >= Kept(head)) head.q.resize((place + 1) * floats());
     std::transform(q, q + floats(), head.q.begin() + static_cast<ptrdiff_t>(place * floats()),
@@ -61,6 +63,7 @@ bool QuerySamples::NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit) {
   if (renewing_ || !drift_.Note(size_t{layer} * shape_.kv_heads + kv_head, fit)) return false;
   renewing_ = true;
   for (Head& head : heads_) head.seen = 0;
+  most_seen_ = 0;
   return true;
 }
 
@@ -68,7 +71,7 @@ bool QuerySamples::TakeRenewed() {
   absl::MutexLock lock(&mutex_);
   if (!renewing_) return false;
   for (const Head& head : heads_) {
-    if (head.seen < Renewed()) return false;
+    if (head.seen < Renewed() && !Lags(head)) return false;
   }
   renewing_ = false;
   return true;
@@ -77,7 +80,9 @@ bool QuerySamples::TakeRenewed() {
 uint32_t QuerySamples::LeastKept() const {
   absl::MutexLock lock(&mutex_);
   uint32_t least = capacity_;
-  for (const Head& head : heads_) least = std::min(least, Kept(head));
+  for (const Head& head : heads_) {
+    if (!Lags(head)) least = std::min(least, Kept(head));
+  }
   return least;
 }
 

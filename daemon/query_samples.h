@@ -14,7 +14,9 @@ namespace quarry {
 
 // Of each layer and KV head, the queries of its group at a bounded number of positions: the first
 // ones, then an even choice of all that came. Where indexes that were fitted to them turn out not
-// to fit live queries, new ones take the places of the old. Kept as bf16. Thread-safe.
+// to fit live queries, new ones take the places of the old. Some heads are asked seldom or never,
+// such as those of layers whose windows hold all: once another has had more queries than are kept,
+// who has had less than half of its number is waited for no longer. Kept as bf16. Thread-safe.
 class QuerySamples {
  public:
   // capacity: positions of each layer and KV head, at least 1.
@@ -22,7 +24,7 @@ class QuerySamples {
 
   // q: [kv_heads * group][head_dim] fp32 of one position. True if as many positions are kept now as
   // are worth another look at indexes that were fitted to fewer: 32, 64, 128, ... of the first of
-  // these heads.
+  // these heads; and when others are waited for no longer.
   bool Add(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q);
   // The same if nobody else is at it, and else nothing: for those who must not wait.
   bool TryAdd(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q);
@@ -30,11 +32,11 @@ class QuerySamples {
   // Takes note of an audited answer. True if indexes do not fit any more: from here on, what comes
   // is counted and chosen as if nothing had come before, and takes the places of what did.
   bool NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit);
-  // True once after that, when at least half of what is kept of each head has come since. Add says
-  // when it is worth asking.
+  // True once after that, when at least half of what is kept of each head that does not lag has come
+  // since. Add says when it is worth asking.
   bool TakeRenewed();
 
-  // Positions kept of the layer and KV head that has fewest.
+  // Positions kept of the layer and KV head that has fewest, of those that do not lag.
   uint32_t LeastKept() const;
   // [positions * group][head_dim] fp32, multiplied by 1 / sqrt(head_dim) as scores are.
   std::vector<float> Scaled(uint32_t layer, uint32_t kv_head) const;
@@ -47,6 +49,10 @@ class QuerySamples {
   size_t floats() const { return size_t{shape_.group()} * shape_.head_dim; }
   uint32_t Kept(const Head& head) const { return static_cast<uint32_t>(head.q.size() / floats()); }
   uint32_t Renewed() const { return (capacity_ + 1) / 2; }
+  // No sooner than more have come than are kept: a prefill brings its samples layer by layer.
+  bool Lags(const Head& head) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return most_seen_ > capacity_ && head.seen < most_seen_ - head.seen;
+  }
   bool AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -54,6 +60,7 @@ class QuerySamples {
   const uint32_t capacity_;
   mutable absl::Mutex mutex_;  // held for one position's, or one head's, copy
   std::vector<Head> heads_ ABSL_GUARDED_BY(mutex_);  // [layer][kv_head]
+  uint32_t most_seen_ ABSL_GUARDED_BY(mutex_) = 0;   // of the heads
   DriftWatch drift_ ABSL_GUARDED_BY(mutex_);
   bool renewing_ ABSL_GUARDED_BY(mutex_) = false;
 };

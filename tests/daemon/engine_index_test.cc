@@ -155,6 +155,24 @@ TEST_F(EngineIndexTest, AnIndexMadeFromKeysAloneIsLearnedAgainFromLiveQueries) {
   EXPECT_LT(ErrorOf(*row), 0.2);
 }
 
+TEST_F(EngineIndexTest, AHeadThatIsNeverAskedDoesNotKeepTheOthersFromLearning) {
+  StartIndexed([](IndexOptions& o) { o.query_samples = 32; });
+  const ContextId context = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  std::unique_ptr<OwnedRow> rows[1] = {
+      std::make_unique<OwnedRow>(IndexedShape(), context, 0, kRange, Seed())};
+  OwnedRow& row = *rows[0];
+  row.row.budget = kWithinError;
+  row.row.heads = IndexedShape().group();
+  row.answer.o = std::span(row.o).first(row.row.heads * IndexedShape().head_dim);
+  row.answer.lse = std::span(row.lse).first(row.row.heads);
+  for (uint32_t i = 0; i < 16 * 40; ++i) {
+    AttendRows(*engine_, session_, rows);
+    ASSERT_OK(row.answer.status);
+  }
+  WaitFor([](const IndexStats& s) { return s.relearned == kRuns; });
+}
+
 TEST_F(EngineIndexTest, RunsInUseAreCountedOnceTheyAreIndexed) {
   StartIndexed();
   const ContextId context = OpenFilled();

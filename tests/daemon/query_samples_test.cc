@@ -53,7 +53,22 @@ TEST(QuerySamplesTest, SaysWhenThereAreEnoughToLookAgain) {
   for (uint32_t i = 1; i <= 300; ++i) {
     if (Add(samples, 0, 1.0f)) worth.push_back(i);
   }
-  EXPECT_EQ(worth, (std::vector<uint32_t>{32, 64, 128}));
+  EXPECT_EQ(worth, (std::vector<uint32_t>{32, 64, 128, 129}));  // now nobody is waited for
+}
+
+TEST(QuerySamplesTest, AHeadThatIsNotAskedIsWaitedForUntilAnotherHasMoreThanAreKept) {
+  constexpr uint32_t kCapacity = 64;
+  QuerySamples samples(kShape, kCapacity);
+  for (uint32_t i = 0; i < kCapacity; ++i) Add(samples, 0, 1.0f);
+  EXPECT_EQ(samples.LeastKept(), 0u);  // as a prefill leaves it behind the first layer
+  EXPECT_TRUE(Add(samples, 0, 1.0f));
+  EXPECT_EQ(samples.LeastKept(), kCapacity);
+  for (int i = 0; i < 32; ++i) Add(samples, 1, 1.0f);
+  EXPECT_EQ(samples.LeastKept(), kCapacity);  // less than half of 65
+  Add(samples, 1, 1.0f);
+  EXPECT_EQ(samples.LeastKept(), 33u);
+  for (int i = 0; i < 2; ++i) Add(samples, 0, 1.0f);
+  EXPECT_EQ(samples.LeastKept(), kCapacity);  // it falls behind again
 }
 
 TEST(QuerySamplesTest, AfterADriftNewQueriesTakeThePlacesOfTheOld) {
@@ -83,6 +98,24 @@ TEST(QuerySamplesTest, AfterADriftNewQueriesTakeThePlacesOfTheOld) {
   for (uint32_t i = 0; i < kCapacity / 2; ++i) add(0, 2.0f);
   const std::vector<float> all = samples.Scaled(0, 0);
   EXPECT_EQ(std::count(all.begin(), all.end(), 2 * kScale), static_cast<ptrdiff_t>(all.size()));
+}
+
+TEST(QuerySamplesTest, AfterADriftAHeadThatIsNotAskedAnyMoreIsNotWaitedForLong) {
+  constexpr uint32_t kCapacity = 64;
+  QuerySamples samples(kShape, kCapacity);
+  for (uint32_t i = 0; i < kCapacity; ++i) {
+    Add(samples, 0, 1.0f);
+    Add(samples, 1, 1.0f);  // never again
+  }
+  for (uint32_t window : {16u, 32u}) {  // the second time takes twice as many audits
+    for (uint32_t i = 1; i < window; ++i) EXPECT_FALSE(samples.NoteFit(0, 0, IndexFit::kPoor));
+    EXPECT_TRUE(samples.NoteFit(0, 0, IndexFit::kPoor));
+    for (uint32_t i = 0; i < kCapacity; ++i) Add(samples, 0, 2.0f);
+    EXPECT_FALSE(samples.TakeRenewed());
+    EXPECT_TRUE(Add(samples, 0, 2.0f));
+    EXPECT_TRUE(samples.TakeRenewed());
+    EXPECT_EQ(samples.LeastKept(), kCapacity);
+  }
 }
 
 TEST(RunIndexesTest, AreLearnedAgainFromOtherSamplesHoweverMany) {
