@@ -63,7 +63,9 @@ void Context::SampleQueries(uint32_t layer, uint32_t first_kv_head, uint32_t kv_
   if (samples_ == nullptr) return;
   std::atomic<uint32_t>& attends = attends_[size_t{layer} * shape().kv_heads + first_kv_head];
   if (attends.fetch_add(1, std::memory_order_relaxed) % kSampleEvery != 0) return;
-  if (samples_->TryAdd(layer, first_kv_head, kv_heads, q)) {
+  const bool worth = samples_->TryAdd(layer, first_kv_head, kv_heads, q);
+  // Also what another fork's queries have renewed is for this context's runs.
+  if (worth || samples_->renewal() != considered_renewal_.load(std::memory_order_relaxed)) {
     services_.background->Enqueue(shared_from_this());
   }
 }

@@ -112,8 +112,8 @@ class Context : public BackgroundWorker::Client,
   const std::string& tenant() const override { return params_.tenant; }
   const std::string& model() const override { return params_.spec.name; }
   std::shared_ptr<const BlockTable> Memory() const override;
-  // Live queries that came after a drift take the places of sampled ones, and teach the indexes
-  // when they are half of what is kept.
+  // Live queries that came after a drift take the places of sampled ones, and teach the indexes of
+  // this context and its forks when they are half of what is kept.
   bool NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit) override;
 
   // Background: publishes full blocks, attaches runs, has them indexed.
@@ -165,6 +165,7 @@ class Context : public BackgroundWorker::Client,
   std::vector<std::atomic<uint32_t>> frontier_;
   const std::shared_ptr<QuerySamples> samples_;
   std::vector<std::atomic<uint32_t>> attends_;  // [layer][first KV head], to sample evenly
+  std::atomic<uint64_t> considered_renewal_{0};  // of samples_, when runs were considered last
 
   // One publisher at a time; taken before mutex_, never by an append or an attend.
   absl::Mutex maintenance_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);

@@ -125,11 +125,8 @@ void Context::IndexRuns() {
   if (samples_ == nullptr) return;
   const absl::StatusOr<std::shared_ptr<const BlockTable>> table = Table();
   if (!table.ok()) return;  // closed
-  // A run that is being indexed just now is left as it comes: if it does not fit, audits say so
-  // again.
-  const RunIndexes::Why why =
-      samples_->TakeRenewed() ? RunIndexes::Why::kOtherSamples : RunIndexes::Why::kMoreSamples;
-  services_.indexer->Consider((*table)->runs, shape(), samples_, why);
+  considered_renewal_.store(samples_->renewal(), std::memory_order_relaxed);
+  services_.indexer->Consider((*table)->runs, shape(), samples_);
 }
 
 std::shared_ptr<const BlockTable> Context::Memory() const {

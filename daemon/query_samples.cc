@@ -12,6 +12,11 @@ namespace {
 
 constexpr uint32_t kWorthALook = 32;  // positions, and each power of two above
 
+uint64_t NextRenewal() {
+  static std::atomic<uint64_t> renewals{0};
+  return renewals.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
 }  // namespace
 
 QuerySamples::QuerySamples(const KvShape& shape, uint32_t capacity)
@@ -52,9 +57,11 @@ bool QuerySamples::AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv
                    FloatToBf16);
     worth |= h == 0 && head.seen <= capacity_ && head.seen >= kWorthALook &&
              std::has_single_bit(head.seen);
-    worth |= h == 0 && renewing_ && head.seen == Renewed();
   }
-  return worth;
+  if (!renewing_ || !IsRenewed()) return worth;
+  renewing_ = false;
+  renewal_.store(NextRenewal(), std::memory_order_release);
+  return true;
 }
 
 bool QuerySamples::NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit) {
@@ -67,13 +74,10 @@ bool QuerySamples::NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit) {
   return true;
 }
 
-bool QuerySamples::TakeRenewed() {
-  absl::MutexLock lock(&mutex_);
-  if (!renewing_) return false;
+bool QuerySamples::IsRenewed() const {
   for (const Head& head : heads_) {
     if (head.seen < Renewed() && !Lags(head)) return false;
   }
-  renewing_ = false;
   return true;
 }
 

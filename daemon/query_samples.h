@@ -1,6 +1,7 @@
 // QuerySamples: queries of one sequence, kept so that indexes can be fitted to them.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -24,17 +25,18 @@ class QuerySamples {
 
   // q: [kv_heads * group][head_dim] fp32 of one position. True if as many positions are kept now as
   // are worth another look at indexes that were fitted to fewer: 32, 64, 128, ... of the first of
-  // these heads; and when others are waited for no longer.
+  // these heads; when others are waited for no longer; and when they are renewed.
   bool Add(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q);
   // The same if nobody else is at it, and else nothing: for those who must not wait.
   bool TryAdd(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q);
 
   // Takes note of an audited answer. True if indexes do not fit any more: from here on, what comes
-  // is counted and chosen as if nothing had come before, and takes the places of what did.
+  // is counted and chosen as if nothing had come before, and takes the places of what did. When it
+  // is at least half of what is kept, of each head that does not lag, they are renewed.
   bool NoteFit(uint32_t layer, uint32_t kv_head, IndexFit fit);
-  // True once after that, when at least half of what is kept of each head that does not lag has come
-  // since. Add says when it is worth asking.
-  bool TakeRenewed();
+  // Which renewal was the last, 0: none yet. They are numbered in the order of time, whoever's
+  // samples they are of, for contexts with samples of their own may share runs.
+  uint64_t renewal() const { return renewal_.load(std::memory_order_acquire); }
 
   // Positions kept of the layer and KV head that has fewest, of those that do not lag.
   uint32_t LeastKept() const;
@@ -53,6 +55,7 @@ class QuerySamples {
   bool Lags(const Head& head) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return most_seen_ > capacity_ && head.seen < most_seen_ - head.seen;
   }
+  bool IsRenewed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -63,6 +66,7 @@ class QuerySamples {
   uint32_t most_seen_ ABSL_GUARDED_BY(mutex_) = 0;   // of the heads
   DriftWatch drift_ ABSL_GUARDED_BY(mutex_);
   bool renewing_ ABSL_GUARDED_BY(mutex_) = false;
+  std::atomic<uint64_t> renewal_{0};
 };
 
 }  // namespace quarry

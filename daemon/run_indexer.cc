@@ -46,7 +46,7 @@ struct RunIndexer::Job {
   std::shared_ptr<RunIndexes> neighbour;
   // Of the context's other runs, that may have learned by the time that this job begins.
   std::vector<std::shared_ptr<RunIndexes>> others;
-  bool again = false;  // whatever others know is to be learned anew
+  bool again = false;  // unless others know as much
   RunIndexes::Learning learning;
   std::shared_ptr<const QuerySamples> samples;
   uint32_t next = 0;  // under the indexer's mutex
@@ -73,17 +73,17 @@ RunIndexer::~RunIndexer() {
 }
 
 void RunIndexer::Consider(std::span<const RunUse> runs, const KvShape& shape,
-                          const std::shared_ptr<const QuerySamples>& samples, RunIndexes::Why why) {
+                          const std::shared_ptr<const QuerySamples>& samples) {
   if (!enabled() || runs.empty()) return;
   auto job = std::make_shared<Job>(&queued_runs_);
   job->shape = shape;
   job->samples = samples;
+  job->learning.renewal = samples->renewal();  // first: what is looked at later may only be newer
   job->learning.samples = samples->LeastKept();
   for (const RunUse& use : runs) job->learning.tokens += use.run->tokens().size();
-  job->again = why == RunIndexes::Why::kOtherSamples;
   for (const RunUse& use : runs) {
     const std::shared_ptr<RunIndexes>& indexes = use.run->indexes();
-    const RunIndexes::Due due = indexes->Begin(job->learning, why);
+    const RunIndexes::Due due = indexes->Begin(job->learning);
     if (due == RunIndexes::Due::kNo) {
       job->others.push_back(indexes);
       continue;
@@ -114,7 +114,18 @@ std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
 
 // Runs that follow one another out of a prefill become due one by one, faster than they are indexed.
 void RunIndexer::Prepare(Job* job) {
-  if (job->again) return;
+  if (!job->again) TakeLater(job);
+  for (const std::shared_ptr<RunIndexes>& other : job->others) {
+    if (other->empty()) continue;
+    const std::optional<RunIndexes::Learning> learned = other->learned();
+    // Where runs are learned again, another may have been before, by a fork that shares it.
+    if (job->again && (!learned.has_value() || learned->OutdatedBy(job->learning))) continue;
+    job->neighbour = other;
+    job->learning = learned.value_or(job->learning);
+  }
+}
+
+void RunIndexer::TakeLater(Job* job) {
   for (auto later = queue_.begin() + 1; later != queue_.end();) {
     Job& other = **later;
     if (other.samples != job->samples || other.again) {
@@ -126,12 +137,8 @@ void RunIndexer::Prepare(Job* job) {
     job->learning.samples = std::max(job->learning.samples, other.learning.samples);
     later = queue_.erase(later);
   }
-  job->parts.sort([](const Job::Part& a, const Job::Part& b) { return a.first_token < b.first_token; });
-  for (const std::shared_ptr<RunIndexes>& other : job->others) {
-    if (other->empty()) continue;
-    job->neighbour = other;
-    job->learning = other->learned().value_or(job->learning);
-  }
+  job->parts.sort(
+      [](const Job::Part& a, const Job::Part& b) { return a.first_token < b.first_token; });
 }
 
 void RunIndexer::Loop() {

@@ -33,10 +33,10 @@ class RunIndexer {
   RunIndexer& operator=(const RunIndexer&) = delete;
 
   // Has the runs of a context, in token order, indexed, or indexed anew if many more queries or
-  // tokens are known than when they were, or other queries. Runs that are being indexed are left.
+  // tokens are known than when they were, or queries were renewed since. Runs that are being
+  // indexed are left.
   void Consider(std::span<const RunUse> runs, const KvShape& shape,
-                const std::shared_ptr<const QuerySamples>& samples,
-                RunIndexes::Why why = RunIndexes::Why::kMoreSamples);
+                const std::shared_ptr<const QuerySamples>& samples);
 
   bool enabled() const { return options_.choice.kind != IndexKind::kExact; }
   const IndexOptions& options() const { return options_; }
@@ -51,6 +51,7 @@ class RunIndexer {
   // When a job begins: it takes what is queued behind it that can be learned from together, and finds
   // a neighbour.
   void Prepare(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void TakeLater(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void BuildHead(Job& job, uint32_t head);
   absl::StatusOr<std::vector<MadeIndex>> MakeHead(const Job& job, uint32_t layer, uint32_t kv_head,
                                                   std::span<const KvView> views) const;

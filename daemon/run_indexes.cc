@@ -16,28 +16,28 @@ bool RunIndexes::empty() const {
   return std::all_of(heads_.begin(), heads_.end(), [](const auto& head) { return !head; });
 }
 
-RunIndexes::Due RunIndexes::Begin(const Learning& now, Why why) {
+bool RunIndexes::Learning::OutdatedBy(const Learning& now) const {
+  return now.renewal > renewal ||
+         (now.samples >= kLeastSamples && now.samples / kTimesMoreSamples >= samples) ||
+         (now.tokens / kTimesMoreTokens >= tokens && now.samples >= samples);
+}
+
+RunIndexes::Due RunIndexes::Begin(const Learning& now) {
   absl::MutexLock lock(&mutex_);
-  if (busy_) return Due::kNo;
-  if (!learned_.has_value()) {
-    busy_ = true;
-    return Due::kFirst;
-  }
-  const bool samples =
-      now.samples >= kLeastSamples && now.samples / kTimesMoreSamples >= learned_->samples;
-  const bool tokens =
-      now.tokens / kTimesMoreTokens >= learned_->tokens && now.samples >= learned_->samples;
-  if (why == Why::kMoreSamples && !samples && !tokens) return Due::kNo;
+  if (busy_ || (learned_.has_value() && !learned_->OutdatedBy(now))) return Due::kNo;
   busy_ = true;
-  return Due::kAgain;
+  return learned_.has_value() ? Due::kAgain : Due::kFirst;
 }
 
 void RunIndexes::End(std::optional<Learning> learned) {
   absl::MutexLock lock(&mutex_);
   busy_ = false;
   if (!learned.has_value()) return;
-  // What was learned from other queries is not undone by fewer of the old ones.
-  if (learned_.has_value()) learned->samples = std::max(learned->samples, learned_->samples);
+  if (learned_.has_value()) {
+    // What was learned from other queries is not undone by fewer of the old ones, nor twice.
+    learned->samples = std::max(learned->samples, learned_->samples);
+    learned->renewal = std::max(learned->renewal, learned_->renewal);
+  }
   learned_ = learned;
 }
 

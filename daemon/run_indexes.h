@@ -37,14 +37,16 @@ class RunIndexes {
   struct Learning {
     uint32_t samples = 0;  // positions whose queries were known
     uint32_t tokens = 0;   // of the runs that were learned from together
+    uint64_t renewal = 0;  // QuerySamples::renewal, of these samples
+    // It is worth learning again: several times more is known now, or samples were renewed since.
+    bool OutdatedBy(const Learning& now) const;
   };
 
-  // Whether all heads are to be indexed now, if that much can be learned from: for the first time, or
-  // again since it is several times more than then, or since the queries are other ones. The caller
-  // who is told so is the one who does it, until End.
+  // Whether all heads are to be indexed now, if that much can be learned from: for the first time,
+  // or again since what was learned is outdated. The caller who is told so is the one who does it,
+  // until End.
   enum class Due { kNo, kFirst, kAgain };
-  enum class Why { kMoreSamples, kOtherSamples };
-  Due Begin(const Learning& now, Why why = Why::kMoreSamples);
+  Due Begin(const Learning& now);
   // learned: what was learned from; none if it was given up, as if Begin had not been called.
   void End(std::optional<Learning> learned);
   // None: never indexed.

@@ -189,6 +189,31 @@ TEST_F(EngineAuditTest, IndexesThatDoNotFitAreLearnedAgainFromTheLiveQueriesThat
   });
 }
 
+TEST_F(EngineAuditTest, RunsThatOnlyAForkHasAreLearnedAgainTooOnceItIsAsked) {
+  StartAudited([](EngineOptions& options) {
+    Clustered(options);
+    options.index.query_samples = 16;
+    options.audit.drift_factor = 0.01;
+  });
+  const ContextId context = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  constexpr uint32_t kShared = kFirst + kRunTokens;
+  const auto fork = engine_->Fork(session_, {context, kShared, kTokens, {}});
+  ASSERT_OK(fork.status());
+  ASSERT_OK(engine_->DeclareTokens(session_, *fork, Tokens(kTokens - kShared, 500000)));
+  ASSERT_OK(AppendAll(*engine_, session_, *fork, data_, {kShared, kTokens}));
+  WaitForBuilt(kHeads * (kRuns + 1));
+  uint32_t asked = 0;
+  for (; asked < 16; ++asked) Ask(context, kWithinError, asked);
+  WaitFor([](const EngineStats& s) { return s.audit.drifts == 1; });
+  for (; asked < 16 + 16 * 8; ++asked) Ask(context, kWithinError, asked);
+  WaitFor([](const EngineStats& s) { return s.index.relearned == kRuns; });
+  for (; asked < 16 + 16 * 9; ++asked) Ask(*fork, kWithinError, asked);
+  WaitFor([](const EngineStats& s) {
+    return s.index.relearned == kRuns + 1 && s.index.queued_runs == 0;
+  });
+}
+
 TEST_F(EngineAuditTest, WhereErrorsAreAsPredictedNothingIsLearnedAgain) {
   StartAudited([](EngineOptions& options) {
     Clustered(options);

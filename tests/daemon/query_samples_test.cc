@@ -79,23 +79,22 @@ TEST(QuerySamplesTest, AfterADriftNewQueriesTakeThePlacesOfTheOld) {
     add(0, 1.0f);
     add(1, 1.0f);
   }
-  EXPECT_FALSE(samples.TakeRenewed());
   for (int i = 0; i < 15; ++i) EXPECT_FALSE(samples.NoteFit(1, 0, IndexFit::kPoor));
   EXPECT_TRUE(samples.NoteFit(1, 0, IndexFit::kPoor));
   // Nothing more is found while they are renewed.
   for (int i = 0; i < 100; ++i) EXPECT_FALSE(samples.NoteFit(1, 0, IndexFit::kPoor));
+  for (uint32_t i = 1; i <= kCapacity / 2; ++i) add(0, 2.0f);
   for (uint32_t i = 1; i <= kCapacity / 2; ++i) {
-    EXPECT_FALSE(samples.TakeRenewed());
-    EXPECT_EQ(add(0, 2.0f), i == kCapacity / 2);
+    EXPECT_EQ(samples.renewal(), 0u);  // this layer is behind
+    EXPECT_EQ(add(1, 2.0f), i >= kCapacity / 2);
   }
-  EXPECT_FALSE(samples.TakeRenewed());  // the other layer lags behind
-  for (uint32_t i = 0; i < kCapacity / 2; ++i) add(1, 2.0f);
-  EXPECT_TRUE(samples.TakeRenewed());
-  EXPECT_FALSE(samples.TakeRenewed());  // once
+  const uint64_t renewal = samples.renewal();
+  EXPECT_GT(renewal, 0u);
   EXPECT_EQ(samples.LeastKept(), kCapacity);
   const std::vector<float> q = samples.Scaled(0, 0);
   EXPECT_EQ(std::count(q.begin(), q.end(), 2 * kScale), static_cast<ptrdiff_t>(q.size() / 2));
   for (uint32_t i = 0; i < kCapacity / 2; ++i) add(0, 2.0f);
+  EXPECT_EQ(samples.renewal(), renewal);
   const std::vector<float> all = samples.Scaled(0, 0);
   EXPECT_EQ(std::count(all.begin(), all.end(), 2 * kScale), static_cast<ptrdiff_t>(all.size()));
 }
@@ -107,29 +106,36 @@ TEST(QuerySamplesTest, AfterADriftAHeadThatIsNotAskedAnyMoreIsNotWaitedForLong) 
     Add(samples, 0, 1.0f);
     Add(samples, 1, 1.0f);  // never again
   }
+  uint64_t last = 0;
   for (uint32_t window : {16u, 32u}) {  // the second time takes twice as many audits
     for (uint32_t i = 1; i < window; ++i) EXPECT_FALSE(samples.NoteFit(0, 0, IndexFit::kPoor));
     EXPECT_TRUE(samples.NoteFit(0, 0, IndexFit::kPoor));
     for (uint32_t i = 0; i < kCapacity; ++i) Add(samples, 0, 2.0f);
-    EXPECT_FALSE(samples.TakeRenewed());
+    EXPECT_EQ(samples.renewal(), last);
     EXPECT_TRUE(Add(samples, 0, 2.0f));
-    EXPECT_TRUE(samples.TakeRenewed());
+    EXPECT_GT(samples.renewal(), last);
+    last = samples.renewal();
     EXPECT_EQ(samples.LeastKept(), kCapacity);
   }
 }
 
-TEST(RunIndexesTest, AreLearnedAgainFromOtherSamplesHoweverMany) {
+TEST(RunIndexesTest, AreLearnedAgainOnceFromRenewedSamplesHoweverFew) {
   using Due = RunIndexes::Due;
-  using Why = RunIndexes::Why;
   RunIndexes indexes(kShape);
-  EXPECT_EQ(indexes.Begin({100, 1000}, Why::kOtherSamples), Due::kFirst);
-  indexes.End(RunIndexes::Learning{100, 1000});
-  EXPECT_EQ(indexes.Begin({40, 1000}), Due::kNo);
-  EXPECT_EQ(indexes.Begin({40, 1000}, Why::kOtherSamples), Due::kAgain);
-  EXPECT_EQ(indexes.Begin({40, 1000}, Why::kOtherSamples), Due::kNo);  // somebody is at it
-  indexes.End(RunIndexes::Learning{40, 1000});
-  EXPECT_EQ(indexes.Begin({170, 1000}), Due::kNo);  // not undone by the old ones of another context
-  EXPECT_EQ(indexes.Begin({400, 1000}), Due::kAgain);
+  EXPECT_EQ(indexes.Begin({100, 1000, 3}), Due::kFirst);
+  indexes.End(RunIndexes::Learning{100, 1000, 3});
+  EXPECT_EQ(indexes.Begin({40, 1000, 3}), Due::kNo);
+  EXPECT_EQ(indexes.Begin({40, 1000, 5}), Due::kAgain);
+  EXPECT_EQ(indexes.Begin({40, 1000, 5}), Due::kNo);  // somebody is at it
+  indexes.End(std::nullopt);
+  EXPECT_EQ(indexes.Begin({40, 1000, 5}), Due::kAgain);  // it was given up
+  indexes.End(RunIndexes::Learning{40, 1000, 5});
+  EXPECT_EQ(indexes.Begin({40, 1000, 5}), Due::kNo);   // a fork
+  EXPECT_EQ(indexes.Begin({40, 1000, 4}), Due::kNo);   // another context's, renewed before
+  EXPECT_EQ(indexes.Begin({170, 1000, 0}), Due::kNo);  // not undone by the old ones of another
+  EXPECT_EQ(indexes.Begin({400, 1000, 0}), Due::kAgain);
+  indexes.End(RunIndexes::Learning{400, 1000, 0});
+  EXPECT_EQ(indexes.Begin({400, 1000, 5}), Due::kNo);
 }
 
 TEST(RunIndexesTest, AreLearnedOnceAndAgainWithTwiceTheSamples) {

@@ -34,6 +34,12 @@ class RunIndexerTest : public ::testing::Test {
       samples_->Add(0, 0, kShape.kv_heads, held_.Queries(1).data());
     }
   }
+  // After a drift.
+  void Renew() {
+    while (!samples_->NoteFit(0, 0, IndexFit::kPoor)) {
+    }
+    for (uint64_t before = samples_->renewal(); samples_->renewal() == before;) Sample(1);
+  }
   void Consider(size_t runs) {
     indexer_->Consider(std::span(uses_).first(runs), kShape, samples_);
   }
@@ -143,17 +149,27 @@ TEST_F(RunIndexerTest, EnoughMoreSamplesAreLearnedFromAnew) {
   EXPECT_EQ(indexer_->stats().relearned, 2u);
 }
 
-TEST_F(RunIndexerTest, OtherSamplesAreLearnedFromAnewByAllHoweverMany) {
+TEST_F(RunIndexerTest, RenewedSamplesAreLearnedFromAnewByTheRunsOfEveryFork) {
   Start();
   Sample(10);
-  Consider(2);
-  for (size_t r = 0; r < 2; ++r) WaitForLearned(r, 2 * kRunTokens, 10);
+  Consider(4);
+  for (size_t r = 0; r < 4; ++r) WaitForLearned(r, 4 * kRunTokens, 10);
   const auto model = ModelOf(0);
-  indexer_->Consider(std::span(uses_).first(3), kShape, samples_, RunIndexes::Why::kOtherSamples);
-  for (size_t r = 0; r < 3; ++r) WaitForLearned(r, 3 * kRunTokens, 10);
-  EXPECT_NE(ModelOf(0), model);
-  for (size_t r = 1; r < 3; ++r) EXPECT_EQ(ModelOf(r), ModelOf(0)) << r;
+  Renew();
+  // One fork has the first two runs and one that is new, another all but that one.
+  std::vector<RunUse> one = {uses_[0], uses_[1], uses_[4]};
+  indexer_->Consider(one, kShape, samples_);
+  WaitFor([](const IndexStats& stats) { return stats.queued_runs == 0; });
   EXPECT_EQ(indexer_->stats().relearned, 2u);
+  EXPECT_EQ(ModelOf(2), model);
+  Consider(4);
+  WaitFor([](const IndexStats& stats) { return stats.queued_runs == 0; });
+  EXPECT_EQ(indexer_->stats().relearned, 4u);
+  EXPECT_NE(ModelOf(0), model);
+  for (size_t r = 1; r < 5; ++r) EXPECT_EQ(ModelOf(r), ModelOf(0)) << r;
+  EXPECT_EQ(uses_[3].run->indexes()->learned()->renewal, samples_->renewal());
+  Consider(5);  // once
+  EXPECT_EQ(indexer_->stats().queued_runs, 0u);
 }
 
 TEST_F(RunIndexerTest, RunsThatAreLostMeanwhileAreLeftOut) {
