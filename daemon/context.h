@@ -146,6 +146,8 @@ class Context : public BackgroundWorker::Client,
   // The parent's id for what follows this published block of the table.
   BlockId IdHere(const BlockTable& table, uint32_t block, std::span<const uint32_t> ids) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  // Still, in the store.
+  bool ArePublished(std::span<const std::shared_ptr<HeldBlock>> blocks) const;
   void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   void IndexRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   std::shared_ptr<const BlockTable> TableOrRemains() const;

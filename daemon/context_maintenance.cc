@@ -84,6 +84,16 @@ absl::StatusOr<BlockId> Context::PublishBlock(const BlockTable& table, uint32_t 
   return key.id;
 }
 
+bool Context::ArePublished(std::span<const std::shared_ptr<HeldBlock>> blocks) const {
+  std::vector<BlockId> ids;
+  uint64_t bytes = 0;
+  for (const auto& block : blocks) {
+    ids.push_back(block->id());
+    bytes += block->bytes();
+  }
+  return services_.store->PublishedBytes(params_.tenant, ids) == bytes;
+}
+
 void Context::AttachRuns() {
   const RunGridOptions& grid = services_.runs->grid();
   if (grid.RunTokens(next_run_).hi > published_blocks_ * kBlockTokens) return;
@@ -101,9 +111,10 @@ void Context::AttachRuns() {
     if (table->PlacedTokens(tokens) > 0) continue;
     const uint32_t first = tokens.lo / kBlockTokens;
     const uint32_t last = (tokens.hi - 1) / kBlockTokens;
-    RunUse own{services_.runs->GetOrMake(
-                   next_run_, shape(), std::span(table->blocks).subspan(first, last - first + 1)),
-               tokens};
+    const auto blocks = std::span(table->blocks).subspan(first, last - first + 1);
+    RunUse own{services_.runs->GetOrMake(params_.tenant, next_run_, shape(), blocks), tokens};
+    // What was purged before a run was made of it serves who still has it, and nobody later.
+    if (!ArePublished(blocks)) services_.runs->Forget(*own.run);
     // What a fork searched under a bound gives way to the fork's own run.
     if (use != runs.end() && use->tokens.lo == tokens.lo) {
       *use = std::move(own);

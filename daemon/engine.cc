@@ -326,9 +326,10 @@ absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& req
     return absl::InvalidArgumentError(absl::StrCat(
         "a purge names ", kinds, " of: the whole tenant, a namespace, blocks; one is wanted"));
   }
-  while (runs_.DropIdle()) {  // they tell of keys; those of runs in use end with these
-  }
   const uint64_t purged = store_->Purge(session->tenant(), request.name_space, request.blocks);
+  // Indexes tell of keys and values. Afterwards: what is attached from now on sees that blocks are
+  // gone.
+  runs_.Purge(session->tenant(), request.name_space, request.blocks);
   stretches_.Sweep();  // they tell of tokens
   return purged;
 }

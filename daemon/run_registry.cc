@@ -2,19 +2,27 @@
 
 #include <algorithm>
 
+#include "absl/container/flat_hash_set.h"
 #include "proto/check.h"
 
 namespace quarry {
 
 std::shared_ptr<const Run> RunRegistry::GetOrMake(
-    uint32_t i, const KvShape& shape, std::span<const std::shared_ptr<HeldBlock>> blocks) {
+    std::string_view tenant, uint32_t i, const KvShape& shape,
+    std::span<const std::shared_ptr<HeldBlock>> blocks) {
   QUARRY_CHECK(!blocks.empty() && blocks.back()->published());
   const Key key{blocks.back()->id(), i, shape};
   absl::MutexLock lock(&mutex_);
   Entry& entry = runs_[key];
   entry.asked = ++asks_;
   if (std::shared_ptr<const Run> run = entry.run.lock()) return run;
-  if (entry.indexes == nullptr) entry.indexes = std::make_shared<RunIndexes>(shape);
+  if (entry.indexes == nullptr) {
+    entry.indexes = std::make_shared<RunIndexes>(shape);
+    entry.tenant = tenant;
+    for (const auto& block : blocks) {
+      entry.sources.push_back({block->id(), block->origin().name_space});
+    }
+  }
   auto made = std::make_shared<const Run>(
       grid_.RunTokens(i), std::vector<std::shared_ptr<HeldBlock>>(blocks.begin(), blocks.end()),
       entry.indexes);
@@ -36,6 +44,34 @@ bool RunRegistry::DropIdle() {
   dropped = std::move(oldest->second.indexes);
   runs_.erase(oldest);
   return true;
+}
+
+template <typename Predicate>
+void RunRegistry::ForgetIf(Predicate predicate) {
+  std::vector<std::shared_ptr<RunIndexes>> dropped;  // end outside the lock
+  absl::MutexLock lock(&mutex_);
+  for (auto it = runs_.begin(); it != runs_.end();) {
+    const auto current = it++;
+    if (!predicate(current->second)) continue;
+    dropped.push_back(std::move(current->second.indexes));
+    runs_.erase(current);
+  }
+}
+
+void RunRegistry::Purge(std::string_view tenant, const std::optional<NamespaceDigest>& name_space,
+                        std::span<const BlockId> blocks) {
+  const absl::flat_hash_set<BlockId> named(blocks.begin(), blocks.end());
+  ForgetIf([&](const Entry& entry) {
+    if (entry.tenant != tenant) return false;
+    return std::any_of(entry.sources.begin(), entry.sources.end(), [&](const Source& source) {
+      if (!named.empty()) return named.contains(source.block);
+      return !name_space.has_value() || source.name_space == *name_space;
+    });
+  });
+}
+
+void RunRegistry::Forget(const Run& run) {
+  ForgetIf([&](const Entry& entry) { return entry.indexes == run.indexes(); });
 }
 
 uint64_t RunRegistry::live() const {

@@ -4,7 +4,10 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
+#include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -47,25 +50,34 @@ struct RunGridOptions {
   }
 };
 
-// Finds a run by what it contains, or makes it. Weak references: a run lives as long as a context or
-// an attend uses it. Its indexes stay, for the next context with the same tokens, until their room
-// is wanted. Thread-safe.
+// Finds a run by what it contains, or makes it. Weak references: a run lives as long as a context
+// or an attend uses it. Its indexes stay, for the next context with the same tokens, until their
+// room is wanted or some of its blocks are purged; that blocks are evicted does not end them.
+// Thread-safe.
 class RunRegistry {
  public:
   explicit RunRegistry(const RunGridOptions& grid) : grid_(grid) {}
 
   const RunGridOptions& grid() const { return grid_; }
 
-  // `blocks`: the published blocks that hold run `i`, in order. The last one's id names all
-  // tokens up to the run's end, so equal ids mean equal runs.
-  std::shared_ptr<const Run> GetOrMake(uint32_t i, const KvShape& shape,
-                                        std::span<const std::shared_ptr<HeldBlock>> blocks);
+  // `blocks`: the published blocks of the tenant that hold run `i`, in order. The last one's id
+  // names the tenant and all tokens up to the run's end, so equal ids mean equal runs.
+  std::shared_ptr<const Run> GetOrMake(std::string_view tenant, uint32_t i, const KvShape& shape,
+                                       std::span<const std::shared_ptr<HeldBlock>> blocks);
 
   // Drops the indexes of the run that no context uses and that was longest not asked for; false if
   // there is none.
   bool DropIdle();
+  // Forgets the tenant's runs that have any of `blocks`; or, if none are named, any of the
+  // namespace; or all. Whoever uses such a run keeps it, and its indexes end with it; others end
+  // here.
+  void Purge(std::string_view tenant, const std::optional<NamespaceDigest>& name_space,
+             std::span<const BlockId> blocks);
+  // The same for one run.
+  void Forget(const Run& run);
 
   uint64_t made() const { return made_.load(std::memory_order_relaxed); }
+  // Of those that are not forgotten.
   uint64_t live() const;
   uint64_t indexed() const;  // of those that live, indexed at least once
 
@@ -82,11 +94,22 @@ class RunRegistry {
     }
   };
 
+  // What a purge may name.
+  struct Source {
+    BlockId block;
+    NamespaceDigest name_space;
+  };
+
   struct Entry {
     std::weak_ptr<const Run> run;
     std::shared_ptr<RunIndexes> indexes;
+    std::string tenant;
+    std::vector<Source> sources;
     uint64_t asked = 0;  // when, by asks_
   };
+
+  template <typename Predicate>
+  void ForgetIf(Predicate predicate);
 
   void SweepExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

@@ -141,6 +141,75 @@ TEST_F(EngineIndexTest, APurgeDropsTheIndexesThatNobodyUses) {
   EXPECT_EQ(Index().bytes, 0u);
 }
 
+TEST_F(EngineIndexTest, APurgeEndsTheIndexesOfItsRunsAndNoOthers) {
+  StartIndexed();
+  // Who builds an index lets go of it a moment later.
+  const auto close = [&](SessionId session, ContextId context) {
+    WaitFor([](const IndexStats& s) { return s.queued_runs == 0; });
+    EXPECT_OK(engine_->Close(session, context));
+    WaitUntilUnleased();
+  };
+  const ContextId context = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  const uint64_t own = Index().bytes;
+  const auto prefix = engine_->FindLongestPrefix(session_, Request());
+  ASSERT_OK(prefix.status());
+  close(session_, context);
+  const SessionId bob = NewSession("bob");
+  const ContextId other = OpenAndFill(bob, Request(), data_).context;
+  WaitForBuilt(2 * kHeads * kRuns);
+  close(bob, other);
+  const uint64_t both = Index().bytes;
+
+  // A block between runs is part of both.
+  const auto purged = [&](uint32_t block) {
+    EXPECT_EQ(*engine_->Purge(session_, {.blocks = {prefix->blocks[block]}}), 1u);
+    return Index().bytes;
+  };
+  const uint64_t of_two = purged((kFirst + kRunTokens) / kBlockTokens);
+  EXPECT_LT(of_two, both - own / 2);
+  EXPECT_GT(of_two, both - own);
+  EXPECT_EQ(purged(1), of_two);  // of the first run, which is gone
+  EXPECT_EQ(purged((kFirst + 2 * kRunTokens) / kBlockTokens + 1), both - own);
+  EXPECT_GT(*engine_->Purge(session_, {.whole_tenant = true}), 0u);
+  EXPECT_EQ(Index().bytes, both - own);
+  const auto blocks = engine_->ListBlocks(bob, 1);
+  ASSERT_OK(blocks.status());
+  EXPECT_OK(engine_->Purge(session_, {.name_space = blocks->front().name_space}).status());
+  EXPECT_EQ(Index().bytes, both - own);
+  EXPECT_OK(engine_->Purge(bob, {.name_space = blocks->front().name_space}).status());
+  EXPECT_EQ(Index().bytes, 0u);
+}
+
+TEST_F(EngineIndexTest, IndexesOfRunsInUseAtAPurgeEndWithTheirLastUser) {
+  StartIndexed();
+  const ContextId context = OpenFilled();
+  WaitForBuilt(kHeads * kRuns);
+  ASSERT_OK(engine_->Seal(session_, context).status());
+  const auto fork = engine_->Fork(session_, {context, kTokens, kTokens + 100, {}});
+  ASSERT_OK(fork.status());
+  ASSERT_OK(engine_->Purge(session_, {.whole_tenant = true}).status());
+  EXPECT_OK(engine_->Close(session_, context));
+  EXPECT_TRUE(Indexed(*Ask(*fork, kWithinError, Seed())));
+  EXPECT_OK(engine_->Close(session_, *fork));
+  WaitFor([](const IndexStats& s) { return s.bytes == 0; });
+}
+
+TEST_F(EngineIndexTest, IndexesOfRunsThatAreMadeOfPurgedBlocksEndWithTheirLastUser) {
+  StartIndexed();
+  const auto opened = engine_->Open(session_, Request());
+  ASSERT_OK(opened.status());
+  constexpr uint32_t kSecond = kFirst + kRunTokens;  // where the second run begins
+  ASSERT_OK(AppendAll(*engine_, session_, opened->context, data_, {0, kSecond + 1000}));
+  WaitForBuilt(kHeads);
+  ASSERT_OK(engine_->Purge(session_, {.whole_tenant = true}).status());
+  ASSERT_OK(AppendAll(*engine_, session_, opened->context, data_,
+                      {kSecond + 1000, kSecond + kRunTokens + kBlockTokens}));
+  WaitForBuilt(2 * kHeads);
+  EXPECT_OK(engine_->Close(session_, opened->context));
+  WaitFor([](const IndexStats& s) { return s.bytes == 0; });
+}
+
 TEST_F(EngineIndexTest, AnIndexMadeFromKeysAloneIsLearnedAgainFromLiveQueries) {
   StartIndexed();
   const ContextId context = OpenFilled();
