@@ -23,7 +23,7 @@ struct LaneKey {
   uint32_t kv_head = 0;
   DType q_dtype = DType::kFp32;
   ScanKind kind = ScanKind::kExact;
-  bool samples = false;  // Budget::kSoftmaxLift: an index that cannot is passed by
+  bool samples = false;  // Budget::kSoftmaxLift: tokens are drawn of those that indexes find
   // Budget::kError of indexed lanes, else 0: what no index estimates is attended first and whole.
   float tolerance = 0;
 };

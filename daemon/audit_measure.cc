@@ -79,6 +79,7 @@ class Measuring {
     if (Drops(query_.budget.kind)) {
       if (!Search()) return std::nullopt;
       measure.recall = Recall();
+      if (!measure.recall.has_value()) return std::nullopt;
     }
     if (query_.merged) {
       Answer rest = Empty();
@@ -207,6 +208,7 @@ class Measuring {
       const KvSegments segments = Segments(piece.range);
       ExactScan().Score(segments.view(), queries, &piece.exact);
       if (piece.tokens == nullptr) continue;
+      if (stop_()) return false;
       const TokenRange run = piece.run->tokens();
       const KvSegments all(shape_, query_.layer, query_.kv_head, run, piece.run->blocks().data(),
                            run.lo / kBlockTokens);
@@ -215,9 +217,13 @@ class Measuring {
     return true;
   }
 
-  double Recall() const {
+  // None: stopped.
+  std::optional<double> Recall() const {
     double worst = 1;
-    for (uint32_t g = 0; g < query_.lse.size(); ++g) worst = std::min(worst, RecallOf(g));
+    for (uint32_t g = 0; g < query_.lse.size(); ++g) {
+      if (stop_()) return std::nullopt;
+      worst = std::min(worst, RecallOf(g));
+    }
     return worst;
   }
 

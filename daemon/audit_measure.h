@@ -26,8 +26,9 @@ struct AuditMeasure {
 };
 
 // Reads all of the query's range, and of the rest if it is merged: as costly as the exact answer,
-// on the calling thread, in steps of `task_tokens`. `stop` is asked between them; nullopt: it said
-// so, or the answer is not finite (it lay in memory that its client can write).
+// on the calling thread, in steps of `task_tokens`; and once more where the search is done again,
+// in steps of whole runs. `stop` is asked between them; nullopt: it said so, or the answer is not
+// finite (it lay in memory that its client can write).
 std::optional<AuditMeasure> MeasureAudit(const AuditedQuery& query, const KvShape& shape,
                                          const BlockTable& table, uint32_t task_tokens,
                                          const std::function<bool()>& stop);

@@ -20,7 +20,8 @@
 namespace quarry {
 
 // Threads of low priority (`quarry-audit`). What waits holds no memory of its context; what is
-// being audited lets go of a closed context within one step of task_tokens. Thread-safe.
+// being audited lets go of a closed context within one step: task_tokens, or a run that is searched
+// again. Thread-safe.
 class Auditor {
  public:
   Auditor(const AuditOptions& options, uint32_t task_tokens);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "absl/synchronization/notification.h"
+#include "daemon/audit_measure.h"
 #include "daemon/run_registry.h"
 #include "tests/daemon/engine_fixture.h"
 #include "tests/support/seed.h"
@@ -37,6 +39,7 @@ class ListIndex final : public TokenIndex {
     ExactScan().AttendAll(run, queries, acc);
   }
   void Score(const KvView& run, const QueryBlock& queries, CoarseScores* out) const override {
+    ++searches;
     CoarseScores all;
     ExactScan().Score(run, queries, &all);
     out->Clear();
@@ -53,6 +56,8 @@ class ListIndex final : public TokenIndex {
   }
   void Refine(const KvView&, const QueryBlock&, const CoarseScores&, const RunAllotment&,
               std::span<Partial>) const override {}
+
+  mutable int searches = 0;
 
  private:
   const std::vector<uint32_t> tokens_;
@@ -366,6 +371,32 @@ TEST_F(AuditorTest, AnIndexThatHidesTheBestTokensLosesRecallAndIsFoundToFitPoorl
   EXPECT_LT(f.mass(), 0.6);
   EXPECT_GT(f.RatioQuantile(0.5), 10);
   EXPECT_EQ(subject_->fits, std::vector{IndexFit::kPoor});
+}
+
+TEST_F(AuditorTest, ASearchThatIsDoneAgainIsStoppedBeforeEachRunAndBehindTheLast) {
+  const auto index = std::make_shared<ListIndex>(All({300, 400}));
+  indexes_->Set(kLayer, kKvHead, index);
+  const std::vector<uint32_t> listed = All({300, 310});
+  const AuditedQuery query =
+      Query({.kind = Budget::Kind::kFixedK, .k = 10}, {listed, listed}, kRun);
+  const auto measure = [&](const std::function<bool()>& stop) {
+    index->searches = 0;
+    return MeasureAudit(query, kShape, *table_, kStep, stop);
+  };
+  uint32_t asked = 0, asked_behind = 0;
+  EXPECT_TRUE(measure([&] {
+    ++asked;
+    asked_behind += index->searches > 0;
+    return false;
+  }));
+  EXPECT_EQ(asked_behind, kShape.group());
+  // The exact answer's steps, the run's exact scores, its search, and each head's recall.
+  EXPECT_EQ(asked, (kRun.size() + kStep - 1) / kStep + 2 + kShape.group());
+  for (uint32_t last = 1; last <= asked; ++last) {
+    uint32_t n = 0;
+    EXPECT_FALSE(measure([&] { return ++n == last; }));
+    EXPECT_EQ(n, last);
+  }
 }
 
 TEST_F(AuditorTest, AnswersThatAreNoNumbersAreNotCounted) {
