@@ -1,6 +1,7 @@
 #include "daemon/attend_batch.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <tuple>
 
@@ -12,9 +13,6 @@
 
 namespace quarry {
 namespace {
-
-// What answers are merged with elsewhere is read if it is at most this part of their range.
-constexpr uint32_t kRestShare = 8;
 
 // Whether any run of the row's range has an index.
 bool HasIndex(const AttendRow& row, const KvShape& shape, const BlockTable& table) {
@@ -271,12 +269,9 @@ void AttendBatch::PlanRest(Plan* plan) const {
   for (uint32_t r : plan->rows) {
     const AttendRow& row = params_.rows[admitted_[r].index];
     const BlockTable* table = admitted_[r].table.get();
-    const TokenRange before{0, row.range.lo};
-    const TokenRange behind{row.range.hi, std::max(row.range.hi, admitted_[r].rest_hi)};
-    const uint64_t tokens = uint64_t{before.size()} + behind.size();
-    const bool wanted = row.merged && tokens <= row.range.size() / kRestShare;
-    parts.push_back({table, wanted ? before : TokenRange{}});
-    parts.push_back({table, wanted ? behind : TokenRange{}});
+    const std::array<TokenRange, 2> rest =
+        row.merged ? RestBeside(row.range, admitted_[r].rest_hi) : std::array<TokenRange, 2>{};
+    for (const TokenRange& part : rest) parts.push_back({table, part});
   }
   plan->rest = PlanScan(parts, ScanKind::kExact, params_.task_tokens);
   for (ScanUnit& unit : plan->rest) {
@@ -401,8 +396,10 @@ void AttendBatch::Finish() {
   c.attend_bytes.fetch_add(bytes, std::memory_order_relaxed);
   c.attend.Add(std::chrono::steady_clock::now() - start_);
   OfferAudits();
-  // What the rows read is given back before anybody learns that they are answered.
+  // What the rows read is given back before anybody learns that they are answered. A parked executor
+  // keeps its last batch.
   admitted_.clear();
+  indexes_.clear();
   params_.scratch_bytes->fetch_sub(charged_);
   params_.done();
 }

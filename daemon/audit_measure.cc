@@ -2,14 +2,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <span>
 #include <utility>
 
 #include "cpu_index/budget.h"
+#include "cpu_index/cluster_search.h"
 #include "cpu_index/key_index.h"
 #include "cpu_index/partial.h"
 #include "daemon/kv_segments.h"
 #include "daemon/run_registry.h"
+#include "daemon/scan_plan.h"
 
 namespace quarry {
 namespace {
@@ -17,10 +20,27 @@ namespace {
 // Exact answers of bf16 rows differ by so much between two orders of their tokens.
 constexpr double kRounding = 1e-3;
 
+// Of so many best tokens of a query head the recall is where most tokens are estimated.
+constexpr size_t kBestTokens = 100;
+
 bool Drops(Budget::Kind kind) {
   return kind == Budget::Kind::kFixedK || kind == Budget::Kind::kTopP ||
          kind == Budget::Kind::kDipr;
 }
+
+bool Estimates(Budget::Kind kind) { return kind == Budget::Kind::kError; }
+
+// Attention of each query head of the group that is being summed up.
+struct Sums {
+  Sums(size_t heads, size_t head_dim) : acc(heads * head_dim), partials(heads) {
+    for (size_t g = 0; g < heads; ++g) {
+      partials[g].acc = std::span(acc).subspan(g * head_dim, head_dim);
+    }
+  }
+  Sums(const Sums&) = delete;
+  std::vector<float> acc;
+  std::vector<Partial> partials;
+};
 
 // (o, lse) of each query head of the group.
 struct Answer {
@@ -53,6 +73,7 @@ struct Piece {
   const Run* run = nullptr;
   std::shared_ptr<const KeyIndex> index;  // of the run, that answers; null: the exact scan
   const TokenIndex* tokens = nullptr;     // the same where the budget chooses among tokens
+  const ClusterIndex* clusters = nullptr;  // the same where it tolerates an error
   CoarseScores exact, found;              // found: of `tokens`
   const CoarseScores& searched() const { return tokens == nullptr ? exact : found; }
 };
@@ -81,6 +102,9 @@ class Measuring {
       measure.recall = Recall();
       if (!measure.recall.has_value()) return std::nullopt;
     }
+    if (Estimates(query_.budget.kind)) {
+      if (!Search() || !FindRead() || !TakeRead(exact, &measure)) return std::nullopt;
+    }
     if (query_.merged) {
       Answer rest = Empty();
       const uint32_t behind = std::max(query_.range.hi, query_.rest_hi);
@@ -90,7 +114,7 @@ class Measuring {
       exact.Merge(rest, shape_.head_dim);
     }
     measure.error = WorstError(given, exact, shape_.head_dim);
-    if (query_.budget.kind == Budget::Kind::kError) measure.actual = measure.error;
+    if (Estimates(query_.budget.kind)) measure.actual = measure.error;
     // Finite numbers may still be so large that their differences are not.
     const bool finite = std::isfinite(measure.error) && std::isfinite(measure.mass_error);
     return finite ? std::optional(measure) : std::nullopt;
@@ -137,13 +161,8 @@ class Measuring {
     return KvSegments(shape_, query_.layer, query_.kv_head, range, table_.blocks.data(), 0);
   }
 
-  // Merges exact attention over `range` into the answer; false: stopped.
-  bool Attend(TokenRange range, Answer* answer) {
-    Answer part = Empty();
-    std::vector<Partial> partials(part.lse.size());
-    for (size_t g = 0; g < partials.size(); ++g) {
-      partials[g].acc = std::span(part.o).subspan(g * shape_.head_dim, shape_.head_dim);
-    }
+  // Adds exact attention over `range`; false: stopped.
+  bool Add(TokenRange range, std::span<Partial> partials) {
     for (uint32_t lo = range.lo; lo < range.hi;) {
       if (stop_()) return false;
       const TokenRange step = FirstStep({lo, range.hi});
@@ -151,8 +170,17 @@ class Measuring {
       ExactScan().AttendAll(segments.view(), Queries(step), partials);
       lo = step.hi;
     }
-    for (size_t g = 0; g < partials.size(); ++g) {
-      part.lse[g] = partials[g].Finish(partials[g].acc);
+    return true;
+  }
+
+  // Merges exact attention over `range` into the answer; false: stopped.
+  bool Attend(TokenRange range, Answer* answer) {
+    Sums sums(query_.lse.size(), shape_.head_dim);
+    if (!Add(range, sums.partials)) return false;
+    Answer part = Empty();
+    for (size_t g = 0; g < sums.partials.size(); ++g) {
+      part.lse[g] =
+          sums.partials[g].Finish(std::span(part.o).subspan(g * shape_.head_dim, shape_.head_dim));
     }
     answer->Merge(part, shape_.head_dim);
     return true;
@@ -188,12 +216,14 @@ class Measuring {
       AddTail({next, part.lo}, &pieces);
       std::shared_ptr<const KeyIndex> index = use.run->indexes()->Get(query_.layer, query_.kv_head);
       const auto* const tokens = dynamic_cast<const TokenIndex*>(index.get());
-      const bool estimates = query_.budget.kind == Budget::Kind::kError;
+      const bool estimates = Estimates(query_.budget.kind);
       if (estimates == (tokens != nullptr)) index = nullptr;  // it was passed by
+      const auto* const clusters = dynamic_cast<const ClusterIndex*>(index.get());
       pieces.push_back({.range = part,
                         .run = use.run.get(),
                         .index = std::move(index),
-                        .tokens = estimates ? nullptr : tokens});
+                        .tokens = estimates ? nullptr : tokens,
+                        .clusters = clusters});
       next = part.hi;
     }
     AddTail({next, query_.range.hi}, &pieces);
@@ -214,6 +244,92 @@ class Measuring {
                            run.lo / kBlockTokens);
       piece.tokens->Score(all.view(), queries, &piece.found);
     }
+    return true;
+  }
+
+  // Marks the tokens whose rows, or keys and values, the search reads that is done again as the
+  // answer's was; false: stopped.
+  bool FindRead() {
+    read_.assign(query_.range.size(), false);
+    Sums beside(query_.lse.size(), shape_.head_dim);
+    std::vector<const ClusterModel*> models;
+    for (const Piece& piece : pieces_) {
+      if (piece.clusters != nullptr) {
+        const ClusterModel* const model = piece.clusters->model().get();
+        if (std::find(models.begin(), models.end(), model) == models.end()) models.push_back(model);
+        continue;
+      }
+      if (!Add(piece.range, beside.partials)) return false;
+      for (uint32_t t = piece.range.lo; t < piece.range.hi; ++t) MarkRead(t);
+    }
+    if (models.empty()) return true;
+    for (const TokenRange& rest : RestBeside(query_.range, query_.rest_hi)) {
+      if (query_.merged && !Add(rest, beside.partials)) return false;
+    }
+    std::vector<float> lengths;
+    for (const Partial& sum : beside.partials) lengths.push_back(sum.LogLength());
+    ClusterLimits limits{.tolerance = query_.budget.error, .other_length = lengths};
+    if (query_.budget.k > 0) limits.most_tokens = query_.budget.k;
+    return std::all_of(models.begin(), models.end(),
+                       [&](const ClusterModel* model) { return SearchRunsOf(model, limits); });
+  }
+
+  void MarkRead(uint32_t token) {
+    if (token >= query_.range.lo && token < query_.range.hi) read_[token - query_.range.lo] = true;
+  }
+
+  // A part is a run, for a look at stop_ between them; answers do not depend on parts.
+  bool SearchRunsOf(const ClusterModel* model, const ClusterLimits& limits) {
+    std::deque<KvSegments> segments;
+    std::deque<KvView> views;
+    std::deque<std::vector<TokenRange>> ranges;
+    std::vector<ClusterRun> runs;
+    for (const Piece& piece : pieces_) {
+      if (piece.clusters == nullptr || piece.clusters->model().get() != model) continue;
+      const TokenRange run = piece.run->tokens();
+      segments.emplace_back(shape_, query_.layer, query_.kv_head, run, piece.run->blocks().data(),
+                            run.lo / kBlockTokens);
+      views.push_back(segments.back().view());
+      ranges.emplace_back(query_.lse.size(), piece.range);
+      runs.push_back({piece.clusters, &views.back(), ranges.back()});
+    }
+    const QueryBlock queries = Queries(ranges.front().front());  // no run's keys are turned
+    ClusterSearch search(runs, queries, limits, static_cast<uint32_t>(runs.size()));
+    do {
+      for (uint32_t part = 0; part < search.parts(); ++part) {
+        if (stop_()) return false;
+        search.RunPart(part);
+      }
+    } while (search.Next());
+    Sums answers(query_.lse.size(), shape_.head_dim);
+    std::vector<uint32_t> read;
+    search.Finish(answers.partials, &read);
+    for (uint32_t token : read) MarkRead(token);
+    return true;
+  }
+
+  // What the tokens that are read weigh, and how many of the best they are; false: stopped.
+  bool TakeRead(const Answer& exact, AuditMeasure* measure) const {
+    double least_mass = 1, least_recall = 1;
+    for (uint32_t g = 0; g < query_.lse.size(); ++g) {
+      if (stop_()) return false;
+      std::vector<std::pair<float, bool>> tokens;  // the score, and whether it is read
+      double mass = 0;
+      for (const Piece& piece : pieces_) {
+        for (float score : piece.exact.Row(g)) {
+          tokens.emplace_back(score, read_[tokens.size()]);
+          if (tokens.back().second) mass += std::exp(double{score} - exact.lse[g]);
+        }
+      }
+      const auto best = static_cast<ptrdiff_t>(std::min(tokens.size(), kBestTokens));
+      std::nth_element(tokens.begin(), tokens.begin() + best - 1, tokens.end(), std::greater<>());
+      const auto hits = std::count_if(tokens.begin(), tokens.begin() + best,
+                                      [](const auto& token) { return token.second; });
+      least_mass = std::min(least_mass, mass);
+      least_recall = std::min(least_recall, static_cast<double>(hits) / static_cast<double>(best));
+    }
+    measure->mass = least_mass;
+    measure->recall = least_recall;
     return true;
   }
 
@@ -276,6 +392,7 @@ class Measuring {
   std::vector<TokenRange> ranges_;
   std::vector<float> turned_;
   std::vector<Piece> pieces_;
+  std::vector<bool> read_;  // of the range's tokens
 };
 
 }  // namespace

@@ -18,6 +18,9 @@ struct AuditMeasure {
   // Budgets that drop what they do not attend: the share of the exact softmax mass attended, and
   // the share of the n tokens attended that are among the n best. For the latter the search is done
   // again, with the indexes of now; what is listed of a run is what counts as attended.
+  // Budget::kError: the share of the exact softmax mass that lies on tokens that are read, by their
+  // rows or whole, and of the 100 best tokens those that are; by the search done again. The others
+  // are estimated, not dropped: a small share alone is no error.
   std::optional<double> mass, recall;
   bool indexed = false;  // an index of a run may have answered
 

@@ -39,10 +39,11 @@ constexpr AuditFigure kFigures[] = {
     {"quarry_audit_mass_error_ratio", "mean relative error of e^lse",
      [](const AuditFigures& f) { return f.mass_error(); }},
     {"quarry_audit_captured_mass_ratio",
-     "share of the softmax mass attended, of budgets that drop the rest",
+     "share of the softmax mass attended, under a tolerated error that on tokens read one by one",
      [](const AuditFigures& f) { return f.mass(); }},
     {"quarry_audit_recall_ratio",
-     "share of the n attended tokens among the n best, of budgets that drop the rest",
+     "share of the n attended tokens among the n best, under a tolerated error of the 100 best "
+     "read",
      [](const AuditFigures& f) { return f.recall(); }},
     {"quarry_audit_head_drifts_total", "times that indexes did not fit live queries any more",
      [](const AuditFigures& f) { return static_cast<double>(f.drifts); }},

@@ -17,6 +17,8 @@ struct Stretch {
 };
 
 constexpr uint32_t kNoClass = ~0u;
+// What answers are merged with elsewhere is read if it is at most this part of their range.
+constexpr uint32_t kRestShare = 8;
 
 TokenRange Hull(TokenRange a, TokenRange b) {
   if (a.empty()) return b;
@@ -172,6 +174,12 @@ std::vector<ScanUnit> PlanScan(std::span<const ScanMember> members, ScanKind kin
   std::stable_sort(units.begin(), units.end(),
                    [](const ScanUnit& a, const ScanUnit& b) { return a.tokens.lo < b.tokens.lo; });
   return units;
+}
+
+std::array<TokenRange, 2> RestBeside(TokenRange range, uint32_t rest_hi) {
+  const TokenRange before{0, range.lo}, behind{range.hi, std::max(range.hi, rest_hi)};
+  if (uint64_t{before.size()} + behind.size() > range.size() / kRestShare) return {};
+  return {before, behind};
 }
 
 }  // namespace quarry

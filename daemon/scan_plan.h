@@ -1,6 +1,7 @@
 // ScanPlan: which blocks and runs are scanned for which rows, each token exactly once.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -41,5 +42,10 @@ enum class ScanKind {
 // members' tables must outlive the plan.
 std::vector<ScanUnit> PlanScan(std::span<const ScanMember> members, ScanKind kind,
                                uint32_t task_tokens);
+
+// Of a row under a tolerated error whose answer will be merged with attention over the rest of
+// [0, rest_hi): the parts of the rest, before the row's range and behind it, that are read beside
+// it to know how closely to look; both are empty where they would be too long.
+std::array<TokenRange, 2> RestBeside(TokenRange range, uint32_t rest_hi);
 
 }  // namespace quarry

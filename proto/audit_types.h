@@ -25,8 +25,10 @@ struct AuditFigures {
   // |e^(lse - exact lse) - 1|: how wrong the answer weighs in a merge.
   double mass_error_sum = 0;
   // Budgets that drop what they do not attend (fixed k, softmax mass, DIPR): the share of the exact
-  // softmax mass that was attended, and how many of the n attended tokens are among the n best.
-  // Answers that estimate or sample have no such share: they are not counted here.
+  // softmax mass that was attended, and how many of the n attended tokens are among the n best. A
+  // tolerated error: the share of the mass that lies on tokens that are read one by one, and how
+  // many of the 100 best tokens are; the others are estimated. Answers that sample have no such
+  // share: they are not counted here.
   uint64_t mass_audits = 0, recall_audits = 0;
   double mass_sum = 0, recall_sum = 0;
   uint64_t drifts = 0;  // times that indexes were found not to fit live queries any more

@@ -109,9 +109,10 @@ void PrintTable(std::span<const HeadAudit> audits) {
   std::printf(
       "error: of o, by its length; median, 95%%, <= 2x: of actual by predicted error; lse error: "
       "of\n"
-      "e^lse. mass, recall: of budgets that drop what they do not attend. The worst query head of "
-      "a\n"
-      "KV head counts.\n");
+      "e^lse. mass, recall: what was attended, under budgets that drop the rest; under a "
+      "tolerated\n"
+      "error what was read one by one of the mass and of the 100 best tokens, where the rest is\n"
+      "estimated. The worst query head of a KV head counts.\n");
 }
 
 }  // namespace

@@ -67,6 +67,13 @@ TEST(HeatMapTest, ColoursSayHowLargeErrorsAreAndHowHonestEstimates) {
   EXPECT_GT(Count(DrawHeatMaps(with_a_gap), kUnseen), kMuch);
 }
 
+TEST(HeatMapTest, TheErrorOfLseIsShownWhateverTheCapturedMass) {
+  std::vector<HeadAudit> heads = Model("m", 4, 4);
+  const size_t before = Count(DrawHeatMaps(heads), kLargest);
+  heads.front().figures.mass_error_sum = 0.1;
+  EXPECT_GT(Count(DrawHeatMaps(heads), kLargest), before + 100);
+}
+
 TEST(HeatMapTest, WithoutAuditsItSaysSo) {
   const Picture picture = DrawHeatMaps({});
   EXPECT_GT(Count(picture, {40, 40, 40}), 100u);

@@ -10,12 +10,16 @@
 #include <functional>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "absl/synchronization/notification.h"
+#include "cpu_index/cluster_learn.h"
+#include "cpu_index/cluster_search.h"
 #include "daemon/audit_measure.h"
+#include "daemon/kv_segments.h"
 #include "daemon/run_registry.h"
 #include "tests/daemon/engine_fixture.h"
 #include "tests/support/seed.h"
@@ -247,7 +251,8 @@ TEST_F(AuditorTest, AnAnswerThatIsExactHasNoError) {
   EXPECT_FLOAT_EQ(f.predicted(), 0.03f);
   EXPECT_EQ(f.within_twice, 1u);
   EXPECT_LT(f.RatioQuantile(0.5), 0.05);
-  EXPECT_EQ(f.mass_audits + f.recall_audits, 0u);  // it estimates, so it has neither
+  EXPECT_NEAR(f.mass(), 1, 1e-5);  // without an index all is read
+  EXPECT_EQ(f.recall(), 1);
 }
 
 TEST_F(AuditorTest, AnIndexThatPromisesMoreThanItKeepsIsSeenThrough) {
@@ -335,6 +340,65 @@ TEST_F(AuditorTest, TokensOfAnotherPositionAreComparedAsTheyAreUsed) {
       Audited(auditor, Query({.kind = Budget::Kind::kFixedK, .k = kTaken}, taken));
   EXPECT_EQ(f.audits, 2u);
   EXPECT_EQ(f.recall(), 1);
+}
+
+TEST_F(AuditorTest, UnderAToleratedErrorMassAndRecallAreOfTheTokensThatAreRead) {
+  const KvSegments segments(kShape, kLayer, kKvHead, kRun, blocks_.data(), 0);
+  const std::vector<KvView> views = {segments.view()};
+  auto learned = LearnClusters(views, {}, CodeReading::kAll, kShape.group());
+  ASSERT_OK(learned.status());
+  const std::shared_ptr<const ClusterIndex> index = std::move(learned->indexes.front());
+  indexes_->Set(kLayer, kKvHead, index);
+  for (const float tolerated : {0.3f, 0.1f, 0.01f}) {
+    // Of the run what is read beside the rest of the range, which is.
+    const std::vector<TokenRange> ranges(kShape.group(), kRun);
+    const QueryBlock queries{.q = q_.data(),
+                             .queries = kShape.group(),
+                             .head_dim = kShape.head_dim,
+                             .scale = 0.25f,
+                             .ranges = ranges};
+    std::vector<float> acc(2 * q_.size());
+    std::vector<Partial> rest(kShape.group()), answer(kShape.group());
+    for (uint32_t g = 0; g < kShape.group(); ++g) {
+      rest[g].acc = std::span(acc).subspan(g * kShape.head_dim, kShape.head_dim);
+      answer[g].acc = std::span(acc).subspan(q_.size() + g * kShape.head_dim, kShape.head_dim);
+    }
+    for (const TokenRange part : {TokenRange{kRange.lo, kRun.lo}, TokenRange{kRun.hi, kRange.hi}}) {
+      const std::vector<TokenRange> seen(kShape.group(), part);
+      QueryBlock block = queries;
+      block.ranges = seen;
+      const KvSegments outside(kShape, kLayer, kKvHead, part, blocks_.data(), 0);
+      ExactScan().AttendAll(outside.view(), block, rest);
+    }
+    const std::vector<float> lengths = {rest[0].LogLength(), rest[1].LogLength()};
+    const ClusterRun run{index.get(), &views.front(), ranges};
+    std::vector<uint32_t> read;
+    SearchClusters({&run, 1}, queries, {.tolerance = tolerated, .other_length = lengths}, answer,
+                   &read);
+    for (uint32_t t : All(kRange)) {
+      if (t < kRun.lo || t >= kRun.hi) read.push_back(t);
+    }
+    std::sort(read.begin(), read.end());
+    double mass = 1, recall = 1;
+    for (uint32_t g = 0; g < kShape.group(); ++g) {
+      mass = std::min(mass, MassOf(g, read));
+      std::vector<uint32_t> best = Best(g, kRange);
+      best.resize(100);
+      const auto hits = std::count_if(best.begin(), best.end(), [&](uint32_t token) {
+        return std::binary_search(read.begin(), read.end(), token);
+      });
+      recall = std::min(recall, static_cast<double>(hits) / 100);
+    }
+    AuditedQuery query = Stretched(1, tolerated);
+    query.budget.error = tolerated;
+    const std::optional<AuditMeasure> measure =
+        MeasureAudit(query, kShape, *table_, kStep, [] { return false; });
+    ASSERT_TRUE(measure.has_value());
+    EXPECT_NEAR(*measure->mass, mass, 1e-4) << tolerated;
+    EXPECT_NEAR(*measure->recall, recall, 1e-6) << tolerated;
+    EXPECT_LT(*measure->mass, tolerated > 0.05f ? 0.95 : 1.01);
+    EXPECT_LT(measure->error, 1e-5);  // estimates are no loss by themselves
+  }
 }
 
 TEST_F(AuditorTest, AnIndexThatHidesTheBestTokensLosesRecallAndIsFoundToFitPoorly) {

@@ -185,5 +185,15 @@ TEST(ScanPlanTest, AnEmptyRangePlansNothing) {
   EXPECT_TRUE(PlanScan(members, ScanKind::kIndexed, kTaskTokens).empty());
 }
 
+TEST(RestBesideTest, IsReadIfItIsAtMostAnEighthOfTheRange) {
+  const std::array<TokenRange, 2> rest = RestBeside({100, 900}, 900);
+  EXPECT_EQ(rest[0], (TokenRange{0, 100}));
+  EXPECT_TRUE(rest[1].empty());
+  EXPECT_EQ(RestBeside({40, 840}, 900)[1], (TokenRange{840, 900}));
+  EXPECT_TRUE(RestBeside({41, 840}, 900)[0].empty());
+  EXPECT_TRUE(RestBeside({41, 840}, 900)[1].empty());
+  EXPECT_TRUE(RestBeside({100, 900}, 0)[1].empty());
+}
+
 }  // namespace
 }  // namespace quarry
