@@ -13,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "gpu/safetensors.h"
 #include "gpu/trace_file.h"
+#include "proto/head_dim.h"
 #include "proto/status_macros.h"
 
 namespace quarry::perf {
@@ -131,6 +132,11 @@ absl::Status ReadQueries(const SafetensorsFile& file, const std::string& name, c
       return BadTensor(file.path(), pos_name,
                        absl::StrCat("element ", i, " is ", at, ", there are ", t.tokens, " keys"));
     }
+    if (i > 0 && at <= positions->back()) {
+      return BadTensor(file.path(), pos_name,
+                       absl::StrCat("element ", i, " is ", at, " behind ", positions->back(),
+                                    ", positions rise"));
+    }
     positions->push_back(static_cast<uint32_t>(at));
   }
   return absl::OkStatus();
@@ -163,10 +169,16 @@ absl::Status ReadShape(const SafetensorsFile& file, Trace* t) {
   t->kv_heads = static_cast<uint32_t>(k.shape[1]);
   t->head_dim = static_cast<uint32_t>(k.shape[2]);
   if (k.elements() == 0) return BadTensor(file.path(), "k", "is empty");
+  if (!IsHeadDim(t->head_dim)) {
+    return BadTensor(file.path(), "k",
+                     absl::StrCat("head_dim ", t->head_dim, " is no multiple of ", kHeadDimStep,
+                                  " up to ", kMaxHeadDim));
+  }
   QUARRY_ASSIGN_OR_RETURN(const TensorView q,
                           FindTensor(file, "q", {0, 0, t->head_dim}, "[t, heads, head_dim]"));
+  if (q.elements() == 0) return BadTensor(file.path(), "q", "is empty");
   t->heads = static_cast<uint32_t>(q.shape[1]);
-  if (t->heads == 0 || t->heads % t->kv_heads != 0) {
+  if (t->heads % t->kv_heads != 0) {
     return BadTensor(
         file.path(), "q",
         absl::StrCat(t->heads, " heads are no multiple of ", t->kv_heads, " KV heads"));

@@ -18,7 +18,8 @@ namespace quarry::perf {
 //   q_train_pos  [m]                       their positions, integers
 //   q            [t, heads, head_dim]      held-out decode queries; each attends to the keys
 //   q_pos        [t]                       before its position: [0, q_pos]
-// and the metadata `scale` (of q.k), `model` and `layer`. q_pos < n. Not thread-safe.
+// and the metadata `scale` (of q.k), `model` and `layer`. Positions rise, below n; head_dim is one
+// that the kernels take; m may be 0. Not thread-safe.
 struct Trace {
   std::string name;   // of the file, without its ending
   std::string model;
@@ -46,8 +47,8 @@ struct Trace {
   }
 };
 
-// InvalidArgument names the file, the tensor and what is wrong with it: a shape that disagrees,
-// a position past the keys, NaN or infinity, missing metadata.
+// InvalidArgument names the file, the tensor and what is wrong with it: a shape that disagrees or that
+// no kernel takes, a position past the keys or the one before, NaN or infinity, missing metadata.
 absl::StatusOr<Trace> ReadTrace(const std::string& path);
 absl::Status WriteTrace(const Trace& trace, const std::string& path);
 // The traces of a directory, in the order of their names; the files are read one at a time.

@@ -3,13 +3,13 @@
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
+#include "proto/head_dim.h"
 
 namespace quarry {
 namespace {
 
 constexpr uint32_t kMaxLayers = 1024;
 constexpr uint32_t kMaxHeads = 1024;
-constexpr uint32_t kMaxHeadDim = 512;
 constexpr size_t kMaxNameBytes = 256;
 constexpr size_t kMaxAdapters = 1024;
 
@@ -28,10 +28,10 @@ absl::Status ValidateShape(const KvShape& s) {
     return absl::InvalidArgumentError(absl::StrCat("model heads is ", s.heads,
                                                    ", not a multiple of kv_heads ", s.kv_heads));
   }
-  if (s.head_dim == 0 || s.head_dim > kMaxHeadDim || s.head_dim % 16 != 0) {
+  if (!IsHeadDim(s.head_dim)) {
     return absl::InvalidArgumentError(absl::StrCat("model head_dim is ", s.head_dim,
-                                                   ", must be a multiple of 16 up to ",
-                                                   kMaxHeadDim));
+                                                   ", must be a multiple of ", kHeadDimStep,
+                                                   " up to ", kMaxHeadDim));
   }
   if (!IsValid(s.dtype)) {
     return absl::InvalidArgumentError(

@@ -41,7 +41,7 @@ Trace TraceOfShape(const RandomTraceOptions& options) {
   }
   for (uint32_t i = 0; i < options.train_queries; ++i) {
     const uint64_t end = uint64_t{options.tokens} * (i + 1) / options.train_queries;
-    trace.q_train_pos.push_back(static_cast<uint32_t>(end) - 1);
+    trace.q_train_pos.push_back(static_cast<uint32_t>(std::max<uint64_t>(end, 1)) - 1);
   }
   for (uint32_t i = 0; i < options.queries; ++i) {
     trace.q_pos.push_back(options.tokens - std::min(options.tokens, options.queries) +

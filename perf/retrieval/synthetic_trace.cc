@@ -11,13 +11,14 @@
 #include "perf/retrieval/mass_scale.h"
 #include "perf/retrieval/synthetic_head.h"
 #include "perf/retrieval/truth.h"
+#include "proto/head_dim.h"
 
 namespace quarry::perf {
 namespace {
 
 using Purpose = SyntheticHead::Purpose;
 
-constexpr uint32_t kFewestTraceTokens = 2048, kSmallestHead = 16;
+constexpr uint32_t kFewestTraceTokens = 2048;
 // Queries that settle a head's strength, one of a group each: how many tokens hold their mass
 // differs threefold from query to query.
 constexpr uint32_t kSamples = 256;
@@ -170,13 +171,14 @@ absl::StatusOr<Trace> SyntheticTrace(const std::string& family, const RandomTrac
     return absl::InvalidArgumentError(absl::StrCat("no synthetic family ", family, "; there are ",
                                                    absl::StrJoin(SyntheticFamilies(), ", ")));
   }
-  if (shape.tokens < kFewestTraceTokens || shape.head_dim < kSmallestHead ||
-      shape.head_dim % 2 != 0 || shape.kv_heads == 0 || shape.group == 0) {
+  if (shape.tokens < kFewestTraceTokens || !IsHeadDim(shape.head_dim) || shape.kv_heads == 0 ||
+      shape.group == 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("a synthetic trace of ", shape.tokens, " tokens with ", shape.kv_heads,
                      " KV heads of ", shape.group, " queries and ", shape.head_dim,
                      " dimensions: wanted are at least ", kFewestTraceTokens,
-                     " tokens and an even number of at least ", kSmallestHead, " dimensions"));
+                     " tokens and a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim,
+                     " dimensions"));
   }
   Trace trace = TraceOfShape(shape);
   trace.name = absl::StrCat(family, "-", shape.tokens, "-", shape.seed);

@@ -25,8 +25,8 @@ std::vector<std::string> SyntheticFamilies();
 // standard deviation of 0.35.
 double SyntheticTarget(const std::string& family, uint32_t kv_head, uint32_t tokens);
 
-// One thread for each KV head. InvalidArgument names the families, or what of the shape is too
-// small: fewer than 2,048 tokens, an odd head_dim, or one below 16. With 131,072 tokens and 4 KV
+// One thread for each KV head. InvalidArgument names the families, or what of the shape is
+// wrong: fewer than 2,048 tokens, or a head_dim that no kernel takes. With 131,072 tokens and 4 KV
 // heads of 128 dimensions some 20 s of processor time, and 1 GiB at most.
 absl::StatusOr<Trace> SyntheticTrace(const std::string& family, const RandomTraceOptions& shape);
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "perf/retrieval/head_class.h"
 #include "perf/retrieval/mass_scale.h"
 #include "perf/retrieval/truth.h"
@@ -266,9 +267,15 @@ TEST(SyntheticTraceTest, UnknownFamiliesAndSmallShapesAreNamed) {
   }
   RandomTraceOptions shape = Shape(2047, 4);
   EXPECT_TRUE(absl::IsInvalidArgument(SyntheticTrace("rope", shape).status()));
-  shape = Shape(4096, 4);
-  shape.head_dim = 33;
-  EXPECT_TRUE(absl::IsInvalidArgument(SyntheticTrace("rope", shape).status()));
+  for (const uint32_t dim : {0u, 33u, 72u, 528u}) {
+    shape = Shape(4096, 4);
+    shape.head_dim = dim;
+    const absl::Status status = SyntheticTrace("rope", shape).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(status));
+    EXPECT_NE(std::string(status.message()).find(absl::StrCat(dim, " dimensions")),
+              std::string::npos)
+        << status;
+  }
 }
 
 TEST(MassScaleTest, ScoresByHandNeedTheFactorByHand) {

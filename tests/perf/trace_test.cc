@@ -17,11 +17,11 @@
 namespace quarry::perf {
 namespace {
 
-constexpr uint32_t kTokens = 7, kKvHeads = 2, kHeads = 6, kDim = 4;
+constexpr uint32_t kTokens = 7, kKvHeads = 2, kHeads = 6, kDim = 16;
 
 // Element d of KV head h of token i, different everywhere and exact in every dtype.
 float ElementOf(uint32_t part, uint32_t h, uint32_t i, uint32_t d) {
-  return static_cast<float>(((part * kKvHeads + h) * kTokens + i) * kDim + d) - 50;
+  return static_cast<float>(((part * kKvHeads + h) * kTokens + i) * kDim + d) - 224;
 }
 
 Trace Small(DType dtype) {
@@ -158,22 +158,71 @@ TEST_F(TraceTest, OtherEnginesMayHaveHalfQueriesAndLongPositions) {
 }
 
 TEST_F(TraceTest, ShapesThatDisagreeAreNamed) {
-  ExpectRefused({"tensor v", "[14, 1, 4]", "[7, 2, 4]"}, [](Parts* p) {
-    p->at("v").shape = {14, 1, 4};
+  ExpectRefused({"tensor v", "[14, 1, 16]", "[7, 2, 16]"}, [](Parts* p) {
+    p->at("v").shape = {14, 1, 16};
   });
-  ExpectRefused({"tensor k", "[7, 8]"}, [](Parts* p) { p->at("k").shape = {7, 8}; });
-  ExpectRefused({"tensor q", "[2, 3, 8]", "4"}, [](Parts* p) { p->at("q").shape = {2, 3, 8}; });
-  ExpectRefused({"tensor q_train", "[6, 3, 4]"}, [](Parts* p) {
-    p->at("q_train").shape = {6, 3, 4};
+  ExpectRefused({"tensor k", "[7, 32]"}, [](Parts* p) { p->at("k").shape = {7, 32}; });
+  ExpectRefused({"tensor q", "[2, 3, 32]", "16"}, [](Parts* p) { p->at("q").shape = {2, 3, 32}; });
+  ExpectRefused({"tensor q_train", "[6, 3, 16]"}, [](Parts* p) {
+    p->at("q_train").shape = {6, 3, 16};
   });
   ExpectRefused({"tensor q_pos", "2"}, [](Parts* p) { p->at("q_pos").shape = {1, 2}; });
   ExpectRefused({"tensor q:", "3 heads", "2 KV heads"}, [](Parts* p) {
-    p->at("q").shape = {4, 3, 4};
+    p->at("q").shape = {4, 3, 16};
   });
   ExpectRefused({"tensor k", "empty"}, [](Parts* p) {
-    p->at("k").shape = {0, 2, 4};
+    p->at("k").shape = {0, 2, 16};
     p->at("k").bytes = {};
   });
+  ExpectRefused({"tensor q:", "empty"}, [](Parts* p) {
+    p->at("q").shape = {0, 6, 16};
+    p->at("q").bytes = {};
+  });
+}
+
+TEST_F(TraceTest, HeadsThatNoKernelTakesAreNamed) {
+  for (const uint32_t dim : {8u, 24u, 72u, 528u, 576u}) {
+    Trace t = Small(DType::kBf16);
+    t.head_dim = dim;
+    t.k.assign(size_t{kTokens} * kKvHeads * dim * 2, std::byte{0});
+    t.v = t.k;
+    t.q_train.assign(3 * kHeads * dim, 0.0f);
+    t.q.assign(2 * kHeads * dim, 0.0f);
+    ASSERT_TRUE(WriteTrace(t, Path("bad.safetensors")).ok());
+    const absl::Status status = ReadTrace(Path("bad.safetensors")).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+    for (const std::string& word :
+         {std::string("bad.safetensors"), "head_dim " + std::to_string(dim)}) {
+      EXPECT_NE(std::string(status.message()).find(word), std::string::npos) << status;
+    }
+  }
+}
+
+// What no writer of ours makes: the header as text.
+TEST_F(TraceTest, HeadersThatCannotBeAreNamed) {
+  const auto refused = [this](uint64_t header_bytes, const std::string& header) {
+    std::ofstream out(Path("bad.safetensors"), std::ios::binary);
+    out.write(reinterpret_cast<const char*>(&header_bytes), sizeof(header_bytes));
+    out << header << std::string(64, '\0');
+    out.close();
+    const absl::Status status = ReadTrace(Path("bad.safetensors")).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+    EXPECT_NE(std::string(status.message()).find("bad.safetensors"), std::string::npos) << status;
+    return std::string(status.message());
+  };
+  const auto tensor = [&refused](const std::string& shape, const std::string& dtype) {
+    const std::string header = R"({"k":{"dtype":")" + dtype + R"(","shape":)" + shape +
+                               R"(,"data_offsets":[0,64]}})";
+    return refused(header.size(), header);
+  };
+  EXPECT_NE(refused(1 << 20, "{}").find("header of 1048576 bytes"), std::string::npos);
+  EXPECT_NE(refused(uint64_t{0} - 1, "{}").find("header of 18446744073709551615 bytes"),
+            std::string::npos);
+  // Products that are 32 elements of bf16 if they wrap around.
+  EXPECT_NE(tensor("[4294967296,4294967296,1]", "BF16").find("too large"), std::string::npos);
+  EXPECT_NE(tensor("[9223372036854775824,2,1]", "BF16").find("too large"), std::string::npos);
+  EXPECT_NE(tensor("[-1,2,16]", "BF16").find("not a count"), std::string::npos);
+  EXPECT_NE(tensor("[1,1,8]", "F64").find("dtype F64"), std::string::npos);
 }
 
 TEST_F(TraceTest, MissingTensorsAndWrongDtypesAreNamed) {
@@ -201,6 +250,15 @@ TEST_F(TraceTest, PositionsPastTheKeysAreNamed) {
     const std::vector<int32_t> positions = {0, wrong, 2};
     ExpectRefused(
         {"tensor q_train_pos", "element 1 is " + std::to_string(wrong), "7 keys"},
+        [&](Parts* p) { p->at("q_train_pos").bytes = std::as_bytes(std::span(positions)); });
+  }
+}
+
+TEST_F(TraceTest, PositionsThatDoNotRiseAreNamed) {
+  for (const int32_t wrong : {2, 3}) {
+    const std::vector<int32_t> positions = {1, 3, wrong};
+    ExpectRefused(
+        {"tensor q_train_pos", "element 2 is " + std::to_string(wrong), "behind 3"},
         [&](Parts* p) { p->at("q_train_pos").bytes = std::as_bytes(std::span(positions)); });
   }
 }
