@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <vector>
 
 namespace quarry::perf {
@@ -18,6 +19,13 @@ inline Quantiles QuantilesOf(std::vector<double> x) {
     return x[static_cast<size_t>(q * static_cast<double>(x.size() - 1) + 0.5)];
   };
   return {at(0.1), at(0.5), at(0.9), at(0.99), x.back()};
+}
+
+// The upper one of the two middle ones. Not of nothing.
+inline double Median(std::vector<double> x) {
+  const auto middle = x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2);
+  std::nth_element(x.begin(), middle, x.end());
+  return *middle;
 }
 
 template <typename F>

@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "cpu_index/simd.h"
+#include "perf/statistics.h"
 #include "proto/check.h"
 
 namespace quarry::perf {
@@ -69,11 +71,7 @@ HeadClass Classify(const Trace& trace, uint32_t kv_head, const KvView& head, con
       rest_tokens.push_back(rest.size());
     }
   }
-  const auto median = [](std::vector<double>* x) {
-    std::nth_element(x->begin(), x->begin() + x->size() / 2, x->end());
-    return (*x)[x->size() / 2];
-  };
-  return ClassOf(median(&tokens), median(&rest_tokens));
+  return ClassOf(Median(std::move(tokens)), Median(std::move(rest_tokens)));
 }
 
 }  // namespace quarry::perf

@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "perf/statistics.h"
 #include "proto/check.h"
 
 namespace quarry::perf {
@@ -22,12 +23,6 @@ double TokensWithShare(std::span<const float> falling, float factor, double shar
   size_t i = 0;
   while (i < falling.size() && taken < share * total) taken += weight(falling[i++]);
   return static_cast<double>(i);
-}
-
-double Median(std::vector<double> x) {
-  const auto middle = x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2);
-  std::nth_element(x.begin(), middle, x.end());
-  return *middle;
 }
 
 // Of each query over its range, falling.

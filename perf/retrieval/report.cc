@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "perf/retrieval/svg_plot.h"
+#include "perf/statistics.h"
 
 namespace quarry::perf {
 namespace {
@@ -20,11 +21,6 @@ constexpr std::string_view kStyle =
     "td,th{padding:2px 7px;text-align:right;border-bottom:1px solid #ddd}"
     "td:first-child,td:nth-child(2),th:first-child,th:nth-child(2){text-align:left}"
     "pre{white-space:pre-wrap}";
-
-double Median(std::vector<double> x) {
-  std::nth_element(x.begin(), x.begin() + x.size() / 2, x.end());
-  return x[x.size() / 2];
-}
 
 // Kinds of heads that are reported apart.
 using Part = std::tuple<std::string, uint32_t>;  // class, n
