@@ -34,25 +34,28 @@
 #include <vector>
 
 #include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "perf/bench_daemon.h"
+#include "perf/head_dim_option.h"
+#include "perf/indexing_report.h"
 #include "perf/made_context.h"
 #include "perf/retrieval/synthetic_trace.h"
 #include "perf/retrieval/truth.h"
-#include "perf/statistics.h"
 
 namespace quarry {
 namespace {
 
 using perf::Die;
+using perf::IndexBuild;
+using perf::IndexState;
+using perf::IndexingFormat;
+using perf::IndexingPhase;
+using perf::IndexingReport;
 using perf::MadeContext;
 using perf::MadeModel;
-using perf::Quantiles;
-using perf::QuantilesOf;
 
 constexpr perf::Window kWindow;
 // With that many the runs are learned again once, however many live queries were sampled before.
@@ -90,38 +93,16 @@ struct Settings {
   }
 };
 
-// What the daemon says of its indexes.
-struct IndexState {
-  double runs = 0, indexed = 0, queued = 0;
-  double built = 0, relearned = 0, failed = 0;  // since the start
-};
-
-struct Phase {
-  std::string name;
-  std::vector<double> us;  // of its steps
-  double seconds = 0;
-  IndexState begin, end;  // at the end of the phase before and of this one
-  double index_core_s = 0;
-  bool complete = true;  // false: the limit came first
-};
-
-// From BeginBuild to EndBuild.
-struct Build {
-  std::string name;  // what was indexed, and beside what
-  absl::Time start;  // of `seconds`
-  double seconds = 0, core_s = 0;
-  IndexState begin, end;
-};
-
 class Bench {
  public:
-  Bench(const Settings& settings, const MadeModel& model) : settings_(settings), model_(model) {}
+  Bench(const Settings& settings, const MadeModel& model)
+      : settings_(settings), model_(model), report_(ReportOptions()) {}
 
   void Run() {
     for (round_ = 0; round_ < settings_.rounds; ++round_) RunRound();
-    Compare("own first", "scanned");
-    Compare("own again", "indexed");
-    Compare("other first", "indexed");
+    report_.Compare("own first", "scanned");
+    report_.Compare("own again", "indexed");
+    report_.Compare("other first", "indexed");
   }
 
  private:
@@ -134,8 +115,8 @@ class Bench {
   // DeadlineExceeded after the limit.
   IndexState WaitUntil(const char* what, const Reached& reached) const;
   void PrefillAndWait(const MadeContext::Options& options);
-  Build BeginBuild(const char* name) const;
-  void EndBuild(Build build) const;
+  IndexBuild BeginBuild(const char* name) const;
+  void EndBuild(IndexBuild build);
   static bool AllIndexed(const IndexState& s) {
     return s.runs > 0 && s.indexed == s.runs && s.queued == 0;
   }
@@ -150,24 +131,41 @@ class Bench {
   double IndexCoreSeconds() const {
     return absl::ToDoubleSeconds(daemon_->ThreadCpuTime("quarry-index"));
   }
-  double RunsGiB() const {
-    return static_cast<double>(settings_.runs) * settings_.run_tokens *
-           static_cast<double>(model_.shape().bytes_per_token()) / (1 << 30);
-  }
 
-  void Report(Phase phase);
-  void Report(const Build& build) const;
-  void Compare(const std::string& name, const std::string& with) const;
-  nlohmann::json Labels(const char* line, const std::string& name) const;
+  void EndPhase(const IndexingPhase& phase);
+  IndexingReport::Options ReportOptions() const;
 
   const Settings& settings_;
   const MadeModel& model_;
   uint32_t round_ = 0;
   testing::DaemonProcess* daemon_ = nullptr;
   std::unique_ptr<Client> client_;
-  IndexState last_;                                   // at the end of a phase
-  std::map<std::string, std::vector<double>> steps_;  // of all rounds, by phase
+  IndexState last_;  // at the end of a phase
+  IndexingReport report_;
 };
+
+IndexingReport::Options Bench::ReportOptions() const {
+  const KvShape& s = model_.shape();
+  return {.format = settings_.json ? IndexingFormat::kJson : IndexingFormat::kTable,
+          .labels = {{"bench", "indexing"},
+                     {"tokens", settings_.tokens()},
+                     {"layers", s.layers},
+                     {"kv_heads", s.kv_heads},
+                     {"heads", s.heads},
+                     {"head_dim", s.head_dim},
+                     {"error", settings_.error},
+                     {"executor_threads", settings_.executor_threads},
+                     {"index_threads", settings_.index_threads},
+                     {"seed", settings_.seed}},
+          .heads = static_cast<double>(settings_.runs) * s.layers * s.kv_heads,
+          .gib = static_cast<double>(settings_.runs) * settings_.run_tokens *
+                 static_cast<double>(s.bytes_per_token()) / (1 << 30)};
+}
+
+void Bench::EndPhase(const IndexingPhase& phase) {
+  last_ = phase.end;
+  report_.Add(round_, phase);
+}
 
 IndexState Bench::State() const {
   std::map<std::string, double> all = perf::ValueOrDie(client_->Statistics(), "statistics");
@@ -176,102 +174,8 @@ IndexState Bench::State() const {
           all["quarry_index_relearned_runs_total"], all["quarry_index_failed_total"]};
 }
 
-nlohmann::json Bench::Labels(const char* line, const std::string& name) const {
-  const KvShape& s = model_.shape();
-  return {{"bench", "indexing"},
-          {"line", line},
-          {"name", name},
-          {"tokens", settings_.tokens()},
-          {"layers", s.layers},
-          {"kv_heads", s.kv_heads},
-          {"heads", s.heads},
-          {"head_dim", s.head_dim},
-          {"error", settings_.error},
-          {"executor_threads", settings_.executor_threads},
-          {"index_threads", settings_.index_threads},
-          {"seed", settings_.seed}};
-}
-
-void Bench::Report(Phase phase) {
-  std::vector<double>& all = steps_[phase.name];
-  all.insert(all.end(), phase.us.begin(), phase.us.end());
-  last_ = phase.end;
-  const Quantiles us = QuantilesOf(phase.us);
-  const double built = phase.end.built - phase.begin.built;
-  if (settings_.json) {
-    nlohmann::json line = Labels("phase", phase.name);
-    line.update({{"round", round_},
-                 {"steps", phase.us.size()},
-                 {"us_p50", us.p50},
-                 {"us_p90", us.p90},
-                 {"us_p99", us.p99},
-                 {"us_max", us.max},
-                 {"seconds", phase.seconds},
-                 {"runs", phase.end.runs},
-                 {"indexed_runs_begin", phase.begin.indexed},
-                 {"indexed_runs_end", phase.end.indexed},
-                 {"built", built},
-                 {"relearned_runs", phase.end.relearned - phase.begin.relearned},
-                 {"index_core_s", phase.index_core_s},
-                 {"complete", phase.complete}});
-    std::printf("%s\n", line.dump().c_str());
-  } else {
-    std::printf(
-        "%-11s %5zu steps  p50 %8.2f ms  p90 %8.2f  p99 %8.2f  max %8.2f   runs indexed "
-        "%2.0f to %2.0f of %2.0f  built %4.0f  index threads %.2f of a core%s\n",
-        phase.name.c_str(), phase.us.size(), us.p50 / 1e3, us.p90 / 1e3, us.p99 / 1e3,
-        us.max / 1e3,
-        phase.begin.indexed, phase.end.indexed, phase.end.runs, built,
-        phase.index_core_s / phase.seconds, phase.complete ? "" : "  STOPPED AT THE LIMIT");
-  }
-  std::fflush(stdout);
-}
-
-void Bench::Report(const Build& build) const {
-  const double built = build.end.built - build.begin.built;
-  const double heads =
-      static_cast<double>(settings_.runs) * model_.shape().layers * model_.shape().kv_heads;
-  const double per_gib = build.core_s / RunsGiB();
-  if (settings_.json) {
-    nlohmann::json line = Labels("build", build.name);
-    line.update({{"round", round_},
-                 {"seconds", build.seconds},
-                 {"core_s", build.core_s},
-                 {"core_s_per_gib", per_gib},
-                 {"gib", RunsGiB()},
-                 {"heads", heads},
-                 {"built", built},
-                 {"failed", build.end.failed - build.begin.failed}});
-    std::printf("%s\n", line.dump().c_str());
-  } else {
-    std::printf(
-        "build, %-21s %6.2f s until indexed, %6.2f core-s, %5.2f a GiB of K and V; %.0f "
-        "indexes for %.0f heads\n",
-        build.name.c_str(), build.seconds, build.core_s, per_gib, built, heads);
-  }
-  std::fflush(stdout);
-}
-
-void Bench::Compare(const std::string& name, const std::string& with) const {
-  const std::vector<double>&us = steps_.at(name), &quiet = steps_.at(with);
-  const Quantiles of_steps = QuantilesOf(us), of_quiet = QuantilesOf(quiet);
-  const double p50 = of_steps.p50 / of_quiet.p50, p99 = of_steps.p99 / of_quiet.p99;
-  if (settings_.json) {
-    nlohmann::json line = Labels("disturbed", name);
-    line.update({{"by", with},
-                 {"steps", us.size()},
-                 {"quiet_steps", quiet.size()},
-                 {"p50_ratio", p50},
-                 {"p99_ratio", p99}});
-    std::printf("%s\n", line.dump().c_str());
-  } else {
-    std::printf("%-11s by %-8s  p50 %.2f  p99 %.2f   (%zu and %zu steps)\n", name.c_str(),
-                with.c_str(), p50, p99, us.size(), quiet.size());
-  }
-}
-
 void Bench::DecodeQuietly(const char* name, MadeContext* context) {
-  Phase phase{.name = name};
+  IndexingPhase phase{.name = name};
   phase.begin = last_;
   const double core_s = IndexCoreSeconds();
   const absl::Time start = absl::Now();
@@ -285,11 +189,11 @@ void Bench::DecodeQuietly(const char* name, MadeContext* context) {
                                          " runs are being indexed")),
         name);
   }
-  Report(std::move(phase));
+  EndPhase(phase);
 }
 
 void Bench::DecodeWhileIndexing(const char* name, MadeContext* context, const Reached& reached) {
-  Phase phase{.name = name};
+  IndexingPhase phase{.name = name};
   phase.begin = last_;
   phase.end = State();
   const double core_s = IndexCoreSeconds();
@@ -311,7 +215,7 @@ void Bench::DecodeWhileIndexing(const char* name, MadeContext* context, const Re
   }
   phase.seconds = absl::ToDoubleSeconds(absl::Now() - start);
   phase.index_core_s = IndexCoreSeconds() - core_s;
-  Report(std::move(phase));
+  EndPhase(phase);
   WaitUntil(name, reached);  // the limit may have come first
 }
 
@@ -331,22 +235,22 @@ IndexState Bench::WaitUntil(const char* what, const Reached& reached) const {
 }
 
 void Bench::PrefillAndWait(const MadeContext::Options& options) {
-  Build build = BeginBuild("nobody decoding");
+  IndexBuild build = BeginBuild("nobody decoding");
   const MadeContext context(client_.get(), model_, options);
   build.start = absl::Now();
   WaitUntil("indexing with nobody decoding", AllOf(2));
   EndBuild(std::move(build));
 }
 
-Build Bench::BeginBuild(const char* name) const {
+IndexBuild Bench::BeginBuild(const char* name) const {
   return {.name = name, .start = absl::Now(), .core_s = -IndexCoreSeconds(), .begin = State()};
 }
 
-void Bench::EndBuild(Build build) const {
+void Bench::EndBuild(IndexBuild build) {
   build.seconds = absl::ToDoubleSeconds(absl::Now() - build.start);
   build.core_s += IndexCoreSeconds();
   build.end = State();
-  Report(build);
+  report_.Add(round_, build);
 }
 
 void Bench::StartDaemon() {
@@ -379,7 +283,7 @@ void Bench::RunRound() {
 
   MadeContext own(client_.get(), model_, made(MadeContext::Ids::kLater));
   DecodeQuietly("scanned", &own);
-  Build build = BeginBuild("own, decoding");
+  IndexBuild build = BeginBuild("own, decoding");
   own.DeclarePrompt();
   DecodeWhileIndexing("own first", &own, [this](const IndexState& s) {
     return s.runs == settings_.runs && s.indexed == s.runs;
@@ -453,7 +357,8 @@ int main(int argc, char** argv) {
   app.add_option("--layers", settings.layers, "of the model")->check(CLI::Range(1, 1024));
   app.add_option("--kv-heads", settings.kv_heads, "of a layer")->check(CLI::Range(1, 1024));
   app.add_option("--heads", settings.heads, "query heads of a layer")->check(CLI::Range(1, 8192));
-  app.add_option("--head-dim", settings.head_dim, "even")->check(CLI::Range(16, 1024));
+  app.add_option("--head-dim", settings.head_dim, "of keys and values")
+      ->check(quarry::perf::HeadDim());
   app.add_option("--families", settings.families,
                  absl::StrCat("of the layers in turn: ",
                               absl::StrJoin(quarry::perf::SyntheticFamilies(), ", ")))

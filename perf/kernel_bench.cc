@@ -27,6 +27,7 @@
 
 #include "cpu_index/key_index.h"
 #include "cpu_index/simd.h"
+#include "perf/head_dim_option.h"
 #include "perf/statistics.h"
 #include "proto/half.h"
 
@@ -229,7 +230,8 @@ int main(int argc, char** argv) {
   quarry::Settings settings;
   CLI::App app("Exact scan against the read bandwidth; QUARRY_SIMD chooses the level");
   app.add_option("--queries", settings.queries, "queries that share a pass");
-  app.add_option("--head-dims", settings.head_dims, "head dimensions");
+  app.add_option("--head-dims", settings.head_dims, "head dimensions")
+      ->check(quarry::perf::HeadDim());
   app.add_option("--dtypes", settings.dtypes, "bf16, fp16, fp32");
   app.add_option("--threads", settings.threads, "threads");
   app.add_option("--bytes", settings.total_bytes, "memory that is walked through");

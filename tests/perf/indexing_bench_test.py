@@ -89,6 +89,12 @@ class IndexingBenchTest(unittest.TestCase):
             self.assertEqual(result.returncode, 1, arguments)
             for word in words:
                 self.assertIn(word, result.stderr)
+        for dim in ("72", "576", "8"):
+            result = subprocess.run([BENCH, "--head-dim", dim], capture_output=True, text=True,
+                                    timeout=100, check=False)
+            self.assertNotEqual(result.returncode, 0)
+            for word in ("--head-dim", dim, "multiple of 16 up to 512"):
+                self.assertIn(word, result.stderr)
 
 
 if __name__ == "__main__":
