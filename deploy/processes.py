@@ -1,21 +1,38 @@
 """The programs that drivers run: quarry-worker --serve, and a quarryd of their own."""
+import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 class ProcessError(Exception):
     """A program did not start, ended, or answered with a status that is not OK."""
 
 
+def start(command, **options):
+    """A process that ends with the thread that starts it, whatever ends that."""
+    parent = os.getpid()
+
+    def end_with_parent():
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os._exit(1)
+
+    return subprocess.Popen(command, preexec_fn=end_with_parent, **options)
+
+
 class Worker:
     """quarry-worker --serve: one JSON object per line, in and out."""
 
     def __init__(self, build, model_directory, *options):
-        self.process = subprocess.Popen(
+        self.process = start(
             [os.path.join(build, "gpu", "quarry-worker"), "--serve", "--model", model_directory,
              *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         try:
@@ -70,7 +87,7 @@ class Daemon:
         with open(file, "w", encoding="utf-8") as out:
             out.write(configuration)
         with open(self.log, "w", encoding="utf-8") as log:
-            self.process = subprocess.Popen(
+            self.process = start(
                 [os.path.join(build, "daemon", "quarryd"), "--config", file,
                  "--socket", self.socket, "--metrics", "off", "--arena-bytes", arena_bytes,
                  "--grpc-socket", os.path.join(self.directory, "grpc.sock")],

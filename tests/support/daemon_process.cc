@@ -2,12 +2,13 @@
 
 #include <fcntl.h>
 #include <signal.h>
-#include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -16,8 +17,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-
-extern char** environ;
 
 namespace quarry::testing {
 namespace {
@@ -33,21 +32,28 @@ bool Accepts(const std::string& path, int type) {
   return ok;
 }
 
+// In the child, between fork and exec: only what is safe there. Without a file of the name that
+// argv[0] gives ends with 127.
+[[noreturn]] void Execute(pid_t parent, char* const* argv, const char* log) {
+  // Whatever ends the parent ends the daemon too, also what runs no destructor; the parent may have
+  // ended before this was asked for.
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  const int out = open(log, O_WRONLY | O_CREAT | O_APPEND, 0600), in = open("/dev/null", O_RDONLY);
+  if (getppid() == parent && out >= 0 && in >= 0 && dup2(in, STDIN_FILENO) >= 0 &&
+      dup2(out, STDOUT_FILENO) >= 0 && dup2(out, STDERR_FILENO) >= 0) {  // ours stays clean
+    execv(argv[0], argv);
+  }
+  _exit(127);
+}
+
 absl::StatusOr<pid_t> Spawn(const std::vector<std::string>& arguments, const std::string& log) {
   std::vector<char*> argv;
   for (const std::string& a : arguments) argv.push_back(const_cast<char*>(a.c_str()));
   argv.push_back(nullptr);
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, log.c_str(),
-                                   O_WRONLY | O_CREAT | O_APPEND, 0600);
-  posix_spawn_file_actions_adddup2(&actions, STDERR_FILENO, STDOUT_FILENO);  // ours stays clean
-  posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
-  pid_t pid = -1;
-  int error = posix_spawn(&pid, argv[0], &actions, nullptr, argv.data(), environ);
-  posix_spawn_file_actions_destroy(&actions);
-  if (error != 0) {
-    return absl::UnavailableError(absl::StrCat("starting ", arguments[0], ": ", strerror(error)));
+  const pid_t parent = getpid(), pid = fork();
+  if (pid == 0) Execute(parent, argv.data(), log.c_str());
+  if (pid < 0) {
+    return absl::UnavailableError(absl::StrCat("starting ", arguments[0], ": ", strerror(errno)));
   }
   return pid;
 }
@@ -93,8 +99,8 @@ absl::StatusOr<std::unique_ptr<DaemonProcess>> DaemonProcess::Start(const Daemon
   while (!(Accepts(daemon->socket_path(), SOCK_SEQPACKET) &&
            Accepts(daemon->grpc_path(), SOCK_STREAM))) {
     if (!daemon->Running() || absl::Now() > deadline) {
-      return absl::UnavailableError(absl::StrCat("quarryd did not start; its log:\n",
-                                                 daemon->Log()));
+      return absl::UnavailableError(
+          absl::StrCat(arguments[0], " did not start; its log:\n", daemon->Log()));
     }
     absl::SleepFor(absl::Milliseconds(5));
   }

@@ -1,5 +1,5 @@
 // A quarryd of one's own, for integration tests and benchmarks: in a temporary directory, on its
-// own sockets, stopped and cleaned up with the object.
+// own sockets, stopped and cleaned up with the object, and ended with the thread that started it.
 #pragma once
 
 #include <sys/types.h>
