@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "cpu_index/index_choice.h"
 #include "cpu_index/key_index.h"
 #include "proto/retrieval_types.h"
 
@@ -24,12 +25,6 @@ struct BuildInput {
   float scale = 1.0f;
 };
 
-// An index built in one way.
-struct BuiltIndex {
-  std::unique_ptr<KeyIndex> index;  // null: the exact scan, which needs none
-  uint64_t memory_bytes = 0;        // beside the run's keys and values
-};
-
 // A way to search what was built, and a budget.
 struct SearchSpec {
   std::string name;  // the knobs, for the row's `index`; may be empty
@@ -41,18 +36,19 @@ struct SearchSpec {
 struct IndexSpec {
   std::string name;  // and how it is built: "hnsw/M=32/ef=200"
   // One for each run.
-  std::function<absl::StatusOr<std::vector<BuiltIndex>>(const BuildInput&)> build;
+  std::function<absl::StatusOr<std::vector<MadeIndex>>(const BuildInput&)> build;
   std::vector<SearchSpec> searches;
   bool builds_on_one_thread = false;  // so several heads are built at once, each timed alone
 };
 
-// A spec's build, from one that makes the index of one run, knowing nothing of the others.
+// A spec's build, from one that makes the index of one run, knowing nothing of the others and of
+// no queries.
 template <typename F>
 auto RunByRun(F build_one) {
-  return [build_one](const BuildInput& input) -> absl::StatusOr<std::vector<BuiltIndex>> {
-    std::vector<BuiltIndex> out;
+  return [build_one](const BuildInput& input) -> absl::StatusOr<std::vector<MadeIndex>> {
+    std::vector<MadeIndex> out;
     for (const KvView& run : input.runs) {
-      absl::StatusOr<BuiltIndex> built = build_one(run, input);
+      absl::StatusOr<MadeIndex> built = build_one(run);
       if (!built.ok()) return built.status();
       out.push_back(*std::move(built));
     }
@@ -60,8 +56,14 @@ auto RunByRun(F build_one) {
   };
 }
 
-// "all", "top-100", "mass-0.95", "mass-0.95-cap-4096", "error-0.02".
+// "all", "top-100", "mass-0.95", "mass-0.95-cap-4096", "error-0.02", "dipr-6", "dipr-6-cap-4096",
+// "lift-1000".
 std::string BudgetName(const Budget& budget);
+
+// The budgets beside fixed k that every index of tokens is measured under, searched in one way that
+// finds kCandidates: tokens that a list does not name can be neither counted nor drawn.
+std::vector<Budget> BudgetsOfCandidates();
+inline constexpr uint32_t kCandidates = 4096;
 
 // The exact scan of everything, and under budgets.
 IndexSpec ExactSpec();

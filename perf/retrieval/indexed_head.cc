@@ -48,11 +48,11 @@ absl::StatusOr<std::unique_ptr<IndexedHead>> IndexedHead::Build(const IndexSpec&
   const clockid_t clock =
       spec.builds_on_one_thread ? CLOCK_THREAD_CPUTIME_ID : CLOCK_PROCESS_CPUTIME_ID;
   const double before = CoreSeconds(clock);
-  absl::StatusOr<std::vector<BuiltIndex>> built = spec.build(input);
+  absl::StatusOr<std::vector<MadeIndex>> built = spec.build(input);
   if (!built.ok()) return built.status();
   uint64_t bytes = 0;
   for (size_t i = 0; i < built->size(); ++i) {
-    bytes += (*built)[i].memory_bytes;
+    bytes += (*built)[i].bytes;
     if ((*built)[i].index == nullptr) continue;
     head->own_.push_back(std::move((*built)[i].index));
     head->units_[i].clusters = dynamic_cast<const ClusterIndex*>(head->own_.back().get());

@@ -1,11 +1,12 @@
 #include "perf/retrieval/own_specs.h"
 
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "cpu_index/cluster_learn.h"
 #include "cpu_index/code_scan.h"
 #include "cpu_index/graph_index.h"
+#include "cpu_index/index_choice.h"
 
 namespace quarry::perf {
 namespace {
@@ -16,45 +17,40 @@ std::vector<float> Scaled(const BuildInput& input) {
   return out;
 }
 
-// `aware`: built with the sampled queries; else from the keys alone.
-IndexSpec CodeScanSpec(bool aware) {
+// Made as the daemon makes them; not `aware`: from the keys alone.
+IndexSpec Own(std::string name, IndexChoice choice, bool aware) {
   IndexSpec spec;
-  spec.name = aware ? "codes" : "codes/keys-only";
-  spec.build = RunByRun([aware](const KvView& run,
-                               const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
-    const std::vector<float> queries = aware ? Scaled(input) : std::vector<float>();
-    absl::StatusOr<std::unique_ptr<CodeScan>> index =
-        CodeScan::Build(run, queries);
-    if (!index.ok()) return index.status();
-    const uint64_t bytes = (*index)->memory_bytes();
-    return BuiltIndex{std::move(*index), bytes};
-  });
-  for (const uint32_t k : {100u, 1000u, 4000u}) {
-    for (const uint32_t factor : {1u, 4u}) {
-      spec.searches.push_back({absl::StrCat("rerank=", factor), Budget{Budget::Kind::kFixedK, k, 1},
-                               [k, factor](KeyIndex* index) {
-                                 static_cast<CodeScan*>(index)->set_candidates(factor * k);
-                               }});
-    }
-  }
+  spec.name = std::move(name);
+  spec.build = [choice, aware](const BuildInput& input) {
+    IndexChoice of_group = choice;
+    of_group.group = input.group;
+    return MakeIndexes(of_group, input.runs, aware ? Scaled(input) : std::vector<float>());
+  };
   spec.builds_on_one_thread = true;
   return spec;
 }
 
-IndexSpec ClusterSpec(CodeReading reading) {
-  IndexSpec spec;
-  spec.name = reading == CodeReading::kAll ? "clusters" : "clusters/learned";
-  spec.build = [reading](const BuildInput& input) -> absl::StatusOr<std::vector<BuiltIndex>> {
-    absl::StatusOr<LearnedClusters> learned =
-        LearnClusters(input.runs, Scaled(input), reading, input.group);
-    if (!learned.ok()) return learned.status();
-    std::vector<BuiltIndex> out;
-    for (std::unique_ptr<ClusterIndex>& index : learned->indexes) {
-      const uint64_t bytes = index->memory_bytes() + (out.empty() ? learned->model->memory_bytes() : 0);
-      out.push_back({std::move(index), bytes});
-    }
-    return out;
+IndexSpec CodeScanSpec(std::string name, bool aware) {
+  IndexSpec spec = Own(std::move(name), {.kind = IndexKind::kCodes}, aware);
+  const auto add = [&spec](std::string knobs, uint32_t candidates, const Budget& budget) {
+    spec.searches.push_back({std::move(knobs), budget, [candidates](KeyIndex* index) {
+                               static_cast<CodeScan*>(index)->set_candidates(candidates);
+                             }});
   };
+  for (const uint32_t k : {100u, 1000u, 4000u}) {
+    for (const uint32_t factor : {1u, 4u}) {
+      add(absl::StrCat("rerank=", factor), factor * k, {Budget::Kind::kFixedK, k, 1});
+    }
+  }
+  for (const Budget& budget : BudgetsOfCandidates()) {
+    add(absl::StrCat("candidates=", kCandidates), kCandidates, budget);
+  }
+  return spec;
+}
+
+IndexSpec ClusterSpec(std::string name, CodeReading reading) {
+  IndexSpec spec =
+      Own(std::move(name), {.kind = IndexKind::kClusters, .codes = reading}, /*aware=*/true);
   for (const float error : {0.1f, 0.05f, 0.03f, 0.02f, 0.01f}) {
     SearchSpec search;
     search.budget.kind = Budget::Kind::kError;
@@ -62,33 +58,24 @@ IndexSpec ClusterSpec(CodeReading reading) {
     search.predicts = true;
     spec.searches.push_back(std::move(search));
   }
-  spec.builds_on_one_thread = true;
   return spec;
 }
 
-// `aware`: as of CodeScanSpec.
-IndexSpec GraphSpec(bool aware) {
-  IndexSpec spec;
-  spec.name = aware ? "graph" : "graph/keys-only";
-  spec.build = RunByRun([aware](const KvView& run,
-                               const BuildInput& input) -> absl::StatusOr<BuiltIndex> {
-    const std::vector<float> queries = aware ? Scaled(input) : std::vector<float>();
-    absl::StatusOr<std::unique_ptr<GraphIndex>> index =
-        GraphIndex::Build(run, queries, GraphOptions{});
-    if (!index.ok()) return index.status();
-    const uint64_t bytes = (*index)->memory_bytes();
-    return BuiltIndex{std::move(*index), bytes};
-  });
-  const auto add = [&spec](uint32_t queue, uint32_t k) {
-    spec.searches.push_back({absl::StrCat("L=", queue), Budget{Budget::Kind::kFixedK, k, 1},
-                             [queue](KeyIndex* index) {
+IndexSpec GraphSpec(std::string name, bool aware) {
+  IndexSpec spec = Own(std::move(name), {.kind = IndexKind::kGraph}, aware);
+  const auto add = [&spec](uint32_t queue, const Budget& budget) {
+    spec.searches.push_back({absl::StrCat("L=", queue), budget, [queue](KeyIndex* index) {
                                static_cast<GraphIndex*>(index)->set_queue(queue);
                              }});
   };
-  for (const uint32_t queue : {32u, 64u, 128u, 256u, 512u}) add(queue, 100);
-  for (const uint32_t queue : {128u, 256u, 512u, 1024u}) add(queue, 1000);
-  for (const uint32_t queue : {512u, 1024u, 2048u}) add(queue, 4000);
-  spec.builds_on_one_thread = true;
+  const auto add_fixed = [&add](uint32_t queue, uint32_t k) {
+    add(queue, {Budget::Kind::kFixedK, k, 1});
+  };
+  for (const uint32_t queue : {32u, 64u, 128u, 256u, 512u}) add_fixed(queue, 100);
+  for (const uint32_t queue : {128u, 256u, 512u, 1024u}) add_fixed(queue, 1000);
+  for (const uint32_t queue : {512u, 1024u, 2048u}) add_fixed(queue, 4000);
+  // It meets several keys for each whose links it follows.
+  for (const Budget& budget : BudgetsOfCandidates()) add(kCandidates / 4, budget);
   return spec;
 }
 
@@ -96,12 +83,12 @@ IndexSpec GraphSpec(bool aware) {
 
 std::vector<IndexSpec> OwnSpecs() {
   std::vector<IndexSpec> out;
-  out.push_back(CodeScanSpec(true));
-  out.push_back(CodeScanSpec(false));
-  out.push_back(ClusterSpec(CodeReading::kAll));
-  out.push_back(ClusterSpec(CodeReading::kLearned));
-  out.push_back(GraphSpec(true));
-  out.push_back(GraphSpec(false));
+  out.push_back(CodeScanSpec("codes", /*aware=*/true));
+  out.push_back(CodeScanSpec("codes/keys-only", /*aware=*/false));
+  out.push_back(ClusterSpec("clusters", CodeReading::kAll));
+  out.push_back(ClusterSpec("clusters/learned", CodeReading::kLearned));
+  out.push_back(GraphSpec("graph", /*aware=*/true));
+  out.push_back(GraphSpec("graph/keys-only", /*aware=*/false));
   return out;
 }
 

@@ -164,6 +164,24 @@ TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
   }
 }
 
+TEST(RetrievalBenchTest, BudgetsOfCandidatesAreKeptByWhateverFindsThem) {
+  const Trace trace = RandomTrace(Small());
+  const auto bench = TraceBench::Create(trace, Quick());
+  ASSERT_TRUE(bench.ok()) << bench.status();
+  for (const IndexSpec& spec : OwnSpecs()) {
+    if (spec.name.starts_with("clusters")) continue;
+    const std::vector<Row> rows = RowsOf(**bench, spec, 2);
+    EXPECT_EQ(rows.size(), spec.searches.size() * trace.kv_heads);
+    for (const Row& row : rows) {
+      SCOPED_TRACE(row.index + " " + row.budget);
+      if (row.budget == "lift-1000") EXPECT_EQ(row.tokens_retrieved, 1000);
+      if (row.budget.ends_with("-cap-4096")) EXPECT_LE(row.tokens_retrieved, kCandidates);
+      // What weighs less than e^-6 of the best, all of it together.
+      if (row.budget.starts_with("dipr") && row.head == 1) EXPECT_LT(row.rel_l2, 0.2);
+    }
+  }
+}
+
 IndexSpec ClusterSpec() {
   for (IndexSpec& spec : OwnSpecs()) {
     if (spec.name == "clusters") return std::move(spec);
