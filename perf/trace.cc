@@ -1,7 +1,7 @@
 #include "perf/trace.h"
 
 #include <algorithm>
-#include <cmath>
+#include <bit>
 #include <cstring>
 #include <filesystem>
 #include <limits>
@@ -60,30 +60,37 @@ absl::StatusOr<TensorView> FindTensor(const SafetensorsFile& file, const std::st
                                 dimensions, " = [", absl::StrJoin(sizes, ", "), "] is wanted"));
 }
 
-// The first element that is NaN or infinite, or as many as there are.
-size_t FirstNotFinite(std::span<const std::byte> data, DType dtype) {
-  const auto find = [&]<typename Bits>(Bits exponent) {
+// The largest magnitude, of elements and of the scale: fp16's. Squares of scores, as indexes sum
+// them, stay within fp32 then.
+constexpr float kMost = 65504;
+
+// The first element that is NaN or beyond kMost, or as many as there are.
+size_t FirstUnusable(std::span<const std::byte> data, DType dtype) {
+  // Without their signs, as integers, floats are in order, infinity and NaN behind all others.
+  const auto find = [&]<typename Bits>(Bits most) {
+    constexpr Bits kMagnitude = std::numeric_limits<Bits>::max() >> 1;
     const size_t n = data.size() / sizeof(Bits);
     for (size_t i = 0; i < n; ++i) {
       Bits bits;
       std::memcpy(&bits, data.data() + i * sizeof(Bits), sizeof(Bits));
-      if ((bits & exponent) == exponent) return i;
+      if ((bits & kMagnitude) > most) return i;
     }
     return n;
   };
-  if (dtype == DType::kBf16) return find(uint16_t{0x7f80});
-  if (dtype == DType::kFp16) return find(uint16_t{0x7c00});
-  return find(uint32_t{0x7f800000});
+  const auto bits = std::bit_cast<uint32_t>(kMost);
+  if (dtype == DType::kBf16) return find(static_cast<uint16_t>(bits >> 16));
+  if (dtype == DType::kFp16) return find(uint16_t{0x7bff});
+  return find(bits);
 }
 
-absl::Status CheckFinite(const std::string& path, const std::string& name, const TensorView& tensor,
-                         DType dtype) {
-  const size_t i = FirstNotFinite(tensor.bytes, dtype);
+absl::Status CheckNumbers(const std::string& path, const std::string& name,
+                          const TensorView& tensor, DType dtype) {
+  const size_t i = FirstUnusable(tensor.bytes, dtype);
   if (i == tensor.elements()) return absl::OkStatus();
   const uint64_t width = tensor.shape[2], rows = tensor.shape[1];
   return BadTensor(path, name,
                    absl::StrCat("element [", i / width / rows, ", ", i / width % rows, ", ",
-                                i % width, "] is ", tensor.at(i)));
+                                i % width, "] is ", tensor.at(i), ", no number up to ", kMost));
 }
 
 // k or v: from [n][kv_heads][head_dim] to [kv_heads][n][head_dim].
@@ -98,7 +105,7 @@ absl::StatusOr<std::vector<std::byte>> ReadKv(const SafetensorsFile& file, const
                      absl::StrCat("is ", std::string(DTypeName(dtype)), ", k is ",
                                   std::string(DTypeName(t.dtype))));
   }
-  QUARRY_RETURN_IF_ERROR(CheckFinite(file.path(), name, tensor, dtype));
+  QUARRY_RETURN_IF_ERROR(CheckNumbers(file.path(), name, tensor, dtype));
   std::vector<std::byte> out(tensor.bytes.size());
   const size_t row = size_t{t.head_dim} * DTypeBytes(dtype);
   for (uint32_t h = 0; h < t.kv_heads; ++h) {
@@ -116,7 +123,7 @@ absl::Status ReadQueries(const SafetensorsFile& file, const std::string& name, c
   QUARRY_ASSIGN_OR_RETURN(const TensorView tensor, FindTensor(file, name, {0, t.heads, t.head_dim},
                                                               "[queries, heads, head_dim]"));
   QUARRY_ASSIGN_OR_RETURN(const DType dtype, FloatDType(file.path(), name, tensor.dtype));
-  QUARRY_RETURN_IF_ERROR(CheckFinite(file.path(), name, tensor, dtype));
+  QUARRY_RETURN_IF_ERROR(CheckNumbers(file.path(), name, tensor, dtype));
   q->resize(tensor.elements());
   for (size_t i = 0; i < q->size(); ++i) (*q)[i] = tensor.at(i);
   absl::StatusOr<TensorView> pos = file.Find(pos_name);
@@ -148,10 +155,9 @@ absl::Status ReadMetadata(const SafetensorsFile& file, Trace* t) {
     if (!metadata.contains(key)) return Bad(file.path(), absl::StrCat("no metadata ", key));
   }
   t->model = metadata.at("model");
-  if (!absl::SimpleAtof(metadata.at("scale"), &t->scale) || !std::isfinite(t->scale) ||
-      t->scale <= 0) {
+  if (!absl::SimpleAtof(metadata.at("scale"), &t->scale) || !(t->scale > 0) || t->scale > kMost) {
     return Bad(file.path(), absl::StrCat("metadata scale is \"", metadata.at("scale"),
-                                         "\", not a positive number"));
+                                         "\", not a positive number up to ", kMost));
   }
   if (!absl::SimpleAtoi(metadata.at("layer"), &t->layer)) {
     return Bad(file.path(),

@@ -47,8 +47,9 @@ struct Trace {
   }
 };
 
-// InvalidArgument names the file, the tensor and what is wrong with it: a shape that disagrees or that
-// no kernel takes, a position past the keys or the one before, NaN or infinity, missing metadata.
+// InvalidArgument names the file, the tensor and what is wrong with it: a shape that disagrees or
+// that no kernel takes, positions past the keys or that do not rise, NaN or a number beyond 65,504,
+// missing metadata.
 absl::StatusOr<Trace> ReadTrace(const std::string& path);
 absl::Status WriteTrace(const Trace& trace, const std::string& path);
 // The traces of a directory, in the order of their names; the files are read one at a time.

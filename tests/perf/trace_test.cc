@@ -265,8 +265,8 @@ TEST_F(TraceTest, PositionsThatDoNotRiseAreNamed) {
 
 TEST_F(TraceTest, NumbersThatAreNoneAreNamedWithTheirPlace) {
   for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
-    for (const float wrong :
-         {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    for (const float wrong : {std::numeric_limits<float>::quiet_NaN(),
+                              -std::numeric_limits<float>::infinity(), 65536.0f}) {
       Trace t = Small(dtype);
       // KV head 1, token 3, element 2.
       StoreFromFloat(t.v.data(), (kTokens + 3) * kDim + 2, dtype, wrong);
@@ -287,11 +287,21 @@ TEST_F(TraceTest, NumbersThatAreNoneAreNamedWithTheirPlace) {
       << status;
 }
 
+TEST_F(TraceTest, NumbersOfAllSizesThatFp16HasAreTaken) {
+  for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
+    Trace t = Small(dtype);
+    StoreFromFloat(t.k.data(), 0, dtype, dtype == DType::kBf16 ? 65280.0f : 65504.0f);
+    StoreFromFloat(t.k.data(), 1, dtype, -65280.0f);
+    ASSERT_TRUE(WriteTrace(t, Path("large.safetensors")).ok());
+    EXPECT_TRUE(ReadTrace(Path("large.safetensors")).ok());
+  }
+}
+
 TEST_F(TraceTest, MetadataIsNeededAndChecked) {
   for (const char* key : {"scale", "model", "layer"}) {
     ExpectRefused({"no metadata", key}, [&](Parts* p) { p->metadata.erase(key); });
   }
-  for (const char* scale : {"0", "-1", "nan", "inf", "some", ""}) {
+  for (const char* scale : {"0", "-1", "nan", "inf", "1e30", "some", ""}) {
     ExpectRefused({"scale", scale}, [&](Parts* p) { p->metadata["scale"] = scale; });
   }
   ExpectRefused({"layer", "-3"}, [](Parts* p) { p->metadata["layer"] = "-3"; });
