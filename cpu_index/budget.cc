@@ -62,6 +62,7 @@ double AllocateBest(const RankedNodes& ranked, uint64_t tokens, float share_of_m
   if (mass < kAnyMass) guess = std::max(guess, ranked.GuessFloor(total - mass));
   Gathered got = GatherEnough(ranked, guess, tokens, mass);
   if (got.all && got.nodes.size() <= tokens && got.mass < mass) return 1.0;  // threshold -infinity
+  if (got.nodes.empty()) return 1.0;  // every score is NaN: sums of products overflowed
   const Cut cut = FindCut(&got.nodes, tokens, mass);
   ShareOut(ranked, cut.threshold, cut.ties, cut.all_ties, shares);
   return std::min(1.0, cut.mass / total);

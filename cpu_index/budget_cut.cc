@@ -111,7 +111,9 @@ float RankedNodes::GuessRank(uint64_t count) const {
   if (nodes_ <= kSample || count >= nodes_) return kNone;
   std::vector<float> ranks;
   ranks.reserve(kSample);
-  ForSample([&](float rank, float) { ranks.push_back(rank); });
+  ForSample([&](float rank, float) {
+    if (!std::isnan(rank)) ranks.push_back(rank);  // which has no place in an order
+  });
   // Four standard deviations of how many of the best `count` are in the sample.
   const double expected =
       static_cast<double>(count) * static_cast<double>(ranks.size()) / static_cast<double>(nodes_);
@@ -132,7 +134,7 @@ float RankedNodes::GuessFloor(double mass) const {
   ForSample([&](float, float score) {
     ++sampled;
     const float below = (largest_ - score) * kPerNat;
-    if (below >= kBins) return;  // 32 nats: no mass
+    if (!(below < kBins)) return;  // 32 nats: no mass; or NaN
     const int bin = std::max(0, static_cast<int>(below));
     bins[bin] += std::exp(-double{below} / kPerNat);
   });

@@ -222,6 +222,28 @@ TEST(BudgetTest, ExtremeScoresStayFinite) {
   EXPECT_EQ(cut.Selected(), std::set<uint32_t>{1});
 }
 
+TEST(BudgetTest, ScoresThatOverflowedAreSurvived) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  std::mt19937 random(Seed());
+  for (const std::vector<float>& values :
+       {std::vector<float>{kNaN}, {kInfinity}, {kNaN, 1.0f}, {kNaN, kInfinity, kMasked}}) {
+    for (const size_t n : {1u, 700u, 40000u}) {
+      std::vector<float> score(n);
+      for (float& z : score) z = values[random() % values.size()];
+      for (const Budget& budget :
+           {FixedK(10), TopP(0.9f), TopP(0.9f, 20), Dipr(3), Dipr(3, 20), Lift(10)}) {
+        Cut dense(score, 300), lists(score, 300);
+        lists.MakeLists();
+        for (Cut* cut : {&dense, &lists}) {
+          AllocateBudget(budget, cut->runs, cut->shares, 7);
+          EXPECT_LE(cut->Weights(budget.kind == Budget::Kind::kSoftmaxLift ? 7 : 0).size(), n);
+        }
+      }
+    }
+  }
+}
+
 TEST(BudgetTest, EveryKindSelectsTheSameHoweverTheRunsAreCut) {
   std::mt19937 random(Seed() + 4);
   for (float spread : {0.5f, 3.0f}) {
