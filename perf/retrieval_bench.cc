@@ -2,7 +2,8 @@
 // the oracle.
 //
 // Workload: traces from files (--traces), made heads with the structure of real ones (--synthetic),
-// or random numbers (--random). For each KV head of a trace, its decode queries with their whole
+// or random numbers (--random); with none of these the default set, made heads of every family
+// (perf/retrieval/default_set.h). For each KV head of a trace, its decode queries with their whole
 // group. Retrieved from is what the window (first 128, last 512 tokens) leaves; tokens that every
 // query sees are indexed in `runs` equal runs, the few behind them are scanned.
 // Errors: against exact attention in double over the same rounded K, V and q, after the merge with
@@ -18,6 +19,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -27,6 +29,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "cpu_index/simd.h"
+#include "perf/retrieval/default_set.h"
 #include "perf/retrieval/index_specs.h"
 #include "perf/retrieval/random_trace.h"
 #include "perf/retrieval/own_specs.h"
@@ -40,6 +43,8 @@
 namespace quarry::perf {
 namespace {
 
+constexpr uint32_t kTrainQueries = 64;  // of random and synthetic traces
+
 struct Settings {
   std::vector<std::string> traces;        // directories
   std::vector<uint32_t> random;           // tokens of random traces
@@ -49,7 +54,7 @@ struct Settings {
   std::vector<std::string> budgets;       // likewise
   std::vector<uint32_t> runs = {1};
   std::vector<uint32_t> threads = {1, 0};  // 0: all
-  uint32_t train_queries = 64;    // positions, of random and synthetic traces
+  std::optional<uint32_t> train_queries;  // positions, of traces that are made
   uint32_t seed = 1;
   std::vector<std::string> from;  // files of earlier results
   std::string report;             // file
@@ -58,19 +63,24 @@ struct Settings {
   BenchSettings bench;
 };
 
-std::vector<IndexSpec> ChosenSpecs(const Settings& settings) {
+bool Chosen(const std::vector<std::string>& beginnings, const std::string& name) {
+  return beginnings.empty() ||
+         std::any_of(beginnings.begin(), beginnings.end(),
+                     [&](const std::string& beginning) { return name.starts_with(beginning); });
+}
+
+// `indexes`: beginnings of names too, beside those of the settings.
+std::vector<IndexSpec> ChosenSpecs(const Settings& settings,
+                                   const std::vector<std::string>& indexes) {
   std::vector<IndexSpec> all = {ExactSpec()};
   for (IndexSpec& spec : OwnSpecs()) all.push_back(std::move(spec));
   for (IndexSpec& spec : BaselineSpecs(settings.seed)) all.push_back(std::move(spec));
-  const auto chosen = [](const std::vector<std::string>& beginnings, const std::string& name) {
-    return beginnings.empty() ||
-           std::any_of(beginnings.begin(), beginnings.end(),
-                       [&](const std::string& beginning) { return name.starts_with(beginning); });
-  };
-  std::erase_if(all, [&](const IndexSpec& spec) { return !chosen(settings.indexes, spec.name); });
+  std::erase_if(all, [&](const IndexSpec& spec) {
+    return !Chosen(settings.indexes, spec.name) || !Chosen(indexes, spec.name);
+  });
   for (IndexSpec& spec : all) {
     std::erase_if(spec.searches, [&](const SearchSpec& search) {
-      return !chosen(settings.budgets, BudgetName(search.budget));
+      return !Chosen(settings.budgets, BudgetName(search.budget));
     });
   }
   std::erase_if(all, [](const IndexSpec& spec) { return spec.searches.empty(); });
@@ -78,11 +88,12 @@ std::vector<IndexSpec> ChosenSpecs(const Settings& settings) {
 }
 
 absl::Status MeasureTrace(const Trace& trace, const Settings& settings,
-                          const TraceBench::Sink& sink) {
+                          const TraceBench::Sink& sink,
+                          const std::vector<std::string>& indexes = {}) {
   absl::StatusOr<std::unique_ptr<TraceBench>> bench = TraceBench::Create(trace, settings.bench);
   if (!bench.ok()) return bench.status();
   (*bench)->MeasureOracle(sink);
-  for (const IndexSpec& spec : ChosenSpecs(settings)) {
+  for (const IndexSpec& spec : ChosenSpecs(settings, indexes)) {
     for (uint32_t runs : settings.runs) {
       if (absl::Status status = (*bench)->Measure(spec, runs, sink); !status.ok()) return status;
     }
@@ -97,6 +108,22 @@ absl::Status MeasureDirectory(const std::string& directory, const Settings& sett
   for (const std::string& path : paths) {
     QUARRY_ASSIGN_OR_RETURN(const Trace trace, ReadTrace(path));
     QUARRY_RETURN_IF_ERROR(MeasureTrace(trace, settings, sink));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status MeasureDefaultSet(const Settings& settings, const TraceBench::Sink& sink) {
+  for (const MadeSet& set : DefaultSet()) {
+    const RandomTraceOptions shape{
+        .tokens = set.tokens,
+        .kv_heads = set.kv_heads,
+        .train_queries = settings.train_queries.value_or(set.train_queries),
+        .seed = settings.seed};
+    if (ChosenSpecs(settings, set.indexes).empty()) continue;
+    for (const std::string& family : SyntheticFamilies()) {
+      QUARRY_ASSIGN_OR_RETURN(const Trace trace, SyntheticTrace(family, shape));
+      QUARRY_RETURN_IF_ERROR(MeasureTrace(trace, settings, sink, set.indexes));
+    }
   }
   return absl::OkStatus();
 }
@@ -150,6 +177,7 @@ absl::Status Run(const Settings& settings) {
     std::fflush(stdout);
     rows.push_back(row);
   };
+  const uint32_t train_queries = settings.train_queries.value_or(kTrainQueries);
   for (const std::string& directory : settings.traces) {
     QUARRY_RETURN_IF_ERROR(MeasureDirectory(directory, settings, sink));
   }
@@ -157,15 +185,19 @@ absl::Status Run(const Settings& settings) {
     for (uint32_t tokens : settings.tokens) {
       QUARRY_ASSIGN_OR_RETURN(const Trace trace,
                               SyntheticTrace(family, {.tokens = tokens,
-                                                     .train_queries = settings.train_queries,
+                                                     .train_queries = train_queries,
                                                      .seed = settings.seed}));
       QUARRY_RETURN_IF_ERROR(MeasureTrace(trace, settings, sink));
     }
   }
   for (uint32_t tokens : settings.random) {
     const Trace trace = RandomTrace(
-        {.tokens = tokens, .train_queries = settings.train_queries, .seed = settings.seed});
+        {.tokens = tokens, .train_queries = train_queries, .seed = settings.seed});
     if (absl::Status status = MeasureTrace(trace, settings, sink); !status.ok()) return status;
+  }
+  if (settings.traces.empty() && settings.synthetic.empty() && settings.random.empty() &&
+      settings.from.empty()) {
+    QUARRY_RETURN_IF_ERROR(MeasureDefaultSet(settings, sink));
   }
   return WriteReport(settings, rows);
 }
@@ -175,27 +207,35 @@ absl::Status Run(const Settings& settings) {
 
 int main(int argc, char** argv) {
   quarry::perf::Settings settings;
-  CLI::App app("Indexes and budgets over traces, as JSON lines; QUARRY_SIMD chooses the level");
+  CLI::App app(absl::StrCat(
+      "Indexes and budgets over traces, as JSON lines; QUARRY_SIMD chooses the level. Unless traces "
+      "are named: ",
+      quarry::perf::DefaultSetText()));
   app.add_option("--traces", settings.traces, "directories of traces, *.safetensors");
   app.add_option("--random", settings.random, "tokens of random traces");
-  app.add_option("--synthetic", settings.synthetic,
-                 absl::StrCat("families of hard heads: ",
-                              absl::StrJoin(quarry::perf::SyntheticFamilies(), ", ")))
-      ->delimiter(',');
-  app.add_option("--tokens", settings.tokens, "of synthetic traces")->delimiter(',');
+  CLI::Option* const synthetic =
+      app.add_option("--synthetic", settings.synthetic,
+                     absl::StrCat("families of hard heads: ",
+                                  absl::StrJoin(quarry::perf::SyntheticFamilies(), ", ")))
+          ->delimiter(',');
+  app.add_option("--tokens", settings.tokens, "of synthetic traces")
+      ->delimiter(',')
+      ->needs(synthetic);
   app.add_option("--indexes", settings.indexes, "only indexes whose names begin like these");
   app.add_option("--budgets", settings.budgets, "only budgets whose names begin like these");
   app.add_option("--runs", settings.runs, "runs that an index is cut into")
       ->check(CLI::PositiveNumber);
   app.add_option("--threads", settings.threads, "answers at once; 0: as many as processors");
   app.add_option("--train-queries", settings.train_queries,
-                 "positions whose queries are sampled, of random and synthetic traces")
+                 absl::StrCat("positions whose queries are sampled, of traces that are made; ",
+                              quarry::perf::kTrainQueries, ", or as the default set says"))
       ->check(CLI::PositiveNumber);
-  app.add_option("--queries", settings.bench.queries, "test queries a head");
+  app.add_option("--queries", settings.bench.queries, "test queries a head")
+      ->check(CLI::PositiveNumber);
   app.add_option("--samples", settings.bench.samples, "timed answers a head; 0: no timing");
   app.add_option("--kv-heads", settings.bench.kv_heads, "only the first KV heads; 0: all");
   app.add_option("--working-set", settings.bench.working_set_bytes, "bytes");
-  app.add_option("--seed", settings.seed, "of random and synthetic traces and of indexes");
+  app.add_option("--seed", settings.seed, "of traces that are made, and of indexes");
   app.add_option("--report", settings.report, "HTML file to write");
   app.add_option("--from", settings.from, "results of earlier runs, for the report");
   app.add_option("--commit", settings.commit, "what is measured, for the report");

@@ -20,8 +20,8 @@ namespace quarry::perf {
 
 struct BenchSettings {
   Window window;
-  uint32_t queries = 16;   // test queries a head, evenly chosen, each with the whole group
-  uint32_t samples = 16;   // timed answers a head; 0: no timing
+  uint32_t queries = 12;   // test queries a head, evenly chosen, each with the whole group
+  uint32_t samples = 8;    // timed answers a head; 0: no timing
   std::vector<uint32_t> threads = {1};
   uint32_t kv_heads = 0;   // only the first so many; 0: all
   size_t working_set_bytes = size_t{2} << 30;

@@ -104,6 +104,19 @@ class RetrievalBenchTest(unittest.TestCase):
         self.assertIn("mass-31", result.stderr)
         self.assertIn("mean-key", result.stderr)
 
+    def test_measures_the_default_set_where_no_trace_is_named(self):
+        with subprocess.Popen([BENCH, "--indexes", "exact", "--queries", "1", "--samples", "0",
+                               "--train-queries", "8"],
+                              stdout=subprocess.PIPE, text=True) as bench:
+            row = json.loads(bench.stdout.readline())
+            bench.kill()
+        self.assertEqual((row["trace"], row["n"]), ("needles-32768-1", 32768))
+        helped = self.bench("--help")
+        self.assertIn("32768 tokens under every index", " ".join(helped.stdout.split()))
+        result = self.bench("--tokens", "4096")
+        self.assertNotEqual(result.returncode, 0)
+        self.assertIn("--synthetic", result.stderr)
+
     def test_says_which_file_is_wrong(self):
         self.write("good.safetensors", trace(1, 0))
         self.write("wrong.safetensors", trace(1, 0, {"scale": "0.25", "model": "m"}))
