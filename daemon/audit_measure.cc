@@ -269,7 +269,8 @@ class Measuring {
     std::vector<float> lengths;
     for (const Partial& sum : beside.partials) lengths.push_back(sum.LogLength());
     ClusterLimits limits{.tolerance = query_.budget.error, .other_length = lengths};
-    if (query_.budget.k > 0) limits.most_tokens = query_.budget.k;
+    const std::vector<uint32_t> most(query_.lse.size(), query_.budget.k);
+    if (query_.budget.k > 0) limits.most_tokens = most;
     return std::all_of(models.begin(), models.end(),
                        [&](const ClusterModel* model) { return SearchRunsOf(model, limits); });
   }

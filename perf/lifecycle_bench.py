@@ -128,8 +128,8 @@ def parse(arguments):
     settings = parser.parse_args(arguments)
     if any(length % 256 for length in settings.lengths):
         parser.error("lengths are multiples of 256 tokens")
-    if settings.index == "auto" and settings.run_tokens < 2048:
-        parser.error("shorter runs than 2048 tokens are indexed only by a kind of index that is named")
+    if settings.index == "auto" and settings.run_tokens < 8192:
+        parser.error("shorter runs than 8192 tokens are indexed only by a kind of index that is named")
     return settings
 
 
