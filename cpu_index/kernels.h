@@ -10,12 +10,16 @@ namespace quarry::kernels {
 // Element types of K and V; the values of DType.
 inline constexpr uint8_t kBf16 = 1, kFp16 = 2, kFp32 = 3;
 
+// The longest keys that are scored and attended; values of any length are accumulated, as other
+// rows of numbers are too.
+inline constexpr uint32_t kMaxHeadDim = 512;
+
 // Scores of a tile: out[i * ld_out + t] = q_i . k_t * scale, clamped to finite floats.
 struct ScoreTile {
   const float* q;          // [queries][head_dim]
   const uint16_t* q_bf16;  // the same queries, if they are exactly bf16; else null
   uint32_t queries;
-  uint32_t head_dim;  // a multiple of 16
+  uint32_t head_dim;  // a multiple of 16, at most kMaxHeadDim
   const void* k;      // [tokens][head_dim] of dtype
   uint32_t tokens;
   uint8_t dtype;
@@ -31,7 +35,7 @@ struct AccumulateTile {
   const float* p;
   size_t ld_p;
   uint32_t queries;
-  uint32_t head_dim;
+  uint32_t head_dim;  // a multiple of 16, however large
   const void* v;
   const uint32_t* rows;
   uint32_t tokens;
@@ -53,7 +57,7 @@ struct AttendSegment {
 struct AttendRun {
   const float* q;  // [queries][head_dim]
   uint32_t queries;
-  uint32_t head_dim;  // a multiple of 16, at most 512
+  uint32_t head_dim;  // as in ScoreTile
   uint8_t dtype;      // of keys and values
   uint8_t q_parts;    // bf16 numbers that sum up to any element of q exactly: 1, 2 or 3
   float scale;

@@ -42,8 +42,6 @@ void Widen(const void* data, size_t first, size_t n, uint8_t dtype, float* out) 
   }
 }
 
-constexpr uint32_t kMaxHeadDim = 512;
-
 void Score(const ScoreTile& a) {
   constexpr float kMax = std::numeric_limits<float>::max();
   float row[kMaxHeadDim];
@@ -62,14 +60,18 @@ void Score(const ScoreTile& a) {
 }
 
 void Accumulate(const AccumulateTile& a) {
-  float row[kMaxHeadDim];
+  constexpr uint32_t kPiece = 512;
+  float row[kPiece];
   for (uint32_t t = 0; t < a.tokens; ++t) {
-    size_t r = a.rows != nullptr ? a.rows[t] : t;
-    Widen(a.v, r * a.head_dim, a.head_dim, a.dtype, row);
-    for (uint32_t i = 0; i < a.queries; ++i) {
-      float w = a.p[i * a.ld_p + t];
-      float* acc = a.acc + size_t{i} * a.head_dim;
-      for (uint32_t d = 0; d < a.head_dim; ++d) acc[d] += w * row[d];
+    const size_t r = a.rows != nullptr ? a.rows[t] : t;
+    for (uint32_t from = 0; from < a.head_dim; from += kPiece) {
+      const uint32_t n = a.head_dim - from < kPiece ? a.head_dim - from : kPiece;
+      Widen(a.v, r * a.head_dim + from, n, a.dtype, row);
+      for (uint32_t i = 0; i < a.queries; ++i) {
+        const float w = a.p[i * a.ld_p + t];
+        float* acc = a.acc + size_t{i} * a.head_dim + from;
+        for (uint32_t d = 0; d < n; ++d) acc[d] += w * row[d];
+      }
     }
   }
 }

@@ -14,7 +14,7 @@ namespace {
 constexpr uint32_t kTileTokens = 64;
 constexpr uint32_t kBlockQueries = 16;
 constexpr uint32_t kChunkDims = 32;
-constexpr uint32_t kMaxChunks = 16;  // head_dim 512
+constexpr uint32_t kMaxChunks = kMaxHeadDim / kChunkDims;
 constexpr uint32_t kMaxQueryParts = 3;
 constexpr size_t kTileBytes = 1024;  // 16 rows of 64 bytes
 

@@ -12,6 +12,7 @@
 #include <set>
 #include <vector>
 
+#include "cpu_index/kernels.h"
 #include "tests/cpu_index/cluster_case.h"
 
 namespace quarry {
@@ -50,6 +51,20 @@ TEST(ClusterIndexTest, EverythingRefinedIsExactAndEachTokenCountsOnce) {
         EXPECT_LT(ErrorOf(all.o[i], exact.o[i]), 1e-3);
         EXPECT_NEAR(all.lse[i], exact.lse[i], 1e-3);
       }
+    }
+  }
+}
+
+TEST(ClusterIndexTest, TheLongestHeadsCanBeLearnedAndSearched) {
+  const ClusterHead head(700, kernels::kMaxHeadDim, 2);
+  ClusterRuns run(head, {400, 700});
+  run.Learn();
+  const std::vector<TokenRange> ranges(4, head.all());
+  const ClusterAnswer exact = Exactly(run, head.Queries(0, 4), ranges);
+  for (const float tolerated : {0.0f, 0.1f}) {
+    const ClusterAnswer found = Search(run, head.Queries(0, 4), ranges, Within(tolerated));
+    for (uint32_t i = 0; i < 4; ++i) {
+      EXPECT_LT(ErrorOf(found.o[i], exact.o[i]), 1e-3 + 3 * tolerated);
     }
   }
 }
