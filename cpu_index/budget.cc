@@ -97,7 +97,11 @@ double AllocateLift(const RankedNodes& ranked, uint32_t k, std::span<RunShare> s
   double sum = 0, variance = 0;
   uint32_t ties = cut.ties - 1;
   for (const RankedNode& node : got.nodes) {
-    if (node.rank < cut.threshold || (node.rank == cut.threshold && ties-- == 0)) continue;
+    if (node.rank < cut.threshold) continue;
+    if (node.rank == cut.threshold) {
+      if (ties == 0) continue;
+      --ties;
+    }
     sum += std::max(floor, double{node.mass});
     variance += floor * std::max(0.0, floor - node.mass);
   }

@@ -338,6 +338,29 @@ TEST(BudgetTest, SampledSumsAreUnbiasedAndAsFarOffAsPredicted) {
   }
 }
 
+// Scores so large that priorities are whole numbers: hundreds tie with the best that is left out.
+TEST(BudgetTest, TheErrorOfSamplingIsThatOfTheTiesTaken) {
+  constexpr float kScore = 1 << 23;
+  constexpr uint32_t kTaken = 400;
+  std::vector<float> score(1000, kScore);
+  score[0] += 3;
+  const uint64_t key = LiftKey(7, 0, 0, 0);
+  std::map<float, uint32_t> priorities;
+  for (uint32_t i = 0; i < score.size(); ++i) ++priorities[score[i] + TokenLift(key, i)];
+  uint32_t above = 0;
+  for (const auto& [priority, count] : priorities) above += priority > kScore + 1 ? count : 0;
+  ASSERT_LT(above, kTaken - 100);
+  ASSERT_GT(above + priorities[kScore + 1], kTaken + 100);
+  // All but the first weigh as the best left out, at 2 below the largest score, are 3 below it.
+  const double floor = std::exp(-2.0), mass = std::exp(-3.0), others = kTaken - 1;
+  const double wanted = std::sqrt(others * floor * (floor - mass)) / (1 + others * floor);
+  for (size_t run_nodes : {1000u, 130u}) {
+    Cut cut(score, run_nodes);
+    EXPECT_NEAR(1 - AllocateBudget(Lift(kTaken), cut.runs, cut.shares, key), wanted, 1e-5);
+    EXPECT_EQ(cut.Weights(key).size(), kTaken);
+  }
+}
+
 TEST(TokenLiftTest, IsExponentialAndDiffersByEverythingInItsKey) {
   double sum = 0, squares = 0;
   float least = 100, most = 0;
