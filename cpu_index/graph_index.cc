@@ -1,5 +1,6 @@
 #include "cpu_index/graph_index.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,16 +14,17 @@ namespace quarry {
 namespace {
 
 constexpr std::string_view kKind = "graph";
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
-// The data: these, the entries, and of every key how many links it has, and they.
+// The data: these, the entries, and of every key how many links it has, and they. links: the most
+// that a key has.
 struct Sizes {
   uint32_t first_token, keys, head_dim, links, entries, all_links;
 };
 
 absl::Status CheckSizes(const Sizes& sizes, size_t left) {
   const uint64_t numbers = uint64_t{sizes.entries} + sizes.keys + sizes.all_links;
-  if (sizes.keys == 0 || sizes.entries == 0 || sizes.head_dim == 0 || sizes.links == 0 ||
+  if (sizes.keys == 0 || sizes.entries == 0 || sizes.head_dim == 0 ||
       sizes.links > 255 || uint64_t{sizes.first_token} + sizes.keys > ~uint32_t{0} ||
       numbers * sizeof(uint32_t) != left) {
     return absl::DataLossError(absl::StrCat("graph: ", sizes.keys, " keys from ",
@@ -42,17 +44,33 @@ absl::Status CheckKeys(std::span<const uint32_t> keys, uint32_t count) {
   return absl::OkStatus();
 }
 
+// Every key gets the room that the one with the most links needs, so there must be one: asked before
+// memory is made. Rows are where the reader is, which stays there.
+absl::Status CheckMostLinks(const Sizes& sizes, IndexReader rows) {
+  uint32_t most = 0;
+  for (uint32_t key = 0; key < sizes.keys; ++key) {
+    uint32_t links = 0;
+    QUARRY_RETURN_IF_ERROR(rows.Get(&links));
+    QUARRY_RETURN_IF_ERROR(rows.Skip<uint32_t>(links));
+    most = std::max(most, links);
+  }
+  if (most != sizes.links) {
+    return absl::DataLossError(absl::StrCat("graph: keys of at most ", most, " links, not ",
+                                            sizes.links));
+  }
+  return rows.Finish();
+}
+
 absl::Status GetLinks(const Sizes& sizes, IndexReader* reader, GraphLinks* out) {
+  std::vector<uint32_t> entries;
+  QUARRY_RETURN_IF_ERROR(reader->GetVector(sizes.entries, &entries));
+  QUARRY_RETURN_IF_ERROR(CheckKeys(entries, sizes.keys));
+  QUARRY_RETURN_IF_ERROR(CheckMostLinks(sizes, *reader));
   *out = GraphLinks(sizes.keys, sizes.links);
-  out->entries.resize(sizes.entries);
-  QUARRY_RETURN_IF_ERROR(reader->GetAll(std::span(out->entries)));
-  QUARRY_RETURN_IF_ERROR(CheckKeys(out->entries, sizes.keys));
+  out->entries = std::move(entries);
   for (uint32_t key = 0; key < sizes.keys; ++key) {
     uint32_t* const row = out->Row(key);
     QUARRY_RETURN_IF_ERROR(reader->Get(row));
-    if (row[0] > sizes.links) {
-      return absl::DataLossError(absl::StrCat("graph: key ", key, " has ", row[0], " links"));
-    }
     QUARRY_RETURN_IF_ERROR(reader->GetAll(std::span(row + 1, row[0])));
     QUARRY_RETURN_IF_ERROR(CheckKeys(out->Of(key), sizes.keys));
   }
@@ -70,10 +88,12 @@ absl::StatusOr<std::unique_ptr<GraphIndex>> GraphIndex::Build(const KvView& run,
 }
 
 std::vector<std::byte> GraphIndex::Serialize() const {
-  Sizes sizes{tokens_.lo, links_.keys(), head_dim_, links_.links(),
+  Sizes sizes{tokens_.lo, links_.keys(), head_dim_, 0,
               static_cast<uint32_t>(links_.entries.size()), 0};
   for (uint32_t key = 0; key < links_.keys(); ++key) {
-    sizes.all_links += static_cast<uint32_t>(links_.Of(key).size());
+    const auto links = static_cast<uint32_t>(links_.Of(key).size());
+    sizes.links = std::max(sizes.links, links);
+    sizes.all_links += links;
   }
   IndexWriter writer(kKind, kVersion);
   writer.Put(sizes);

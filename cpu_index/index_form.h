@@ -75,6 +75,13 @@ class IndexReader {
     constexpr uint64_t kMost = std::numeric_limits<uint64_t>::max();
     return Short(count <= kMost / sizeof(T) ? count * sizeof(T) : kMost);
   }
+  // DataLoss if the data end before.
+  template <typename T>
+  absl::Status Skip(uint64_t count) {
+    if (absl::Status status = Want<T>(count); !status.ok()) return status;
+    left_ = left_.subspan(count * sizeof(T));
+    return absl::OkStatus();
+  }
   // Makes `out` so long, if so many are left, and reads it.
   template <typename T>
   absl::Status GetVector(uint64_t count, std::vector<T>* out) {

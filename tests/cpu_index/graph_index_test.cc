@@ -272,6 +272,17 @@ TEST(GraphIndexTest, CorruptionIsFoundAndNeverHarms) {
   }
 }
 
+// A mebi of keys without links, each with room for 255: a gibibyte, if it were made.
+TEST(GraphIndexTest, RoomForLinksThatNoKeyHasIsRefused) {
+  constexpr uint32_t kKeys = 1 << 20;
+  IndexWriter writer("graph", 2);
+  for (const uint32_t size : {0u, kKeys, 64u, 255u, 1u, 0u}) writer.Put(size);
+  writer.PutAll(std::span<const uint32_t>(std::vector<uint32_t>(1 + kKeys)));
+  const absl::Status status = GraphIndex::Deserialize(std::move(writer).Finish()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss);
+  EXPECT_NE(status.message().find("at most 0 links, not 255"), std::string::npos) << status;
+}
+
 TEST(GraphIndexTest, SearchesOfManyThreadsAgree) {
   GraphCase c(3000, Seed());
   const auto index = Build(&c, 100);
