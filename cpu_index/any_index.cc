@@ -36,9 +36,11 @@ absl::StatusOr<std::vector<std::byte>> SerializeIndex(const KeyIndex& index) {
       absl::StrCat("an index of kind '", std::string(index.kind()), "' is not kept as bytes"));
 }
 
-absl::StatusOr<std::unique_ptr<KeyIndex>> DeserializeIndex(std::span<const std::byte> bytes) {
+absl::StatusOr<std::unique_ptr<KeyIndex>> DeserializeIndex(
+    std::span<const std::byte> bytes,
+    std::span<const std::shared_ptr<const ClusterModel>> known) {
   QUARRY_ASSIGN_OR_RETURN(const std::string_view kind, IndexReader::KindOf(bytes));
-  if (kind == "clusters") return ClusterIndex::Deserialize(bytes);
+  if (kind == "clusters") return ClusterIndex::Deserialize(bytes, known);
   if (kind == "codes") return CodeScan::Deserialize(bytes);
   if (kind == "graph") return GraphIndex::Deserialize(bytes);
   if (kind == kExact) return DeserializeExact(bytes);

@@ -1,4 +1,5 @@
 // The bytes that a clustered index is kept as.
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -86,6 +87,18 @@ std::vector<std::byte> BytesOf(const ClusterModel& model) {
   return std::move(writer).Finish();
 }
 
+// The known one that is the same, if there is one.
+std::shared_ptr<const ClusterModel> Shared(
+    ClusterModel model, std::span<const std::shared_ptr<const ClusterModel>> known) {
+  const std::vector<std::byte> bytes =
+      known.empty() ? std::vector<std::byte>() : BytesOf(model);
+  const auto same = std::find_if(known.begin(), known.end(), [&](const auto& of) {
+    return BytesOf(*of) == bytes;
+  });
+  if (same != known.end()) return *same;
+  return std::make_shared<const ClusterModel>(std::move(model));
+}
+
 }  // namespace
 
 std::vector<std::byte> ClusterIndex::Serialize() const {
@@ -96,15 +109,14 @@ std::vector<std::byte> ClusterIndex::Serialize() const {
 }
 
 absl::StatusOr<std::unique_ptr<ClusterIndex>> ClusterIndex::Deserialize(
-    std::span<const std::byte> bytes, std::shared_ptr<const ClusterModel> known) {
+    std::span<const std::byte> bytes,
+    std::span<const std::shared_ptr<const ClusterModel>> known) {
   QUARRY_ASSIGN_OR_RETURN(IndexReader reader, IndexReader::Open(kKind, kVersion, bytes));
-  QUARRY_ASSIGN_OR_RETURN(ClusterModel model, ClusterModel::Read(&reader));
-  if (known == nullptr || BytesOf(*known) != BytesOf(model)) {
-    known = std::make_shared<const ClusterModel>(std::move(model));
-  }
-  QUARRY_ASSIGN_OR_RETURN(Parts parts, ReadParts(*known, &reader));
+  QUARRY_ASSIGN_OR_RETURN(ClusterModel read, ClusterModel::Read(&reader));
+  const std::shared_ptr<const ClusterModel> model = Shared(std::move(read), known);
+  QUARRY_ASSIGN_OR_RETURN(Parts parts, ReadParts(*model, &reader));
   QUARRY_RETURN_IF_ERROR(reader.Finish());
-  return std::unique_ptr<ClusterIndex>(new ClusterIndex(std::move(parts), std::move(known)));
+  return std::unique_ptr<ClusterIndex>(new ClusterIndex(std::move(parts), model));
 }
 
 }  // namespace quarry

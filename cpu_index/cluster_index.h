@@ -34,11 +34,12 @@ class ClusterIndex final : public KeyIndex {
   static absl::StatusOr<std::unique_ptr<ClusterIndex>> Build(
       const KvView& run, std::shared_ptr<const ClusterModel> model, std::vector<uint32_t> order);
 
-  // What Serialize made; it shares `known` if its model is the same. DataLoss or InvalidArgument:
-  // anything else, and what was made of keys or values so large that not all of its numbers are
-  // finite.
+  // What Serialize made; it shares the first of `known` that is the same as its model. DataLoss or
+  // InvalidArgument: anything else, and what was made of keys or values so large that not all of its
+  // numbers are finite.
   static absl::StatusOr<std::unique_ptr<ClusterIndex>> Deserialize(
-      std::span<const std::byte> bytes, std::shared_ptr<const ClusterModel> known = nullptr);
+      std::span<const std::byte> bytes,
+      std::span<const std::shared_ptr<const ClusterModel>> known = {});
   // With its model. Equal runs and models give equal bytes on machines with the same kernels.
   std::vector<std::byte> Serialize() const;
 

@@ -25,6 +25,7 @@ using testing::Search;
 using testing::Within;
 
 using Bytes = std::vector<std::byte>;
+using Models = std::vector<std::shared_ptr<const ClusterModel>>;
 constexpr uint32_t kTokens = 600, kRun = 300;
 constexpr float kMost = std::numeric_limits<float>::max();
 
@@ -71,8 +72,9 @@ class ClusterFormTest : public ::testing::Test {
     runs_.Rebuild(model);
     ClusterRuns again(head_, {kRun, kTokens});
     for (const auto& index : runs_.indexes) {
-      auto read = ClusterIndex::Deserialize(
-          index->Serialize(), again.indexes.empty() ? nullptr : again.indexes[0]->model());
+      Models known;
+      if (!again.indexes.empty()) known.push_back(again.indexes[0]->model());
+      auto read = ClusterIndex::Deserialize(index->Serialize(), known);
       if (!read.ok()) {
         ASSERT_EQ(read.status().code(), absl::StatusCode::kDataLoss) << read.status();
         return;
@@ -104,16 +106,21 @@ TEST_F(ClusterFormTest, RunsOfOneModelShareItWhenReadBack) {
   const auto first = ClusterIndex::Deserialize(bytes_);
   ASSERT_TRUE(first.ok()) << first.status();
   EXPECT_NE((*first)->model(), runs_.model);
-  const auto second =
-      ClusterIndex::Deserialize(runs_.indexes[1]->Serialize(), (*first)->model());
+  auto unlike = std::make_shared<ClusterModel>(*runs_.model);
+  unlike->token_doubt *= 1.01f;
+  const Models known = {unlike, (*first)->model()};
+  const auto second = ClusterIndex::Deserialize(runs_.indexes[1]->Serialize(), known);
   ASSERT_TRUE(second.ok()) << second.status();
   EXPECT_EQ((*second)->model(), (*first)->model());
   EXPECT_EQ((*second)->Serialize(), runs_.indexes[1]->Serialize());
+  // So does what is read as an index of any kind.
+  const auto any = DeserializeIndex(bytes_, known);
+  ASSERT_TRUE(any.ok()) << any.status();
+  EXPECT_EQ(dynamic_cast<const ClusterIndex&>(**any).model(), (*first)->model());
   // Together they answer as what was written.
   ClusterRuns again(head_, {kRun, kTokens});
-  again.indexes.push_back(*ClusterIndex::Deserialize(bytes_, (*first)->model()));
-  again.indexes.push_back(
-      *ClusterIndex::Deserialize(runs_.indexes[1]->Serialize(), (*first)->model()));
+  again.indexes.push_back(*ClusterIndex::Deserialize(bytes_, known));
+  again.indexes.push_back(*ClusterIndex::Deserialize(runs_.indexes[1]->Serialize(), known));
   const std::vector<TokenRange> ranges(4, head_.all());
   for (const float tolerated : {0.0f, 0.02f, 0.2f}) {
     const ClusterAnswer wanted = Search(runs_, head_.Queries(0, 4), ranges, Within(tolerated));
@@ -141,7 +148,8 @@ TEST_F(ClusterFormTest, UncodedKeysHavePlacesThatRiseAndFiniteNumbers) {
 TEST_F(ClusterFormTest, AnotherModelIsNotShared) {
   auto other = std::make_shared<ClusterModel>(*runs_.model);
   other->token_doubt *= 1.01f;
-  const auto index = ClusterIndex::Deserialize(bytes_, other);
+  const Models known = {other};
+  const auto index = ClusterIndex::Deserialize(bytes_, known);
   ASSERT_TRUE(index.ok()) << index.status();
   EXPECT_NE((*index)->model(), other);
   EXPECT_EQ((*index)->model()->token_doubt, runs_.model->token_doubt);
