@@ -1,10 +1,11 @@
 #include "cpu_index/candidates.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
+#include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
+#include "cpu_index/token_set.h"
 #include "proto/check.h"
 #include "proto/half.h"
 
@@ -16,46 +17,7 @@ constexpr size_t kRowsAhead = 8;
 // Keys gathered before they are scored: 64 KiB of 256 bytes each, a part of the L2 cache.
 constexpr size_t kGatheredKeys = 256;
 
-size_t RowBytes(const KvView& run) { return size_t{run.head_dim} * DTypeBytes(run.dtype); }
-
-// Tokens that some query wants, a bit each.
-class TokenSet {
- public:
-  explicit TokenSet(TokenRange tokens) : first_(tokens.lo), words_((tokens.size() + 63) / 64) {}
-  void Add(uint32_t token) {
-    words_[(token - first_) / 64] |= uint64_t{1} << (token - first_) % 64;
-  }
-  uint64_t size() const {
-    uint64_t n = 0;
-    for (uint64_t word : words_) n += static_cast<uint64_t>(std::popcount(word));
-    return n;
-  }
-
- private:
-  const uint32_t first_;
-  std::vector<uint64_t> words_;
-};
-
-// Finds rows of rising tokens.
-class RowCursor {
- public:
-  explicit RowCursor(const KvView& run) : run_(run), row_bytes_(RowBytes(run)) {}
-  const KvSegment& SegmentOf(uint32_t token) {
-    while (token >= run_.segments[at_].tokens.hi) ++at_;
-    return run_.segments[at_];
-  }
-  const char* Key(uint32_t token) {
-    const KvSegment& segment = SegmentOf(token);
-    return static_cast<const char*>(segment.k) + (token - segment.tokens.lo) * row_bytes_;
-  }
-
- private:
-  const KvView& run_;
-  const size_t row_bytes_;
-  size_t at_ = 0;
-};
-
-void Prefetch(const char* row, size_t bytes) {
+void Prefetch(const std::byte* row, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
@@ -63,24 +25,24 @@ void Prefetch(const char* row, size_t bytes) {
 class GatheredScores {
  public:
   GatheredScores(const KvView& run, const QueryBlock& queries)
-      : run_(run), queries_(queries), keys_(kGatheredKeys * RowBytes(run)) {
+      : run_(run),
+        queries_(queries),
+        rows_(run, KvPart::kKey),
+        keys_(kGatheredKeys * rows_.row_bytes()) {
     if (queries.q_dtype != DType::kBf16) return;
     bf16_.resize(size_t{queries.queries} * queries.head_dim);
     for (size_t i = 0; i < bf16_.size(); ++i) bf16_[i] = FloatToBf16(queries.q[i]);
   }
 
+  size_t row_bytes() const { return rows_.row_bytes(); }
   void Score(uint32_t query, std::span<const uint32_t> nodes, float* out) {
-    const uint32_t first = run_.tokens().lo;
-    const size_t bytes = RowBytes(run_);
-    RowCursor ahead(run_), cursor(run_);
+    const size_t bytes = rows_.row_bytes();
+    for (size_t i = 0; i < std::min(kRowsAhead, nodes.size()); ++i) {
+      Prefetch(rows_.At(nodes[i]), bytes);
+    }
     for (size_t i = 0; i < nodes.size(); ++i) {
-      if (i == 0) {
-        for (size_t j = 0; j < std::min(kRowsAhead, nodes.size()); ++j) {
-          Prefetch(ahead.Key(first + nodes[j]), bytes);
-        }
-      }
-      if (i + kRowsAhead < nodes.size()) Prefetch(ahead.Key(first + nodes[i + kRowsAhead]), bytes);
-      std::memcpy(keys_.data() + i * bytes, cursor.Key(first + nodes[i]), bytes);
+      if (i + kRowsAhead < nodes.size()) Prefetch(rows_.At(nodes[i + kRowsAhead]), bytes);
+      std::memcpy(keys_.data() + i * bytes, rows_.At(nodes[i]), bytes);
     }
     kernels::ScoreTile tile{};
     tile.q = queries_.q + size_t{query} * queries_.head_dim;
@@ -99,11 +61,13 @@ class GatheredScores {
  private:
   const KvView& run_;
   const QueryBlock& queries_;
-  std::vector<char> keys_;
+  const RunRows rows_;
+  std::vector<std::byte> keys_;
   std::vector<uint16_t> bf16_;
 };
 
-// What one query was allotted: tokens in rising order, and the logs of what they weigh.
+// What one query was allotted: tokens, counted from the first one of the lists, in rising order,
+// and the logs of what they weigh.
 struct Chosen {
   std::vector<uint32_t> token;
   std::vector<float> weight;
@@ -116,22 +80,23 @@ void Choose(const CoarseScores& lists, uint32_t query, const RunAllotment& allot
   const std::span<const float> row = lists.Row(query);
   AllottedTokens allotted(allotment, query);
   for (size_t i = 0; i < row.size(); ++i) {
-    const uint32_t token = lists.tokens.lo + lists.NodeOf(query, i);
-    if (!allotted.Take(token, row[i])) continue;
+    const uint32_t token = lists.NodeOf(query, i);
+    if (!allotted.Take(lists.tokens.lo + token, row[i])) continue;
     out->token.push_back(token);
     out->weight.push_back(allotted.Weight(row[i]));
   }
 }
 
 // acc [head_dim] += sum of weight * value over the chosen tokens, segment by segment.
-void AccumulateValues(const KvView& run, const Chosen& chosen, float* acc) {
-  RowCursor cursor(run);
+void AccumulateValues(const KvView& run, const RunRows& values, const Chosen& chosen,
+                      float* acc) {
+  const uint32_t first = run.tokens().lo;
   std::vector<uint32_t> rows(chosen.token.size());
   for (size_t lo = 0; lo < chosen.token.size();) {
-    const KvSegment& segment = cursor.SegmentOf(chosen.token[lo]);
+    const KvSegment& segment = values.SegmentOf(chosen.token[lo]);
     size_t hi = lo;
-    for (; hi < chosen.token.size() && chosen.token[hi] < segment.tokens.hi; ++hi) {
-      rows[hi] = chosen.token[hi] - segment.tokens.lo;
+    for (; hi < chosen.token.size() && first + chosen.token[hi] < segment.tokens.hi; ++hi) {
+      rows[hi] = first + chosen.token[hi] - segment.tokens.lo;
     }
     kernels::AccumulateTile tile{};
     tile.p = chosen.weight.data() + lo;
@@ -172,17 +137,17 @@ void ListCandidates(TokenRange run, std::span<const TokenRange> ranges,
 
 void RescoreCandidates(const KvView& run, const QueryBlock& queries, CoarseScores* lists) {
   QUARRY_CHECK(!lists->dense() && lists->first.size() == queries.queries + 1);
-  TokenSet touched(lists->tokens);
+  TokenSet touched(lists->tokens.size());
   GatheredScores scores(run, queries);
   for (uint32_t i = 0; i < queries.queries; ++i) {
     for (size_t lo = lists->first[i]; lo < lists->first[i + 1]; lo += kGatheredKeys) {
       const size_t n = std::min(kGatheredKeys, lists->first[i + 1] - lo);
       const std::span<const uint32_t> nodes = std::span(lists->node).subspan(lo, n);
       scores.Score(i, nodes, lists->score.data() + lo);
-      for (uint32_t node : nodes) touched.Add(lists->tokens.lo + node);
+      for (uint32_t node : nodes) touched.Add(node);
     }
   }
-  lists->bytes += touched.size() * RowBytes(run);
+  lists->bytes += touched.size() * scores.row_bytes();
 }
 
 void AttendCandidates(const KvView& run, const QueryBlock& queries, const CoarseScores& lists,
@@ -191,7 +156,8 @@ void AttendCandidates(const KvView& run, const QueryBlock& queries, const Coarse
                allotment.ties.size() == queries.queries);
   QUARRY_CHECK(!lists.dense() && lists.first.size() == queries.queries + 1);
   if (queries.queries == 0) return;
-  TokenSet touched(lists.tokens);
+  TokenSet touched(lists.tokens.size());
+  const RunRows values(run, KvPart::kValue);
   std::vector<float> sum(run.head_dim);
   Chosen chosen;
   for (uint32_t i = 0; i < queries.queries; ++i) {
@@ -204,10 +170,10 @@ void AttendCandidates(const KvView& run, const QueryBlock& queries, const Coarse
     part.sum = Kernels().exp_sum(chosen.weight.data(), chosen.weight.size(), part.max);
     part.tokens = chosen.token.size();
     part.acc = sum;
-    AccumulateValues(run, chosen, sum.data());
+    AccumulateValues(run, values, chosen, sum.data());
     acc[i].Merge(part);
   }
-  acc[0].bytes += lists.bytes + touched.size() * RowBytes(run);
+  acc[0].bytes += lists.bytes + touched.size() * values.row_bytes();
 }
 
 }  // namespace quarry

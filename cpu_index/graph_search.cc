@@ -5,7 +5,9 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
+#include "cpu_index/token_set.h"
 #include "proto/half.h"
 
 namespace quarry {
@@ -14,54 +16,6 @@ namespace {
 constexpr size_t kLineBytes = 64;
 // Keys scored in one call: 64 KiB of 256 bytes each, a part of the L2 cache.
 constexpr size_t kBatchKeys = 256;
-
-// Finds the rows of keys that come in no order.
-class KeyRows {
- public:
-  static constexpr uint32_t kStep = 64;  // tokens for which the first segment is noted
-
-  explicit KeyRows(const KvView& run)
-      : run_(run), row_bytes_(size_t{run.head_dim} * DTypeBytes(run.dtype)) {
-    const TokenRange tokens = run.tokens();
-    uint32_t at = 0;
-    for (uint32_t t = tokens.lo; t < tokens.hi; t += kStep) {
-      while (t >= run.segments[at].tokens.hi) ++at;
-      first_.push_back(at);
-      if (tokens.hi - t <= kStep) break;
-    }
-  }
-  size_t row_bytes() const { return row_bytes_; }
-  const char* Of(uint32_t key) const {
-    const uint32_t token = run_.tokens().lo + key;
-    uint32_t at = first_[key / kStep];
-    while (token >= run_.segments[at].tokens.hi) ++at;
-    const KvSegment& segment = run_.segments[at];
-    return static_cast<const char*>(segment.k) + (token - segment.tokens.lo) * row_bytes_;
-  }
-
- private:
-  const KvView& run_;
-  const size_t row_bytes_;
-  std::vector<uint32_t> first_;
-};
-
-// One bit a key.
-class KeySet {
- public:
-  explicit KeySet(uint32_t keys) : words_((keys + 63) / 64) {}
-  bool Contains(uint32_t key) const { return (words_[key / 64] >> key % 64 & 1) != 0; }
-  bool Add(uint32_t key) {  // false if it was in
-    uint64_t& word = words_[key / 64];
-    const uint64_t bit = uint64_t{1} << key % 64;
-    if ((word & bit) != 0) return false;
-    word |= bit;
-    return true;
-  }
-  const std::vector<uint64_t>& words() const { return words_; }
-
- private:
-  std::vector<uint64_t> words_;
-};
 
 // The best keys that one query has met, best first.
 class Queue {
@@ -79,7 +33,7 @@ class Queue {
   }
 
   // The best key that is not in `followed`; false if there is none.
-  bool Next(const KeySet& followed, uint32_t* key) {
+  bool Next(const TokenSet& followed, uint32_t* key) {
     while (next_ < best_.size() && followed.Contains(best_[next_].key)) ++next_;
     if (next_ == best_.size()) return false;
     *key = best_[next_].key;
@@ -105,7 +59,7 @@ class Search {
         queries_(queries),
         tokens_(run.tokens()),
         dtype_(run.dtype),
-        rows_(run),
+        rows_(run, KvPart::kKey),
         met_(graph.keys()),
         followed_(graph.keys()),
         gathered_(kBatchKeys * rows_.row_bytes()),
@@ -130,15 +84,15 @@ class Search {
   const QueryBlock& queries_;
   const TokenRange tokens_;
   const DType dtype_;
-  const KeyRows rows_;
+  const RunRows rows_;
   std::vector<uint16_t> bf16_;  // the queries, if they are exactly that
-  KeySet met_, followed_;
+  TokenSet met_, followed_;
   std::vector<Queue> queues_;                // [queries]
   std::vector<uint32_t> chosen_;             // whose links are followed next
   std::vector<uint32_t> order_;              // keys as they were met
   size_t scored_ = 0;                        // of them
   std::vector<std::vector<float>> scores_;   // [queries][scored]
-  std::vector<char> gathered_;               // keys of one batch
+  std::vector<std::byte> gathered_;          // keys of one batch
   std::vector<float> batch_;                 // [queries][kBatchKeys] their scores
   uint64_t link_bytes_ = 0;
 };
@@ -161,7 +115,7 @@ void Search::OpenQueues(uint32_t queue) {
 void Search::Meet(uint32_t key) {
   if (!met_.Add(key)) return;
   order_.push_back(key);
-  const char* const row = rows_.Of(key);
+  const std::byte* const row = rows_.At(key);
   for (size_t at = 0; at < rows_.row_bytes(); at += kLineBytes) __builtin_prefetch(row + at);
 }
 
@@ -182,7 +136,7 @@ void Search::ScoreBatch() {
     tile.tokens = static_cast<uint32_t>(std::min(kBatchKeys, order_.size() - scored_));
     const uint32_t* const keys = order_.data() + scored_;
     for (uint32_t t = 0; t < tile.tokens; ++t) {
-      std::memcpy(gathered_.data() + t * rows_.row_bytes(), rows_.Of(keys[t]), rows_.row_bytes());
+      std::memcpy(gathered_.data() + t * rows_.row_bytes(), rows_.At(keys[t]), rows_.row_bytes());
     }
     Kernels().score(tile);
     for (uint32_t i = 0; i < n; ++i) {
