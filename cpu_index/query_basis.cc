@@ -95,12 +95,6 @@ absl::StatusOr<QueryBasis> QueryBasis::Read(IndexReader* in) {
   return basis;
 }
 
-void QueryBasis::EncodeKey(std::span<const float> key, std::span<float> out) const {
-  std::vector<float> centred(head_dim);
-  for (uint32_t d = 0; d < head_dim; ++d) centred[d] = key[d] - mean[d];
-  Apply(key_map, centred, out);
-}
-
 void QueryBasis::EncodeQuery(std::span<const float> query, std::span<float> out) const {
   Apply(query_map, query, out);
 }

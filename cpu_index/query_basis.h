@@ -12,7 +12,7 @@
 namespace quarry {
 
 // A linear map of keys, and its dual of queries, with
-//   q.k = q.mean + EncodeQuery(q).EncodeKey(k) + what the directions left out would add.
+//   q.k = q.mean + EncodeQuery(q).(key_map (k - mean)) + what the directions left out would add.
 // The map makes a query of the sample's second moment white, then takes the principal directions of
 // the keys: distances between encoded keys are differences of scores, for a typical query, and a
 // bit spent on a coordinate of larger variance saves more error. Immutable; thread-safe.
@@ -31,8 +31,7 @@ struct QueryBasis {
   static absl::StatusOr<QueryBasis> Read(IndexReader* in);
   bool has_maps() const { return !key_map.empty(); }
 
-  // out: [rank]. The key is [head_dim], the query is scaled as its scores are.
-  void EncodeKey(std::span<const float> key, std::span<float> out) const;
+  // out: [rank]. The query is [head_dim], scaled as its scores are.
   void EncodeQuery(std::span<const float> query, std::span<float> out) const;
 
   // All queries of a block: their coordinates [queries][rank], and the mean key's scores.
