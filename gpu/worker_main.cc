@@ -1,12 +1,12 @@
 // quarry-worker: the reference worker's command line. See WORKER.md.
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-#include <iterator>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -86,22 +86,39 @@ void Describe(CLI::App* app, Arguments* a) {
   app->add_option("--seed", a->sampling.seed, "of the sampling");
   app->add_option("--threads", a->threads, "0: all cores");
   app->add_option("--device-bytes", a->device_bytes, "budget of the worker's memory");
-  app->add_option("--dump-kv", a->dump_directory,
-                  "write layers as traces, to measure retrieval on, to this directory");
+  CLI::Option* const dump =
+      app->add_option("--dump-kv", a->dump_directory,
+                      "write layers as traces, to measure retrieval on, to this directory")
+          ->check([](const std::string& path) {
+            return path.empty() ? std::string("no directory is named") : std::string();
+          });
   app->add_option("--dump-layers", a->dump.layers, "of the traces; all by default")
-      ->delimiter(',');
-  app->add_option("--dump-queries", a->dump.prompt_queries, "of the prompt, in each trace");
-  app->add_option("--dump-seed", a->dump.seed, "of the places of these queries");
+      ->delimiter(',')
+      ->needs(dump);
+  app->add_option("--dump-queries", a->dump.prompt_queries, "of the prompt, in each trace")
+      ->needs(dump);
+  app->add_option("--dump-seed", a->dump.seed, "of the places of these queries")->needs(dump);
   app->add_flag("--serve", a->serve, "JSON lines on standard input and output");
   app->add_flag("--json", a->json, "print one JSON object");
+}
+
+// A directory opens too, and only reading fails.
+absl::StatusOr<std::string> ReadText(const std::string& path) {
+  errno = 0;
+  std::ifstream in(path);
+  std::string text;
+  char piece[4096];
+  while (in.read(piece, sizeof(piece)) || in.gcount() > 0) {
+    text.append(piece, static_cast<size_t>(in.gcount()));
+  }
+  if (in.eof() && !in.bad()) return text;
+  return absl::ErrnoToStatus(errno, absl::StrCat("cannot read ", path));
 }
 
 absl::StatusOr<std::vector<uint32_t>> ParseIds(const std::string& argument) {
   std::string text = argument;
   if (text.starts_with('@')) {
-    std::ifstream in(text.substr(1));
-    if (!in) return absl::NotFoundError(absl::StrCat("cannot read ", text.substr(1)));
-    text.assign(std::istreambuf_iterator<char>(in), {});
+    QUARRY_ASSIGN_OR_RETURN(text, ReadText(argument.substr(1)));
   }
   std::vector<uint32_t> ids;
   const char* at = text.data();
@@ -166,6 +183,16 @@ absl::StatusOr<std::vector<uint32_t>> PromptIds(const Arguments& a, const Tokeni
   return ids;
 }
 
+// The code whose name an answer has.
+absl::StatusCode CodeOf(const std::string& name) {
+  constexpr int kLast = static_cast<int>(absl::StatusCode::kUnauthenticated);
+  for (int code = 1; code <= kLast; ++code) {
+    const auto of = static_cast<absl::StatusCode>(code);
+    if (absl::StatusCodeToString(of) == name) return of;
+  }
+  return absl::StatusCode::kUnknown;
+}
+
 absl::Status Print(const Arguments& a, const Tokenizer* tokenizer, nlohmann::json answer) {
   std::string text;
   if (answer["status"] == "OK") {
@@ -178,8 +205,8 @@ absl::Status Print(const Arguments& a, const Tokenizer* tokenizer, nlohmann::jso
     std::cout << answer.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << std::endl;
   }
   if (answer["status"] != "OK") {
-    return absl::InternalError(absl::StrCat(answer["status"].get<std::string>(), ": ",
-                                            answer["error"].get<std::string>()));
+    return absl::Status(CodeOf(answer["status"].get<std::string>()),
+                        answer["error"].get<std::string>());
   }
   if (!a.json) std::cout << text << std::endl;
   return absl::OkStatus();

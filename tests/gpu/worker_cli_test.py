@@ -123,7 +123,9 @@ class WorkerTest(unittest.TestCase):
         self.assert_fails(self.run_worker(*full), "prompt is empty")
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,two"), "token id 1")
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "@/nonexistent/ids"),
-                          "/nonexistent/ids")
+                          "/nonexistent/ids", "No such file")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "@/tmp"), "cannot read /tmp",
+                          "Is a directory")
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,2048,3"), "2048", "token 1")
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,2", "--max-tokens", "200000"),
                           "200000", "131072")
@@ -139,10 +141,11 @@ class WorkerTest(unittest.TestCase):
         self.assert_fails(self.run_worker(*dump, "/tmp", "--serve"), "--serve")
         self.assert_fails(self.run_worker(*dump, "/tmp", "--gold-ids", "7,x"), "token id 1")
         failed = self.run_worker(*full, "--json", "--prompt-ids", "1,2,3", "--max-tokens", "2")
-        self.assert_fails(failed, "FAILED_PRECONDITION")
+        self.assert_fails(failed, "quarry-worker: FAILED_PRECONDITION: ")
         self.assertEqual(json.loads(failed.stdout)["status"], "FAILED_PRECONDITION")
         for arguments in (("--attention", "some"), ("--kv-dtype", "int4"), ("--budget-share", "2"),
-                          ("--no-such-option",)):
+                          ("--no-such-option",), ("--dump-kv", ""), ("--dump-queries", "5"),
+                          ("--dump-layers", "1"), ("--dump-seed", "1")):
             result = self.run_worker(*arguments, "--prompt-ids", "1")
             self.assertNotEqual(result.returncode, 0)
             self.assertIn(arguments[0].lstrip("-"), result.stderr + result.stdout)
