@@ -93,7 +93,7 @@ absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> row
                                                      " heads, whole groups of ", s.group(),
                                                      " up to ", s.heads, " are wanted"));
     }
-    Buffers b{};
+    Row b{};
     b.q_bytes = asks ? uint64_t{row.heads} * s.head_dim * DTypeBytes(row.q_dtype) : 0;
     b.kv_bytes = row.has_token ? row.heads / s.group() * s.vector_bytes() : 0;
     b.o_bytes = uint64_t{row.heads} * s.head_dim * sizeof(float);
@@ -103,6 +103,12 @@ absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> row
     b.v = place(b.kv_bytes);
     b.o = asks ? place(b.o_bytes) : kKnown;
     b.lse = asks ? place(b.lse_bytes) : kKnown;
+    b.context = row.context;
+    b.layer = row.layer;
+    b.range = row.range;
+    if (absl::Status status = CheckRow(row, s); !status.ok()) {
+      b.wrong = absl::StrCat(": ", status.message());
+    }
     message.rows_.push_back(b);
   }
   if (message.request_bytes() > payload_bytes) {
@@ -119,7 +125,7 @@ void AttendMessage::Write(std::span<const AttendRow> rows, std::byte* slot_start
   std::memcpy(at, &header, sizeof(header));
   at += sizeof(header);
   for (size_t i = 0; i < rows.size(); ++i) {
-    const Buffers& b = rows_[i];
+    const Row& b = rows_[i];
     shm::AttendRowPod pod = PodOf(rows[i]);
     pod.q_offset = b.q;
     pod.k_offset = b.k;
@@ -140,15 +146,16 @@ void AttendMessage::ReadAnswers(const std::byte* slot_start, uint32_t generation
     shm::AttendAnswerPod pod;
     std::memcpy(&pod, slot_start + shm::kSlotPayload + i * sizeof(pod), sizeof(pod));
     AttendAnswer& answer = answers[i];
-    const Buffers& b = rows_[i];
+    const Row& b = rows_[i];
     if (pod.generation != generation) {
       answer.status = absl::UnavailableError(absl::StrCat("row ", i, " was answered for request ",
                                                           pod.generation, ", not ", generation));
     } else if (pod.status != 0) {
-      answer.status = absl::Status(static_cast<absl::StatusCode>(pod.status),
-                                   absl::StrCat("attend row ", i, " was refused by the daemon: ",
-                                                absl::StatusCodeToString(
-                                                    static_cast<absl::StatusCode>(pod.status))));
+      answer.status = absl::Status(
+          static_cast<absl::StatusCode>(pod.status),
+          absl::StrCat("attend row ", i, " of context ", b.context.value, ", layer ", b.layer,
+                       ", tokens [", b.range.lo, ", ", b.range.hi,
+                       ") was refused by the daemon", b.wrong));
     } else if (answer.o.size_bytes() != b.o_bytes || answer.lse.size_bytes() != b.lse_bytes) {
       answer.status = absl::InvalidArgumentError(absl::StrCat(
           "attend row ", i, " has ", answer.o.size_bytes(), " and ", answer.lse.size_bytes(),

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -29,11 +30,16 @@ class AttendMessage {
                    std::span<AttendAnswer> answers) const;
 
  private:
-  struct Buffers {
+  struct Row {
     uint64_t q, k, v, o, lse;             // offsets from the slot's start
     uint64_t q_bytes, kv_bytes, o_bytes, lse_bytes;
+    // What was asked for, to be named if it is refused: an answer has no room for the reason.
+    ContextId context;
+    uint32_t layer;
+    TokenRange range;
+    std::string wrong;  // what the shape does not have
   };
-  std::vector<Buffers> rows_;
+  std::vector<Row> rows_;
   uint64_t end_ = 0;
 };
 

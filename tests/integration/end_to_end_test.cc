@@ -1,5 +1,6 @@
 // The whole API through the real daemon: shared memory by the C++ client, gRPC beside it.
 #include <fcntl.h>
+#include <gmock/gmock.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
@@ -10,6 +11,7 @@
 #include <string>
 #include <thread>
 
+#include "absl/strings/str_cat.h"
 #include "proto/convert.h"
 #include "tests/daemon/raw_shm_client.h"
 #include "tests/support/daemon_process.h"
@@ -305,8 +307,19 @@ TEST_F(EndToEndTest, OversizedAndWrongRequestsAreErrorsAndNothingIsLost) {
   EXPECT_EQ(testing::AppendTokens(client_.get(), other->context, nan, 0, 10).code(),
             absl::StatusCode::kInvalidArgument);
   OneRow row(spec_.shape, context, 0, {0, kTokens + 1}, 3);
-  EXPECT_EQ(row.Run(client_.get()).code(), absl::StatusCode::kInvalidArgument);
+  absl::Status refused = row.Run(client_.get());
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(refused.message()),
+              ::testing::HasSubstr(absl::StrCat("context ", context.value, ", layer 0, tokens [0, ",
+                                                kTokens + 1, ")")));
   row.row.range = {0, kTokens};
+  row.row.layer = spec_.shape.layers;
+  refused = row.Run(client_.get());
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(refused.message()),
+              ::testing::HasSubstr(absl::StrCat("layer ", spec_.shape.layers, " of ",
+                                                spec_.shape.layers, " layers")));
+  row.row.layer = 0;
   row.q[3] = NAN;
   EXPECT_EQ(row.Run(client_.get()).code(), absl::StatusCode::kInvalidArgument);
   OneRow good(spec_.shape, context, 0, {0, kTokens}, 4);
