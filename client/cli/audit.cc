@@ -19,11 +19,12 @@ namespace {
 
 using nlohmann::json;
 
+// Figures of a wrong index may have any size.
 std::string Share(double value) {
-  return std::isnan(value) ? "-" : absl::StrFormat("%.1f%%", 100 * value);
+  return std::isnan(value) ? "-" : absl::StrFormat("%.3g%%", 100 * value);
 }
 std::string Factor(double value) {
-  return std::isnan(value) ? "-" : absl::StrFormat("%.2f", value);
+  return std::isnan(value) ? "-" : absl::StrFormat("%.3g", value);
 }
 
 void PrintHeader(const std::string& model) {

@@ -72,8 +72,10 @@ absl::Status Picture::SavePng(const std::string& path) const {
   if (png_image_write_to_file(&image, path.c_str(), 0, rgb_.data(), 0, nullptr) != 0) {
     return absl::OkStatus();
   }
-  const std::string what = absl::StrCat("cannot write the picture ", path, ": ", image.message);
-  return errno != 0 ? absl::ErrnoToStatus(errno, what) : absl::InternalError(what);
+  // libpng's message is that of errno, if there is one.
+  const std::string what = absl::StrCat("cannot write the picture ", path);
+  return errno != 0 ? absl::ErrnoToStatus(errno, what)
+                    : absl::InternalError(absl::StrCat(what, ": ", image.message));
 }
 
 }  // namespace quarry::cli
