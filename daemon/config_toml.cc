@@ -1,4 +1,5 @@
 // The only file that knows toml++.
+#include <algorithm>
 #include <fstream>
 #include <initializer_list>
 #include <optional>
@@ -6,6 +7,8 @@
 #include <sstream>
 #include <utility>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "daemon/config.h"
@@ -160,12 +163,15 @@ class Reader {
   absl::Status Finish() const {
     QUARRY_RETURN_IF_ERROR(status_);
     for (const auto& [section, node] : root_) {
-      const toml::table* table = node.as_table();
-      if (table == nullptr) return Unknown(section.str(), node);
       bool known_section = false;
       const std::string prefix = absl::StrCat(View(section.str()), ".");
       for (const std::string& key : known_) known_section |= key.rfind(prefix, 0) == 0;
       if (!known_section) return Unknown(section.str(), node);
+      const toml::table* table = node.as_table();
+      if (table == nullptr) {
+        return Wrong(section.str(), node,
+                     absl::StrCat("must be a table, [", View(section.str()), "]"));
+      }
       for (const auto& [name, value] : *table) {
         const std::string key = absl::StrCat(prefix, View(name.str()));
         if (!known_.contains(key)) return Unknown(key, value);
@@ -184,18 +190,30 @@ class Reader {
   }
 
   void Bad(std::string_view key, const toml::node& node, std::string_view why) {
-    status_.Update(absl::InvalidArgumentError(absl::StrCat(
-        "line ", node.source().begin.line, ": ", View(key), " = ", Shown(node), ": ", View(why))));
+    status_.Update(Wrong(key, node, why));
   }
   static absl::Status Unknown(std::string_view key, const toml::node& node) {
-    return absl::InvalidArgumentError(absl::StrCat("line ", node.source().begin.line, ": ",
-                                                   View(key), " = ", Shown(node), ": unknown key"));
+    return Wrong(key, node, "unknown key");
+  }
+  static absl::Status Wrong(std::string_view key, const toml::node& node, std::string_view why) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "line ", node.source().begin.line, ": ", View(key), " = ", Shown(node), ": ", View(why)));
   }
 
   const toml::table& root_;
   std::set<std::string> known_;
   absl::Status status_;
 };
+
+// A line of the text, counted from 1, for errors of what is not TOML to name its key.
+std::string LineOf(std::string_view text, uint32_t number) {
+  constexpr size_t kMostShown = 100;
+  for (; number > 1 && !text.empty(); --number) {
+    text.remove_prefix(std::min(text.size(), text.find('\n') + 1));
+  }
+  const absl::string_view line = absl::StripAsciiWhitespace(View(text.substr(0, text.find('\n'))));
+  return absl::CHexEscape(line.substr(0, kMostShown));
+}
 
 absl::Status At(std::string_view origin, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat(View(origin), ": ", status.message()));
@@ -208,8 +226,10 @@ absl::StatusOr<Config> ParseConfig(std::string_view text, std::string_view origi
   try {
     root = toml::parse(text, origin);
   } catch (const toml::parse_error& error) {
-    return At(origin, absl::InvalidArgumentError(absl::StrCat("line ", error.source().begin.line,
-                                                              ": ", View(error.description()))));
+    const uint32_t line = error.source().begin.line;
+    return At(origin, absl::InvalidArgumentError(absl::StrCat(
+                          "line ", line, ": ", LineOf(text, line), ": ",
+                          View(error.description()))));
   }
   Config config = DefaultConfig();
   Reader reader(root);

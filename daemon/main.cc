@@ -44,7 +44,12 @@ absl::StatusOr<Config> ConfigOf(const Arguments& arguments) {
   if (arguments.metrics)
     config.metrics.listen = *arguments.metrics == "off" ? "" : *arguments.metrics;
   if (arguments.arena_bytes) {
-    QUARRY_ASSIGN_OR_RETURN(config.engine.arena.capacity_bytes, ParseBytes(*arguments.arena_bytes));
+    const absl::StatusOr<uint64_t> bytes = ParseBytes(*arguments.arena_bytes);
+    if (!bytes.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--arena-bytes: ", bytes.status().message()));
+    }
+    config.engine.arena.capacity_bytes = *bytes;
   }
   QUARRY_RETURN_IF_ERROR(ValidateConfig(config));
   return config;

@@ -230,9 +230,21 @@ TEST(ConfigTest, UnknownKeysAndSectionsAreErrors) {
   EXPECT_THAT(ErrorOf("[sharedmemory]\nsocket = \"/tmp/x\"\n"),
               AllOf(HasSubstr("sharedmemory"), HasSubstr("unknown key")));
   EXPECT_THAT(ErrorOf("socket = \"/tmp/x\"\n"), HasSubstr("unknown key"));
+  EXPECT_THAT(ErrorOf("[[indices]]\nkind = \"codes\"\n"),
+              AllOf(HasSubstr("indices"), HasSubstr("unknown key")));
+}
+
+TEST(ConfigTest, ASectionThatIsNoTableIsNotCalledUnknown) {
+  for (const char* toml : {"[[index]]\nkind = \"codes\"\n", "index = 3\n"}) {
+    const std::string error = ErrorOf(toml);
+    EXPECT_THAT(error, AllOf(HasSubstr("line 1: index = "), HasSubstr("must be a table, [index]")));
+    EXPECT_THAT(error, Not(HasSubstr("unknown")));
+  }
 }
 
 TEST(ConfigTest, BrokenTomlNamesTheLine) {
+  EXPECT_THAT(ErrorOf("[engine]\nspare_bytes = 1\n  arena_bytes = 99999999999999999999\n"),
+              HasSubstr("line 3: arena_bytes = 99999999999999999999: "));
   EXPECT_THAT(ErrorOf("[shm]\nsocket = \n"), HasSubstr("line"));
   EXPECT_THAT(ErrorOf("[shm]\nmax_channels = 1\nmax_channels = 2\n"), HasSubstr("line 3"));
 }

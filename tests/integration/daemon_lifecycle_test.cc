@@ -132,8 +132,10 @@ TEST(DaemonLifecycleTest, AWrongConfigurationOrCommandLineExitsWithTwoAndSaysWhy
   EXPECT_EQ(RunToEnd({"--config", name, "--check-config"}, &error), 2);
   EXPECT_EQ(RunToEnd({"--config", "/nonexistent.toml"}, &error), 2);
   EXPECT_THAT(error, HasSubstr("/nonexistent.toml"));
-  EXPECT_EQ(RunToEnd({"--arena-bytes", "lots"}, &error), 2);
-  EXPECT_THAT(error, HasSubstr("lots"));
+  for (const std::string size : {"lots", "-1"}) {
+    EXPECT_EQ(RunToEnd({"--arena-bytes", size}, &error), 2);
+    EXPECT_THAT(error, HasSubstr("--arena-bytes: \"" + size + "\""));
+  }
   EXPECT_EQ(RunToEnd({"--no-such-flag"}, &error), 2);
   EXPECT_EQ(RunToEnd({"--check-config"}, &error), 0);
   EXPECT_EQ(RunToEnd({"--help"}, &error), 0);
