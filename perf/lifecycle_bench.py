@@ -21,7 +21,7 @@ sys.path += [os.path.join(ROOT, "deploy"), os.path.join(ROOT, "perf")]
 # pylint: disable=wrong-import-position
 from demo_text import Vocabulary
 from lifecycle.asking import Asking, methods_of
-from lifecycle.cells import SETTINGS, Results, read
+from lifecycle.cells import SETTINGS, ForeignFile, Results, read
 from lifecycle.table import Outcome
 from lifecycle.text import TASKS, make_context, make_plan
 from processes import Daemon, ProcessError
@@ -33,6 +33,11 @@ TURN_ROOM = 512  # tokens that a conversation may add to its context
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
+
+
+def fail(text):
+    say(f"lifecycle_bench: {text}")
+    sys.exit(2)
 
 
 class Bench:
@@ -133,22 +138,37 @@ def parse(arguments):
     return settings
 
 
-def main(arguments=None):
-    """0, or 1 if a counted cell loses under the adaptive budget."""
-    settings = parse(arguments)
+def check_paths(settings):
+    for program in ("daemon/quarryd", "gpu/quarry-worker", "client/quarry"):
+        path = os.path.join(settings.build, program)
+        if not os.access(path, os.X_OK):
+            fail(f"there is no program {path}: --build names the folder of the built ones")
+    for model in settings.models:
+        if not os.path.exists(os.path.join(MODELS, model, "config.json")):
+            fail(f"there is no model {model} in {MODELS}")
+
+
+def ask(settings):
+    """The rows of --out, or of this run alone, when everything is asked or the time is up."""
+    check_paths(settings)
     results = Results(settings.out, {name: getattr(settings, name) for name in SETTINGS})
-    if settings.table:
-        rows = [row for path in settings.table for row in read(path)]
-    else:
-        # As an exception, so that the daemon and the workers are ended.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("lifecycle_bench: ended by a signal"))
-        say(f"seed {settings.seed}")
-        try:
-            if not Bench(settings, results).run():
-                say("the time is up; the same command goes on")
-        except (ProcessError, ValueError) as error:
-            sys.exit(f"lifecycle_bench: {error}")
-        rows = results.rows
+    # As an exception, so that the daemon and the workers are ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("lifecycle_bench: ended by a signal"))
+    say(f"seed {settings.seed}")
+    if not Bench(settings, results).run():
+        say("the time is up; the same command goes on")
+    return results.rows
+
+
+def main(arguments=None):
+    """0; 1 if a counted cell loses under the adaptive budget; 2 if it cannot be told."""
+    settings = parse(arguments)
+    try:
+        rows = [row for path in settings.table for row in read(path)] if settings.table else ask(settings)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
+    except (ForeignFile, ProcessError, ValueError) as error:
+        fail(error)
     outcome = Outcome(rows, settings.answers)
     print("\n".join(map(json.dumps, outcome.rows)) if settings.json else outcome.text(), flush=True)
     return int(any(outcome.of(f"error-{error:g}", "loses") for error in settings.budget_error))

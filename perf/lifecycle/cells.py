@@ -13,18 +13,25 @@ FULL = "full"
 COUNTED = 0.6   # of the answers full attention has right, for a cell to count
 WANTED = 0.99   # of full attention's right answers
 SETTINGS = ("seed", "per_context", "window", "run_tokens", "index")
+NAMES = ("model", "task", "length", "context")
+ROWS = ("answers", "context")
+
+
+class ForeignFile(Exception):
+    """Not a file of such lines."""
 
 
 class Results:
-    """The lines of `path`; those of other settings are kept apart, neither read nor written."""
+    """The lines of `path`; those of other settings are kept apart, neither read nor written. ForeignFile,
+    OSError: it is something else, and left as it is, or cannot be written."""
 
     def __init__(self, path, settings):
         self.path, self.settings = path, settings
         self.rows = []
-        if path and os.path.exists(path):
-            drop_unfinished_line(path)
-            self.rows = [row for row in read(path)
+        if path:
+            self.rows = [row for row in (read(path) if os.path.exists(path) else [])
                          if all(row[name] == settings[name] for name in SETTINGS)]
+            drop_unfinished_line(path)
 
     def has(self, model, task, length, context, method):
         return any((row["model"], row["task"], row["length"], row["context"], row.get("method")) ==
@@ -38,15 +45,31 @@ class Results:
 
 
 def drop_unfinished_line(path):
-    """What a run that was killed while it wrote has left."""
-    with open(path, "rb+") as file:
-        text = file.read()
-        file.truncate(text.rfind(b"\n") + 1)
+    """What a run that was killed while it wrote has left; of a file that `read` takes. Makes it if it is not there."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read(path):
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The rows of a file, but for an unfinished last line."""
+    with open(path, "rb") as file:
+        *lines, rest = file.read().split(b"\n")
+    start = f'{{"{NAMES[0]}":"'.encode()  # of every line that Results adds
+    if not (rest.startswith(start) or start.startswith(rest)):
+        raise ForeignFile(f"{path}: its last line is not of lifecycle_bench")
+    return [parse(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def parse(path, number, line):
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if (not isinstance(row, dict) or row.get("row") not in ROWS or
+            any(name not in row for name in (*NAMES, *SETTINGS))):
+        raise ForeignFile(f"{path}: line {number} is not of lifecycle_bench")
+    return row
 
 
 class Tally:

@@ -210,11 +210,55 @@ class RunTest(unittest.TestCase):
             self.assertEqual(file.read(), before)  # no time
 
 
+class WrongFilesTest(unittest.TestCase):
+    """What lifecycle_bench has not written is refused, and left as it is."""
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = directory.name
+
+    def refused(self, *arguments):
+        """The one line that is said."""
+        log = io.StringIO()
+        with contextlib.redirect_stderr(log), self.assertRaises(SystemExit) as caught:
+            lifecycle_bench.main([*SMALL, "--limit-minutes", "0", *arguments])
+        self.assertEqual(caught.exception.code, 2)
+        self.assertRegex(log.getvalue(), r"\Alifecycle_bench: .*\n\Z")
+        return log.getvalue()
+
+    def write(self, content):
+        path = os.path.join(self.directory, "file")
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
+
+    def test_foreign_files(self):
+        row = VerdictTest().row("full", 1)
+        own = json.dumps(row, separators=(",", ":")).encode()
+        del row["index"]
+        for content in (b"a line without its end", b"one\ntwo", b'{"a":1}', b'{"a":1}\n', b"[]\n", b"\xff\n", b"\n",
+                        json.dumps(row).encode() + b"\n", own + b"\nremarks"):
+            path = self.write(content)
+            for arguments in (("--build", BUILD, "--out", path), ("--table", path)):
+                self.assertIn(path, self.refused(*arguments))
+            with open(path, "rb") as file:
+                self.assertEqual(file.read(), content)
+
+    def test_paths(self):
+        self.assertIn("Is a directory", self.refused("--build", BUILD, "--out", self.directory))
+        self.assertIn("Is a directory", self.refused("--table", self.directory))
+        self.assertIn("/none", self.refused("--build", BUILD, "--out", self.directory + "/none/rows"))
+        self.assertIn("/none", self.refused("--table", self.directory + "/none"))
+        self.assertIn("--build", self.refused("--build", self.directory))
+        self.assertIn("no model gpt", self.refused("--build", BUILD, "--models", "gpt"))
+
+
 class VerdictTest(unittest.TestCase):
     def row(self, method, right, n=300):
         cell = {"mode": "turns", "turn": 1, "right": "1" * right + "0" * (n - right), "tokens_attended": 1,
                 "tokens_in_reach": 1, "bytes_read": 1, "ms": 1}
-        return {"row": "answers", "model": "m", "task": "t", "length": 1, "context": 0, "method": method,
+        return {"model": "m", "row": "answers", "task": "t", "length": 1, "context": 0, "method": method,
                 "seed": 1, "per_context": n, "window": [1, 1], "run_tokens": 1, "index": "auto", "cells": [cell]}
 
     def verdict(self, full, right, n=300):
