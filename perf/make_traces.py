@@ -10,6 +10,7 @@ Needs numpy (Debian: python3-numpy) beside the built worker. Prefill takes time 
 length: see perf/README.md for what the whole set costs.
 """
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,7 +22,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODELS = os.path.join(ROOT, "tests", "models")
 TASKS = ("kv1", "kv2", "ps", "vt", "hop", "icl", "mf", "copy")
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
+LEAST_TOKENS = 256  # that every task fits into
+MOST_SEED = 2**32 - 1
 CANDIDATES = 8  # sequences drawn, of which the one with the most answers at its end is taken
+
+
+def fail(text):
+    print(f"make_traces: {text}", file=sys.stderr)
+    sys.exit(2)
 
 
 def task_sequence(task, tokens, decoded, seed):
@@ -42,10 +50,13 @@ def trace_name(model, task, tokens, layer):
     return f"{model}-{task}-{tokens}-layer-{layer:02d}.safetensors"
 
 
-def layers_of(model_directory, wanted):
+def layer_count(model_directory):
     with open(os.path.join(model_directory, "config.json"), encoding="utf-8") as file:
-        count = json.load(file)["num_hidden_layers"]
-    return [layer for layer in range(count) if not wanted or layer in wanted]
+        return json.load(file)["num_hidden_layers"]
+
+
+def layers_of(model_directory, wanted):
+    return [layer for layer in range(layer_count(model_directory)) if not wanted or layer in wanted]
 
 
 def write_ids(directory, name, ids):
@@ -101,8 +112,39 @@ def parse(arguments):
     return parser.parse_args(arguments)
 
 
-def main():
-    settings = parse(None)
+def check_numbers(settings):
+    if settings.decoded < 1:
+        fail(f"--decoded {settings.decoded}: at least 1 token is decoded")
+    if settings.queries < 0:
+        fail(f"--queries {settings.queries}: no fewer than 0 are sampled")
+    if not 0 <= settings.seed <= MOST_SEED:
+        fail(f"--seed {settings.seed}: not from 0 to {MOST_SEED}")
+    for tokens in settings.tokens:
+        if tokens < LEAST_TOKENS:
+            fail(f"--tokens {tokens}: tasks need at least {LEAST_TOKENS}")
+        if tokens <= settings.decoded:
+            fail(f"--decoded {settings.decoded} leave no prompt of --tokens {tokens}")
+
+
+def check(settings):
+    """Everything that the first run would fail for."""
+    check_numbers(settings)
+    worker = os.path.join(settings.build, "gpu", "quarry-worker")
+    if not os.access(worker, os.X_OK):
+        fail(f"there is no program {worker}: --build names the folder of the built ones")
+    for model in settings.models:
+        directory = os.path.join(MODELS, model)
+        if not os.path.exists(os.path.join(directory, "config.json")):
+            fail(f"there is no model {model} in {MODELS}")
+        count = layer_count(directory)
+        for layer in settings.layers or []:
+            if not 0 <= layer < count:
+                fail(f"--layers {layer}: {model} has layers 0 to {count - 1}")
+    if importlib.util.find_spec("numpy") is None:
+        fail("numpy is needed (Debian: python3-numpy)")
+
+
+def make_all(settings):
     os.makedirs(settings.directory, exist_ok=True)
     for tokens in sorted(settings.tokens):
         for model in settings.models:
@@ -111,6 +153,19 @@ def main():
                 written = make(settings, model, task, tokens)
                 print(f"{model} {task} {tokens}: {written} traces in "
                       f"{time.monotonic() - start:.0f} s", flush=True)
+
+
+def main(arguments=None):
+    settings = parse(arguments)
+    check(settings)
+    try:
+        make_all(settings)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}")
+    except subprocess.CalledProcessError as error:
+        fail(f"{error.cmd[0]} ended with status {error.returncode}")
+    except ValueError as error:
+        fail(error)
 
 
 if __name__ == "__main__":

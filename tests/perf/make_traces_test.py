@@ -1,6 +1,8 @@
 #!/usr/bin/python3
 """make_traces.py: names, what is there already, and that a trace holds the run it is named for."""
 import argparse
+import contextlib
+import io
 import json
 import os
 import random
@@ -8,6 +10,7 @@ import struct
 import sys
 import tempfile
 import unittest
+import unittest.mock
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "perf"))
 import make_traces
@@ -62,6 +65,36 @@ class MakeTracesTest(unittest.TestCase):
         self.assertEqual(self.make("phi3-b"), 1)
         self.assertTrue(os.path.exists(lost))
         self.assertEqual(os.stat(kept).st_mtime_ns, before)
+
+    def refused(self, *arguments, directory=None):
+        """The one line that is said."""
+        log = io.StringIO()
+        with contextlib.redirect_stderr(log), self.assertRaises(SystemExit) as caught:
+            make_traces.main([directory or self.directory.name, "--build", BUILD, *arguments])
+        self.assertEqual(caught.exception.code, 2)
+        self.assertRegex(log.getvalue(), r"\Amake_traces: .*\n\Z")
+        return log.getvalue()
+
+    def test_wrong_arguments(self):
+        for *arguments, word in (("--decoded", "0", "--decoded 0"), ("--decoded", "-3", "--decoded -3"),
+                                 ("--tokens", "300", "--decoded", "1000", "no prompt of --tokens 300"),
+                                 ("--tokens", "4096", "8", "--tokens 8"), ("--queries", "-4", "--queries -4"),
+                                 ("--seed", "-1", "--seed -1"), ("--models", "gpt", "no model gpt"),
+                                 ("--layers", "0", "99", "llama-a has layers 0 to 4"),
+                                 ("--build", self.directory.name, "no program")):
+            self.assertIn(word, self.refused(*arguments))
+        self.assertEqual(os.listdir(self.directory.name), [])
+
+    def test_without_numpy(self):
+        with unittest.mock.patch("importlib.util.find_spec", return_value=None):
+            self.assertIn("numpy", self.refused())
+
+    def test_a_directory_that_cannot_be_made(self):
+        path = os.path.join(self.directory.name, "file")
+        with open(path, "w", encoding="utf-8"):
+            pass
+        with unittest.mock.patch("importlib.util.find_spec"):
+            self.assertIn(path, self.refused(directory=path))
 
 
 if __name__ == "__main__":
