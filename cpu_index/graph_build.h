@@ -60,7 +60,7 @@ class GraphLinks {
 // of its part of a bisection.
 // InvalidArgument: no keys, options of 0, links below 4 or above 255, queries that are no whole
 // rows.
-// Cost: n * keys * head_dim for the queries' keys; see README.md for how long it takes.
+// Cost: n * keys * head_dim for the queries' keys; see perf/README.md for how long it takes.
 absl::StatusOr<GraphLinks> BuildGraph(const KvView& run, std::span<const float> queries,
                                       const GraphOptions& options);
 
