@@ -141,7 +141,7 @@ struct KeyRowTile {
   const uint16_t* row_scale;  // bf16
   const uint32_t* which;      // [count] rows to take
   uint32_t count;
-  uint32_t parts;
+  uint32_t parts;             // at most kMaxHeadDim / 64
   const uint16_t* part;       // [parts] where each begins in a row
   const uint8_t* from;        // [parts * 64]
   const uint8_t* shift;

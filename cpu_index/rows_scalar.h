@@ -11,10 +11,9 @@ namespace quarry::kernels {
 namespace {
 
 void ScoreKeyRowsScalar(const KeyRowTile& tile) {
-  constexpr uint32_t kMostCodes = 512;
   for (uint32_t r = 0; r < tile.count; ++r) {
     const uint8_t* const row = tile.rows + tile.which[r] * tile.stride;
-    uint8_t code[kMostCodes] = {};
+    uint8_t code[kMaxHeadDim] = {};
     for (uint32_t c = 0; c < tile.parts * 64; c += 8) {
       if (tile.mask[c] == 0) continue;
       uint64_t packed;
