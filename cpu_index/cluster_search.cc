@@ -282,7 +282,7 @@ void ClusterSearch::DecideTokens() {
 bool ClusterSearch::Scans(uint32_t query, const ErrorCut& cut) const {
   const ClusterQueries& q = *queries_;
   if (q.limits.depth != Depth::kAsNeeded) return false;
-  if (!q.trusted[query] || !std::isfinite(mass_[query])) return true;
+  if (q.limits.tolerance <= 0 || !q.trusted[query] || !std::isfinite(mass_[query])) return true;
   return cut.error > kMostOverdrawn * Allowed(query) && q.MostTokens(query) == ~0u;
 }
 
@@ -295,7 +295,6 @@ float ClusterSearch::Allowed(uint32_t query) const {
 ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) const {
   const ClusterQueries& q = *queries_;
   if (tokens.top == kNone) return {kAll, kAll, 0, 0};
-  if (q.limits.tolerance <= 0) return {kLeast, kLeast, 0, 0};
   ErrorCutInput in;
   in.tokens = tokens;
   in.token_doubt = q.model.token_doubt * q.unrest[query].token;

@@ -261,7 +261,7 @@ void Bench::StartDaemon() {
                                 "MiB\"\nrun_tokens = ", settings_.run_tokens,
                                 "\nfirst_run_token = ", kWindow.first,
                                 "\nexecutor_threads = ", settings_.executor_threads,
-                                "\n[index]\nthreads = ", settings_.index_threads,
+                                "\n[index]\nkind = \"clusters\"\nthreads = ", settings_.index_threads,
                                 "\nquery_samples = ", kTimesMoreSamples * settings_.samples, "\n");
   options.arguments = {"--metrics", "off"};
   client_ = nullptr;
