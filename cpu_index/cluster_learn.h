@@ -20,7 +20,8 @@ struct LearnedClusters {
 // scaled as scores are, may be empty. Later runs of the head are built with the same model by
 // ClusterIndex::Build.
 // InvalidArgument: no tokens, a head_dim that is no multiple of 16, queries that are no whole groups.
-// Cost: see README.md. One thread.
+// FailedPrecondition: as of ClusterIndex::Build; numbers that are too large or too small for a model.
+// Cost: perf/README.md. One thread.
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
                                               std::span<const float> queries,
                                               CodeReading reading = CodeReading::kAll,

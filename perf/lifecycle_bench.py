@@ -116,7 +116,7 @@ def parse(arguments):
                         help="tokens of a context; multiples of 256")
     parser.add_argument("--answers", type=int, default=300, help="that a cell needs at least")
     parser.add_argument("--per-context", type=int, default=60, help="conversations, and requests, at most")
-    parser.add_argument("--budget-error", nargs="*", type=float, default=[0.05],
+    parser.add_argument("--budget-error", nargs="*", type=float, default=[0.005],
                         help="tolerated, of the adaptive budget; each is a method; none: leave it out")
     parser.add_argument("--budget-k", nargs="*", type=int, default=[128],
                         help="of the fixed budget; each is a method; none: leave it out")

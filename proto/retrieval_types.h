@@ -20,9 +20,10 @@ struct Budget {
     kFixedK = 1,       // the k tokens of largest score
     kTopP = 2,         // the fewest tokens whose softmax mass over the range is >= mass, at most k if
                        // k > 0
-    kError = 3,        // the fewest tokens with which the answer's predicted relative error is <=
-                       // error; at most k are read one by one if k > 0. Where nothing is indexed,
-                       // all
+    kError = 3,        // the fewest tokens with which the answer's predicted relative error is
+                       // about error, and never above twice that; if k > 0 at most k are read one
+                       // by one for a query, whatever the error. Where nothing is indexed, or
+                       // estimates are worth nothing, all
     kDipr = 4,         // the tokens whose score is at least the range's largest less beta, at most k
                        // if k > 0
     kSoftmaxLift = 5,  // k tokens drawn by priority, weighing so that sums over them are unbiased

@@ -3,7 +3,7 @@ from lifecycle.cells import COUNTED, FULL, WANTED, Paired, tallies
 
 COLUMNS = (  # name, heading, width, format
     ("model", "model", -8, ""), ("length", "length", 7, ""), ("task", "task", 9, ""), ("mode", "mode", 9, ""),
-    ("turn", "turn", 5, ""), ("method", "method", 11, ""), ("n", "n", 5, ""), ("full", "full", 5, ""),
+    ("turn", "turn", 5, ""), ("method", "method", 13, ""), ("n", "n", 5, ""), ("full", "full", 5, ""),
     ("right", "right", 6, ""), ("ratio", "ratio", 7, ".3f"), ("lost", "lost", 5, ""), ("won", "won", 4, ""),
     ("chance", "chance", 8, ".2g"), ("tokens_attended", "attended", 9, ".0f"), ("mib_read", "MiB", 8, ".2f"),
     ("ms", "ms", 7, ".0f"), ("verdict", "verdict", 8, ""))

@@ -154,7 +154,7 @@ class RunTest(unittest.TestCase):
         self.assertEqual(status, 0, printed)
         self.check_rows(cells.read(self.out))
         for mode, turn in MODES:
-            self.assertRegex(printed, rf"llama-a +2048 +kv2 +{mode} +{turn} +error-0.05 +8 .* holds")
+            self.assertRegex(printed, rf"llama-a +2048 +kv2 +{mode} +{turn} +error-0.005 +8 .* holds")
         self.assertRegex(printed, r"\| llama-a \| 2048 \| kv2 \| 4\d/48 \| 4\d/48, ")
         self.check_full_attention()
         self.check_resumption()
@@ -163,7 +163,7 @@ class RunTest(unittest.TestCase):
         context, answers = rows[0], {row["method"]: row for row in rows[1:]}
         self.assertEqual([row["row"] for row in rows], ["context"] + 3 * ["answers"])
         self.assertEqual(context["indexes"], 3 * 5 * 2)  # runs, layers, KV heads
-        self.assertEqual(list(answers), ["full", "error-0.05", "k-128"])
+        self.assertEqual(list(answers), ["full", "error-0.005", "k-128"])
         for method, row in answers.items():
             self.assertEqual([(c["mode"], c["turn"]) for c in row["cells"]], MODES)
             for full, cell in zip(answers["full"]["cells"], row["cells"]):
@@ -197,7 +197,7 @@ class RunTest(unittest.TestCase):
         self.run_bench()
         rows = cells.read(self.out)
         self.assertEqual([row.get("method") for row in rows],
-                         [None, "full", "error-0.05", None, "k-128"])  # the last line was asked again
+                         [None, "full", "error-0.005", None, "k-128"])  # the last line was asked again
         with open(self.out, "rb") as file:
             before = file.read()
         self.assertTrue(before.startswith(whole[:whole.rfind(b"\n", 0, -1)]))
@@ -289,7 +289,7 @@ class VerdictTest(unittest.TestCase):
             for right, status in ((297, 0), (296, 1)):
                 file.seek(0)
                 file.truncate()
-                for row in (self.row("full", 300), self.row("error-0.05", right)):
+                for row in (self.row("full", 300), self.row("error-0.005", right)):
                     file.write(json.dumps(row) + "\n")
                 file.flush()
                 with contextlib.redirect_stdout(io.StringIO()):
