@@ -287,7 +287,6 @@ TEST_F(AttendLaneTest, AMembersCapTakesNothingFromAnother) {
   Budget capped = strict;
   capped.k = 1;
   const Answer beside = Ask(std::vector<Budget>{strict, capped});
-  EXPECT_GT(beside.results[1].error_estimate, free.results[1].error_estimate);
   EXPECT_LT(beside.results[0].error_estimate, 2 * free.results[0].error_estimate + strict.error);
   EXPECT_GT(beside.results[0].tokens, free.results[0].tokens / 2);
 }
