@@ -5,21 +5,19 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "proto/head_dim.h"
+
 namespace quarry::kernels {
 
 // Element types of K and V; the values of DType.
 inline constexpr uint8_t kBf16 = 1, kFp16 = 2, kFp32 = 3;
-
-// The longest keys that are scored and attended; values of any length are accumulated, as other
-// rows of numbers are too.
-inline constexpr uint32_t kMaxHeadDim = 512;
 
 // Scores of a tile: out[i * ld_out + t] = q_i . k_t * scale, clamped to finite floats.
 struct ScoreTile {
   const float* q;          // [queries][head_dim]
   const uint16_t* q_bf16;  // the same queries, if they are exactly bf16; else null
   uint32_t queries;
-  uint32_t head_dim;  // a multiple of 16, at most kMaxHeadDim
+  uint32_t head_dim;  // IsHeadDim
   const void* k;      // [tokens][head_dim] of dtype
   uint32_t tokens;
   uint8_t dtype;

@@ -14,7 +14,7 @@
 namespace quarry {
 namespace {
 
-constexpr uint32_t kMostBits = 8, kMostCoordinates = kernels::kMaxHeadDim;
+constexpr uint32_t kMostBits = 8, kMostCoordinates = kMaxHeadDim;
 // Uniform quantisers of a normal distribution with the least mean square error: their steps in
 // standard deviations, and that error by the variance, for 0 to 8 bits.
 constexpr float kStep[] = {0, 1.596f, 0.9957f, 0.586f, 0.3352f, 0.1881f, 0.1041f, 0.0569f, 0.0308f};

@@ -56,7 +56,7 @@ TEST(ClusterIndexTest, EverythingRefinedIsExactAndEachTokenCountsOnce) {
 }
 
 TEST(ClusterIndexTest, TheLongestHeadsCanBeLearnedAndSearched) {
-  const ClusterHead head(700, kernels::kMaxHeadDim, 2);
+  const ClusterHead head(700, kMaxHeadDim, 2);
   ClusterRuns run(head, {400, 700});
   run.Learn();
   const std::vector<TokenRange> ranges(4, head.all());

@@ -41,7 +41,7 @@ std::vector<Case> Cases() {
     cases.push_back({DType::kBf16, DType::kBf16, 128, q, 37, 0});
   }
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
-    cases.push_back({dtype, DType::kBf16, kernels::kMaxHeadDim, 17, 19, 2});
+    cases.push_back({dtype, DType::kBf16, kMaxHeadDim, 17, 19, 2});
   }
   return cases;
 }
