@@ -45,6 +45,13 @@ void ClusterPart::Attend(std::span<const ErrorCut> cuts, std::span<const float> 
     estimated_[i].acc = std::span(acc_).subspan(floats + at, q_.block.head_dim);
     estimated_[i].max = found_[i].max;
   }
+  if (std::find(scanned.begin(), scanned.end(), false) != scanned.end())
+    Estimate(cuts, least, scanned);
+  if (std::find(scanned.begin(), scanned.end(), true) != scanned.end()) Scan(scanned);
+}
+
+void ClusterPart::Estimate(std::span<const ErrorCut> cuts, std::span<const float> least,
+                           const std::vector<bool>& scanned) {
   TakeTokens(cuts);
   const std::vector<uint32_t> exact = SplitExact(cuts);
   CountRead(exact);
@@ -54,11 +61,9 @@ void ClusterPart::Attend(std::span<const ErrorCut> cuts, std::span<const float> 
     // All of it may be too little for a float beside what codes took for the most.
     if (!(estimated.sum > 0)) estimated.max = kNone;
   }
-  Scan(scanned);
 }
 
 void ClusterPart::Scan(const std::vector<bool>& scanned) {
-  if (std::find(scanned.begin(), scanned.end(), true) == scanned.end()) return;
   scanned_ = true;
   std::vector<TokenRange> ranges(count_);
   QueryBlock block = q_.block;

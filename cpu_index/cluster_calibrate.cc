@@ -335,9 +335,9 @@ std::vector<float> SpreadQueries(std::span<const float> queries, uint32_t row, u
 
 void CalibrateClusters(std::span<const KvView> runs,
                        std::span<const std::unique_ptr<ClusterIndex>> indexes,
-                       std::span<const float> queries, uint32_t group, CodeReading reading,
+                       std::span<const float> queries, const ClusterChoice& choice,
                        ClusterModel* model) {
-  model->open_all = reading == CodeReading::kAll;
+  model->open_all = choice.codes == CodeReading::kAll;
   std::vector<const KvView*> views, some_views;
   std::vector<const ClusterIndex*> all, some;
   for (size_t r = 0; r < runs.size(); ++r) {
@@ -350,7 +350,7 @@ void CalibrateClusters(std::span<const KvView> runs,
     some_views.push_back(views[(2 * i + 1) * runs.size() / (2 * taken)]);
     some.push_back(all[(2 * i + 1) * runs.size() / (2 * taken)]);
   }
-  const uint32_t d = model->head_dim();
+  const uint32_t d = model->head_dim(), group = choice.group;
   model->learned_queries = static_cast<uint32_t>(queries.size() / d);
   if (model->learned_queries == 0) return;
   const uint32_t positions = std::max(kToldQueries / group, kToldPositions);
@@ -363,7 +363,7 @@ void CalibrateClusters(std::span<const KvView> runs,
   model->leaf_doubt =
       GroupDoubt(sampled, ClusterLimits::Depth::kLeaves, unrest, &ClusterModel::Unrest::leaf);
   CalibrateTokens(Sampled(some_views, some, SpreadQueries(queries, d, kTokenQueries)), model);
-  if (reading == CodeReading::kLearned) ChooseDepth(sampled, model);
+  if (choice.codes == CodeReading::kLearned) ChooseDepth(sampled, model);
   ScaleDoubts(sampled, group, model);
 }
 

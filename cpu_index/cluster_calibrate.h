@@ -21,13 +21,19 @@ enum class CodeReading {
   kLearned,
 };
 
+struct ClusterChoice {
+  CodeReading codes = CodeReading::kAll;
+  uint32_t group = 1;  // queries of one position, which will be searched at once
+  // Whether searches attend exactly where estimates are expected to take longer.
+  bool scan_if_faster = true;
+};
+
 // Sets the model's doubts, and whether every code is read, by what searches of the indexes, which
-// have this model, miss of the exact answers to sampled queries (scaled as scores are). group: how
-// many of them are of one position, and will be searched at once. Without queries doubts stay guesses.
-// Nobody else may use the model meanwhile.
+// have this model, miss of the exact answers to sampled queries (scaled as scores are). Without
+// queries doubts stay guesses. Nobody else may use the model meanwhile.
 void CalibrateClusters(std::span<const KvView> runs,
                        std::span<const std::unique_ptr<ClusterIndex>> indexes,
-                       std::span<const float> queries, uint32_t group, CodeReading reading,
+                       std::span<const float> queries, const ClusterChoice& choice,
                        ClusterModel* model);
 
 }  // namespace quarry

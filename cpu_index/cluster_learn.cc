@@ -321,8 +321,9 @@ absl::Status LearnBasis(std::span<const KvView> runs, std::span<const float> que
 }  // namespace
 
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
-                                              std::span<const float> sampled, CodeReading reading,
-                                              uint32_t group) {
+                                              std::span<const float> sampled,
+                                              const ClusterChoice& choice) {
+  const uint32_t group = choice.group;
   for (const KvView& run : runs) {
     if (!run.tokens().empty() && run.head_dim == runs.front().head_dim && run.head_dim % 16 == 0) {
       continue;
@@ -365,7 +366,8 @@ absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
     QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<ClusterIndex> index, ClusterIndex::Build(run, model));
     out.indexes.push_back(std::move(index));
   }
-  CalibrateClusters(runs, out.indexes, queries, group, reading, model.get());
+  CalibrateClusters(runs, out.indexes, queries, choice, model.get());
+  model->scan_if_faster = choice.scan_if_faster;
   QUARRY_RETURN_IF_ERROR(model->Check());
   out.model = std::move(model);
   return out;

@@ -24,7 +24,6 @@ struct LearnedClusters {
 // Cost: perf/README.md. One thread.
 absl::StatusOr<LearnedClusters> LearnClusters(std::span<const KvView> runs,
                                               std::span<const float> queries,
-                                              CodeReading reading = CodeReading::kAll,
-                                              uint32_t group = 1);
+                                              const ClusterChoice& choice = {});
 
 }  // namespace quarry

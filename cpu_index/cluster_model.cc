@@ -14,6 +14,7 @@ namespace {
 
 constexpr uint32_t kWidth = KeyCodes::kCoordinates;
 // Of what one doubt may be; learned ones lie between 1e-4 and 20.
+constexpr uint32_t kOpenAll = 1, kScanIfFaster = 2;
 constexpr float kLeastDoubt = 1e-6f, kMostDoubt = 1e3f;
 constexpr float kMostCodeVariance = 4;
 // How much larger a query's variance may be than any sampled one's. Queries of heads that drift
@@ -158,7 +159,8 @@ void ClusterModel::Write(IndexWriter* out) const {
                        log_length, largest_variance}) {
     out->Put(number);
   }
-  for (uint32_t number : {open_all ? 1u : 0u, learned_queries, learned_tokens}) out->Put(number);
+  const uint32_t flags = (open_all ? kOpenAll : 0) | (scan_if_faster ? kScanIfFaster : 0);
+  for (uint32_t number : {flags, learned_queries, learned_tokens}) out->Put(number);
 }
 
 absl::Status ClusterModel::Check() const {
@@ -204,14 +206,15 @@ absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
     return absl::DataLossError(
         absl::StrCat("clusters: a largest variance of ", m.largest_variance));
   }
-  uint32_t open_all = 0;
-  for (uint32_t* number : {&open_all, &m.learned_queries, &m.learned_tokens}) {
+  uint32_t flags = 0;
+  for (uint32_t* number : {&flags, &m.learned_queries, &m.learned_tokens}) {
     QUARRY_RETURN_IF_ERROR(in->Get(number));
   }
-  if (open_all > 1) {
-    return absl::DataLossError(absl::StrCat("clusters: how codes are read is ", open_all));
+  if ((flags & ~(kOpenAll | kScanIfFaster)) != 0) {
+    return absl::DataLossError(absl::StrCat("clusters: flags ", flags));
   }
-  m.open_all = open_all == 1;
+  m.open_all = (flags & kOpenAll) != 0;
+  m.scan_if_faster = (flags & kScanIfFaster) != 0;
   return m;
 }
 

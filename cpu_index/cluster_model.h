@@ -57,6 +57,9 @@ struct ClusterModel {
   float log_length = 0;  // of a typical answer
   // Whether every code is read, as heads need whose mass lies on single tokens that groups hide.
   bool open_all = false;
+  // Whether searches attend exactly where estimates are expected to take longer; not while it is
+  // calibrated.
+  bool scan_if_faster = false;
   // The largest variance that a sampled query's scores have over the keys; infinite: not known.
   // Nothing learned tells what estimates are worth for queries that go much further.
   float largest_variance = std::numeric_limits<float>::infinity();

@@ -182,6 +182,8 @@ class ClusterPart {
   void CountRead(std::span<const uint32_t> exact);
   void ListTokens(std::span<const uint32_t> entries, std::vector<uint32_t>* out) const;
   void AttendExactly(std::span<const uint32_t> entries, const std::vector<bool>& scanned);
+  void Estimate(std::span<const ErrorCut> cuts, std::span<const float> least,
+                const std::vector<bool>& scanned);
   void Scan(const std::vector<bool>& scanned);
   void AddValues(std::span<const float> least);
   void AddTokenValues(std::span<float> sums);

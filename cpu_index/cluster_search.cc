@@ -38,16 +38,26 @@ constexpr uint32_t kBestExact = 64;
 // A query whose predicted error would be more than so many times what is tolerated is attended
 // exactly.
 constexpr float kMostOverdrawn = 2;
+// What reading all codes takes, and what every row takes, that any query of a block reads, by the
+// time of an exact scan of as many tokens. Of heads of 64 to 128 dimensions, one to four queries a
+// KV head, out of memory: 0.37 to 0.44, and 2.3 to 3.0. More is counted, for more rows than
+// expected may turn out to be needed.
+constexpr float kCodesTime = 0.50f, kRowTime = 3.2f;
+// Of what the other queries of a block read, what the one that reads most does not: where half of
+// all tokens are read, about as much as if they had a quarter of it in common.
+constexpr float kUnshared = 0.25f;
 // Leaves of less than this share of the tolerated error, by the root of their number, stand for their
 // super.
 constexpr float kNegligible = 0.05f, kLeastNegligible = 1e-3f;
 
-// The score that about `count` of all tokens have at least by their codes, if those of a leaf lie
-// around its centre with this deviation as in a normal distribution.
-float BestByCodes(const ScoreHistogram& centres, float deviation, float count) {
+constexpr ErrorCut kNothing{.refine = kAll, .exact = kAll};
+
+// What tokens score by their codes, if those of a leaf lie around its centre with this deviation as
+// in a normal distribution.
+ScoreHistogram TokensAround(const ScoreHistogram& centres, float deviation) {
   constexpr int kBins = ScoreHistogram::kBins, kReach = 96;  // bins
-  const uint64_t leaves = std::accumulate(centres.count.begin(), centres.count.end(), uint64_t{0});
-  if (static_cast<float>(leaves * kLeafRows) <= count) return kLeast;
+  ScoreHistogram tokens;
+  if (centres.top == kNone) return tokens;
   const float width = ScoreHistogram::kPerNat * deviation + 0.5f;
   // Of a leaf's tokens those that lie so many bins below its centre's; past kReach none.
   float spread[2 * kReach + 1];
@@ -56,16 +66,26 @@ float BestByCodes(const ScoreHistogram& centres, float deviation, float count) {
     const float x = static_cast<float>(b - reach) / width;
     spread[b] = 0.3989f * kLeafRows / width * std::exp(-0.5f * x * x);
   }
-  float tokens[kBins + 2 * kReach] = {}, above = 0;  // from `reach` bins above the top
-  int b = 0;
-  for (; b < kBins - 1 && above < count; ++b) {
+  tokens.top = centres.top + static_cast<float>(reach) / ScoreHistogram::kPerNat;
+  float count[kBins + 2 * kReach] = {}, left = 0;
+  for (int b = 0; b < kBins - 1; ++b) {
     for (int j = 0; j <= 2 * reach; ++j) {
-      tokens[b + j] += static_cast<float>(centres.count[b]) * spread[j];
+      count[b + j] += static_cast<float>(centres.count[b]) * spread[j];
     }
-    above += tokens[b];  // the bins below are not complete yet
+    left += count[b];
+    tokens.count[b] = static_cast<uint32_t>(left);
+    left -= static_cast<float>(tokens.count[b]);
   }
-  if (centres.top == kNone) return kLeast;
-  return centres.top + static_cast<float>(reach - b) / ScoreHistogram::kPerNat;
+  return tokens;
+}
+
+// The score that about `count` of them have at least.
+float BestOf(const ScoreHistogram& tokens, uint32_t count) {
+  constexpr int kSeen = ScoreHistogram::kBins - 1;
+  uint64_t above = 0;
+  int b = 0;
+  while (b < kSeen && above < count) above += tokens.count[b++];
+  return above == 0 ? kLeast : tokens.Below(b);
 }
 
 // out [queries][dims] += weight[i] * slope * query i
@@ -102,7 +122,7 @@ ClusterQueries::ClusterQueries(const ClusterModel& head, const QueryBlock& queri
       block(queries),
       limits(limited),
       tolerance(limited.tolerance / head.caution),
-      every_code(head.open_all && limited.depth == Depth::kAsNeeded && !limited.Everything()) {
+      every_code(head.open_all && limited.depth == Depth::kAsNeeded) {
   const uint32_t d = block.head_dim;
   coordinates.resize(size_t{count()} * d);
   std::vector<float> mean_score(count());
@@ -151,17 +171,34 @@ float ClusterQueries::Elsewhere(uint32_t query) const {
 
 ClusterSearch::ClusterSearch(std::span<const ClusterRun> runs, const QueryBlock& queries,
                              const ClusterLimits& limits, uint32_t parts)
-    : queries_(std::make_unique<const ClusterQueries>(*runs.front().index->model(), queries, limits)),
-      top_(queries.queries) {
-  uint64_t tokens = 0, all = 0;
-  for (const ClusterRun& run : runs) all += run.index->tokens();
+    : queries_(
+          std::make_unique<const ClusterQueries>(*runs.front().index->model(), queries, limits)),
+      cuts_(queries.queries, kNothing),
+      scanned_(queries.queries),
+      top_(queries.queries),
+      closed_(queries.queries),
+      mass_(queries.queries) {
+  for (const ClusterRun& run : runs) tokens_ += run.index->tokens();
+  uint64_t tokens = 0;
   for (size_t lo = 0, hi = 0; lo < runs.size(); lo = hi) {
     do {
       tokens += runs[hi++].index->tokens();
-    } while (hi < runs.size() && tokens * parts < all * (parts_.size() + 1));
+    } while (hi < runs.size() && tokens * parts < tokens_ * (parts_.size() + 1));
     parts_.push_back(std::make_unique<ClusterPart>(runs.subspan(lo, hi - lo), *queries_));
-    parts_.back()->ScoreSupers();  // little work: not worth a stage of its own
   }
+  for (uint32_t i = 0; i < queries.queries; ++i) {
+    uint64_t seen = 0;
+    for (const ClusterRun& run : runs) seen += Intersect(run.view->tokens(), run.ranges[i]).size();
+    seen_ = std::max(seen_, seen);
+    const bool needed = limits.depth == Depth::kAsNeeded;
+    scanned_[i] = needed && (limits.tolerance <= 0 || !queries_->trusted[i]);
+  }
+  ScanIfFaster(std::vector<uint64_t>(queries.queries));
+  if (ScansAll()) {
+    stage_ = Stage::kAttend;
+    return;
+  }
+  for (const auto& part : parts_) part->ScoreSupers();  // little work: not worth a stage of its own
   DecideSupers();
 }
 
@@ -182,7 +219,7 @@ bool ClusterSearch::Next() {
   switch (stage_) {
     case Stage::kLeaves:
       DecideLeaves();
-      stage_ = Stage::kTokens;
+      stage_ = ScansAll() ? Stage::kAttend : Stage::kTokens;
       return true;
     case Stage::kTokens:
       DecideTokens();
@@ -227,40 +264,87 @@ float ClusterSearch::OpenedFrom(uint32_t query, float share, float tokens, float
   return std::max(kLeast, OpenFrom(Together(query, &ClusterFindings::weights), allowed));
 }
 
+bool ClusterSearch::ScansAll() const {
+  return std::find(scanned_.begin(), scanned_.end(), false) == scanned_.end();
+}
+
+// rows: [queries] how many each query reads, or is about to.
+void ClusterSearch::ScanIfFaster(std::span<const uint64_t> rows) {
+  const ClusterQueries& q = *queries_;
+  if (q.limits.depth != Depth::kAsNeeded || !q.model.scan_if_faster) return;
+  uint64_t most = 0, sum = 0;
+  uint32_t scanned = 0;
+  for (uint32_t i = 0; i < q.count(); ++i) {
+    scanned += scanned_[i] ? 1 : 0;
+    if (scanned_[i] || q.MostTokens(i) != ~0u) continue;
+    most = std::max(most, rows[i]);
+    sum += rows[i];
+  }
+  const float read = static_cast<float>(most) + kUnshared * static_cast<float>(sum - most);
+  const bool codes = q.every_code && stage_ == Stage::kLeaves;  // are still to be read
+  const float search = kRowTime * read + (codes ? kCodesTime * static_cast<float>(tokens_) : 0);
+  // Keys and values of those that are scanned anyway are there for the others.
+  const float others = static_cast<float>(q.count() - scanned) / static_cast<float>(q.count());
+  if (search <= others * static_cast<float>(seen_)) return;
+  for (uint32_t i = 0; i < q.count(); ++i) {
+    if (q.MostTokens(i) != ~0u) continue;
+    scanned_[i] = true;
+    cuts_[i] = kNothing;
+  }
+}
+
 void ClusterSearch::DecideSupers() {
   const ClusterQueries& q = *queries_;
-  const bool all = q.limits.depth != Depth::kAsNeeded || q.limits.Everything() || q.every_code;
+  const bool all = q.limits.depth != Depth::kAsNeeded || q.every_code;
   for (uint32_t i = 0; i < q.count(); ++i) {
-    super_floors_.push_back(all ? kLeast
-                                : OpenedFrom(i, kSuperShare, kLogSuper,
-                                             q.model.super_doubt * q.unrest[i].super));
+    super_floors_.push_back(all           ? kLeast
+                            : scanned_[i] ? kAll
+                                          : OpenedFrom(i, kSuperShare, kLogSuper,
+                                                       q.model.super_doubt * q.unrest[i].super));
   }
 }
 
 void ClusterSearch::DecideLeaves() {
   const ClusterQueries& q = *queries_;
-  const bool needed = q.limits.depth == Depth::kAsNeeded && !q.limits.Everything();
+  std::vector<ScoreHistogram> expected(q.count());
+  std::vector<uint64_t> rows(q.count());
+  for (uint32_t i = 0; i < q.count() && q.every_code; ++i) {
+    const float variance = q.model.leaf.variance * q.leaf_breadth[i] - q.code_variance[i];
+    expected[i] =
+        TokensAround(Together(i, &ClusterFindings::centres), std::sqrt(std::max(variance, 0.0f)));
+    // Scores of tokens count in what codes miss.
+    expected[i].top += 0.5f * q.code_variance[i];
+    top_[i] = expected[i].top;
+    mass_[i] = std::exp(Mass(i, &ClusterFindings::mass) - top_[i]);
+    rows[i] = CutOf(i, expected[i]).tokens;
+  }
+  if (q.every_code) ScanIfFaster(rows);
   floors_ = std::make_unique<TokenFloors>();
   for (uint32_t i = 0; i < q.count(); ++i) {
-    floors_->leaf.push_back(needed ? OpenedFrom(i, kLeafShare, kLogLeaf,
-                                                q.model.leaf_doubt * q.unrest[i].leaf)
-                            : q.limits.Everything() ? kLeast
-                                                    : kAll);
+    floors_->leaf.push_back(LeafFloor(i));
     if (!q.every_code) continue;
-    const float variance = q.model.leaf.variance * q.leaf_breadth[i] - q.code_variance[i];
-    const float best = BestByCodes(Together(i, &ClusterFindings::centres),
-                                   std::sqrt(std::max(variance, 0.0f)), kRankedTokens);
     // By a lower bound of the mass: estimates from spread are least true of such heads.
     const float mass = Mass(i, &ClusterFindings::centre_mass);
-    floors_->known.push_back(mass + std::log(q.tolerance * kOutlierShare));
-    floors_->outlier.push_back(std::min(floors_->known.back(), best));
-    // Scores of tokens count in what codes miss.
-    floors_->ranked.push_back(best + 0.5f * q.code_variance[i]);
+    const float known = mass + std::log(q.tolerance * kOutlierShare);
+    const float best = BestOf(expected[i], kRankedTokens);
+    floors_->known.push_back(scanned_[i] ? kAll : known);
+    floors_->outlier.push_back(scanned_[i] ? kAll
+                                           : std::min(known, best - 0.5f * q.code_variance[i]));
+    floors_->ranked.push_back(scanned_[i] ? kAll : best);
   }
+}
+
+float ClusterSearch::LeafFloor(uint32_t query) const {
+  const ClusterQueries& q = *queries_;
+  if (scanned_[query]) return kAll;
+  if (q.limits.depth >= Depth::kCodes) return kLeast;
+  if (q.limits.depth != Depth::kAsNeeded) return kAll;
+  return OpenedFrom(query, kLeafShare, kLogLeaf, q.model.leaf_doubt * q.unrest[query].leaf);
 }
 
 void ClusterSearch::DecideTokens() {
   const ClusterQueries& q = *queries_;
+  std::vector<uint64_t> rows(q.count());
   for (const auto& part : parts_) leaves_ += part->leaf_row();
   for (uint32_t i = 0; i < q.count(); ++i) {
     ScoreHistogram tokens;
@@ -268,22 +352,22 @@ void ClusterSearch::DecideTokens() {
     tokens.top = std::ceil(tokens.top * ScoreHistogram::kPerNat) / ScoreHistogram::kPerNat;
     tokens.Add(Together(i, &ClusterFindings::weights));
     top_[i] = tokens.top;
-    closed_.push_back(
-        Sum(i, &ClusterFindings::by_leaf) * q.model.leaf_doubt * q.unrest[i].leaf +
-        Sum(i, &ClusterFindings::by_super) * q.model.super_doubt * q.unrest[i].super);
-    mass_.push_back(Sum(i, &ClusterFindings::by_code) + Sum(i, &ClusterFindings::by_leaf) +
-                    Sum(i, &ClusterFindings::by_super));
-    cuts_.push_back(q.limits.depth == Depth::kAsNeeded ? CutOf(i, tokens) : ForcedCut(i));
-    scanned_.push_back(Scans(i, cuts_.back()));
-    if (scanned_.back()) cuts_.back() = {kAll, kAll, 0, 0};
+    closed_[i] = Sum(i, &ClusterFindings::by_leaf) * q.model.leaf_doubt * q.unrest[i].leaf +
+                 Sum(i, &ClusterFindings::by_super) * q.model.super_doubt * q.unrest[i].super;
+    mass_[i] = Sum(i, &ClusterFindings::by_code) + Sum(i, &ClusterFindings::by_leaf) +
+               Sum(i, &ClusterFindings::by_super);
+    if (scanned_[i]) continue;
+    if (q.limits.depth != Depth::kAsNeeded) {
+      cuts_[i] = ForcedCut(i);
+      continue;
+    }
+    cuts_[i] = CutOf(i, tokens);
+    rows[i] = cuts_[i].tokens;
+    scanned_[i] = !std::isfinite(mass_[i]) ||
+                  (cuts_[i].error > kMostOverdrawn * Allowed(i) && q.MostTokens(i) == ~0u);
+    if (scanned_[i]) cuts_[i] = kNothing;
   }
-}
-
-bool ClusterSearch::Scans(uint32_t query, const ErrorCut& cut) const {
-  const ClusterQueries& q = *queries_;
-  if (q.limits.depth != Depth::kAsNeeded) return false;
-  if (q.limits.tolerance <= 0 || !q.trusted[query] || !std::isfinite(mass_[query])) return true;
-  return cut.error > kMostOverdrawn * Allowed(query) && q.MostTokens(query) == ~0u;
+  ScanIfFaster(rows);
 }
 
 // By e^top_.
@@ -294,7 +378,7 @@ float ClusterSearch::Allowed(uint32_t query) const {
 
 ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) const {
   const ClusterQueries& q = *queries_;
-  if (tokens.top == kNone) return {kAll, kAll, 0, 0};
+  if (tokens.top == kNone) return kNothing;
   ErrorCutInput in;
   in.tokens = tokens;
   in.token_doubt = q.model.token_doubt * q.unrest[query].token;
@@ -315,14 +399,14 @@ ErrorCut ClusterSearch::ForcedCut(uint32_t query) const {
     const std::span<const float> some = part->TokenScores(query);
     scores.insert(scores.end(), some.begin(), some.end());
   }
-  if (limits.best_tokens == 0 || scores.empty()) return {kAll, kAll, 0, 0};
+  if (limits.best_tokens == 0 || scores.empty()) return kNothing;
   float least = kLeast;
   if (limits.best_tokens < scores.size()) {
     const auto last = scores.begin() + (limits.best_tokens - 1);
     std::nth_element(scores.begin(), last, scores.end(), std::greater<>());
     least = std::max(kLeast, *last);
   }
-  return {least, limits.depth == Depth::kExact ? least : kAll, 0, 0};
+  return {.refine = least, .exact = limits.depth == Depth::kExact ? least : kAll};
 }
 
 void ClusterSearch::Attend(uint32_t part) {
@@ -376,7 +460,9 @@ void ClusterSearch::Finish(std::span<Partial> acc, std::vector<uint32_t>* refine
       const bool none = estimated[i].max == kNone;
       weights.push_back(none ? 0 : Sum(i, weight) * std::exp(top_[i] - estimated[i].max));
     }
-    AddSlope(slope, q.block, weights, estimated);
+    if (std::any_of(weights.begin(), weights.end(), [](float w) { return w != 0; })) {
+      AddSlope(slope, q.block, weights, estimated);
+    }
   };
   add_slope(q.model.token_slope, &ClusterFindings::by_code);
   add_slope(q.model.leaf.slope, &ClusterFindings::by_leaf);

@@ -27,7 +27,8 @@ struct ClusterRun {
 // How far a search goes. A query's answer is estimated where it is not read; its predicted error
 // (Partial::doubt) is to be at most `tolerance` of the length of what the answer is merged with,
 // the answer itself included. A query is attended exactly, whatever it may read, if it is unlike
-// all that were sampled, or if its error cannot be brought near to what is tolerated.
+// all that were sampled, or if its error cannot be brought near to what is tolerated; with
+// ClusterModel::scan_if_faster all are where that should take less time.
 struct ClusterLimits {
   float tolerance = 0;         // 0: every token's key and value are read
   // [queries] how many tokens are read one by one for each; empty: any number. A query may be
@@ -41,11 +42,6 @@ struct ClusterLimits {
   enum class Depth { kAsNeeded, kSupers, kLeaves, kCodes, kRows, kExact };
   Depth depth = Depth::kAsNeeded;
   uint32_t best_tokens = 0;
-
-  // Whether it is known beforehand that all tokens are looked at, whatever their groups weigh.
-  bool Everything() const {
-    return depth == Depth::kAsNeeded ? tolerance <= 0 : depth >= Depth::kCodes;
-  }
 };
 
 // Attention of every query over the tokens that it sees of `runs`, all of one model, in stages whose
@@ -81,11 +77,13 @@ class ClusterSearch {
   ScoreHistogram Together(uint32_t query, ScoreHistogram ClusterFindings::* scores) const;
   float Sum(uint32_t query, float ClusterFindings::* weight, int power = 1) const;
   float OpenedFrom(uint32_t query, float share, float tokens, float doubt) const;
+  bool ScansAll() const;
+  void ScanIfFaster(std::span<const uint64_t> rows);
   void DecideSupers();
   void DecideLeaves();
+  float LeafFloor(uint32_t query) const;
   void DecideTokens();
   float Allowed(uint32_t query) const;
-  bool Scans(uint32_t query, const ErrorCut& cut) const;
   ErrorCut CutOf(uint32_t query, const ScoreHistogram& tokens) const;
   ErrorCut ForcedCut(uint32_t query) const;
   void Attend(uint32_t part);
@@ -93,14 +91,15 @@ class ClusterSearch {
 
   const std::unique_ptr<const ClusterQueries> queries_;
   std::vector<std::unique_ptr<ClusterPart>> parts_;
+  uint64_t tokens_ = 0, seen_ = 0;  // of all runs, and of these what a query sees that sees most
   Stage stage_ = Stage::kLeaves;
   // What was decided, by query.
   std::vector<float> super_floors_;
   std::unique_ptr<TokenFloors> floors_;
   std::vector<ErrorCut> cuts_;
   std::vector<bool> scanned_;  // attended exactly
-  // Once tokens are scored: near their largest score; by e^top_, the error that closed groups may
-  // make, and what all that is estimated weighs.
+  // Expected once leaves are scored, known once tokens are: near their largest score; by e^top_,
+  // the error that closed groups may make, and what all that is estimated weighs.
   std::vector<float> top_, closed_, mass_;
   size_t leaves_ = 0;  // that were scored
 };

@@ -102,7 +102,7 @@ ErrorCut FindErrorCut(const ErrorCutInput& in) {
   }
   return {in.tokens.Below(cut), in.tokens.Below(exact),
           static_cast<float>(std::sqrt(std::max(0.0, squares + refined) + common * common)),
-          static_cast<float>(common)};
+          static_cast<float>(common), tokens};
 }
 
 float OpenFrom(const ScoreHistogram& weights, float allowed) {

@@ -45,8 +45,10 @@ struct ErrorCutInput {
 // single tokens as independent, the common parts and the groups' as one.
 struct ErrorCut {
   float refine, exact;
-  float error;     // that is left
-  float together;  // of that, what adds up: the root of their squares' difference is independent
+  float error = 0;  // that is left
+  float together =
+      0;  // of that, what adds up: the root of their squares' difference is independent
+  uint64_t tokens = 0;  // that are read by their rows or exactly
 };
 ErrorCut FindErrorCut(const ErrorCutInput& in);
 

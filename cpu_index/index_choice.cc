@@ -55,7 +55,10 @@ absl::StatusOr<std::vector<MadeIndex>> MakeIndexes(const IndexChoice& choice,
   }
   if (clustered.empty()) return out;
   QUARRY_ASSIGN_OR_RETURN(LearnedClusters learned,
-                          LearnClusters(clustered, queries, choice.codes, choice.group));
+                          LearnClusters(clustered, queries,
+                                        {.codes = choice.codes,
+                                         .group = choice.group,
+                                         .scan_if_faster = choice.kind == IndexKind::kAuto}));
   for (size_t i = 0; i < places.size(); ++i) {
     const uint64_t bytes =
         learned.indexes[i]->memory_bytes() + (i == 0 ? learned.model->memory_bytes() : 0);

@@ -13,8 +13,8 @@
 namespace quarry {
 
 enum class IndexKind {
-  kAuto,      // the exact scan for short runs, else clusters
-  kExact,     // none
+  kAuto,   // the exact scan for short runs, else clusters that attend exactly where that is faster
+  kExact,  // none
   kCodes,
   kClusters,
   kGraph,

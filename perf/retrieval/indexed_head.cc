@@ -111,7 +111,7 @@ void HeadAnswer::AnswerWithin(const IndexedHead& head, const QueryBlock& queries
   limits.tolerance = error;
   limits.other_length = other;
   refined_.clear();
-  SearchClusters(runs, queries, limits, partials_, &refined_);
+  SearchClusters(runs, queries, limits, partials_, lists_ ? &refined_ : nullptr);
 }
 
 void HeadAnswer::Answer(const IndexedHead& head, const QueryBlock& queries,

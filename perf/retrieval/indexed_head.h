@@ -48,6 +48,9 @@ class IndexedHead {
 // Keeps its buffers from one answer to the next. For one thread.
 class HeadAnswer {
  public:
+  // lists: for Attended; an answer that is timed does without.
+  explicit HeadAnswer(bool lists = true) : lists_(lists) {}
+
   // queries.ranges bound the units' tokens. Overwrites the last answer.
   // elsewhere: [queries] as ClusterLimits::other_length, of the window.
   void Answer(const IndexedHead& head, const QueryBlock& queries,
@@ -57,7 +60,7 @@ class HeadAnswer {
   uint64_t bytes() const;                                          // of all queries together
   // Under budgets that drop what they do not attend: the share of the mass that they do not.
   double lost_mass(uint32_t query) const { return lost_mass_[query]; }
-  // The tokens that the query attended, exactly or by their rows.
+  // The tokens that the query attended, exactly or by their rows. Needs lists.
   std::vector<uint32_t> Attended(const IndexedHead& head, const QueryBlock& queries,
                                  uint32_t query) const;
 
@@ -66,6 +69,7 @@ class HeadAnswer {
   void AnswerWithin(const IndexedHead& head, const QueryBlock& queries,
                     std::span<const float> elsewhere, float error);
 
+  const bool lists_;
   bool whole_ = false;  // units of tokens were attended without scores
   bool searched_ = false;  // clusters were
   std::vector<uint32_t> refined_;          // of clusters, by any query

@@ -50,7 +50,8 @@ IndexSpec CodeScanSpec(std::string name, bool aware) {
 
 IndexSpec ClusterSpec(std::string name, CodeReading reading) {
   IndexSpec spec =
-      Own(std::move(name), {.kind = IndexKind::kClusters, .codes = reading}, /*aware=*/true);
+      Own(std::move(name), {.kind = IndexKind::kAuto, .codes = reading, .min_run_tokens = 0},
+          /*aware=*/true);
   for (const float error : {0.1f, 0.05f, 0.03f, 0.02f, 0.01f}) {
     SearchSpec search;
     search.budget.kind = Budget::Kind::kError;

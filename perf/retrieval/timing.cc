@@ -14,7 +14,7 @@ TraceBench::Times TraceBench::Time(const Heads& heads, const Budget& budget,
   std::vector<float> sinks(threads);
   std::barrier together(threads);
   const auto work = [&](uint32_t thread) {
-    HeadAnswer answer;
+    HeadAnswer answer(/*lists=*/false);
     for (uint32_t round = 0; round <= settings_.samples; ++round) {
       sinks[thread] += working_set_->PushOut(thread, threads, round);
       const uint32_t query = round % static_cast<uint32_t>(chosen_.size());

@@ -117,8 +117,8 @@ class ClusterRuns {
   // From the first `from` runs; the others are built with their model. group: of the sampled queries.
   void Learn(std::span<const float> sampled, size_t from = ~size_t{0}, uint32_t group = 1) {
     from = std::min(from, views.size());
-    auto learned =
-        LearnClusters(std::span(views).first(from), sampled, CodeReading::kAll, group);
+    auto learned = LearnClusters(std::span(views).first(from), sampled,
+                                 {.group = group, .scan_if_faster = scan_if_faster});
     ASSERT_TRUE(learned.ok()) << learned.status();
     ASSERT_EQ(learned->indexes.size(), from);
     indexes = std::move(learned->indexes);
@@ -141,6 +141,7 @@ class ClusterRuns {
   std::vector<KvView> views;
   std::vector<std::unique_ptr<ClusterIndex>> indexes;
   std::shared_ptr<const ClusterModel> model;
+  bool scan_if_faster = false;  // as heads as small as these mostly are
 
  private:
   void Add(size_t r) {

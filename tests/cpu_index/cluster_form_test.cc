@@ -159,6 +159,7 @@ TEST_F(ClusterFormTest, AnotherModelIsNotShared) {
 TEST_F(ClusterFormTest, EverythingThatAModelHasIsKept) {
   auto model = std::make_shared<ClusterModel>(*runs_.model);
   model->open_all = !model->open_all;
+  model->scan_if_faster = !model->scan_if_faster;
   model->learned_queries = 12345;
   model->learned_tokens = 6789;
   model->log_length = -2.5f;
@@ -167,6 +168,7 @@ TEST_F(ClusterFormTest, EverythingThatAModelHasIsKept) {
   ASSERT_TRUE(index.ok()) << index.status();
   const ClusterModel& read = *(*index)->model();
   EXPECT_EQ(read.open_all, model->open_all);
+  EXPECT_EQ(read.scan_if_faster, model->scan_if_faster);
   EXPECT_EQ(read.learned_queries, 12345u);
   EXPECT_EQ(read.learned_tokens, 6789u);
   EXPECT_EQ(read.log_length, -2.5f);
@@ -196,7 +198,7 @@ TEST_F(ClusterFormTest, DoubtsThatNoModelHasAreRefused) {
   }
   ExpectDataLoss(With(doubts_ + 20, 0.9f), "caution");
   ExpectDataLoss(With(doubts_ + 24, -kInfinity), "length");
-  ExpectDataLoss(With(model_end_ - 12, uint32_t{2}), "how codes are read");
+  ExpectDataLoss(With(model_end_ - 12, uint32_t{4}), "flags 4");
   EXPECT_TRUE(ClusterIndex::Deserialize(With(model_end_ - 8, ~0u)).ok());
 }
 

@@ -230,7 +230,7 @@ TEST(ClusterRunsTest, WhatCannotBeIndexedIsRefused) {
   EXPECT_EQ(code(LearnClusters({&odd, 1}, {})), kInvalid);
   for (const uint32_t group : {0u, 7u}) {
     const auto first = std::span(runs.views).first(1);
-    EXPECT_EQ(code(LearnClusters(first, head.sampled, CodeReading::kAll, group)), kInvalid);
+    EXPECT_EQ(code(LearnClusters(first, head.sampled, {.group = group})), kInvalid);
   }
   auto learned = LearnClusters(std::span(runs.views).first(1), head.sampled);
   ASSERT_TRUE(learned.ok()) << learned.status();

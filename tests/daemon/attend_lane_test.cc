@@ -35,7 +35,7 @@ class AttendLaneTest : public ::testing::Test {
       cuts_.push_back({held_.RunOf(tokens), held_.Segments(tokens), nullptr});
       views.push_back(cuts_.back().segments->view());
     }
-    LearnedClusters learned = *LearnClusters(views, sampled_);
+    LearnedClusters learned = *LearnClusters(views, sampled_, {.scan_if_faster = false});
     for (size_t r = 0; r < 2; ++r) cuts_[r].index = std::move(learned.indexes[r]);
     units_ = {UnitOf(kFirst, 0), UnitOf(kSecond, 1), UnitOf(kTail)};
     rest_ = {UnitOf(kBefore), UnitOf(kBehind)};
@@ -217,7 +217,8 @@ TEST_F(AttendLaneTest, FamiliesInPartsAndOfOneRunAreSearchedTogether) {
 }
 
 TEST_F(AttendLaneTest, RunsOfDifferentModelsAreSearchedEachAlone) {
-  LearnedClusters other = *LearnClusters({&cuts_[1].segments->view(), 1}, sampled_);
+  LearnedClusters other =
+      *LearnClusters({&cuts_[1].segments->view(), 1}, sampled_, {.scan_if_faster = false});
   cuts_[1].index = std::move(other.indexes[0]);
   const Answer answer = Ask(kTolerant);
   const Wanted wanted = Search({{0}, {1}}, {kTail}, 1);

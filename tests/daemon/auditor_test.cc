@@ -345,7 +345,7 @@ TEST_F(AuditorTest, TokensOfAnotherPositionAreComparedAsTheyAreUsed) {
 TEST_F(AuditorTest, UnderAToleratedErrorMassAndRecallAreOfTheTokensThatAreRead) {
   const KvSegments segments(kShape, kLayer, kKvHead, kRun, blocks_.data(), 0);
   const std::vector<KvView> views = {segments.view()};
-  auto learned = LearnClusters(views, {}, CodeReading::kAll, kShape.group());
+  auto learned = LearnClusters(views, {}, {.group = kShape.group(), .scan_if_faster = false});
   ASSERT_OK(learned.status());
   const std::shared_ptr<const ClusterIndex> index = std::move(learned->indexes.front());
   indexes_->Set(kLayer, kKvHead, index);

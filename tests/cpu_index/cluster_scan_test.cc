@@ -1,0 +1,102 @@
+// Searches attend exactly where that takes less time than estimates and what they read.
+#include <gtest/gtest.h>
+
+#include <vector>
+
+#include "tests/cpu_index/cluster_case.h"
+
+namespace quarry {
+namespace {
+
+using testing::ClusterAnswer;
+using testing::ClusterHead;
+using testing::ClusterRuns;
+using testing::ErrorOf;
+using testing::Exactly;
+using testing::Search;
+using testing::Within;
+
+constexpr uint32_t kTokens = 16384, kTogether = 4;
+
+class ClusterScanTest : public ::testing::Test {
+ protected:
+  ClusterScanTest() : head_(kTokens, 64, 1), runs_(head_, ClusterRuns::Even(head_, 4)) {
+    Learn(/*scan_if_faster=*/true);
+  }
+  void Learn(bool scan_if_faster) {
+    runs_.scan_if_faster = scan_if_faster;
+    runs_.Learn(head_.sampled, runs_.views.size(), kTogether);
+  }
+  ClusterAnswer Ask(const ClusterLimits& limits, const std::vector<TokenRange>& ranges,
+                    uint32_t parts = 1) const {
+    return Search(runs_, head_.Queries(0, kTogether), ranges, limits, parts);
+  }
+  void ExpectExact(const ClusterAnswer& found, uint32_t query,
+                   const std::vector<TokenRange>& ranges) const {
+    const ClusterAnswer want = Exactly(runs_, head_.Queries(0, kTogether), ranges);
+    EXPECT_LT(ErrorOf(found.o[query], want.o[query]), 1e-5);
+    EXPECT_NEAR(found.lse[query], want.lse[query], 1e-4);
+    EXPECT_EQ(found.predicted[query], 0);
+    EXPECT_EQ(found.tokens[query], ranges[query].size());
+  }
+  uint64_t scan_bytes() const { return head_.keys.size() + head_.values.size(); }
+
+  ClusterHead head_;
+  ClusterRuns runs_;
+  const std::vector<TokenRange> ranges_ = std::vector<TokenRange>(kTogether, head_.all());
+};
+
+TEST_F(ClusterScanTest, WhereMostTokensWouldBeReadAllAreAndNoCodes) {
+  for (const uint32_t parts : {1u, 3u}) {
+    const ClusterAnswer found = Ask(Within(1e-4f), ranges_, parts);
+    for (uint32_t i = 0; i < kTogether; ++i) ExpectExact(found, i, ranges_);
+    EXPECT_EQ(found.refined.size(), kTokens);
+    // A sixteenth of the codes' bytes, and maps.
+    EXPECT_LT(found.bytes, scan_bytes() * 11 / 10);
+  }
+}
+
+TEST_F(ClusterScanTest, WhereFewTokensAreReadEstimatesStay) {
+  const ClusterAnswer found = Ask(Within(0.1f), ranges_);
+  EXPECT_LT(found.bytes, scan_bytes() / 2);
+  for (uint32_t i = 0; i < kTogether; ++i) EXPECT_GT(found.predicted[i], 0);
+}
+
+TEST_F(ClusterScanTest, ErrorsAreToleratedWhateverIsChosenBetween) {
+  for (const float tolerance : {0.05f, 0.02f, 0.01f, 0.005f, 0.002f}) {
+    const ClusterAnswer found = Ask(Within(tolerance), ranges_);
+    const ClusterAnswer want = Exactly(runs_, head_.Queries(0, kTogether), ranges_);
+    for (uint32_t i = 0; i < kTogether; ++i) {
+      EXPECT_LT(ErrorOf(found.o[i], want.o[i]), 3 * tolerance);
+    }
+    // Codes may have been read for nothing.
+    EXPECT_LT(found.bytes, scan_bytes() * 5 / 4);
+  }
+}
+
+TEST_F(ClusterScanTest, WithoutItEstimatesStayWhateverTheyRead) {
+  Learn(/*scan_if_faster=*/false);
+  const ClusterAnswer found = Ask(Within(1e-3f), ranges_);
+  for (uint32_t i = 0; i < kTogether; ++i) EXPECT_GT(found.predicted[i], 0);
+}
+
+TEST_F(ClusterScanTest, AFewVisibleTokensOfARunAreScanned) {
+  const std::vector<TokenRange> few(kTogether,
+                                    {ClusterHead::kFirst + 50, ClusterHead::kFirst + 350});
+  const ClusterAnswer found = Ask(Within(0.1f), few);
+  for (uint32_t i = 0; i < kTogether; ++i) ExpectExact(found, i, few);
+  EXPECT_LT(found.bytes, scan_bytes() / 10);
+}
+
+TEST_F(ClusterScanTest, AQueryWithACapIsNotScannedForOthers) {
+  ClusterLimits limits = Within(1e-4f);
+  const std::vector<uint32_t> most = {~0u, 20, ~0u, ~0u};
+  limits.most_tokens = most;
+  const ClusterAnswer found = Ask(limits, ranges_);
+  for (const uint32_t i : {0u, 2u, 3u}) ExpectExact(found, i, ranges_);
+  EXPECT_LE(found.tokens[1], 20u);
+  EXPECT_GT(found.predicted[1], 0);
+}
+
+}  // namespace
+}  // namespace quarry
