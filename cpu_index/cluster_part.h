@@ -26,10 +26,12 @@ inline constexpr float kOutlierShare = 1.0f / 32;
 // Log of e^a + e^b.
 float LogAdd(float a, float b);
 
-// The queries of a search, made ready for its model. Constant.
+// The queries of a search. Constant once they are made ready for its model, which takes a while.
 struct ClusterQueries {
   ClusterQueries(const ClusterModel& head, const QueryBlock& queries, const ClusterLimits& limited);
 
+  void Prepare();
+  bool prepared() const { return !coordinates.empty(); }
   uint32_t count() const { return block.queries; }
   std::span<const float> Coordinates(uint32_t query) const {
     return std::span(coordinates).subspan(size_t{query} * block.head_dim, block.head_dim);

@@ -38,11 +38,13 @@ constexpr uint32_t kBestExact = 64;
 // A query whose predicted error would be more than so many times what is tolerated is attended
 // exactly.
 constexpr float kMostOverdrawn = 2;
-// What reading all codes takes, and what every row takes, that any query of a block reads, by the
-// time of an exact scan of as many tokens. Of heads of 64 to 128 dimensions, one to four queries a
-// KV head, out of memory: 0.37 to 0.44, and 2.3 to 3.0. More is counted, for more rows than
-// expected may turn out to be needed.
+// What reading a token's code takes, and the row of one, that any query of a block reads, by the
+// time of an exact scan of a token. Of heads of 64 to 128 dimensions, one to four queries a KV
+// head, out of memory: 0.37 to 0.44, and 2.3 to 3.0. More is counted, for more rows than expected
+// may turn out to be needed.
 constexpr float kCodesTime = 0.50f, kRowTime = 3.2f;
+// What a search takes beside what it reads: of fewer tokens the scan is as fast.
+constexpr uint64_t kFewTokens = 10000;
 // Of what the other queries of a block read, what the one that reads most does not: where half of
 // all tokens are read, about as much as if they had a quarter of it in common.
 constexpr float kUnshared = 0.25f;
@@ -122,7 +124,9 @@ ClusterQueries::ClusterQueries(const ClusterModel& head, const QueryBlock& queri
       block(queries),
       limits(limited),
       tolerance(limited.tolerance / head.caution),
-      every_code(head.open_all && limited.depth == Depth::kAsNeeded) {
+      every_code(head.open_all && limited.depth == Depth::kAsNeeded) {}
+
+void ClusterQueries::Prepare() {
   const uint32_t d = block.head_dim;
   coordinates.resize(size_t{count()} * d);
   std::vector<float> mean_score(count());
@@ -171,8 +175,7 @@ float ClusterQueries::Elsewhere(uint32_t query) const {
 
 ClusterSearch::ClusterSearch(std::span<const ClusterRun> runs, const QueryBlock& queries,
                              const ClusterLimits& limits, uint32_t parts)
-    : queries_(
-          std::make_unique<const ClusterQueries>(*runs.front().index->model(), queries, limits)),
+    : queries_(std::make_unique<ClusterQueries>(*runs.front().index->model(), queries, limits)),
       cuts_(queries.queries, kNothing),
       scanned_(queries.queries),
       top_(queries.queries),
@@ -186,20 +189,24 @@ ClusterSearch::ClusterSearch(std::span<const ClusterRun> runs, const QueryBlock&
     } while (hi < runs.size() && tokens * parts < tokens_ * (parts_.size() + 1));
     parts_.push_back(std::make_unique<ClusterPart>(runs.subspan(lo, hi - lo), *queries_));
   }
+  const bool needed = limits.depth == Depth::kAsNeeded;
   for (uint32_t i = 0; i < queries.queries; ++i) {
     uint64_t seen = 0;
     for (const ClusterRun& run : runs) seen += Intersect(run.view->tokens(), run.ranges[i]).size();
     seen_ = std::max(seen_, seen);
-    const bool needed = limits.depth == Depth::kAsNeeded;
-    scanned_[i] = needed && (limits.tolerance <= 0 || !queries_->trusted[i]);
+    scanned_[i] = needed && limits.tolerance <= 0;
   }
-  ScanIfFaster(std::vector<uint64_t>(queries.queries));
-  if (ScansAll()) {
-    stage_ = Stage::kAttend;
-    return;
+  const std::vector<uint64_t> no_rows(queries.queries);
+  ScanIfFaster(no_rows);
+  if (!ScansAll()) {
+    queries_->Prepare();
+    for (uint32_t i = 0; i < queries.queries; ++i) {
+      if (needed && !queries_->trusted[i]) scanned_[i] = true;
+    }
+    ScanIfFaster(no_rows);
   }
-  for (const auto& part : parts_) part->ScoreSupers();  // little work: not worth a stage of its own
-  DecideSupers();
+  if (!ScansAll()) DecideSupers();
+  if (ScansAll()) stage_ = Stage::kAttend;
 }
 
 ClusterSearch::~ClusterSearch() = default;
@@ -281,11 +288,13 @@ void ClusterSearch::ScanIfFaster(std::span<const uint64_t> rows) {
     sum += rows[i];
   }
   const float read = static_cast<float>(most) + kUnshared * static_cast<float>(sum - most);
-  const bool codes = q.every_code && stage_ == Stage::kLeaves;  // are still to be read
-  const float search = kRowTime * read + (codes ? kCodesTime * static_cast<float>(tokens_) : 0);
+  float search = kRowTime * read;
+  if (q.every_code && stage_ == Stage::kLeaves) {  // codes are still to be read
+    search += kCodesTime * static_cast<float>(tokens_);
+  }
   // Keys and values of those that are scanned anyway are there for the others.
   const float others = static_cast<float>(q.count() - scanned) / static_cast<float>(q.count());
-  if (search <= others * static_cast<float>(seen_)) return;
+  if (seen_ > kFewTokens && search <= others * static_cast<float>(seen_)) return;
   for (uint32_t i = 0; i < q.count(); ++i) {
     if (q.MostTokens(i) != ~0u) continue;
     scanned_[i] = true;
@@ -293,8 +302,10 @@ void ClusterSearch::ScanIfFaster(std::span<const uint64_t> rows) {
   }
 }
 
+// Little work: not worth a stage of its own.
 void ClusterSearch::DecideSupers() {
   const ClusterQueries& q = *queries_;
+  for (const auto& part : parts_) part->ScoreSupers();
   const bool all = q.limits.depth != Depth::kAsNeeded || q.every_code;
   for (uint32_t i = 0; i < q.count(); ++i) {
     super_floors_.push_back(all           ? kLeast
@@ -467,7 +478,7 @@ void ClusterSearch::Finish(std::span<Partial> acc, std::vector<uint32_t>* refine
   add_slope(q.model.token_slope, &ClusterFindings::by_code);
   add_slope(q.model.leaf.slope, &ClusterFindings::by_leaf);
   add_slope(q.model.super.slope, &ClusterFindings::by_super);
-  acc[0].bytes += q.model.query_bytes();
+  if (q.prepared()) acc[0].bytes += q.model.query_bytes();
   for (const auto& part : parts_) acc[0].bytes += part->bytes();
   for (uint32_t i = 0; i < q.count(); ++i) {
     if (estimated[i].max != kNone) {

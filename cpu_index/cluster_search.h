@@ -89,7 +89,7 @@ class ClusterSearch {
   void Attend(uint32_t part);
   ErrorCut Left(uint32_t query) const;
 
-  const std::unique_ptr<const ClusterQueries> queries_;
+  const std::unique_ptr<ClusterQueries> queries_;
   std::vector<std::unique_ptr<ClusterPart>> parts_;
   uint64_t tokens_ = 0, seen_ = 0;  // of all runs, and of these what a query sees that sees most
   Stage stage_ = Stage::kLeaves;

@@ -11,7 +11,7 @@ std::vector<MadeSet> DefaultSet() {
           {.tokens = 131072,
            .kv_heads = 2,
            .train_queries = 256,
-           .indexes = {"exact", "codes", "clusters"}}};
+           .indexes = {"exact", "codes", "auto", "clusters"}}};
 }
 
 std::string DefaultSetText() {

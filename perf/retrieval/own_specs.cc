@@ -48,10 +48,10 @@ IndexSpec CodeScanSpec(std::string name, bool aware) {
   return spec;
 }
 
-IndexSpec ClusterSpec(std::string name, CodeReading reading) {
+// Runs are as long as a bench cuts them, so none is too short.
+IndexSpec ClusterSpec(std::string name, IndexKind kind, CodeReading reading) {
   IndexSpec spec =
-      Own(std::move(name), {.kind = IndexKind::kAuto, .codes = reading, .min_run_tokens = 0},
-          /*aware=*/true);
+      Own(std::move(name), {.kind = kind, .codes = reading, .min_run_tokens = 0}, /*aware=*/true);
   for (const float error : {0.1f, 0.05f, 0.03f, 0.02f, 0.01f}) {
     SearchSpec search;
     search.budget.kind = Budget::Kind::kError;
@@ -86,8 +86,9 @@ std::vector<IndexSpec> OwnSpecs() {
   std::vector<IndexSpec> out;
   out.push_back(CodeScanSpec("codes", /*aware=*/true));
   out.push_back(CodeScanSpec("codes/keys-only", /*aware=*/false));
-  out.push_back(ClusterSpec("clusters", CodeReading::kAll));
-  out.push_back(ClusterSpec("clusters/learned", CodeReading::kLearned));
+  out.push_back(ClusterSpec("auto", IndexKind::kAuto, CodeReading::kAll));
+  out.push_back(ClusterSpec("clusters", IndexKind::kClusters, CodeReading::kAll));
+  out.push_back(ClusterSpec("clusters/learned", IndexKind::kClusters, CodeReading::kLearned));
   out.push_back(GraphSpec("graph", /*aware=*/true));
   out.push_back(GraphSpec("graph/keys-only", /*aware=*/false));
   return out;

@@ -61,7 +61,7 @@ TEST(IndexSpecsTest, EveryIndexIsMeasuredUnderEveryBudgetThatItCanAnswer) {
                          [&is](const SearchSpec& search) { return is(search.budget); });
     };
     SCOPED_TRACE(spec.name);
-    const bool clusters = spec.name.starts_with("clusters");
+    const bool clusters = spec.name == "auto" || spec.name.starts_with("clusters");
     EXPECT_EQ(has([](const Budget& b) { return b.kind == Budget::Kind::kError; }), clusters);
     EXPECT_EQ(has([](const Budget& b) { return b.kind == Budget::Kind::kFixedK; }), !clusters);
     EXPECT_EQ(has([](const Budget& b) { return b.kind == Budget::Kind::kTopP && b.k > 0; }),
