@@ -32,6 +32,12 @@ struct Promise {
   double apart, together;
 };
 
+// What a search says of an answer.
+struct Told {
+  Promise promise;
+  ClusterSearch::Rows rows;
+};
+
 // Sampled queries, and their exact answers over some runs.
 class Sampled {
  public:
@@ -56,9 +62,9 @@ class Sampled {
   }
 
   // [queries][head_dim], of `together` queries at once, which then share what they read.
-  // promised: may be null; of each query.
+  // told: may be null; of each query.
   std::vector<float> Answers(const ClusterLimits& limits, uint32_t together = 1,
-                             std::vector<Promise>* promised = nullptr) const {
+                             std::vector<Told>* told = nullptr) const {
     std::vector<float> out(q_.size()), acc(q_.size());
     for (uint32_t lo = 0; lo < count_; lo += together) {
       const uint32_t n = std::min(together, count_ - lo);
@@ -74,10 +80,10 @@ class Sampled {
       search.Finish(partials);
       for (uint32_t i = 0; i < n; ++i) {
         partials[i].Finish(Row(out, lo + i));
-        if (promised == nullptr) continue;
+        if (told == nullptr) continue;
         const double square = double{partials[i].RelativeError()} * partials[i].RelativeError();
         const double adds_up = square * search.TogetherShare(i);
-        promised->push_back({square - adds_up, adds_up});
+        told->push_back({{square - adds_up, adds_up}, search.RowsOf(i)});
       }
     }
     return out;
@@ -294,18 +300,23 @@ float CautionOf(std::span<const Observed> observed, const Promise& factor) {
 // tolerances between which budgets lie.
 void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
   constexpr double kRoom = 1.1;  // beside queries that were sampled
+  constexpr double kMostNeeded = 2;
   const ClusterModel learned = *m;
   std::vector<Observed> observed;
   Promise factor{1, 1};
+  double expected = 0, needed = 0;  // rows
   for (const float tolerance : {0.1f, 0.05f, 0.02f}) {
     ClusterLimits limits;
     limits.tolerance = tolerance;
-    std::vector<Promise> promised;
+    std::vector<Told> told;
     const std::vector<double> errors =
-        sampled.Errors(sampled.Answers(limits, group, &promised), sampled.wanted());
+        sampled.Errors(sampled.Answers(limits, group, &told), sampled.wanted());
     for (size_t i = 0; i < errors.size(); ++i) {
-      observed.push_back({errors[i],
-                          {promised[i].apart / factor.apart, promised[i].together / factor.together}});
+      const Promise& promised = told[i].promise;
+      observed.push_back(
+          {errors[i], {promised.apart / factor.apart, promised.together / factor.together}});
+      expected += static_cast<double>(told[i].rows.expected);
+      needed += static_cast<double>(told[i].rows.needed);
     }
     factor = FitFactors(observed);
     factor = {factor.apart * kRoom * kRoom, factor.together * kRoom * kRoom};
@@ -319,6 +330,7 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
     m->row_doubt = std::max(kLeastRowDoubt, scaled(learned.row_doubt, factor.apart));
   }
   m->caution = CautionOf(observed, factor);
+  m->needed_rows = expected > 0 ? static_cast<float>(std::min(needed / expected, kMostNeeded)) : 0;
 }
 
 }  // namespace

@@ -156,7 +156,7 @@ void ClusterModel::Write(IndexWriter* out) const {
   quarry::Write(super, out);
   Put(token_slope, out);
   for (float number : {super_doubt, leaf_doubt, common_doubt, token_doubt, row_doubt, caution,
-                       log_length, largest_variance}) {
+                       log_length, largest_variance, needed_rows}) {
     out->Put(number);
   }
   const uint32_t flags = (open_all ? kOpenAll : 0) | (scan_if_faster ? kScanIfFaster : 0);
@@ -206,6 +206,7 @@ absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
     return absl::DataLossError(
         absl::StrCat("clusters: a largest variance of ", m.largest_variance));
   }
+  QUARRY_RETURN_IF_ERROR(in->GetNumber("share of rows", 0, &m.needed_rows));
   uint32_t flags = 0;
   for (uint32_t* number : {&flags, &m.learned_queries, &m.learned_tokens}) {
     QUARRY_RETURN_IF_ERROR(in->Get(number));

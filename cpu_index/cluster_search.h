@@ -69,6 +69,12 @@ class ClusterSearch {
   void Finish(std::span<Partial> acc, std::vector<uint32_t>* refined = nullptr) const;
   // Then: which share of the square of a query's predicted error adds up over tokens and groups.
   float TogetherShare(uint32_t query) const;
+  // Then, of a query that is not attended exactly, where every code is read: how many rows the
+  // leaves' centres let expect that it needs, and how many it did.
+  struct Rows {
+    uint64_t expected = 0, needed = 0;
+  };
+  Rows RowsOf(uint32_t query) const { return {expected_[query], cuts_[query].tokens}; }
 
  private:
   enum class Stage { kLeaves, kTokens, kAttend };
@@ -96,6 +102,7 @@ class ClusterSearch {
   // What was decided, by query.
   std::vector<float> super_floors_;
   std::unique_ptr<TokenFloors> floors_;
+  std::vector<uint64_t> expected_;  // rows, by the leaves' centres
   std::vector<ErrorCut> cuts_;
   std::vector<bool> scanned_;  // attended exactly
   // Expected once leaves are scored, known once tokens are: near their largest score; by e^top_,

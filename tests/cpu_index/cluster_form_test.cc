@@ -44,7 +44,7 @@ class ClusterFormTest : public ::testing::Test {
     runs_.Learn();
     bytes_ = runs_.indexes[0]->Serialize();
     model_end_ = kIndexFormHeaderBytes + BytesOf(*runs_.model);
-    doubts_ = model_end_ - 11 * sizeof(uint32_t);
+    doubts_ = model_end_ - 12 * sizeof(uint32_t);
     order_ = model_end_ + BytesOf(runs_.indexes[0]->parts().codes);
   }
 
@@ -163,12 +163,14 @@ TEST_F(ClusterFormTest, EverythingThatAModelHasIsKept) {
   model->learned_queries = 12345;
   model->learned_tokens = 6789;
   model->log_length = -2.5f;
+  model->needed_rows = 0.75f;
   runs_.Rebuild(model);
   const auto index = ClusterIndex::Deserialize(runs_.indexes[0]->Serialize());
   ASSERT_TRUE(index.ok()) << index.status();
   const ClusterModel& read = *(*index)->model();
   EXPECT_EQ(read.open_all, model->open_all);
   EXPECT_EQ(read.scan_if_faster, model->scan_if_faster);
+  EXPECT_EQ(read.needed_rows, 0.75f);
   EXPECT_EQ(read.learned_queries, 12345u);
   EXPECT_EQ(read.learned_tokens, 6789u);
   EXPECT_EQ(read.log_length, -2.5f);
@@ -198,6 +200,7 @@ TEST_F(ClusterFormTest, DoubtsThatNoModelHasAreRefused) {
   }
   ExpectDataLoss(With(doubts_ + 20, 0.9f), "caution");
   ExpectDataLoss(With(doubts_ + 24, -kInfinity), "length");
+  ExpectDataLoss(With(doubts_ + 32, -0.1f), "share of rows");
   ExpectDataLoss(With(model_end_ - 12, uint32_t{4}), "flags 4");
   EXPECT_TRUE(ClusterIndex::Deserialize(With(model_end_ - 8, ~0u)).ok());
 }
