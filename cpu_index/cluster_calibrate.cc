@@ -299,7 +299,6 @@ float CautionOf(std::span<const Observed> observed, const Promise& factor) {
 // Doubts were learned one by one; what they promise together is held against what is missed, at
 // tolerances between which budgets lie.
 void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
-  constexpr double kRoom = 1.1;  // beside queries that were sampled
   constexpr double kMostNeeded = 2;
   const ClusterModel learned = *m;
   std::vector<Observed> observed;
@@ -319,7 +318,6 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
       needed += static_cast<double>(told[i].rows.needed);
     }
     factor = FitFactors(observed);
-    factor = {factor.apart * kRoom * kRoom, factor.together * kRoom * kRoom};
     const auto scaled = [](float doubt, double square) {
       return doubt * static_cast<float>(std::sqrt(square));
     };
