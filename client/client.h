@@ -13,13 +13,14 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "proto/audit_types.h"
+#include "proto/default_socket.h"
 #include "proto/kv_types.h"
 #include "proto/retrieval_types.h"
 
 namespace quarry {
 
 struct ClientOptions {
-  std::string socket_path = "/run/quarry/quarryd.sock";
+  std::string socket_path = DefaultSocket();
   std::string name = "client";
   uint32_t slots = 0;          // 0: the daemon's default
   uint64_t slot_bytes = 0;     // bounds one message: an append is split, a put is refused above it

@@ -92,8 +92,9 @@ typedef struct {
 uint32_t quarry_abi_version(void);
 const char* quarry_last_error(void);
 
-/* socket_path NULL: /run/quarry/quarryd.sock. deadline_ms 0: 10 seconds. slot_bytes 0: the
- * daemon's default; it bounds one message. */
+/* socket_path NULL: where quarryd serves by default, $XDG_RUNTIME_DIR/quarry/quarryd.sock for an
+ * ordinary user who has that directory, else /run/quarry/quarryd.sock. deadline_ms 0: 10 seconds.
+ * slot_bytes 0: the daemon's default; it bounds one message. */
 quarry_code quarry_connect(const char* socket_path, const char* client_name, uint64_t slot_bytes,
                            uint32_t deadline_ms, quarry_client** out);
 void quarry_disconnect(quarry_client* client);

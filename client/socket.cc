@@ -86,8 +86,10 @@ absl::StatusOr<OwnedFd> ConnectSeqPacket(std::string_view path, absl::Duration d
                                                  " took no connection within ",
                                                  absl::FormatDuration(deadline)));
     }
-    return absl::UnavailableError(absl::StrCat("no quarryd answers at ", std::string(path), ": ",
-                                               std::strerror(errno)));
+    const bool refused = errno == EACCES;
+    return absl::UnavailableError(absl::StrCat(
+        "no quarryd answers at ", std::string(path), ": ", std::strerror(errno),
+        refused ? "; the daemon's shm.socket_mode and the directory say who may connect" : ""));
   }
   return fd;
 }

@@ -1,10 +1,7 @@
 // Values: defaults, sizes, checks, printing. Reading TOML is config_toml.cc's.
 #include "daemon/config.h"
 
-#include <unistd.h>
-
 #include <charconv>
-#include <cstdlib>
 #include <initializer_list>
 #include <utility>
 
@@ -13,6 +10,7 @@
 #include "daemon/config_keys.h"
 #include "daemon/ip_address.h"
 #include "daemon/unix_socket.h"
+#include "proto/default_socket.h"
 #include "proto/status_macros.h"
 #include "proto/types.h"
 
@@ -249,11 +247,8 @@ class Printer {
 
 Config DefaultConfig() {
   Config config;
-  const char* runtime = std::getenv("XDG_RUNTIME_DIR");
-  const bool own = geteuid() != 0 && runtime != nullptr && runtime[0] == '/';
-  const std::string directory = own ? absl::StrCat(runtime, "/quarry") : "/run/quarry";
-  config.shm.socket = directory + "/quarryd.sock";
-  config.grpc.socket = directory + "/grpc.sock";
+  config.shm.socket = DefaultSocket();
+  config.grpc.socket = DefaultSocketDirectory() + "/grpc.sock";
   return config;
 }
 

@@ -77,6 +77,14 @@ absl::Status MakeParent(const std::string& path) {
   return ErrnoStatus(errno, parent.string());
 }
 
+// The defaults may lie where this user cannot write.
+absl::Status WithAdvice(const absl::Status& status) {
+  if (!absl::IsPermissionDenied(status) && !absl::IsNotFound(status)) return status;
+  return absl::Status(
+      status.code(),
+      absl::StrCat(status.message(), "; --socket and --grpc-socket choose other paths"));
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<UnixListener>> UnixListener::Listen(
@@ -89,8 +97,9 @@ absl::StatusOr<std::unique_ptr<UnixListener>> UnixListener::Listen(
                                                    kMaxSocketPathBytes, " are allowed"));
   }
   std::memcpy(address.sun_path, options.path.data(), options.path.size());
-  QUARRY_RETURN_IF_ERROR(MakeParent(options.path));
-  QUARRY_ASSIGN_OR_RETURN(FileDescriptor lock, LockFor(options.path));
+  if (absl::Status status = MakeParent(options.path); !status.ok()) return WithAdvice(status);
+  absl::StatusOr<FileDescriptor> lock = LockFor(options.path);
+  if (!lock.ok()) return WithAdvice(lock.status());
   QUARRY_RETURN_IF_ERROR(RemoveStale(options.path, address, options.type));
 
   FileDescriptor fd(socket(AF_UNIX, options.type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
@@ -102,7 +111,7 @@ absl::StatusOr<std::unique_ptr<UnixListener>> UnixListener::Listen(
     return ErrnoStatus(errno, options.path);
   }
   return std::unique_ptr<UnixListener>(
-      new UnixListener(options.path, std::move(lock), std::move(fd)));
+      new UnixListener(options.path, *std::move(lock), std::move(fd)));
 }
 
 UnixListener::UnixListener(std::string path, FileDescriptor lock, FileDescriptor socket)

@@ -16,19 +16,21 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "client/program_socket.h"
 #include "cpu_index/simd.h"
 #include "gpu/sampler.h"
 #include "gpu/sequence.h"
 #include "gpu/serve.h"
 #include "gpu/tokenizer.h"
 #include "gpu/trace_dump.h"
+#include "proto/default_socket.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
 
 struct Arguments {
-  std::string model, socket = "/run/quarry/quarryd.sock", attention = "daemon", kv_dtype;
+  std::string model, socket = DefaultSocket(), attention = "daemon", kv_dtype;
   std::string prompt, prompt_ids, gold_ids;
   bool serve = false, json = false, ignore_end = false, reuse_shifted = false;
   uint32_t max_tokens = 0, max_new_tokens = 16, threads = 0, deadline_ms = 10000;
@@ -44,7 +46,8 @@ struct Arguments {
 
 void Describe(CLI::App* app, Arguments* a) {
   app->add_option("--model", a->model, "Hugging Face folder of the model")->required();
-  app->add_option("--socket", a->socket, "the daemon's shared-memory socket");
+  app->add_option("--socket", a->socket, "the daemon's shared-memory socket")
+      ->envname(kSocketVariable);
   app->add_option("--attention", a->attention, "daemon, or full: everything in the worker")
       ->check(CLI::IsMember({"daemon", "full"}));
   app->add_option("--prompt", a->prompt, "text, if the model has a tokenizer.model");
@@ -287,7 +290,7 @@ absl::Status Run(const Arguments& a) {
     options.socket_path = a.socket;
     options.name = "quarry-worker";
     options.deadline = absl::Milliseconds(a.deadline_ms);
-    QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Client::Connect(options));
+    QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, ConnectProgram(options));
     service = MakeKvService(std::move(client));
   }
   QUARRY_ASSIGN_OR_RETURN(std::optional<QueryRecorder> recorder, MakeRecorder(a, model->config()));

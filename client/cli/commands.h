@@ -6,11 +6,12 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "proto/default_socket.h"
 
 namespace quarry::cli {
 
 struct Arguments {
-  std::string socket = "/run/quarry/quarryd.sock";
+  std::string socket = DefaultSocket();
   bool json = false;
   uint32_t limit = 1000;
   std::string name, name_space, image;

@@ -5,7 +5,7 @@
 
 #include "absl/status/statusor.h"
 #include "client/cli/commands.h"
-#include "client/client.h"
+#include "client/program_socket.h"
 
 namespace quarry::cli {
 
@@ -13,7 +13,7 @@ inline absl::StatusOr<std::unique_ptr<Client>> Connect(const Arguments& a) {
   ClientOptions options;
   options.socket_path = a.socket;
   options.name = "quarry-cli";
-  return Client::Connect(options);
+  return ConnectProgram(options);
 }
 
 }  // namespace quarry::cli

@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 
 #include "client/cli/commands.h"
+#include "client/program_socket.h"
 
 int main(int argc, char** argv) {
   quarry::cli::Arguments a;
@@ -12,7 +13,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   app.fallthrough();  // --socket and --json also behind the command
   app.add_option("--socket", a.socket, "the daemon's shared-memory socket")
-      ->envname("QUARRY_SOCKET");
+      ->envname(quarry::kSocketVariable);
   app.add_flag("--json", a.json, "print JSON");
 
   CLI::App* status = app.add_subcommand("status", "version, uptime, tiers");

@@ -41,8 +41,11 @@ class CliTest : public ::testing::Test {
   }
 
   Result Run(const std::string& arguments) const {
-    const std::string command = std::string(QUARRY_CLI) + " --socket '" + daemon_->socket_path() +
-                                "' " + arguments + " 2>&1 </dev/null";
+    return RunCommand(std::string(QUARRY_CLI) + " --socket '" + daemon_->socket_path() + "' " +
+                      arguments);
+  }
+  Result RunCommand(std::string command) const {
+    command += " 2>&1 </dev/null";
     Result result;
     FILE* pipe = popen(command.c_str(), "r");
     EXPECT_NE(pipe, nullptr);
@@ -258,6 +261,18 @@ TEST_F(CliTest, ErrorsNameTheSocketAndEndWithOne) {
   EXPECT_EQ(result.status, 1);
   EXPECT_THAT(result.out, HasSubstr(daemon_->socket_path()));
   EXPECT_NE(Run("nonsense").status, 0);
+}
+
+TEST_F(CliTest, TheEnvironmentNamesTheSocketUnlessAnOptionDoes) {
+  const std::string program = QUARRY_CLI;
+  const Result named =
+      RunCommand("QUARRY_SOCKET='" + daemon_->socket_path() + "' " + program + " status");
+  EXPECT_EQ(named.status, 0) << named.out;
+  const Result overridden = RunCommand("QUARRY_SOCKET='" + daemon_->socket_path() + "' " + program +
+                                       " --socket /nonexistent/sock status");
+  EXPECT_EQ(overridden.status, 1);
+  EXPECT_THAT(overridden.out, HasSubstr("/nonexistent/sock"));
+  EXPECT_THAT(overridden.out, HasSubstr("--socket or QUARRY_SOCKET"));
 }
 
 TEST_F(CliTest, DrainEndsTheDaemon) {

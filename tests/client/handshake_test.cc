@@ -15,6 +15,7 @@
 
 #include "client/channel.h"
 #include "tests/client/scripted.h"
+#include "tests/daemon/other_user.h"
 
 namespace quarry {
 namespace {
@@ -193,6 +194,19 @@ TEST(HandshakeTest, AStoppedDaemonWithAFullBacklogIsUnavailableAtTheDeadline) {
   EXPECT_LT(absl::Now() - start, kLong / 2);
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(Text(status), AllOf(HasSubstr(listener.path()), HasSubstr("50ms")));
+}
+
+TEST(HandshakeTest, ARefusedUserLearnsWhatDecides) {
+  if (!testing::IsRoot()) GTEST_SKIP() << "needs root";
+  const FullListener listener;  // in a directory of its owner's alone
+  absl::Status status;
+  testing::AsUser(65534, [&] {
+    ClientOptions options;
+    options.socket_path = listener.path();
+    status = Client::Connect(options).status();
+  });
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(Text(status), AllOf(HasSubstr("Permission denied"), HasSubstr("shm.socket_mode")));
 }
 
 TEST(HandshakeTest, SignalsDoNotPutOffTheDeadlineOfAConnection) {

@@ -9,6 +9,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "proto/default_socket.h"
 
 namespace quarry {
 namespace {
@@ -271,6 +272,10 @@ TEST(ConfigTest, BothSocketsCannotShareAPath) {
               HasSubstr("must differ"));
   EXPECT_THAT(ErrorOf("[shm]\nsocket = \"/" + std::string(107, 'x') + "\"\n"),
               HasSubstr("at most 107"));
+}
+
+TEST(ConfigTest, TheDefaultSocketIsWhereClientsLook) {
+  EXPECT_EQ(DefaultConfig().shm.socket, DefaultSocket());
 }
 
 TEST(ConfigTest, AMissingFileIsNotFound) {

@@ -134,7 +134,10 @@ class WorkerTest(unittest.TestCase):
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "1", "--device-bytes", "1000000"),
                           "1000000")
         self.assert_fails(self.run_worker("--socket", "/nonexistent/sock", "--prompt-ids", "1"),
-                          "/nonexistent/sock")
+                          "/nonexistent/sock", "--socket or QUARRY_SOCKET")
+        self.assert_fails(self.run_worker("--prompt-ids", "1",
+                                          env={**os.environ, "QUARRY_SOCKET": "/nonexistent/other"}),
+                          "/nonexistent/other")
         dump = (*full, "--prompt-ids", "1,2", "--dump-kv")
         self.assert_fails(self.run_worker(*dump, "/tmp", "--dump-layers", "1,5"), "layer 5", "5 layers")
         self.assert_fails(self.run_worker(*dump, "/dev/null/traces"), "/dev/null/traces")

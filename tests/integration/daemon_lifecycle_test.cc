@@ -72,6 +72,16 @@ TEST(DaemonLifecycleTest, ASecondStartIsRefusedNamingSocketAndPid) {
   EXPECT_TRUE((*testing::ConnectTo((*first)->socket_path()))->Nop().ok());
 }
 
+TEST(DaemonLifecycleTest, WhereNoSocketCanBeMadeTheOptionsAreNamed) {
+  std::string error;
+  EXPECT_EQ(RunToEnd({"--socket", "/nonexistent/quarry/q.sock", "--grpc-socket",
+                      "/nonexistent/quarry/g.sock", "--arena-bytes", "64MiB"},
+                     &error),
+            1);
+  EXPECT_THAT(error, HasSubstr("/nonexistent/quarry: No such file"));
+  EXPECT_THAT(error, HasSubstr("--socket and --grpc-socket"));
+}
+
 TEST(DaemonLifecycleTest, APortInUseIsRefusedNamingIt) {
   const int fd = socket(AF_INET, SOCK_STREAM, 0);
   sockaddr_in address{};
