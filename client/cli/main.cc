@@ -1,11 +1,32 @@
 // quarry: the operator's command line.
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
 #include "client/cli/commands.h"
 #include "client/program_socket.h"
+
+namespace {
+
+// An unknown word is named: CLI11 misses the command before it looks at what it did not know.
+int Exit(const CLI::App& app, const CLI::ParseError& error) {
+  const std::vector<std::string> unknown = app.remaining();
+  if (error.get_exit_code() != static_cast<int>(CLI::ExitCodes::RequiredError) || unknown.empty() ||
+      !app.get_subcommands().empty()) {
+    return app.exit(error);
+  }
+  std::string commands;
+  for (const CLI::App* command : app.get_subcommands(nullptr)) {
+    commands += (commands.empty() ? "" : ", ") + command->get_name();
+  }
+  std::fprintf(stderr, "quarry: %s is neither a command nor an option; commands: %s\n",
+               unknown.front().c_str(), commands.c_str());
+  return error.get_exit_code();
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   quarry::cli::Arguments a;
@@ -40,7 +61,12 @@ int main(int argc, char** argv) {
   top->add_flag("--once", a.once, "print one frame and leave");
   top->add_option("--interval-ms", a.interval_ms, "between frames")->check(CLI::Range(50, 3600000));
   CLI::App* drain = app.add_subcommand("drain", "finish what is in flight and stop the daemon");
-  CLI11_PARSE(app, argc, argv);
+  app.set_version_flag("--version", QUARRY_VERSION);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return Exit(app, error);
+  }
 
   using namespace quarry::cli;
   absl::Status result;

@@ -260,7 +260,27 @@ TEST_F(CliTest, ErrorsNameTheSocketAndEndWithOne) {
   const Result result = Run("status");
   EXPECT_EQ(result.status, 1);
   EXPECT_THAT(result.out, HasSubstr(daemon_->socket_path()));
-  EXPECT_NE(Run("nonsense").status, 0);
+}
+
+TEST_F(CliTest, UnknownWordsAreNamed) {
+  for (const std::string word : {"frob", "--frob"}) {
+    const Result result = Run(word);
+    EXPECT_NE(result.status, 0);
+    EXPECT_THAT(result.out, HasSubstr(word + " is neither a command nor an option"));
+    EXPECT_THAT(result.out, HasSubstr("status, contexts"));
+  }
+  EXPECT_THAT(Run("").out, HasSubstr("subcommand is required"));
+  EXPECT_THAT(Run("unpin --frob").out, HasSubstr("name is required"));
+  const Result behind = Run("status frob");
+  EXPECT_NE(behind.status, 0);
+  EXPECT_THAT(behind.out, HasSubstr("frob"));
+}
+
+TEST_F(CliTest, TellsItsVersionAsTheDaemonDoes) {
+  const Result result = Run("--version");
+  EXPECT_EQ(result.status, 0);
+  EXPECT_EQ(result.out, RunCommand(testing::DefaultDaemonBinary() + " --version").out);
+  EXPECT_THAT(result.out, HasSubstr("."));
 }
 
 TEST_F(CliTest, TheEnvironmentNamesTheSocketUnlessAnOptionDoes) {
