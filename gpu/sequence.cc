@@ -72,8 +72,9 @@ absl::Status Sequence::CheckTokens(std::span<const uint32_t> tokens) const {
   const uint32_t vocab = model_.config().vocab;
   for (size_t i = 0; i < tokens.size(); ++i) {
     if (tokens[i] >= vocab) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("token ", i, " has id ", tokens[i], ", the vocabulary has ", vocab));
+      return absl::InvalidArgumentError(absl::StrCat("token ", tokens_ + i,
+                                                     " of the sequence has id ", tokens[i],
+                                                     ", the vocabulary has ", vocab));
     }
   }
   if (tokens.size() > max_tokens_ - tokens_) {

@@ -166,6 +166,10 @@ absl::StatusOr<json> WorkerSession::Ask(const json& request) {
   QUARRY_ASSIGN_OR_RETURN(uint32_t wanted, CountOf(request, "new", 1));
   SamplerOptions sampling;
   QUARRY_ASSIGN_OR_RETURN(sampling.temperature, NumberOf(request, "temperature", 0));
+  if (!(sampling.temperature >= 0)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("temperature is ", sampling.temperature, ", it must be at least 0"));
+  }
   QUARRY_ASSIGN_OR_RETURN(sampling.top_p, NumberOf(request, "top_p", 1));
   QUARRY_ASSIGN_OR_RETURN(sampling.seed, CountOf(request, "seed", 0));
   if (!gold.empty() && gold.size() != wanted) {

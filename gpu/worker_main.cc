@@ -16,6 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "client/program_socket.h"
 #include "cpu_index/simd.h"
 #include "gpu/sampler.h"
@@ -84,7 +85,8 @@ void Describe(CLI::App* app, Arguments* a) {
                 "also reuse what is cached at another position or behind other text: approximate");
   app->add_option("--deadline-ms", a->deadline_ms, "of every request to the daemon");
   app->add_flag("--ignore-eos", a->ignore_end, "go on behind the model's end-of-sequence token");
-  app->add_option("--temperature", a->sampling.temperature, "0: greedy");
+  app->add_option("--temperature", a->sampling.temperature, "0: greedy")
+      ->check(CLI::NonNegativeNumber);
   app->add_option("--top-p", a->sampling.top_p, "nucleus of the sampling");
   app->add_option("--seed", a->sampling.seed, "of the sampling");
   app->add_option("--threads", a->threads, "0: all cores");
@@ -124,20 +126,16 @@ absl::StatusOr<std::vector<uint32_t>> ParseIds(const std::string& argument) {
     QUARRY_ASSIGN_OR_RETURN(text, ReadText(argument.substr(1)));
   }
   std::vector<uint32_t> ids;
-  const char* at = text.data();
-  const char* const end = at + text.size();
-  while (at != end) {
-    if (*at == ',' || *at == ' ' || *at == '\n' || *at == '[' || *at == ']') {
-      ++at;
-      continue;
-    }
+  for (const absl::string_view word :
+       absl::StrSplit(text, absl::ByAnyChar(", \n[]"), absl::SkipEmpty())) {
     uint32_t id = 0;
-    const auto [next, error] = std::from_chars(at, end, id);
-    if (error != std::errc()) {
-      return absl::InvalidArgumentError(absl::StrCat("token id ", ids.size(), " is not a number"));
+    const char* const end = word.data() + word.size();
+    const auto [next, error] = std::from_chars(word.data(), end, id);
+    if (error != std::errc() || next != end) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("token id ", ids.size(), ", \"", word, "\", is not a number of 32 bits"));
     }
     ids.push_back(id);
-    at = next;
   }
   return ids;
 }
@@ -319,6 +317,7 @@ int main(int argc, char** argv) {
   quarry::Arguments arguments;
   CLI::App app("quarry-worker: runs a model with its K/V in the daemon");
   quarry::Describe(&app, &arguments);
+  app.set_version_flag("--version", QUARRY_VERSION);
   CLI11_PARSE(app, argc, argv);
   const absl::Status status = quarry::Run(arguments);
   if (status.ok()) return 0;

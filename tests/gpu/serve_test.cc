@@ -130,9 +130,11 @@ TEST_F(ServeTest, BadRequestsAreAnsweredWithWhatIsWrong) {
               "tokens[1] is -2");
   ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", "1 2"}}, "INVALID_ARGUMENT", "tokens");
   ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", {1, 99999}}}, "INVALID_ARGUMENT",
-              "token 1 has id 99999");
+              "token 61 of the sequence has id 99999");
   ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", json::array()}}, "INVALID_ARGUMENT",
               "no tokens");
+  ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", {1}}, {"temperature", -1}},
+              "INVALID_ARGUMENT", "temperature is -1");
   ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", {1}}, {"gold", {1, 2, 3}}},
               "INVALID_ARGUMENT", "gold has 3");
   ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", {1}}, {"new", 41}}, "FAILED_PRECONDITION",

@@ -117,16 +117,25 @@ class WorkerTest(unittest.TestCase):
                                   "q": [4, 6, 128], "q_pos": [4]})
         self.assertEqual(trace["k"]["dtype"], "BF16")
 
+    def test_tells_its_version(self):
+        result = subprocess.run([WORKER, "--version"], capture_output=True, text=True, timeout=60,
+                                check=False)
+        self.assertEqual(result.returncode, 0, result)
+        self.assertRegex(result.stdout, r"^\d+\.\d+\.\d+\n$")
+
     def test_says_what_is_wrong(self):
         full = ("--attention", "full")
         self.assert_fails(self.run_worker(*full, "--prompt", "text"), "tokenizer.model", "token ids")
         self.assert_fails(self.run_worker(*full), "prompt is empty")
-        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,two"), "token id 1")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,two"), "token id 1", '"two"')
+        for word in ("5x", "99999999999", "-1"):
+            self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,2," + word), f'token id 2, "{word}"')
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "@/nonexistent/ids"),
                           "/nonexistent/ids", "No such file")
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "@/tmp"), "cannot read /tmp",
                           "Is a directory")
-        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,2048,3"), "2048", "token 1")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,2048,3"), "2048", "token 1 ")
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,5,99999"), "99999", "token 2 ")
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "1,2", "--max-tokens", "200000"),
                           "200000", "131072")
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "1", model="/nonexistent"),
@@ -147,6 +156,7 @@ class WorkerTest(unittest.TestCase):
         self.assert_fails(failed, "quarry-worker: FAILED_PRECONDITION: ")
         self.assertEqual(json.loads(failed.stdout)["status"], "FAILED_PRECONDITION")
         for arguments in (("--attention", "some"), ("--kv-dtype", "int4"), ("--budget-share", "2"),
+                          ("--temperature", "-1"),
                           ("--no-such-option",), ("--dump-kv", ""), ("--dump-queries", "5"),
                           ("--dump-layers", "1"), ("--dump-seed", "1")):
             result = self.run_worker(*arguments, "--prompt-ids", "1")
