@@ -174,10 +174,16 @@ TEST(RetrievalBenchTest, BudgetsOfCandidatesAreKeptByWhateverFindsThem) {
     EXPECT_EQ(rows.size(), spec.searches.size() * trace.kv_heads);
     for (const Row& row : rows) {
       SCOPED_TRACE(row.index + " " + row.budget);
-      if (row.budget == "lift-1000") EXPECT_EQ(row.tokens_retrieved, 1000);
-      if (row.budget.ends_with("-cap-4096")) EXPECT_LE(row.tokens_retrieved, kCandidates);
+      if (row.budget == "lift-1000") {
+        EXPECT_EQ(row.tokens_retrieved, 1000);
+      }
+      if (row.budget.ends_with("-cap-4096")) {
+        EXPECT_LE(row.tokens_retrieved, kCandidates);
+      }
       // What weighs less than e^-6 of the best, all of it together.
-      if (row.budget.starts_with("dipr") && row.head == 1) EXPECT_LT(row.rel_l2, 0.2);
+      if (row.budget.starts_with("dipr") && row.head == 1) {
+        EXPECT_LT(row.rel_l2, 0.2);
+      }
     }
   }
 }
