@@ -91,6 +91,15 @@ std::string AwaitStop(int signal_fd, int drain_fd) {
   return info.ssi_signo == SIGTERM ? "SIGTERM" : "SIGINT";
 }
 
+// It grows only as K/V come in, so that the daemon starts and is killed later.
+void WarnOfArenaBeyondMemory(uint64_t arena_bytes) {
+  const auto memory_bytes =
+      static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  if (arena_bytes <= memory_bytes) return;
+  Log(LogLevel::kWarning, "engine.arena_bytes is more than the machine's memory",
+      {{"arena_bytes", arena_bytes}, {"memory_bytes", memory_bytes}});
+}
+
 int Serve(const Config& config) {
   if (absl::Status status = RaiseDescriptorLimit(); !status.ok()) {
     std::fprintf(stderr, "quarryd: %s\n", std::string(status.message()).c_str());
@@ -102,6 +111,7 @@ int Serve(const Config& config) {
     std::fprintf(stderr, "quarryd: %s\n", status.ToString().c_str());
     return kCannotStart;
   }
+  WarnOfArenaBeyondMemory(config.engine.arena.capacity_bytes);
   auto daemon = Daemon::Start(config, [&drain] {
     const uint64_t one = 1;
     [[maybe_unused]] const ssize_t n = write(drain.get(), &one, sizeof(one));

@@ -82,6 +82,22 @@ TEST(DaemonLifecycleTest, WhereNoSocketCanBeMadeTheOptionsAreNamed) {
   EXPECT_THAT(error, HasSubstr("--socket and --grpc-socket"));
 }
 
+TEST(DaemonLifecycleTest, AnArenaBeyondTheMachinesMemoryIsWarnedOf) {
+  DaemonOptions options;
+  options.arguments = {"--arena-bytes", "64TiB"};
+  auto daemon = DaemonProcess::Start(options);
+  ASSERT_TRUE(daemon.ok()) << daemon.status();
+  EXPECT_EQ((*daemon)->Stop(), 0);  // all that was logged is written
+  const std::string warned = "engine.arena_bytes is more than the machine's memory";
+  EXPECT_THAT((*daemon)->Log(), HasSubstr(warned));
+  EXPECT_THAT((*daemon)->Log(), HasSubstr(std::to_string(64ull << 40)));
+  EXPECT_THAT((*daemon)->Log(), HasSubstr("memory_bytes="));
+  auto small = Start();
+  ASSERT_TRUE(small.ok()) << small.status();
+  EXPECT_EQ((*small)->Stop(), 0);
+  EXPECT_THAT((*small)->Log(), ::testing::Not(HasSubstr(warned)));
+}
+
 TEST(DaemonLifecycleTest, APortInUseIsRefusedNamingIt) {
   const int fd = socket(AF_INET, SOCK_STREAM, 0);
   sockaddr_in address{};
