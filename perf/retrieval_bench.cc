@@ -20,6 +20,7 @@
 #include <cstdio>
 #include <fstream>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -69,12 +70,17 @@ bool Chosen(const std::vector<std::string>& beginnings, const std::string& name)
                      [&](const std::string& beginning) { return name.starts_with(beginning); });
 }
 
+std::vector<IndexSpec> AllSpecs(uint32_t seed) {
+  std::vector<IndexSpec> all = {ExactSpec()};
+  for (IndexSpec& spec : OwnSpecs()) all.push_back(std::move(spec));
+  for (IndexSpec& spec : BaselineSpecs(seed)) all.push_back(std::move(spec));
+  return all;
+}
+
 // `indexes`: beginnings of names too, beside those of the settings.
 std::vector<IndexSpec> ChosenSpecs(const Settings& settings,
                                    const std::vector<std::string>& indexes) {
-  std::vector<IndexSpec> all = {ExactSpec()};
-  for (IndexSpec& spec : OwnSpecs()) all.push_back(std::move(spec));
-  for (IndexSpec& spec : BaselineSpecs(settings.seed)) all.push_back(std::move(spec));
+  std::vector<IndexSpec> all = AllSpecs(settings.seed);
   std::erase_if(all, [&](const IndexSpec& spec) {
     return !Chosen(settings.indexes, spec.name) || !Chosen(indexes, spec.name);
   });
@@ -85,6 +91,32 @@ std::vector<IndexSpec> ChosenSpecs(const Settings& settings,
   }
   std::erase_if(all, [](const IndexSpec& spec) { return spec.searches.empty(); });
   return all;
+}
+
+// Whether each beginning is one of a name.
+absl::Status CheckBeginnings(const char* option, const std::vector<std::string>& beginnings,
+                             const std::set<std::string>& names) {
+  for (const std::string& beginning : beginnings) {
+    const auto at = names.lower_bound(beginning);
+    if (at != names.end() && at->starts_with(beginning)) continue;
+    return absl::InvalidArgumentError(absl::StrCat(option, ": no name begins with ", beginning,
+                                                   "; there are ", absl::StrJoin(names, ", ")));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckChoice(const Settings& settings) {
+  std::set<std::string> indexes, budgets;
+  for (const IndexSpec& spec : AllSpecs(settings.seed)) {
+    indexes.insert(spec.name);
+    for (const SearchSpec& search : spec.searches) budgets.insert(BudgetName(search.budget));
+  }
+  QUARRY_RETURN_IF_ERROR(CheckBeginnings("--indexes", settings.indexes, indexes));
+  QUARRY_RETURN_IF_ERROR(CheckBeginnings("--budgets", settings.budgets, budgets));
+  if (!ChosenSpecs(settings, {}).empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("none of --indexes ", absl::StrJoin(settings.indexes, " "),
+                   " is measured under --budgets ", absl::StrJoin(settings.budgets, " ")));
 }
 
 absl::Status MeasureTrace(const Trace& trace, const Settings& settings,
@@ -168,6 +200,7 @@ absl::Status WriteReport(const Settings& settings, const std::vector<Row>& rows)
 
 absl::Status Run(const Settings& settings) {
   if (absl::Status status = ChooseSimdLevel().status(); !status.ok()) return status;
+  QUARRY_RETURN_IF_ERROR(CheckChoice(settings));
   std::vector<Row> rows;
   for (const std::string& path : settings.from) {
     if (absl::Status status = ReadRows(path, &rows); !status.ok()) return status;

@@ -117,6 +117,17 @@ class RetrievalBenchTest(unittest.TestCase):
         self.assertNotEqual(result.returncode, 0)
         self.assertIn("--synthetic", result.stderr)
 
+    def test_refuses_names_that_choose_nothing(self):
+        for option, known in (("--indexes", "clusters"), ("--budgets", "mass-0.9")):
+            result = self.bench("--random", "2000", option, known, "nosuch")
+            self.assertEqual(result.returncode, 1, result)
+            self.assertIn(f"{option}: no name begins with nosuch; there are ", result.stderr)
+            self.assertIn(known, result.stderr)
+            self.assertEqual(result.stdout, "")
+        result = self.bench("--random", "2000", "--indexes", "hnsw", "--budgets", "error-")
+        self.assertEqual(result.returncode, 1, result)
+        self.assertIn("none of --indexes hnsw is measured under --budgets error-", result.stderr)
+
     def test_says_which_file_is_wrong(self):
         self.write("good.safetensors", trace(1, 0))
         self.write("wrong.safetensors", trace(1, 0, {"scale": "0.25", "model": "m"}))
