@@ -132,8 +132,8 @@ absl::StatusOr<std::vector<uint32_t>> ParseIds(const std::string& argument) {
     const char* const end = word.data() + word.size();
     const auto [next, error] = std::from_chars(word.data(), end, id);
     if (error != std::errc() || next != end) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("token id ", ids.size(), ", \"", word, "\", is not a number of 32 bits"));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "token id ", ids.size(), ", \"", word.substr(0, 32), "\", is not a number of 32 bits"));
     }
     ids.push_back(id);
   }
