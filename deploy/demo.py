@@ -330,6 +330,13 @@ def parse_arguments():
         parser.error(f"--context {arguments.context} leaves nothing for a quarter outside the window")
     if not os.path.exists(os.path.join(arguments.model_directory, "config.json")):
         parser.error(f"there is no model {arguments.model} in tests/models")
+    for option in ("questions", "worker_processes"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} {getattr(arguments, option)}: at least 1 is needed")
+    for program in ("daemon/quarryd", "gpu/quarry-worker"):
+        path = os.path.join(arguments.build, program)
+        if not os.access(path, os.X_OK):
+            parser.error(f"there is no program {path}: --build names the folder of the built ones")
     return arguments
 
 
@@ -341,6 +348,8 @@ def main():
     try:
         own = None if arguments.socket else Daemon(arguments.build)
         demo = Demo(arguments, own.socket if own else arguments.socket)
+        with demo.worker("daemon"):
+            pass  # whether the daemon answers, before the long part
         outcome = result(arguments, demo, demo.run(), run_kill(arguments))
     except (ProcessError, ValueError) as error:
         sys.exit(f"demo: {error}")

@@ -15,6 +15,22 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf '== %s\n' "$*" >&2; }
 usage() { sed -n '2,/^set -e/p' "${BASH_SOURCE[0]}" | sed -n 's/^# \{0,1\}//p' >&2; }
 
+# Now, and not minutes later when the demo starts.
+check() {
+  case "$1" in
+    --model)
+      [ -n "$2" ] && [ -f "tests/models/$2/config.json" ] && return
+      say "there is no model '$2' in tests/models" ;;
+    --seed)
+      [[ "$2" =~ ^-?[0-9]+$ ]] && return
+      say "--seed '$2' is not a number" ;;
+    --questions)
+      [[ "$2" =~ ^[0-9]*[1-9][0-9]*$ ]] && return
+      say "--questions '$2': at least 1 is needed" ;;
+  esac
+  exit 2
+}
+
 demo_arguments=()
 install=1
 keep=0
@@ -22,6 +38,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --model | --seed | --questions)
       if [ $# -lt 2 ]; then say "$1 needs a value"; exit 2; fi
+      check "$1" "$2"
       demo_arguments+=("$1" "$2")
       shift ;;
     --json) demo_arguments+=(--json) ;;
