@@ -2,7 +2,7 @@
 # Runs what does not fit into tests/run.sh, and writes what came out to tests/results/:
 #   address   all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #   thread    all tests under ThreadSanitizer
-#   release   all tests, those labelled slow included, in the build that is measured
+#   release   all tests, those labelled slow (none so far) included, in the build that is measured
 #   simd      the kernels' tests and the attention tests at every instruction-set level
 #   demo      the demo of every reference model
 #   perf      every benchmark, its JSON lines in the results; of retrieval_bench one trace of its

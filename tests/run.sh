@@ -1,6 +1,6 @@
 #!/bin/bash
 # Builds everything (preset dev) and runs the bounded tier of the tests: all but those labelled
-# slow, which tests/long.sh runs. Ends with ctest's summary; the exit status is its.
+# slow (none so far), which tests/long.sh runs. Ends with ctest's summary; the exit status is its.
 #   QUARRY_SKIP_INSTALL=1   use the packages that are there
 #   QUARRY_JOBS=N           compile and test N at a time (default: the cores)
 # Arguments go to ctest, for example: tests/run.sh -R engine

@@ -4,6 +4,7 @@
 - A word in backquotes or in an `sh` block that begins like a path of this tree is one.
 - A command of an `sh` block begins with a path or a program that is there.
 - An option given to one of our programs is in its --help.
+- A --gtest_filter, and what is given to ctest as -L or -R or named as its labels, matches a test.
 - A `cpp` or `c` block is, to the letter, a part of a file that install_test.py builds and runs.
 """
 import argparse
@@ -72,6 +73,15 @@ def exists(word, build):
     # <version> and NAME stand for something.
     pattern = re.sub(r"<[^>]*>|\b[A-Z]+\b(?=$|/)", "*", rest.rstrip("/"))
     return os.path.exists(os.path.join(base, rest)) or bool(glob.glob(os.path.join(base, pattern)))
+
+
+def ctest_choices(text):
+    """Pairs of -L or -R and its argument, of ctest's commands and of comments that list labels."""
+    choices = [(option, value) for words in commands(text) if words[0] == "ctest"
+               for option, value in zip(words, words[1:]) if option in ("-L", "-R")]
+    for labels in re.findall(r"# labels: ([a-z, ]+)$", text, re.M):
+        choices += [("-L", f"^{label}$") for label in labels.split(", ")]
+    return choices
 
 
 class Help:
@@ -151,6 +161,19 @@ class DocumentsTest(unittest.TestCase):
         for option in (w.split("=")[0] for w in words[1:] if w.startswith("--")):
             self.assertIn(option, text, f"{name}: `{' '.join(words)}`: {option} is unknown")
 
+    def test_tests_are_there(self):
+        for name, text in self.documents().items():
+            for words in commands(text):
+                for word in (w for w in words if w.startswith("--gtest_filter")):
+                    listed = self.output(Help(self.build).program(words[0]), "--gtest_list_tests", word)
+                    self.assertRegex(listed, r"(?m)^  ", f"{name}: {word} matches no test of {words[0]}")
+            for choice in ctest_choices(text):
+                found = self.output("ctest", "--test-dir", self.build, "-N", *choice)
+                self.assertNotIn("Total Tests: 0\n", found, f"{name}: ctest {' '.join(choice)} finds no test")
+
+    def output(self, *command):
+        return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
+
     def test_code_is_tested_code(self):
         tested = ""
         for path in glob.glob(os.path.join(HERE, "external", "*_engine.c*")):
@@ -180,6 +203,11 @@ class CheckerTest(unittest.TestCase):
     def test_placeholders_match_something(self):
         self.assertTrue(exists("tests/models/NAME/config.json", "/nowhere"))
         self.assertFalse(exists("tests/models/NAME/no_such_file.json", "/nowhere"))
+
+    def test_choices_of_tests_are_found(self):
+        text = "```sh\nctest --preset dev -L unit   # labels: unit, fuzz\nctest --preset dev -R x_test\n```\n"
+        self.assertEqual(ctest_choices(text),
+                         [("-L", "unit"), ("-R", "x_test"), ("-L", "^unit$"), ("-L", "^fuzz$")])
 
     def test_commands_are_read_without_environment_and_comment(self):
         text = "```sh\nQUARRY_SIMD=avx2 build/dev/x --flag  # why\n```\n"
