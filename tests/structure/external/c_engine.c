@@ -1,14 +1,17 @@
 /* An engine pairs with a daemon in C. The part between the marks stands in README.md. */
+// [README
 #include <stdio.h>
 
-// [README
 #include "client/quarry.h"
 
 /* Keeps an engine's own block under the engine's own key, and reads it back without a copy. */
 static quarry_code keep_block(const char* socket, const void* data, size_t bytes) {
   quarry_client* client;
   quarry_code code = quarry_connect(socket, "my-engine", 0, 0, &client);
-  if (code != 0) return code;
+  if (code != 0) {
+    fprintf(stderr, "%s\n", quarry_last_error());
+    return code;
+  }
   code = quarry_put(client, "my-engine/llama-8b/fp16", "block-7", 7, data, bytes);
   quarry_block* block;
   if (code == 0) code = quarry_lease(client, "my-engine/llama-8b/fp16", "block-7", 7, &block);
