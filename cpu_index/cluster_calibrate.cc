@@ -299,10 +299,11 @@ float CautionOf(std::span<const Observed> observed, const Promise& factor) {
 // Doubts were learned one by one; what they promise together is held against what is missed, at
 // tolerances between which budgets lie.
 void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
-  constexpr double kMostNeeded = 2;
   const ClusterModel learned = *m;
   std::vector<Observed> observed;
   Promise factor{1, 1};
+  // Where fewer of the expected rows are needed, centres tell nothing of single queries.
+  constexpr double kTelling = 0.7;
   double expected = 0, needed = 0;  // rows
   for (const float tolerance : {0.1f, 0.05f, 0.02f}) {
     ClusterLimits limits;
@@ -328,7 +329,9 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
     m->row_doubt = std::max(kLeastRowDoubt, scaled(learned.row_doubt, factor.apart));
   }
   m->caution = CautionOf(observed, factor);
-  m->needed_rows = expected > 0 ? static_cast<float>(std::min(needed / expected, kMostNeeded)) : 0;
+  const double share = expected > 0 ? needed / expected : 0;
+  m->needed_rows =
+      share < kTelling ? 0 : std::min(static_cast<float>(share), ClusterModel::kMostNeededRows);
 }
 
 }  // namespace

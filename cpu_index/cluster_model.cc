@@ -207,6 +207,9 @@ absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
         absl::StrCat("clusters: a largest variance of ", m.largest_variance));
   }
   QUARRY_RETURN_IF_ERROR(in->GetNumber("share of rows", 0, &m.needed_rows));
+  if (m.needed_rows > kMostNeededRows) {
+    return absl::DataLossError(absl::StrCat("clusters: a share of rows of ", m.needed_rows));
+  }
   uint32_t flags = 0;
   for (uint32_t* number : {&flags, &m.learned_queries, &m.learned_tokens}) {
     QUARRY_RETURN_IF_ERROR(in->Get(number));

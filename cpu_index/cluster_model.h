@@ -60,9 +60,10 @@ struct ClusterModel {
   // Whether searches attend exactly where estimates are expected to take longer; not while it is
   // calibrated.
   bool scan_if_faster = false;
-  // Of the rows that leaves' centres let expect, how many sampled queries needed: few where the
-  // mass lies on tokens that centres hide, about all where it is spread. 0: not known, nothing is
-  // expected.
+  // Of the rows that leaves' centres let expect, how many sampled queries needed: about all where
+  // mass is spread. 0: nothing is expected, for it is not known, or mass lies on tokens that
+  // centres hide.
+  static constexpr float kMostNeededRows = 2;
   float needed_rows = 0;
   // The largest variance that a sampled query's scores have over the keys; infinite: not known.
   // Nothing learned tells what estimates are worth for queries that go much further.

@@ -201,6 +201,7 @@ TEST_F(ClusterFormTest, DoubtsThatNoModelHasAreRefused) {
   ExpectDataLoss(With(doubts_ + 20, 0.9f), "caution");
   ExpectDataLoss(With(doubts_ + 24, -kInfinity), "length");
   ExpectDataLoss(With(doubts_ + 32, -0.1f), "share of rows");
+  ExpectDataLoss(With(doubts_ + 32, 1e30f), "share of rows");
   ExpectDataLoss(With(model_end_ - 12, uint32_t{4}), "flags 4");
   EXPECT_TRUE(ClusterIndex::Deserialize(With(model_end_ - 8, ~0u)).ok());
 }
