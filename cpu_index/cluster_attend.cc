@@ -45,9 +45,11 @@ void ClusterPart::Attend(std::span<const ErrorCut> cuts, std::span<const float> 
     estimated_[i].acc = std::span(acc_).subspan(floats + at, q_.block.head_dim);
     estimated_[i].max = found_[i].max;
   }
-  if (std::find(scanned.begin(), scanned.end(), false) != scanned.end())
-    Estimate(cuts, least, scanned);
-  if (std::find(scanned.begin(), scanned.end(), true) != scanned.end()) Scan(scanned);
+  const auto any = [&](bool is) {
+    return std::find(scanned.begin(), scanned.end(), is) != scanned.end();
+  };
+  if (any(false)) Estimate(cuts, least, scanned);
+  if (any(true)) Scan(scanned);
 }
 
 void ClusterPart::Estimate(std::span<const ErrorCut> cuts, std::span<const float> least,

@@ -13,8 +13,8 @@ namespace quarry {
 namespace {
 
 constexpr uint32_t kWidth = KeyCodes::kCoordinates;
+constexpr uint32_t kOpenAll = 1, kScanIfFaster = 2;  // flags
 // Of what one doubt may be; learned ones lie between 1e-4 and 20.
-constexpr uint32_t kOpenAll = 1, kScanIfFaster = 2;
 constexpr float kLeastDoubt = 1e-6f, kMostDoubt = 1e3f;
 constexpr float kMostCodeVariance = 4;
 // How much larger a query's variance may be than any sampled one's. Queries of heads that drift

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <numeric>
 
 #include "cpu_index/cluster_part.h"
 #include "cpu_index/simd.h"
@@ -308,48 +307,49 @@ void ClusterSearch::DecideSupers() {
   const ClusterQueries& q = *queries_;
   for (const auto& part : parts_) part->ScoreSupers();
   const bool all = q.limits.depth != Depth::kAsNeeded || q.every_code;
+  super_floors_.assign(q.count(), all ? kLeast : kAll);
   for (uint32_t i = 0; i < q.count(); ++i) {
-    super_floors_.push_back(all           ? kLeast
-                            : scanned_[i] ? kAll
-                                          : OpenedFrom(i, kSuperShare, kLogSuper,
-                                                       q.model.super_doubt * q.unrest[i].super));
+    if (all || scanned_[i]) continue;
+    super_floors_[i] =
+        OpenedFrom(i, kSuperShare, kLogSuper, q.model.super_doubt * q.unrest[i].super);
   }
 }
 
 void ClusterSearch::DecideLeaves() {
   const ClusterQueries& q = *queries_;
-  std::vector<ScoreHistogram> expected(q.count());
+  std::vector<ScoreHistogram> tokens(q.count());  // expected
   std::vector<uint64_t> rows(q.count());
   for (uint32_t i = 0; i < q.count() && q.every_code; ++i) {
+    if (scanned_[i]) continue;
     const float variance = q.model.leaf.variance * q.leaf_breadth[i] - q.code_variance[i];
-    expected[i] =
+    tokens[i] =
         TokensAround(Together(i, &ClusterFindings::centres), std::sqrt(std::max(variance, 0.0f)));
     // Scores of tokens count in what codes miss.
-    expected[i].top += 0.5f * q.code_variance[i];
-    top_[i] = expected[i].top;
+    tokens[i].top += 0.5f * q.code_variance[i];
+    top_[i] = tokens[i].top;
     mass_[i] = std::exp(Mass(i, &ClusterFindings::mass) - top_[i]);
-    expected_[i] = CutOf(i, expected[i]).tokens;
+    expected_[i] = CutOf(i, tokens[i]).tokens;
     rows[i] = static_cast<uint64_t>(q.model.needed_rows * static_cast<float>(expected_[i]));
   }
   if (q.every_code) ScanIfFaster(rows);
-  floors_ = std::make_unique<TokenFloors>();
+  const std::vector<float> none(q.count(), kAll);
+  floors_ = std::make_unique<TokenFloors>(
+      TokenFloors{.outlier = none, .known = none, .leaf = none, .ranked = none});
   for (uint32_t i = 0; i < q.count(); ++i) {
-    floors_->leaf.push_back(LeafFloor(i));
+    if (scanned_[i]) continue;
+    floors_->leaf[i] = LeafFloor(i);
     if (!q.every_code) continue;
     // By a lower bound of the mass: estimates from spread are least true of such heads.
     const float mass = Mass(i, &ClusterFindings::centre_mass);
-    const float known = mass + std::log(q.tolerance * kOutlierShare);
-    const float best = BestOf(expected[i], kRankedTokens);
-    floors_->known.push_back(scanned_[i] ? kAll : known);
-    floors_->outlier.push_back(scanned_[i] ? kAll
-                                           : std::min(known, best - 0.5f * q.code_variance[i]));
-    floors_->ranked.push_back(scanned_[i] ? kAll : best);
+    const float best = BestOf(tokens[i], kRankedTokens);
+    floors_->known[i] = mass + std::log(q.tolerance * kOutlierShare);
+    floors_->outlier[i] = std::min(floors_->known[i], best - 0.5f * q.code_variance[i]);
+    floors_->ranked[i] = best;
   }
 }
 
 float ClusterSearch::LeafFloor(uint32_t query) const {
   const ClusterQueries& q = *queries_;
-  if (scanned_[query]) return kAll;
   if (q.limits.depth >= Depth::kCodes) return kLeast;
   if (q.limits.depth != Depth::kAsNeeded) return kAll;
   return OpenedFrom(query, kLeafShare, kLogLeaf, q.model.leaf_doubt * q.unrest[query].leaf);

@@ -69,8 +69,8 @@ class ClusterSearch {
   void Finish(std::span<Partial> acc, std::vector<uint32_t>* refined = nullptr) const;
   // Then: which share of the square of a query's predicted error adds up over tokens and groups.
   float TogetherShare(uint32_t query) const;
-  // Then, of a query that is not attended exactly, where every code is read: how many rows the
-  // leaves' centres let expect that it needs, and how many it did.
+  // Then, where every code is read: how many rows the leaves' centres let expect that a query
+  // needs, and how many it did; none if it was attended exactly.
   struct Rows {
     uint64_t expected = 0, needed = 0;
   };

@@ -46,8 +46,8 @@ struct ErrorCutInput {
 struct ErrorCut {
   float refine, exact;
   float error = 0;  // that is left
-  float together =
-      0;  // of that, what adds up: the root of their squares' difference is independent
+  // Of that, what adds up: the root of their squares' difference is independent.
+  float together = 0;
   uint64_t tokens = 0;  // that are read by their rows or exactly
 };
 ErrorCut FindErrorCut(const ErrorCutInput& in);

@@ -47,6 +47,11 @@ float Partial::RelativeError() const {
   return doubt > 0 ? std::sqrt(doubt / std::max(squares, 1e-30f)) : 0;
 }
 
+double ErrorRatio(double actual, double predicted) {
+  constexpr double kRounding = 1e-3;
+  return std::max(actual, kRounding) / std::max(predicted, kRounding);
+}
+
 void MergeFinished(std::span<float> o_a, float* lse_a, std::span<const float> o_b, float lse_b) {
   if (lse_b == kEmpty) return;
   const float largest = std::max(*lse_a, lse_b);

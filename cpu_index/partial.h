@@ -28,6 +28,10 @@ struct Partial {
   float RelativeError() const;
 };
 
+// Actual by predicted relative error of an answer; errors below 1e-3 count as that, for exact
+// answers of bf16 rows differ by so much between two orders of their tokens.
+double ErrorRatio(double actual, double predicted);
+
 // Merges two finished partials (o, lse) of disjoint sets: o_a, lse_a become the merge. Either may
 // be empty (lse = -infinity); two empty sets stay empty. Never NaN for finite inputs.
 void MergeFinished(std::span<float> o_a, float* lse_a, std::span<const float> o_b, float lse_b);

@@ -17,9 +17,6 @@
 namespace quarry {
 namespace {
 
-// Exact answers of bf16 rows differ by so much between two orders of their tokens.
-constexpr double kRounding = 1e-3;
-
 // Of so many best tokens of a query head the recall is where most tokens are estimated.
 constexpr size_t kBestTokens = 100;
 
@@ -398,9 +395,7 @@ class Measuring {
 
 }  // namespace
 
-double AuditMeasure::Ratio() const {
-  return std::max(actual, kRounding) / std::max(predicted, kRounding);
-}
+double AuditMeasure::Ratio() const { return ErrorRatio(actual, predicted); }
 
 std::optional<AuditMeasure> MeasureAudit(const AuditedQuery& query, const KvShape& shape,
                                          const BlockTable& table, uint32_t task_tokens,

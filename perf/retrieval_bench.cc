@@ -33,7 +33,6 @@
 #include "perf/retrieval/default_set.h"
 #include "perf/retrieval/index_specs.h"
 #include "perf/retrieval/random_trace.h"
-#include "perf/retrieval/own_specs.h"
 #include "perf/retrieval/report.h"
 #include "perf/retrieval/row.h"
 #include "perf/retrieval/synthetic_trace.h"
@@ -68,13 +67,6 @@ bool Chosen(const std::vector<std::string>& beginnings, const std::string& name)
   return beginnings.empty() ||
          std::any_of(beginnings.begin(), beginnings.end(),
                      [&](const std::string& beginning) { return name.starts_with(beginning); });
-}
-
-std::vector<IndexSpec> AllSpecs(uint32_t seed) {
-  std::vector<IndexSpec> all = {ExactSpec()};
-  for (IndexSpec& spec : OwnSpecs()) all.push_back(std::move(spec));
-  for (IndexSpec& spec : BaselineSpecs(seed)) all.push_back(std::move(spec));
-  return all;
 }
 
 // `indexes`: beginnings of names too, beside those of the settings.

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "cpu_index/baselines/baselines.h"
+#include "perf/retrieval/own_specs.h"
 
 namespace quarry::perf {
 namespace {
@@ -143,6 +144,13 @@ std::vector<IndexSpec> BaselineSpecs(uint32_t seed) {
   out.push_back(Baseline(BaselineKind::kHnsw, "M=32/efc=200",
                          {.seed = seed, .hnsw_m = 32, .ef_construction = 200}));
   return out;
+}
+
+std::vector<IndexSpec> AllSpecs(uint32_t seed) {
+  std::vector<IndexSpec> all = {ExactSpec()};
+  for (IndexSpec& spec : OwnSpecs()) all.push_back(std::move(spec));
+  for (IndexSpec& spec : BaselineSpecs(seed)) all.push_back(std::move(spec));
+  return all;
 }
 
 }  // namespace quarry::perf

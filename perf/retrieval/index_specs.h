@@ -71,4 +71,7 @@ IndexSpec ExactSpec();
 // FAISS and hnswlib, each with a sweep of its knobs; seed of their randomness.
 std::vector<IndexSpec> BaselineSpecs(uint32_t seed);
 
+// All that are measured: these and the daemon's own (own_specs.h).
+std::vector<IndexSpec> AllSpecs(uint32_t seed);
+
 }  // namespace quarry::perf

@@ -15,9 +15,6 @@ namespace {
 // What the oracle is asked for.
 constexpr double kOracleErrors[] = {0.1, 0.05, 0.02, 0.01, 0.005, 0.001};
 
-// Errors that rounding alone can make count as equally small, as in the daemon's audits.
-constexpr double kRounding = 1e-3;
-
 std::vector<float> Widen(std::span<const std::byte> data, DType dtype) {
   std::vector<float> out(data.size() / DTypeBytes(dtype));
   for (size_t i = 0; i < out.size(); ++i) out[i] = LoadAsFloat(data.data(), i, dtype);
@@ -222,7 +219,7 @@ void TraceBench::FillQuality(const Head& head, const IndexedHead& indexed, const
                                   ? partial.RelativeError() * ShareOfMerged(truth, o, lse)
                                   : answer.lost_mass(g);
       predicted += promised;
-      const double ratio = std::max(quality.rel_l2, kRounding) / std::max(promised, kRounding);
+      const double ratio = ErrorRatio(quality.rel_l2, promised);
       within += ratio <= 2 && ratio >= 0.5 ? 1 : 0;
     }
   }

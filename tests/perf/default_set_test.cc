@@ -9,19 +9,11 @@
 #include "absl/strings/str_cat.h"
 #include "perf/retrieval/head_class.h"
 #include "perf/retrieval/index_specs.h"
-#include "perf/retrieval/own_specs.h"
 #include "perf/retrieval/synthetic_trace.h"
 #include "perf/retrieval/truth.h"
 
 namespace quarry::perf {
 namespace {
-
-std::vector<IndexSpec> AllSpecs() {
-  std::vector<IndexSpec> all = OwnSpecs();
-  all.push_back(ExactSpec());
-  for (IndexSpec& spec : BaselineSpecs(1)) all.push_back(std::move(spec));
-  return all;
-}
 
 TEST(DefaultSetTest, AThirdOfTheHeadsIsMediumAtEveryLength) {
   for (const MadeSet& set : DefaultSet()) {
@@ -39,7 +31,7 @@ TEST(DefaultSetTest, AThirdOfTheHeadsIsMediumAtEveryLength) {
 }
 
 TEST(DefaultSetTest, EveryIndexIsThereAndIsCalledByItsName) {
-  const std::vector<IndexSpec> all = AllSpecs();
+  const std::vector<IndexSpec> all = AllSpecs(1);
   const std::vector<MadeSet> sets = DefaultSet();
   EXPECT_TRUE(std::any_of(sets.begin(), sets.end(),
                           [](const MadeSet& set) { return set.indexes.empty(); }));
@@ -55,7 +47,7 @@ TEST(DefaultSetTest, EveryIndexIsThereAndIsCalledByItsName) {
 }
 
 TEST(IndexSpecsTest, EveryIndexIsMeasuredUnderEveryBudgetThatItCanAnswer) {
-  for (const IndexSpec& spec : AllSpecs()) {
+  for (const IndexSpec& spec : AllSpecs(1)) {
     const auto has = [&spec](auto is) {
       return std::any_of(spec.searches.begin(), spec.searches.end(),
                          [&is](const SearchSpec& search) { return is(search.budget); });
