@@ -14,13 +14,14 @@
 #include "cpu_index/key_index.h"
 #include "cpu_index/key_rows.h"
 #include "cpu_index/query_basis.h"
+#include "cpu_index/scan_history.h"
 
 namespace quarry {
 
 // The coordinates of keys, the quantisers, and what was learned of estimates: how they are made
 // better, and how far they can be trusted. A query is made ready once for all runs of a model.
-// Learned from runs of one head, good for later runs of the same head. Constant once calibrated, and
-// thread-safe then.
+// Learned from runs of one head, good for later runs of the same head. Constant once calibrated,
+// but for its history, and thread-safe then.
 struct ClusterModel {
   // What the nodes of a level have inside, on average: tokens around their node's mean.
   struct Inside {
@@ -70,6 +71,8 @@ struct ClusterModel {
   float largest_variance = std::numeric_limits<float>::infinity();
   uint32_t learned_queries = 0;  // that it was calibrated by; 0: its doubts are guesses
   uint32_t learned_tokens = 0;
+  // Of searches that are told to use it; not written.
+  mutable ScanHistory history;
 
   uint32_t head_dim() const { return basis.head_dim; }
   uint32_t rank() const;  // of the codes

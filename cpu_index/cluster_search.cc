@@ -197,12 +197,14 @@ ClusterSearch::ClusterSearch(std::span<const ClusterRun> runs, const QueryBlock&
   }
   const std::vector<uint64_t> no_rows(queries.queries);
   ScanIfFaster(no_rows);
+  if (!ScansAll() && UsesHistory() && limits.history->ScanNext(limits.tolerance)) ScanUncapped();
   if (!ScansAll()) {
     queries_->Prepare();
     for (uint32_t i = 0; i < queries.queries; ++i) {
       if (needed && !queries_->trusted[i]) scanned_[i] = true;
     }
     ScanIfFaster(no_rows);
+    if (ScansAll()) NoteLook();
   }
   if (!ScansAll()) DecideSupers();
   if (ScansAll()) stage_ = Stage::kAttend;
@@ -226,10 +228,12 @@ bool ClusterSearch::Next() {
     case Stage::kLeaves:
       DecideLeaves();
       stage_ = ScansAll() ? Stage::kAttend : Stage::kTokens;
+      if (ScansAll()) NoteLook();
       return true;
     case Stage::kTokens:
       DecideTokens();
       stage_ = Stage::kAttend;
+      NoteLook();
       return true;
     case Stage::kAttend:
       break;
@@ -295,11 +299,25 @@ void ClusterSearch::ScanIfFaster(std::span<const uint64_t> rows) {
   // Keys and values of those that are scanned anyway are there for the others.
   const float others = static_cast<float>(q.count() - scanned) / static_cast<float>(q.count());
   if (seen_ > kFewTokens && search <= others * static_cast<float>(seen_)) return;
-  for (uint32_t i = 0; i < q.count(); ++i) {
-    if (q.MostTokens(i) != ~0u) continue;
+  ScanUncapped();
+}
+
+void ClusterSearch::ScanUncapped() {
+  for (uint32_t i = 0; i < queries_->count(); ++i) {
+    if (queries_->MostTokens(i) != ~0u) continue;
     scanned_[i] = true;
     cuts_[i] = kNothing;
   }
+}
+
+bool ClusterSearch::UsesHistory() const {
+  const ClusterQueries& q = *queries_;
+  return q.limits.history != nullptr && q.limits.depth == Depth::kAsNeeded &&
+         q.model.scan_if_faster;
+}
+
+void ClusterSearch::NoteLook() const {
+  if (UsesHistory()) queries_->limits.history->Looked(queries_->limits.tolerance, ScansAll());
 }
 
 // Little work: not worth a stage of its own.

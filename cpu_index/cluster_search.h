@@ -37,6 +37,9 @@ struct ClusterLimits {
   // [queries] log of the length of the sum of e^score * value over what the answer will be merged
   // with, as far as it is known: it makes errors here matter less. Empty: nothing is.
   std::span<const float> other_length;
+  // With ClusterModel::scan_if_faster: of the head's searches; this one goes by it and adds to it,
+  // so that whether it estimates depends on those before. May be null.
+  ScanHistory* history = nullptr;
   // What calibration forces. Depths: supers alone; all leaves; all codes; and then the rows, or the
   // keys and values, of so many best tokens of each query.
   enum class Depth { kAsNeeded, kSupers, kLeaves, kCodes, kRows, kExact };
@@ -85,6 +88,9 @@ class ClusterSearch {
   float OpenedFrom(uint32_t query, float share, float tokens, float doubt) const;
   bool ScansAll() const;
   void ScanIfFaster(std::span<const uint64_t> rows);
+  void ScanUncapped();
+  bool UsesHistory() const;
+  void NoteLook() const;
   void DecideSupers();
   void DecideLeaves();
   float LeafFloor(uint32_t query) const;

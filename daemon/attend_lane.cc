@@ -100,6 +100,7 @@ class AttendLane::FamilySearch {
     }
     limits_.most_tokens = most_tokens_;
     limits_.other_length = elsewhere_;
+    limits_.history = &runs_.front().index->model()->history;
     search_.emplace(runs_, queries_.front().block(), limits_, lane.search_parts_);
   }
   FamilySearch(const FamilySearch&) = delete;

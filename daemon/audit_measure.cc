@@ -265,6 +265,7 @@ class Measuring {
     }
     std::vector<float> lengths;
     for (const Partial& sum : beside.partials) lengths.push_back(sum.LogLength());
+    // Without the history of live searches: where these scan there is nothing to measure.
     ClusterLimits limits{.tolerance = query_.budget.error, .other_length = lengths};
     const std::vector<uint32_t> most(query_.lse.size(), query_.budget.k);
     if (query_.budget.k > 0) limits.most_tokens = most;

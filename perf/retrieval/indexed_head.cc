@@ -110,6 +110,7 @@ void HeadAnswer::AnswerWithin(const IndexedHead& head, const QueryBlock& queries
   ClusterLimits limits;
   limits.tolerance = error;
   limits.other_length = other;
+  if (!runs.empty()) limits.history = &runs.front().index->model()->history;
   refined_.clear();
   SearchClusters(runs, queries, limits, partials_, lists_ ? &refined_ : nullptr);
 }

@@ -98,5 +98,52 @@ TEST_F(ClusterScanTest, AQueryWithACapIsNotScannedForOthers) {
   EXPECT_GT(found.predicted[1], 0);
 }
 
+TEST_F(ClusterScanTest, AfterSeveralLooksForNothingSearchesScanWithoutOne) {
+  ScanHistory history;
+  ClusterLimits limits = Within(1e-4f);
+  limits.history = &history;
+  uint32_t looks = 0;
+  for (int i = 0; i < 100; ++i) {
+    const ClusterAnswer found = Ask(limits, ranges_);
+    ExpectExact(found, 0, ranges_);
+    looks += found.bytes > scan_bytes() ? 1 : 0;
+  }
+  EXPECT_EQ(looks, 7u);     // with 0, 4, 8, 16, 32 scans behind them, and 32 again
+  limits.tolerance = 0.1f;  // of which nothing is known
+  EXPECT_LT(Ask(limits, ranges_).bytes, scan_bytes() / 2);
+}
+
+TEST_F(ClusterScanTest, WithoutTheChoiceHistoryHasNoPart) {
+  Learn(/*scan_if_faster=*/false);
+  ScanHistory history;
+  for (int i = 0; i < 3; ++i) history.Looked(1, /*scanned=*/true);
+  ClusterLimits limits = Within(1e-3f);
+  limits.history = &history;
+  EXPECT_GT(Ask(limits, ranges_).predicted[0], 0);
+}
+
+TEST(ScanHistoryTest, ALookThatFindsEstimatesFasterEndsIt) {
+  ScanHistory history;
+  EXPECT_FALSE(history.ScanNext(0.1f));
+  history.Looked(0.1f, true);
+  EXPECT_FALSE(history.ScanNext(0.1f));
+  history.Looked(0.1f, true);
+  for (int i = 0; i < 4; ++i) EXPECT_TRUE(history.ScanNext(i % 2 == 0 ? 0.1f : 0.01f));
+  EXPECT_FALSE(history.ScanNext(0.1f));
+  history.Looked(0.1f, false);
+  history.Looked(0.1f, true);
+  EXPECT_FALSE(history.ScanNext(0.1f));
+}
+
+TEST(ScanHistoryTest, WhatALargerErrorTellsHoldsForASmallerOneAlone) {
+  ScanHistory history;
+  for (int i = 0; i < 2; ++i) history.Looked(0.01f, true);
+  EXPECT_FALSE(history.ScanNext(0.02f));
+  history.Looked(0.02f, false);  // tells nothing of 0.01
+  EXPECT_TRUE(history.ScanNext(0.01f));
+  const ScanHistory copy = history;
+  EXPECT_FALSE(ScanHistory(copy).ScanNext(0.01f));
+}
+
 }  // namespace
 }  // namespace quarry
