@@ -5,6 +5,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 #include "cpu_index/cluster_part.h"
 #include "cpu_index/simd.h"
@@ -347,9 +348,11 @@ void ClusterSearch::DecideLeaves() {
     top_[i] = tokens[i].top;
     mass_[i] = std::exp(Mass(i, &ClusterFindings::mass) - top_[i]);
     expected_[i] = CutOf(i, tokens[i]).tokens;
-    rows[i] = static_cast<uint64_t>(q.model.needed_rows * static_cast<float>(expected_[i]));
+    const float needed =
+        UsesHistory() ? q.limits.history->NeededRows(q.model.needed_rows) : q.model.needed_rows;
+    rows[i] = static_cast<uint64_t>(needed * static_cast<float>(expected_[i]));
   }
-  if (q.every_code) ScanIfFaster(rows);
+  if (q.every_code && !(UsesHistory() && q.limits.history->LookDeeper())) ScanIfFaster(rows);
   const std::vector<float> none(q.count(), kAll);
   floors_ = std::make_unique<TokenFloors>(
       TokenFloors{.outlier = none, .known = none, .leaf = none, .ranked = none});
@@ -397,6 +400,10 @@ void ClusterSearch::DecideTokens() {
     scanned_[i] = !std::isfinite(mass_[i]) ||
                   (cuts_[i].error > kMostOverdrawn * Allowed(i) && q.MostTokens(i) == ~0u);
     if (scanned_[i]) cuts_[i] = kNothing;
+  }
+  if (UsesHistory() && q.every_code) {
+    q.limits.history->Needed(std::accumulate(rows.begin(), rows.end(), uint64_t{0}),
+                             std::accumulate(expected_.begin(), expected_.end(), uint64_t{0}));
   }
   ScanIfFaster(rows);
 }

@@ -102,13 +102,15 @@ TEST_F(ClusterScanTest, AfterSeveralLooksForNothingSearchesScanWithoutOne) {
   ScanHistory history;
   ClusterLimits limits = Within(1e-4f);
   limits.history = &history;
-  uint32_t looks = 0;
+  uint32_t looks = 0, at_codes = 0;
   for (int i = 0; i < 100; ++i) {
     const ClusterAnswer found = Ask(limits, ranges_);
     ExpectExact(found, 0, ranges_);
     looks += found.bytes > scan_bytes() ? 1 : 0;
+    at_codes += found.bytes > scan_bytes() * 11 / 10 ? 1 : 0;
   }
-  EXPECT_EQ(looks, 7u);     // with 0, 4, 8, 16, 32 scans behind them, and 32 again
+  EXPECT_EQ(looks, 8u);     // with 0, 0, 4, 8, 16, 32 scans behind them, and 32 again
+  EXPECT_EQ(at_codes, 7u);  // all but the first
   limits.tolerance = 0.1f;  // of which nothing is known
   EXPECT_LT(Ask(limits, ranges_).bytes, scan_bytes() / 2);
 }
@@ -124,25 +126,40 @@ TEST_F(ClusterScanTest, WithoutTheChoiceHistoryHasNoPart) {
 
 TEST(ScanHistoryTest, ALookThatFindsEstimatesFasterEndsIt) {
   ScanHistory history;
-  EXPECT_FALSE(history.ScanNext(0.1f));
-  history.Looked(0.1f, true);
-  EXPECT_FALSE(history.ScanNext(0.1f));
-  history.Looked(0.1f, true);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_FALSE(history.ScanNext(0.1f));
+    history.Looked(0.1f, true);
+  }
   for (int i = 0; i < 4; ++i) EXPECT_TRUE(history.ScanNext(i % 2 == 0 ? 0.1f : 0.01f));
   EXPECT_FALSE(history.ScanNext(0.1f));
   history.Looked(0.1f, false);
+  history.Looked(0.1f, true);
   history.Looked(0.1f, true);
   EXPECT_FALSE(history.ScanNext(0.1f));
 }
 
 TEST(ScanHistoryTest, WhatALargerErrorTellsHoldsForASmallerOneAlone) {
   ScanHistory history;
-  for (int i = 0; i < 2; ++i) history.Looked(0.01f, true);
+  for (int i = 0; i < 3; ++i) history.Looked(0.01f, true);
   EXPECT_FALSE(history.ScanNext(0.02f));
   history.Looked(0.02f, false);  // tells nothing of 0.01
   EXPECT_TRUE(history.ScanNext(0.01f));
   const ScanHistory copy = history;
   EXPECT_FALSE(ScanHistory(copy).ScanNext(0.01f));
+}
+
+TEST(ScanHistoryTest, RowsThatWereNotNeededAreNotExpectedAgain) {
+  ScanHistory history;
+  EXPECT_FLOAT_EQ(history.NeededRows(0.9f), 0.9f);
+  EXPECT_FLOAT_EQ(history.NeededRows(0), 0);
+  history.Needed(5, 0);  // none were expected
+  EXPECT_FLOAT_EQ(history.NeededRows(0.9f), 0.9f);
+  history.Needed(10, 100);
+  EXPECT_FLOAT_EQ(history.NeededRows(0.9f), 0.1f);
+  history.Needed(90, 100);
+  EXPECT_FLOAT_EQ(history.NeededRows(0.9f), 0.5f);
+  for (int i = 0; i < 9; ++i) history.Needed(1000, 100);
+  EXPECT_FLOAT_EQ(history.NeededRows(0.9f), 0.9f);
 }
 
 }  // namespace
