@@ -172,8 +172,9 @@ std::vector<ClusterModel::Unrest> UnrestOf(const Sampled& sampled, const Cluster
   std::vector<float> y(m.head_dim());
   for (uint32_t i = 0; i < sampled.count(); ++i) {
     m.basis.EncodeQuery(sampled.Query(i), y);
-    out.push_back(m.UnrestOf(m.CodeVariance(y, 1)[0], m.Breadth(m.leaf, y, 1)[0],
-                             m.Breadth(m.super, y, 1)[0]));
+    const float code_variance = std::min(ClusterModel::kMostCodeVariance, m.CodeVariance(y, 1)[0]);
+    out.push_back(
+        m.UnrestOf(code_variance, m.Breadth(m.leaf, y, 1)[0], m.Breadth(m.super, y, 1)[0]));
   }
   return out;
 }

@@ -16,7 +16,6 @@ constexpr uint32_t kWidth = KeyCodes::kCoordinates;
 constexpr uint32_t kOpenAll = 1, kScanIfFaster = 2;  // flags
 // Of what one doubt may be; learned ones lie between 1e-4 and 20.
 constexpr float kLeastDoubt = 1e-6f, kMostDoubt = 1e3f;
-constexpr float kMostCodeVariance = 4;
 // How much larger a query's variance may be than any sampled one's. Queries of heads that drift
 // stay below twice; of queries three times as long as all sampled ones, 9 times, a fifth erred by
 // more than four times what was predicted.
@@ -104,7 +103,7 @@ std::vector<float> ClusterModel::CodeVariance(std::span<const float> coordinates
       sum += code_error[c] * y[c] * y[c];
     }
     sum += LostVariance({y, stride});
-    out.push_back(std::min(kMostCodeVariance, sum));
+    out.push_back(sum);
   }
   return out;
 }

@@ -81,7 +81,9 @@ struct ClusterModel {
   // The variance of a query's scores inside nodes of a level, by that of a typical one: [queries].
   std::vector<float> Breadth(const Inside& inside, std::span<const float> coordinates,
                              uint32_t queries) const;
-  // [queries] variance of a token's score around its code's.
+  // [queries] variance of a token's score around its code's. Weights count on no more than the
+  // most: what few tokens with large errors weigh is not told by a variance.
+  static constexpr float kMostCodeVariance = 4;
   std::vector<float> CodeVariance(std::span<const float> coordinates, uint32_t queries) const;
   // Of a query's scores over all keys. coordinates: [head_dim].
   float KeyVariance(std::span<const float> coordinates) const;

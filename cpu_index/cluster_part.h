@@ -47,7 +47,9 @@ struct ClusterQueries {
   const bool every_code;  // read, to find tokens that stand out
   std::vector<float> coordinates;  // [queries][head_dim]
   CodedQueries node, code, row;
-  std::vector<float> leaf_breadth, super_breadth, code_variance;  // [queries], as the rest
+  std::vector<float> leaf_breadth, super_breadth;  // [queries], as the rest
+  // By which codes miss tokens' scores; the variance is no more than ClusterModel's most.
+  std::vector<float> code_deviation, code_variance;
   std::vector<ClusterModel::Unrest> unrest;
   std::vector<bool> trusted;  // what is estimated for it
 };
