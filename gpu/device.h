@@ -102,7 +102,14 @@ struct DeviceCopy {
 };
 
 struct DeviceStats {
+  // The budget, what is handed out of it, and the most that ever was.
   uint64_t capacity_bytes = 0, used_bytes = 0, peak_bytes = 0;
+  // Also out of the budget: what the device's own software takes (contexts, code, libraries).
+  uint64_t overhead_bytes = 0;
+  // Memory that is taken from the system to hand out; it stays taken. 0: as much as is used.
+  uint64_t mapped_bytes = 0;
+  // What the driver says is taken of the whole device, by everybody. 0: there is nobody to ask.
+  uint64_t driver_used_bytes = 0;
 };
 
 // Used by one thread. Operations run in the order they are called and may still run when they
@@ -147,6 +154,19 @@ class Device {
 
   virtual void Release(void* data, size_t bytes) = 0;  // DeviceBuffer's
 };
+
+inline DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
+  std::swap(device_, other.device_);
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+inline void DeviceBuffer::Reset() {
+  if (data_ != nullptr) device_->Release(data_, bytes_);
+  data_ = nullptr;
+  bytes_ = 0;
+}
 
 struct HostDeviceOptions {
   uint64_t capacity_bytes = 16ull << 30;

@@ -236,19 +236,6 @@ class HostDevice final : public Device {
 
 }  // namespace
 
-DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
-  std::swap(device_, other.device_);
-  std::swap(data_, other.data_);
-  std::swap(bytes_, other.bytes_);
-  return *this;
-}
-
-void DeviceBuffer::Reset() {
-  if (data_ != nullptr) device_->Release(data_, bytes_);
-  data_ = nullptr;
-  bytes_ = 0;
-}
-
 std::unique_ptr<Device> MakeHostDevice(const HostDeviceOptions& options) {
   return std::make_unique<HostDevice>(options);
 }

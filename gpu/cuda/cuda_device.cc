@@ -1,0 +1,408 @@
+#include "gpu/cuda/cuda_device.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numbers>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gpu/cuda/arena.h"
+#include "gpu/cuda/attention.h"
+#include "gpu/cuda/attention_plan.h"
+#include "gpu/cuda/cuda_status.h"
+#include "gpu/cuda/driver.h"
+#include "gpu/cuda/overhead.h"
+#include "gpu/cuda/products.h"
+#include "gpu/cuda/row_kernels.h"
+#include "gpu/cuda/staging.h"
+#include "proto/half.h"
+#include "proto/status_macros.h"
+
+namespace quarry::cuda {
+namespace {
+
+// Rows of a product at a time: bounds its rounded activations, and is enough for any card.
+constexpr size_t kProductRows = 4096;
+// What cuBLASLt asks for on Hopper; a small budget gives it a 32nd of its own.
+constexpr uint64_t kWorkspaceBytes = 32ull << 20;
+
+bool IsVectorAligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Whether the tensor kernel can read and write these addresses.
+bool IsVectorAligned(const DeviceAttention& a) {
+  bool aligned = IsVectorAligned(a.q) && IsVectorAligned(a.o);
+  for (const DeviceKv& part : a.parts) {
+    aligned = aligned && IsVectorAligned(part.k) && IsVectorAligned(part.v) &&
+              part.head_stride % 16 == 0;
+  }
+  return aligned;
+}
+
+AttentionArgs ArgsOf(const DeviceAttention& a, std::span<const DeviceKv> parts) {
+  AttentionArgs args = {};
+  args.q = a.q;
+  args.o = a.o;
+  args.lse = a.lse;
+  args.heads = a.heads;
+  args.group = a.heads / a.kv_heads;
+  args.head_dim = a.head_dim;
+  args.rows = a.rows;
+  args.first_token = a.first_token;
+  args.window = a.window;
+  args.splits = 1;
+  args.part_count = static_cast<uint32_t>(parts.size());
+  args.scale_log2 =
+      std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(a.head_dim));
+  for (size_t i = 0; i < parts.size(); ++i) {
+    args.parts[i] = {static_cast<const std::byte*>(parts[i].k),
+                     static_cast<const std::byte*>(parts[i].v), parts[i].head_stride,
+                     parts[i].tokens.lo, parts[i].tokens.hi};
+  }
+  return args;
+}
+
+class CudaDevice final : public Device {
+ public:
+  static absl::StatusOr<std::unique_ptr<Device>> Create(const CudaDeviceOptions& options) {
+    std::unique_ptr<CudaDevice> out(new CudaDevice(options));
+    QUARRY_RETURN_IF_ERROR(out->FindCard());
+    QUARRY_RETURN_IF_ERROR(out->Start());
+    return std::unique_ptr<Device>(std::move(out));
+  }
+
+  ~CudaDevice() override {
+    if (stream_ == nullptr) return;
+    cudaSetDevice(options_.ordinal);
+    cudaStreamSynchronize(stream_);
+    workspace_.Reset();
+    products_.reset();
+    staging_.reset();
+    arena_.reset();
+    cudaStreamDestroy(stream_);
+  }
+
+  std::string_view name() const override { return name_; }
+
+  absl::StatusOr<DeviceBuffer> Allocate(size_t bytes, std::string_view what) override {
+    QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), what));
+    QUARRY_ASSIGN_OR_RETURN(void* const data, arena_->Allocate(bytes, what));
+    return DeviceBuffer(this, data, bytes);
+  }
+
+  // What is still to run on this memory runs before whatever its next owner asks for.
+  void Release(void* data, size_t bytes) override { arena_->Release(data, bytes); }
+
+  DeviceStats Stats() const override {
+    DeviceStats stats;
+    stats.capacity_bytes = options_.capacity_bytes;
+    stats.used_bytes = arena_->map().used();
+    stats.peak_bytes = arena_->map().peak();
+    stats.overhead_bytes = arena_->map().overhead();
+    stats.mapped_bytes = arena_->mapped_bytes();
+    stats.driver_used_bytes = cudaSetDevice(options_.ordinal) == cudaSuccess ? TakenBytes() : 0;
+    return stats;
+  }
+
+  absl::Status Upload(void* to, std::span<const std::byte> from) override {
+    if (Begin("Upload")) Note(staging_->Upload(to, from), "Upload");
+    return TakeFailure();
+  }
+
+  absl::Status Download(std::span<std::byte> to, const void* from) override {
+    if (Begin("Download")) Note(staging_->Download(to, from), "Download");
+    return TakeFailure();
+  }
+
+  void Copy(const DeviceCopy& c) override {
+    if (c.bytes == 0 || c.count == 0 || !Begin("Copy")) return;
+    Note(LaunchCopy({static_cast<char*>(c.to), c.to_stride, static_cast<const char*>(c.from),
+                     c.from_stride, c.bytes, c.count},
+                    stream_),
+         "Copy");
+  }
+
+  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
+                                    std::string_view what) override {
+    DeviceMatrix out;
+    out.width = width;
+    if (!stacked.empty()) out.dtype = stacked.front().dtype;
+    for (const HostMatrix& part : stacked) {
+      out.rows += part.rows;
+      if (part.dtype != out.dtype) out.dtype = DType::kFp32;  // holds all of them exactly
+    }
+    QUARRY_ASSIGN_OR_RETURN(out.data, Allocate(out.rows * width * DTypeBytes(out.dtype), what));
+    std::byte* to = out.data.raw();
+    for (const HostMatrix& part : stacked) {
+      const size_t elements = part.rows * width;
+      const auto fill = [&](std::span<std::byte> slot, size_t offset) {
+        if (part.dtype == out.dtype) {
+          std::memcpy(slot.data(), part.bytes.data() + offset, slot.size());
+          return;
+        }
+        for (size_t i = 0; i < slot.size() / 4; ++i) {
+          StoreFromFloat(slot.data(), i, DType::kFp32,
+                         LoadAsFloat(part.bytes.data(), offset / 4 + i, part.dtype));
+        }
+      };
+      const size_t bytes = elements * DTypeBytes(out.dtype);
+      QUARRY_RETURN_IF_ERROR(CudaStatus(staging_->Upload(to, bytes, 4, fill), what));
+      to += bytes;
+    }
+    return out;
+  }
+
+  void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
+              Output output) override {
+    if (rows == 0 || w.rows == 0 || !Begin("MatMul")) return;
+    Note(Multiply(x, w, y, rows, output), "MatMul");
+  }
+
+  void RmsNorm(const float* x, const DeviceMatrix& weight, float eps, float* y,
+               size_t rows) override {
+    if (rows == 0 || weight.width == 0 || !Begin("RmsNorm")) return;
+    Note(LaunchRmsNorm({x, weight.data.raw(), weight.dtype, y, rows, weight.width, eps}, stream_),
+         "RmsNorm");
+  }
+
+  void Rope(const DeviceRope& rope) override {
+    if (rope.rows == 0 || rope.heads == 0 || rope.inv_freq.empty() || !Begin("Rope")) return;
+    if (rope.inv_freq.size() > kMaxRopePairs) {
+      return Note(absl::InvalidArgumentError(absl::StrCat(
+                      rope.inv_freq.size(), " frequencies, at most ", kMaxRopePairs)),
+                  "Rope");
+    }
+    RopeArgs args = {};
+    args.x = rope.x;
+    args.first_token = rope.first_token;
+    args.rows = rope.rows;
+    args.heads = rope.heads;
+    args.head_dim = rope.head_dim;
+    args.pairs = static_cast<uint32_t>(rope.inv_freq.size());
+    args.attention_scale = rope.attention_scale;
+    std::copy(rope.inv_freq.begin(), rope.inv_freq.end(), args.inv_freq);
+    Note(LaunchRope(args, stream_), "Rope");
+  }
+
+  void SwiGlu(const float* gate_up, float* y, size_t rows, size_t width) override {
+    if (rows == 0 || width == 0 || !Begin("SwiGlu")) return;
+    Note(LaunchSwiGlu(gate_up, y, rows, width, stream_), "SwiGlu");
+  }
+
+  void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) override {
+    if (tokens.empty() || table.width == 0 || !Begin("Embed")) return;
+    EmbedArgs args = {};
+    args.table = table.data.raw();
+    args.dtype = table.dtype;
+    args.width = table.width;
+    for (size_t at = 0; at < tokens.size(); at += args.count) {
+      args.y = y + at * table.width;
+      args.count =
+          static_cast<uint32_t>(std::min<size_t>(kMaxEmbedTokens, tokens.size() - at));
+      std::copy_n(tokens.begin() + static_cast<ptrdiff_t>(at), args.count, args.tokens);
+      Note(LaunchEmbed(args, stream_), "Embed");
+    }
+  }
+
+  void Round(const float* from, DType dtype, void* to, size_t elements) override {
+    if (elements == 0 || !Begin("Round")) return;
+    Note(LaunchRound(from, dtype, to, elements, stream_), "Round");
+  }
+
+  void Attend(const DeviceAttention& attention) override {
+    if (attention.rows == 0 || attention.heads == 0 || !Begin("Attend")) return;
+    Note(AttendParts(attention), "Attend");
+  }
+
+  void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
+             uint32_t head_dim) override {
+    if (rows == 0 || !Begin("Merge")) return;
+    Note(LaunchMerge({o_a, lse_a, o_b, lse_b, rows, head_dim}, stream_), "Merge");
+  }
+
+ private:
+  explicit CudaDevice(const CudaDeviceOptions& options)
+      : options_(options), name_(absl::StrCat("cuda:", options.ordinal)) {}
+
+  // Names the card; FailedPrecondition if it is none for us.
+  absl::Status FindCard() {
+    int count = 0;
+    if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(name_, ": no NVIDIA driver or card: ", cudaGetErrorString(error)));
+    }
+    if (options_.ordinal < 0 || options_.ordinal >= count) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(name_, ": this machine has ", count, " CUDA devices"));
+    }
+    cudaDeviceProp properties;
+    QUARRY_RETURN_IF_ERROR(
+        CudaStatus(cudaGetDeviceProperties(&properties, options_.ordinal), name_));
+    absl::StrAppend(&name_, " (", properties.name, ", compute capability ", properties.major, ".",
+                    properties.minor, ")");
+    multiprocessors_ = static_cast<uint32_t>(properties.multiProcessorCount);
+    if (properties.major < 8) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(name_, ": compute capability 8.0 or later is needed"));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Start() {
+    QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), name_));
+    QUARRY_RETURN_IF_ERROR(CudaStatus(cudaFree(nullptr), name_));  // makes the context
+    QUARRY_ASSIGN_OR_RETURN(const Driver driver, Driver::Load());
+    QUARRY_ASSIGN_OR_RETURN(const uint64_t context, ContextBytes(driver, options_.ordinal));
+    const uint64_t before = TakenBytes();
+    QUARRY_RETURN_IF_ERROR(
+        CudaStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), name_));
+    QUARRY_RETURN_IF_ERROR(LoadKernels());
+    QUARRY_ASSIGN_OR_RETURN(staging_, Staging::Create(stream_));
+    QUARRY_ASSIGN_OR_RETURN(products_, Products::Create());
+    const uint64_t after = TakenBytes();
+    const uint64_t overhead = context + (after - std::min(before, after));
+    if (overhead >= options_.capacity_bytes) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          name_, ": CUDA itself takes ", overhead, " bytes of a budget of ",
+          options_.capacity_bytes));
+    }
+    QUARRY_ASSIGN_OR_RETURN(
+        arena_, Arena::Create(driver, {options_.capacity_bytes, overhead, options_.ordinal}));
+    const uint64_t workspace = std::min(kWorkspaceBytes, arena_->map().limit() / 32);
+    QUARRY_ASSIGN_OR_RETURN(workspace_, Allocate(workspace, "workspace of matrix products"));
+    return absl::OkStatus();
+  }
+
+  absl::Status LoadKernels() const {
+    for (const cudaError_t error : {PrepareRowKernels(), PrepareAttention()}) {
+      if (error == cudaErrorNoKernelImageForDevice) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(name_, ": this program has no code for it"));
+      }
+      QUARRY_RETURN_IF_ERROR(CudaStatus(error, absl::StrCat(name_, ": loading kernels")));
+    }
+    return absl::OkStatus();
+  }
+
+  // Whether the card can be asked; else the operation has failed.
+  bool Begin(std::string_view operation) {
+    const cudaError_t error = cudaSetDevice(options_.ordinal);
+    Note(error, operation);
+    return error == cudaSuccess;
+  }
+
+  // The first failure since the last report stays.
+  void Note(const absl::Status& status, std::string_view operation) {
+    if (status.ok() || !failure_.ok()) return;
+    failure_ = absl::Status(status.code(),
+                            absl::StrCat(std::string(operation), ": ", status.message()));
+  }
+  void Note(cudaError_t error, std::string_view operation) {
+    if (error != cudaSuccess && failure_.ok()) failure_ = CudaStatus(error, operation);
+  }
+  absl::Status TakeFailure() { return std::exchange(failure_, absl::OkStatus()); }
+
+  absl::Status Multiply(const float* x, const DeviceMatrix& w, float* y, size_t rows,
+                        Output output) {
+    const bool rounds = w.dtype != DType::kFp32;
+    DeviceBuffer rounded;
+    if (rounds) {
+      const size_t elements = std::min(rows, kProductRows) * w.width;
+      QUARRY_ASSIGN_OR_RETURN(rounded,
+                              Allocate(elements * DTypeBytes(w.dtype), "rounded activations"));
+    }
+    for (size_t lo = 0; lo < rows; lo += kProductRows) {
+      const size_t n = std::min(kProductRows, rows - lo);
+      const float* const from = x + lo * w.width;
+      if (rounds) {
+        QUARRY_RETURN_IF_ERROR(
+            CudaStatus(LaunchRound(from, w.dtype, rounded.raw(), n * w.width, stream_), "Round"));
+      }
+      QUARRY_RETURN_IF_ERROR(Run({rounds ? static_cast<const void*>(rounded.raw()) : from,
+                                  w.data.raw(), y + lo * w.rows, w.dtype, n, w.rows, w.width,
+                                  output}));
+    }
+    return absl::OkStatus();
+  }
+
+  // The first product of a shape may load code to the card: that is overhead too.
+  absl::Status Run(const Product& product) {
+    const Products::Workspace workspace{workspace_.raw(), workspace_.bytes()};
+    if (!products_->IsNew(product)) return products_->Run(product, workspace, stream_);
+    const uint64_t before = TakenBytes();
+    QUARRY_RETURN_IF_ERROR(products_->Run(product, workspace, stream_));
+    const uint64_t after = TakenBytes();
+    if (after > before) arena_->SetOverhead(arena_->map().overhead() + after - before);
+    return absl::OkStatus();
+  }
+
+  absl::Status AttendParts(const DeviceAttention& a) {
+    const bool tensor = HasTensorAttention(a.dtype, a.head_dim) && IsVectorAligned(a);
+    struct Launch {
+      AttentionPlan plan;
+      std::span<const DeviceKv> parts;
+    };
+    std::vector<Launch> launches;
+    uint32_t partials = 0;
+    for (size_t at = 0; at == 0 || at < a.parts.size(); at += kMaxAttentionParts) {
+      Launch& launch = launches.emplace_back();
+      launch.parts = a.parts.subspan(at).first(
+          std::min<size_t>(kMaxAttentionParts, a.parts.size() - at));
+      if (tensor) {
+        DeviceAttention of_these = a;
+        of_these.parts = launch.parts;
+        launch.plan = PlanAttention(of_these, multiprocessors_);
+      }
+      partials += launch.plan.splits;
+    }
+    const size_t vectors = size_t{a.rows} * a.heads, elements = vectors * a.head_dim;
+    DeviceBuffer memory;
+    if (partials > 1) {
+      QUARRY_ASSIGN_OR_RETURN(memory, Allocate(partials * (elements + vectors) * sizeof(float),
+                                               "partials of attention"));
+    }
+    float* const o = partials > 1 ? memory.floats() : a.o;
+    float* const lse = partials > 1 ? memory.floats() + partials * elements : a.lse;
+    size_t done = 0;
+    for (const Launch& launch : launches) {
+      AttentionArgs args = ArgsOf(a, launch.parts);
+      args.o = o + done * elements;
+      args.lse = lse + done * vectors;
+      args.splits = launch.plan.splits;
+      done += launch.plan.splits;
+      QUARRY_RETURN_IF_ERROR(CudaStatus(
+          tensor ? LaunchTensorAttention(args, a.dtype, launch.plan.row_tiles, stream_)
+                 : LaunchPlainAttention(args, a.dtype, stream_),
+          "attention kernel"));
+    }
+    if (partials == 1) return absl::OkStatus();
+    return CudaStatus(
+        LaunchSplitMerge({o, lse, a.o, a.lse, vectors, partials, a.head_dim}, stream_),
+        "merge of partials");
+  }
+
+  const CudaDeviceOptions options_;
+  std::string name_;
+  uint32_t multiprocessors_ = 1;
+  cudaStream_t stream_ = nullptr;
+  std::unique_ptr<Arena> arena_;
+  std::unique_ptr<Staging> staging_;
+  std::unique_ptr<Products> products_;
+  DeviceBuffer workspace_;  // of products_, which run one after the other
+  absl::Status failure_;    // the first since the last report
+};
+
+}  // namespace
+}  // namespace quarry::cuda
+
+namespace quarry {
+
+absl::StatusOr<std::unique_ptr<Device>> MakeCudaDevice(const CudaDeviceOptions& options) {
+  return cuda::CudaDevice::Create(options);
+}
+
+}  // namespace quarry

@@ -1,0 +1,20 @@
+// What CUDA itself takes of a card's memory. The driver only says what is taken of the whole card,
+// so everything is told from differences; what other processes take or give back meanwhile is
+// mistaken for ours.
+#pragma once
+
+#include <cstdint>
+
+#include "absl/status/statusor.h"
+#include "gpu/cuda/driver.h"
+
+namespace quarry::cuda {
+
+// Bytes taken of the current device, by everybody. 0 if the driver does not answer.
+uint64_t TakenBytes();
+
+// What a context takes: a second one is made on the device, and ended. The current one was there
+// before anything could be asked.
+absl::StatusOr<uint64_t> ContextBytes(const Driver& driver, int device);
+
+}  // namespace quarry::cuda

@@ -1,0 +1,53 @@
+// Instances and launchers of the tensor kernel for one head_dim.
+#pragma once
+
+#include "gpu/cuda/tensor_attention.cuh"
+
+namespace quarry::cuda {
+
+// Two blocks fit a multiprocessor where it has the shared memory for them; that leaves a thread
+// 255 registers.
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
+    TensorAttention(const __grid_constant__ AttentionArgs args) {
+  extern __shared__ __align__(128) char shared[];
+  AttendTile<T, Tile>(args, shared);
+}
+
+template <typename T, typename Tile>
+cudaError_t PrepareTile() {
+  return cudaFuncSetAttribute(TensorAttention<T, Tile>,
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+}
+
+template <int kHeadDim>
+cudaError_t PrepareHeadDim() {
+  for (const auto prepare :
+       {PrepareTile<Bf16, TensorTile<kHeadDim, 1>>, PrepareTile<Bf16, TensorTile<kHeadDim, 2>>,
+        PrepareTile<Fp16, TensorTile<kHeadDim, 1>>, PrepareTile<Fp16, TensorTile<kHeadDim, 2>>}) {
+    if (const cudaError_t error = prepare(); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <typename T, typename Tile>
+cudaError_t LaunchTile(const AttentionArgs& args, cudaStream_t stream) {
+  const uint32_t queries = args.rows * args.group;
+  const dim3 grid((queries + Tile::kQueries - 1) / Tile::kQueries, args.heads / args.group,
+                  args.splits);
+  TensorAttention<T, Tile><<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <int kHeadDim>
+cudaError_t LaunchHeadDim(const AttentionArgs& args, DType dtype, uint32_t row_tiles,
+                          cudaStream_t stream) {
+  if (dtype == DType::kBf16) {
+    return row_tiles == 1 ? LaunchTile<Bf16, TensorTile<kHeadDim, 1>>(args, stream)
+                          : LaunchTile<Bf16, TensorTile<kHeadDim, 2>>(args, stream);
+  }
+  return row_tiles == 1 ? LaunchTile<Fp16, TensorTile<kHeadDim, 1>>(args, stream)
+                        : LaunchTile<Fp16, TensorTile<kHeadDim, 2>>(args, stream);
+}
+
+}  // namespace quarry::cuda

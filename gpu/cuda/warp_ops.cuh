@@ -1,0 +1,95 @@
+// What the attention kernel asks of the machine: matrix instructions, asynchronous copies,
+// conversions. One thin function per instruction (sm_80 and later).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace quarry::cuda {
+
+// c [16][8] += a [16][16] * b [16][8], operands of two bytes as the instruction wants them spread
+// over a warp's lanes: lane l has c of rows l / 4 and l / 4 + 8, columns 2 * (l % 4) and the next.
+struct Bf16 {
+  static __device__ uint32_t Pack(float lo, float hi) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(lo, hi);
+    return reinterpret_cast<const uint32_t&>(both);
+  }
+  static __device__ void Multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+struct Fp16 {
+  static __device__ uint32_t Pack(float lo, float hi) {
+    const __half2 both = __floats2half2_rn(lo, hi);
+    return reinterpret_cast<const uint32_t&>(both);
+  }
+  static __device__ void Multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+__device__ inline uint32_t SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four 8 x 8 matrices of two-byte elements from shared memory: lanes 8 i to 8 i + 7 name the rows
+// of matrix i, 16 bytes each; lane l gets elements 2 * (l % 4) and the next of row l / 4.
+__device__ inline void LoadMatrices(uint32_t out[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(SharedAddress(row))
+               : "memory");
+}
+
+// The same, each matrix transposed.
+__device__ inline void LoadTransposed(uint32_t out[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(SharedAddress(row))
+               : "memory");
+}
+
+// Copies 16 bytes to shared memory behind the thread's back; zeros, reading nothing, unless
+// `exists`. Both addresses are multiples of 16.
+__device__ inline void CopyLater(void* shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(exists ? 16 : 0)
+               : "memory");
+}
+// Ends a group of copies, also an empty one.
+__device__ inline void EndCopyGroup() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for this thread's copies, but for those of the latest `kPending` groups.
+template <int kPending>
+__device__ inline void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// 2^x to 2 ulp; 2^-infinity is 0.
+__device__ inline float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Over the four lanes that share rows of a product.
+__device__ inline float QuadMax(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+__device__ inline float QuadSum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+}  // namespace quarry::cuda
