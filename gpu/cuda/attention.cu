@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   float q[kPerLane], acc[kPerLane];
   for (int e = 0; e < kPerLane; ++e) {
     const uint32_t i = lane + 32 * e;
-    q[e] = i < d ? a.q[vector * d + i] * a.scale_log2 : 0.0f;
+    q[e] = i < d ? ToFloat(FromFloat<T>(a.q[vector * d + i])) * a.scale_log2 : 0.0f;
     acc[e] = 0.0f;
   }
   float largest = -INFINITY, sum = 0.0f;

@@ -2,10 +2,11 @@
 
 #include <algorithm>
 
+#include "gpu/cuda/attention_args.h"
+
 namespace quarry::cuda {
 namespace {
 
-constexpr uint32_t kKeys = 64;         // of one step of the kernel
 constexpr uint32_t kStepsPerSplit = 4;  // less is not worth a partial and its merge
 constexpr uint32_t kBlocksPerMultiprocessor = 2;
 
@@ -14,7 +15,8 @@ uint64_t KeyTiles(const DeviceAttention& a) {
   const TokenRange seen{a.Visible(0).lo, a.Visible(a.rows - 1).hi};
   uint64_t tiles = 0;
   for (const DeviceKv& part : a.parts) {
-    tiles += (uint64_t{Intersect(part.tokens, seen).size()} + kKeys - 1) / kKeys;
+    tiles += (uint64_t{Intersect(part.tokens, seen).size()} + kAttentionKeys - 1) /
+             kAttentionKeys;
   }
   return tiles;
 }
@@ -24,8 +26,8 @@ uint64_t KeyTiles(const DeviceAttention& a) {
 AttentionPlan PlanAttention(const DeviceAttention& a, uint32_t multiprocessors) {
   AttentionPlan plan;
   const uint64_t queries = uint64_t{a.rows} * (a.heads / a.kv_heads);
-  plan.row_tiles = queries > 64 ? 2 : 1;
-  const uint64_t per_tile = uint64_t{64} * plan.row_tiles;
+  plan.row_tiles = queries > AttentionQueries(1) ? 2 : 1;
+  const uint64_t per_tile = AttentionQueries(plan.row_tiles);
   plan.query_tiles = static_cast<uint32_t>((queries + per_tile - 1) / per_tile);
   const uint64_t blocks = uint64_t{plan.query_tiles} * a.kv_heads;
   const uint64_t room = uint64_t{kBlocksPerMultiprocessor} * multiprocessors;

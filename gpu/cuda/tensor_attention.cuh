@@ -4,10 +4,12 @@
 //
 // The group's query heads share K and V, so they are rows of one tile: a decode step is a tile
 // with few rows, whose keys are split over blocks, and a prefill a grid of full ones.
+//
+// Who includes this has included the operations of a warp before: warp_ops.cuh, or a test's
+// imitation of them for the host.
 #pragma once
 
-#include "gpu/cuda/attention.h"
-#include "gpu/cuda/warp_ops.cuh"
+#include "gpu/cuda/attention_args.h"
 
 namespace quarry::cuda {
 
@@ -29,12 +31,25 @@ struct TensorTile {
   static_assert(kQueries == AttentionQueries(kRowTiles));
   static_assert(kKeys * kChunks % kThreads == 0);
 
-  // Where a chunk of a vector lies. The eight rows that one matrix load reads at the same chunk
-  // meet all 32 banks: vectors of 128 and 256 bytes begin at the same bank, those of 192 at one
-  // of two.
+  // Where a chunk of a vector lies: chunks change places within a row, so that the eight rows that
+  // one matrix load reads at the same chunk meet all 32 banks. Vectors of 128 and 256 bytes begin
+  // at the same bank, those of 192 at one of two.
+  static __device__ int Swizzle(int row) { return kHeadDim == 96 ? row / 2 % 4 : row % 8; }
   static __device__ int Offset(int row, int chunk) {
-    const int swizzled = kHeadDim == 96 ? chunk ^ (row / 2 % 4) : chunk ^ (row % 8);
-    return row * kVectorBytes + swizzled * 16;
+    return row * kVectorBytes + (chunk ^ Swizzle(row)) * 16;
+  }
+};
+
+// What a lane names for matrix loads: chunk 2 i or 2 i + 1 of a row, for any i. Rows that are a
+// multiple of 8 farther have the same swizzle.
+template <typename Tile>
+struct LaneChunks {
+  int row_bytes;
+  int flip;
+  __device__ LaneChunks(int row, int odd)
+      : row_bytes(row * Tile::kVectorBytes), flip((odd ^ Tile::Swizzle(row)) * 16) {}
+  __device__ int At(int i, int farther) const {
+    return row_bytes + farther * Tile::kVectorBytes + (32 * i ^ flip);
   }
 };
 
@@ -129,14 +144,16 @@ __device__ void FetchKeys(const KeyTiles& tiles, uint32_t kv_head, char* k_share
   const AttentionPart& part = tiles.part();
   const size_t at = kv_head * part.head_stride +
                     size_t{tiles.lo() - part.lo} * Tile::kVectorBytes;
-  const int count = static_cast<int>(tiles.hi() - tiles.lo());
+  const uint32_t bytes = (tiles.hi() - tiles.lo()) * Tile::kVectorBytes;
+  int thread = static_cast<int>(threadIdx.x);
+  Forget(thread);  // the tile's offsets are as cheap to compute as to keep
 #pragma unroll
   for (int i = 0; i < Tile::kKeys * Tile::kChunks / Tile::kThreads; ++i) {
-    const int piece = i * Tile::kThreads + static_cast<int>(threadIdx.x);
+    const uint32_t piece = i * Tile::kThreads + static_cast<uint32_t>(thread);
     const int row = piece / Tile::kChunks, chunk = piece % Tile::kChunks;
-    const bool exists = row < count;
+    const bool exists = piece * 16 < bytes;
     // What does not exist is not read, but its address is one that could be.
-    const size_t from = at + (exists ? row * Tile::kVectorBytes + chunk * 16 : 0);
+    const size_t from = at + (exists ? piece * 16 : 0);
     char* to = k_shared + Tile::Offset(row, chunk);
     CopyLater(to, part.k + from, exists);
     CopyLater(to + Tile::kKvBytes, part.v + from, exists);
@@ -151,11 +168,15 @@ struct WarpState {
   static constexpr int kDimTiles = Tile::kHeadDim / 8;
   static constexpr int kKeyTiles = Tile::kKeys / 8;
 
+  // Lanes 0 to 15 name the even chunks of 16 rows, the others the odd ones: queries and values.
+  // Of keys, each eight lanes: even and odd chunks of 8 rows, then of the next 8.
+  LaneChunks<Tile> by_rows, by_pairs;
   float acc[kRowTiles][kDimTiles][4];
   float max_log2[kRowTiles][2];  // of scores times log2(e); -infinity while nothing was seen
   float sum[kRowTiles][2];       // this lane's columns only
 
-  __device__ void Clear() {
+  __device__ explicit WarpState(int lane)
+      : by_rows(lane % 16, lane / 16), by_pairs(lane % 8 + lane / 16 * 8, lane / 8 % 2) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -171,9 +192,8 @@ struct WarpState {
     }
   }
 
-  // s = queries * keys^T.
-  static __device__ void Score(const char* q, const char* k, int warp_row, int lane,
-                               float s[kRowTiles][kKeyTiles][4]) {
+  // s = queries * keys^T. q: the warp's first query.
+  __device__ void Score(const char* q, const char* k, float s[kRowTiles][kKeyTiles][4]) const {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -187,12 +207,12 @@ struct WarpState {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
-        LoadMatrices(a[m], q + Tile::Offset(warp_row + 16 * m + lane % 16, 2 * d + lane / 16));
+        LoadMatrices(a[m], q + by_rows.At(d, 16 * m));
       }
 #pragma unroll
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t b[4];
-        LoadMatrices(b, k + Tile::Offset(8 * n + lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
+        LoadMatrices(b, k + by_pairs.At(d, 8 * n));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           T::Multiply(s[m][n], a[m], b[0], b[1]);
@@ -261,7 +281,7 @@ struct WarpState {
 
   // acc += weights * values. A lane's products of keys are the operand of the next product as
   // they lie: columns 2 * (lane % 4) and the next of two key tiles.
-  __device__ void AddValues(const char* v, int lane, const float s[kRowTiles][kKeyTiles][4]) {
+  __device__ void AddValues(const char* v, const float s[kRowTiles][kKeyTiles][4]) {
 #pragma unroll
     for (int key = 0; key < Tile::kKeys / 16; ++key) {
       uint32_t a[kRowTiles][4];
@@ -276,7 +296,7 @@ struct WarpState {
 #pragma unroll
       for (int n = 0; n < kDimTiles; n += 2) {
         uint32_t b[4];
-        LoadTransposed(b, v + Tile::Offset(16 * key + lane % 16, n + lane / 16));
+        LoadTransposed(b, v + by_rows.At(n / 2, 16 * key));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           T::Multiply(acc[m][n], a[m], b[0], b[1]);
@@ -341,8 +361,8 @@ __device__ void AttendTile(const AttentionArgs& a, char* shared) {
   const bool works = first_query < a.rows * a.group;
   const SeenTokens low = SeenBy(a, first_query),
                    high = SeenBy(a, first_query + 16 * Tile::kRowTiles - 1);
-  WarpState<T, Tile> state;
-  state.Clear();
+  const char* const queries = shared + warp_row * Tile::kVectorBytes;
+  WarpState<T, Tile> state(lane);
   for (uint32_t step = 0; step < steps; ++step) {
     const uint32_t lo = tiles.lo(), hi = tiles.hi();
     char* const k = keys + step % 2 * 2 * Tile::kKvBytes;
@@ -355,12 +375,15 @@ __device__ void AttendTile(const AttentionArgs& a, char* shared) {
     __syncthreads();
     if (works && lo < high.hi && hi > low.lo) {
       float s[Tile::kRowTiles][Tile::kKeys / 8][4];
-      WarpState<T, Tile>::Score(shared, k, warp_row, lane, s);
+      // Else all offsets are computed once, kept, and push sums out of the registers.
+      Forget(state.by_rows.flip);
+      Forget(state.by_pairs.flip);
+      state.Score(queries, k, s);
       if (lo < high.lo || hi > low.hi || hi - lo < kAttentionKeys) {
         WarpState<T, Tile>::Mask(a, first_query, lo, hi, lane, s);
       }
       state.Weigh(a.scale_log2, s);
-      state.AddValues(k + Tile::kKvBytes, lane, s);
+      state.AddValues(k + Tile::kKvBytes, s);
     }
     __syncthreads();  // before the next fetch overwrites this stage
   }

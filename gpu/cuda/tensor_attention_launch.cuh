@@ -1,6 +1,9 @@
 // Instances and launchers of the tensor kernel for one head_dim.
 #pragma once
 
+#include "gpu/cuda/attention.h"
+#include "gpu/cuda/warp_ops.cuh"
+// After the operations that it uses.
 #include "gpu/cuda/tensor_attention.cuh"
 
 namespace quarry::cuda {

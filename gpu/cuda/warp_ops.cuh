@@ -75,6 +75,9 @@ __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// What the compiler knew of x, and computed from it, is good no more.
+__device__ inline void Forget(int& x) { asm volatile("" : "+r"(x)); }
+
 // 2^x to 2 ulp; 2^-infinity is 0.
 __device__ inline float Exp2(float x) {
   float y;

@@ -1,6 +1,5 @@
 // The CUDA device's memory, products and kernels of rows, against double references.
-#include <absl/strings/match.h>
-
+#include "absl/strings/match.h"
 #include "tests/gpu/cuda/device_fixture.h"
 
 namespace quarry {
@@ -140,7 +139,8 @@ TEST_F(CudaDeviceCheck, ProductsAgree) {
           sum[r * s.out + o] = total + before[r * s.out + o];
         }
       });
-      const double limit = dtype == DType::kFp32 ? 1e-5 : 1e-4;  // x is rounded in `want` too
+      // x is rounded in `want` too: only sums differ.
+      const double limit = dtype == DType::kFp32 ? 1e-5 : 1e-3;
       const std::string where = std::string(DTypeName(dtype)) + " " + std::to_string(s.rows) + "x" +
                                 std::to_string(s.out) + "x" + std::to_string(s.in);
       EXPECT_LE(WorstRow(Get(over), want, s.out), limit) << where;

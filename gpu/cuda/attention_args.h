@@ -1,0 +1,39 @@
+// What an attention kernel is told. Plain C++: kernels, device and tests without CUDA see the same.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace quarry::cuda {
+
+// K and V of tokens [lo, hi) of every KV head, as DeviceKv.
+struct AttentionPart {
+  const std::byte* k;
+  const std::byte* v;
+  size_t head_stride;  // bytes
+  uint32_t lo, hi;
+};
+
+// Parts of one launch: they travel as kernel parameters, 4 KiB in all.
+inline constexpr uint32_t kMaxAttentionParts = 64;
+
+// The query heads of a KV head's group and a token's rows lie behind one another: "query" i of a
+// KV head is head i % group of row i / group.
+struct AttentionArgs {
+  const float* q;  // [rows][heads][head_dim]
+  // [splits][rows][heads][head_dim] and [splits][rows][heads]: split s of the launch writes the
+  // partial of its share of the key tiles there.
+  float* o;
+  float* lse;
+  uint32_t heads, group, head_dim, rows, first_token, window;
+  uint32_t splits, part_count;
+  float scale_log2;  // of scores: log2(e) / sqrt(head_dim)
+  AttentionPart parts[kMaxAttentionParts];
+};
+
+// Keys of one step of the kernel.
+inline constexpr uint32_t kAttentionKeys = 64;
+// Queries of one block of threads, by 16-row tiles per warp (1 or 2).
+constexpr uint32_t AttentionQueries(uint32_t row_tiles) { return 64 * row_tiles; }
+
+}  // namespace quarry::cuda

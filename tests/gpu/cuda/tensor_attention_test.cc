@@ -1,0 +1,227 @@
+// The tensor kernel's own source, run on an imitation of a card, against a double reference: which
+// lane has what, what is masked, where parts and splits begin and end, what is copied when.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <memory>
+#include <numbers>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "tests/gpu/cuda/imitated_warp.h"
+// After the operations that it uses.
+#include "gpu/cuda/tensor_attention.cuh"
+#include "proto/types.h"
+#include "tests/support/seed.h"
+
+namespace quarry::cuda {
+namespace {
+
+struct Case {
+  uint32_t heads, kv_heads, first_token, rows, window;
+  std::vector<TokenRange> held;
+  uint32_t splits = 1;
+};
+
+class TensorAttentionTest : public ::testing::Test {
+ protected:
+  using Values = std::vector<float>;
+  struct alignas(16) Chunk {
+    std::byte bytes[16];
+  };
+  template <size_t kBytes>
+  struct alignas(128) Shared {
+    char bytes[kBytes];
+  };
+  // K or V of a part at a multiple of 16 bytes, NaNs around it.
+  struct Side {
+    Values values;  // [kv_head][token][head_dim]
+    std::vector<Chunk> memory;
+    const std::byte* at;
+  };
+
+  Values Random(size_t n, float size) {
+    std::normal_distribution<float> normal(0.0f, size);
+    Values out(n);
+    for (float& x : out) x = normal(random_);
+    return out;
+  }
+
+  Side MakeSide(DType dtype, size_t heads, size_t head_elements, size_t stride) {
+    Side side;
+    const size_t skip = 1 + random_() % 9;
+    side.memory.resize(skip + heads * stride / 16 + 1);
+    std::memset(side.memory.data(), 0xff, side.memory.size() * 16);
+    std::byte* const at = side.memory[skip].bytes;
+    side.at = at;
+    side.values = Random(heads * head_elements, 1.5f);
+    for (size_t i = 0; i < side.values.size(); ++i) {
+      std::byte* const head = at + i / head_elements * stride;
+      StoreFromFloat(head, i % head_elements, dtype, side.values[i]);
+      side.values[i] = LoadAsFloat(head, i % head_elements, dtype);
+    }
+    return side;
+  }
+
+  template <typename T, DType kDType, int kHeadDim, int kRowTiles>
+  void Run(const Case& c) {
+    using Tile = TensorTile<kHeadDim, kRowTiles>;
+    AttentionArgs args = {};
+    args.heads = c.heads;
+    args.group = c.heads / c.kv_heads;
+    args.head_dim = kHeadDim;
+    args.rows = c.rows;
+    args.first_token = c.first_token;
+    args.window = c.window;
+    args.splits = c.splits;
+    args.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(kHeadDim));
+    std::vector<Side> keys, values;
+    for (const TokenRange& range : c.held) {
+      const size_t elements = size_t{range.size()} * kHeadDim;
+      const size_t stride = elements * 2 + 16 * (random_() % 5);
+      keys.push_back(MakeSide(kDType, c.kv_heads, elements, stride));
+      values.push_back(MakeSide(kDType, c.kv_heads, elements, stride));
+      args.parts[args.part_count++] = {keys.back().at, values.back().at, stride, range.lo,
+                                       range.hi};
+    }
+    const size_t vectors = size_t{c.rows} * c.heads;
+    Values q = Random(vectors * kHeadDim, 2.0f);
+    std::vector<float4> aligned_q(q.size() / 4);
+    std::memcpy(aligned_q.data(), q.data(), q.size() * sizeof(float));
+    args.q = &aligned_q.data()->x;
+    for (float& x : q) {
+      std::byte stored[2];
+      StoreFromFloat(stored, 0, kDType, x);
+      x = LoadAsFloat(stored, 0, kDType);
+    }
+    Values o(c.splits * vectors * kHeadDim, NAN), lse(c.splits * vectors, NAN);
+    args.o = o.data();
+    args.lse = lse.data();
+
+    gridDim = {(c.rows * args.group + Tile::kQueries - 1) / Tile::kQueries, c.kv_heads, c.splits};
+    const auto shared = std::make_unique<Shared<Tile::kSharedBytes>>();
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+        for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
+          std::memset(shared->bytes, 0xff, Tile::kSharedBytes);
+          ImitatedBlock block(Tile::kThreads, random_());
+          block.Run([&] { AttendTile<T, Tile>(args, shared->bytes); });
+        }
+      }
+    }
+    Compare(c, kHeadDim, kDType == DType::kBf16 ? 1e-2 : 1.5e-3, q, keys, values, o, lse);
+  }
+
+  static void Compare(const Case& c, uint32_t head_dim, double limit, const Values& q,
+                      const std::vector<Side>& keys, const std::vector<Side>& values,
+                      const Values& o, const Values& lse) {
+    const size_t vectors = size_t{c.rows} * c.heads;
+    for (size_t i = 0; i < vectors; ++i) {
+      const auto row = static_cast<uint32_t>(i / c.heads);
+      const size_t kv_head = i % c.heads / (c.heads / c.kv_heads);
+      const uint32_t hi = c.first_token + row + 1;
+      const TokenRange visible{c.window != 0 && hi > c.window ? hi - c.window : 0, hi};
+      double sum = 0;
+      std::vector<double> want(head_dim, 0.0), got(head_dim, 0.0);
+      for (size_t p = 0; p < c.held.size(); ++p) {
+        const TokenRange seen = Intersect(c.held[p], visible);
+        for (uint32_t t = seen.lo; t < seen.hi; ++t) {
+          const size_t at = (kv_head * c.held[p].size() + t - c.held[p].lo) * head_dim;
+          double z = 0;
+          for (uint32_t d = 0; d < head_dim; ++d) {
+            z += double{q[i * head_dim + d]} * keys[p].values[at + d];
+          }
+          const double weight = std::exp(z / std::sqrt(double{1} * head_dim));
+          sum += weight;
+          for (uint32_t d = 0; d < head_dim; ++d) want[d] += weight * values[p].values[at + d];
+        }
+      }
+      // The splits' partials together.
+      double got_sum = 0;
+      for (uint32_t s = 0; s < c.splits; ++s) {
+        const size_t at = s * vectors + i;
+        ASSERT_FALSE(std::isnan(lse[at])) << "vector " << i << " split " << s;
+        const double weight = std::exp(double{lse[at]});
+        got_sum += weight;
+        for (uint32_t d = 0; d < head_dim; ++d) {
+          ASSERT_TRUE(std::isfinite(lse[at]) || o[at * head_dim + d] == 0.0f);
+          got[d] += weight * o[at * head_dim + d];
+        }
+      }
+      if (sum == 0) {
+        ASSERT_EQ(got_sum, 0) << "vector " << i;
+        continue;
+      }
+      ASSERT_NEAR(std::log(got_sum), std::log(sum), 1e-4) << "vector " << i;
+      double error = 0, size = 0;
+      for (uint32_t d = 0; d < head_dim; ++d) {
+        error += std::pow(got[d] / got_sum - want[d] / sum, 2);
+        size += std::pow(want[d] / sum, 2);
+      }
+      ASSERT_LE(std::sqrt(error / size), limit) << "vector " << i;
+    }
+  }
+
+  template <int kHeadDim, int kRowTiles>
+  void RunBoth(const Case& c) {
+    SCOPED_TRACE("head_dim " + std::to_string(kHeadDim) + ", " + std::to_string(kRowTiles) +
+                 " row tiles, rows [" + std::to_string(c.first_token) + ", +" +
+                 std::to_string(c.rows) + "), " + std::to_string(c.splits) + " splits");
+    Run<Bf16, DType::kBf16, kHeadDim, kRowTiles>(c);
+    Run<Fp16, DType::kFp16, kHeadDim, kRowTiles>(c);
+  }
+  void RunAll(const Case& c) {
+    RunBoth<64, 1>(c);
+    RunBoth<64, 2>(c);
+    RunBoth<96, 1>(c);
+    RunBoth<96, 2>(c);
+    RunBoth<128, 1>(c);
+    RunBoth<128, 2>(c);
+  }
+
+  std::mt19937_64 random_{Seed()};
+};
+
+TEST_F(TensorAttentionTest, OneTokenAndOneTile) {
+  RunAll({1, 1, 0, 1, 0, {{0, 1}}});
+  RunAll({1, 1, 63, 1, 0, {{0, 64}}});
+}
+
+TEST_F(TensorAttentionTest, APrefillInGroups) {
+  RunAll({8, 2, 0, 70, 0, {{0, 70}}});
+  RunBoth<128, 2>({3, 1, 0, 101, 0, {{0, 101}}});
+  RunBoth<96, 1>({2, 2, 0, 130, 0, {{0, 130}}});
+}
+
+TEST_F(TensorAttentionTest, OffsetsWindowsAndGaps) {
+  RunAll({4, 1, 200, 37, 0, {{0, 70}, {131, 237}}});
+  RunAll({4, 2, 300, 33, 90, {{0, 16}, {215, 333}}});
+  RunAll({2, 1, 90, 33, 20, {{0, 16}, {95, 123}}});  // the first rows see nothing
+  RunAll({2, 2, 10, 3, 0, {}});
+  RunAll({2, 1, 0, 5, 0, {{7, 7}, {9, 9}}});
+}
+
+TEST_F(TensorAttentionTest, DecodesInSplits) {
+  for (const uint32_t splits : {2u, 3u, 7u, 40u}) {  // more splits than tiles: some are empty
+    RunBoth<128, 1>({8, 2, 999, 1, 0, {{0, 128}, {500, 1000}}, splits});
+    RunBoth<64, 1>({7, 1, 400, 2, 0, {{0, 402}}, splits});
+    RunBoth<96, 1>({4, 4, 400, 3, 0, {{0, 3}, {5, 6}, {100, 403}}, splits});
+  }
+}
+
+TEST_F(TensorAttentionTest, ManySmallParts) {
+  Case c{4, 1, 0, 40, 0, {}, 2};
+  uint32_t token = 0;
+  for (uint32_t p = 0; p < kMaxAttentionParts; ++p) {
+    token += static_cast<uint32_t>(random_() % 6);
+    c.held.push_back({token, token + static_cast<uint32_t>(random_() % 10)});
+    token = c.held.back().hi;
+  }
+  c.first_token = token - 40;
+  RunBoth<64, 2>(c);
+  RunBoth<128, 1>(c);
+}
+
+}  // namespace
+}  // namespace quarry::cuda
