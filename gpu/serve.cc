@@ -223,9 +223,14 @@ absl::StatusOr<json> WorkerSession::Stats() {
     QUARRY_ASSIGN_OR_RETURN(uint64_t bytes, service_->HeldBytes(sequence->context()));
     held += bytes;
   }
+  const DeviceStats device = device_.Stats();
   return json{{"worker_kv_bytes", local},
               {"daemon_kv_bytes", held},
-              {"device_peak_bytes", device_.Stats().peak_bytes}};
+              {"device", std::string(device_.name())},
+              {"device_peak_bytes", device.peak_bytes},
+              {"device_overhead_bytes", device.overhead_bytes},
+              {"device_mapped_bytes", device.mapped_bytes},
+              {"device_driver_used_bytes", device.driver_used_bytes}};
 }
 
 }  // namespace quarry

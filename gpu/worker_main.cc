@@ -19,6 +19,7 @@
 #include "absl/strings/str_split.h"
 #include "client/program_socket.h"
 #include "cpu_index/simd.h"
+#include "gpu/cuda/cuda_device.h"
 #include "gpu/sampler.h"
 #include "gpu/sequence.h"
 #include "gpu/serve.h"
@@ -39,11 +40,25 @@ struct Arguments {
   uint32_t budget_k = 0;
   double budget_share = 0, budget_mass = 0, budget_error = 0, budget_beta = -1;
   uint32_t budget_lift = 0, budget_seed = 0;
+  std::string device = "host";
   uint64_t device_bytes = 16ull << 30;
   SamplerOptions sampling;
   std::string dump_directory;
   QueryRecorderOptions dump;
 };
+
+// Of host, cuda and cuda:N: the card's number, -1 for the host.
+std::optional<int> ParseDevice(std::string_view name) {
+  if (name == "host") return -1;
+  if (name == "cuda") return 0;
+  if (!name.starts_with("cuda:")) return std::nullopt;
+  name.remove_prefix(5);
+  int ordinal = 0;
+  const char* const end = name.data() + name.size();
+  const auto [next, error] = std::from_chars(name.data(), end, ordinal);
+  if (error != std::errc() || next != end || ordinal < 0) return std::nullopt;
+  return ordinal;
+}
 
 void Describe(CLI::App* app, Arguments* a) {
   app->add_option("--model", a->model, "Hugging Face folder of the model")->required();
@@ -89,8 +104,13 @@ void Describe(CLI::App* app, Arguments* a) {
       ->check(CLI::NonNegativeNumber);
   app->add_option("--top-p", a->sampling.top_p, "nucleus of the sampling");
   app->add_option("--seed", a->sampling.seed, "of the sampling");
-  app->add_option("--threads", a->threads, "0: all cores");
-  app->add_option("--device-bytes", a->device_bytes, "budget of the worker's memory");
+  app->add_option("--threads", a->threads, "of the host's work; 0: all cores");
+  app->add_option("--device", a->device, "where the model runs: host, cuda or cuda:N")
+      ->check([](const std::string& name) {
+        return ParseDevice(name) ? std::string() : "device " + name + ": not host, cuda or cuda:N";
+      });
+  app->add_option("--device-bytes", a->device_bytes,
+                  "budget of the worker's memory, on whatever device");
   CLI::Option* const dump =
       app->add_option("--dump-kv", a->dump_directory,
                       "write layers as traces, to measure retrieval on, to this directory")
@@ -273,6 +293,12 @@ absl::Status Generate(const Arguments& a, const Model& model, const Tokenizer* t
   return Print(a, tokenizer, answer);
 }
 
+absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const Arguments& a) {
+  const int ordinal = *ParseDevice(a.device);
+  if (ordinal < 0) return MakeHostDevice({a.device_bytes, a.threads});
+  return MakeCudaDevice({a.device_bytes, ordinal});
+}
+
 absl::Status Run(const Arguments& a) {
   const auto start = std::chrono::steady_clock::now();
   QUARRY_RETURN_IF_ERROR(ChooseSimdLevel().status());
@@ -280,7 +306,7 @@ absl::Status Run(const Arguments& a) {
   if (!a.prompt.empty()) {
     QUARRY_ASSIGN_OR_RETURN(tokenizer, Tokenizer::Load(a.model));
   }
-  std::unique_ptr<Device> device = MakeHostDevice({a.device_bytes, a.threads});
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Device> device, MakeDevice(a));
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Model> model, Model::Load(a.model, device.get()));
   std::unique_ptr<KvService> service;
   if (a.attention == "daemon") {

@@ -142,6 +142,13 @@ class WorkerTest(unittest.TestCase):
                           "/nonexistent/config.json")
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "1", "--device-bytes", "1000000"),
                           "1000000")
+        # Whether it was built without CUDA, has no driver or less than 100 cards.
+        self.assert_fails(self.run_worker(*full, "--prompt-ids", "1", "--device", "cuda:99"),
+                          "FAILED_PRECONDITION", "CUDA")
+        for device in ("gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1x"):
+            result = self.run_worker(*full, "--prompt-ids", "1", "--device", device)
+            self.assertNotEqual(result.returncode, 0)
+            self.assertIn("not host, cuda or cuda:N", result.stderr)
         self.assert_fails(self.run_worker("--socket", "/nonexistent/sock", "--prompt-ids", "1"),
                           "/nonexistent/sock", "--socket or QUARRY_SOCKET")
         self.assert_fails(self.run_worker("--prompt-ids", "1",
