@@ -113,7 +113,8 @@ struct DeviceStats {
 };
 
 // Used by one thread. Operations run in the order they are called and may still run when they
-// return; Download waits for everything before it and reports what failed since the last one.
+// return; Download waits for everything before it. Download and Upload report the first failure
+// since the last report, and name the operation; an Upload may come before the failure is known.
 // Pointers are addresses of the device; spans are the host's. Shapes are the caller's duty.
 class Device {
  public:

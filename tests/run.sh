@@ -18,7 +18,8 @@ say "configure (build/dev)"
 cmake --preset dev
 say "build, $jobs at a time"
 cmake --build --preset dev -j "$jobs"
-# Only compiled: there need not be a card. Three architectures stand for all.
+# Only compiled: there need not be a card. Three architectures stand for all; a minute on two cores
+# with nothing cached.
 if [ -n "${CUDACXX:-$(command -v nvcc || true)}" ]; then
   say "CUDA code for sm_80, sm_89 and sm_90a (build/cuda-check)"
   cmake --preset cuda -B build/cuda-check -DQUARRY_PERF=OFF \

@@ -256,7 +256,7 @@ class CudaDevice final : public Device {
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), name_));
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaFree(nullptr), name_));  // makes the context
     QUARRY_ASSIGN_OR_RETURN(const Driver driver, Driver::Load());
-    QUARRY_ASSIGN_OR_RETURN(const uint64_t context, ContextBytes(driver, options_.ordinal));
+    const uint64_t context = ContextBytes(driver, options_.ordinal);
     const uint64_t before = TakenBytes();
     QUARRY_RETURN_IF_ERROR(
         CudaStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), name_));

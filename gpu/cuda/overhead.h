@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "absl/status/statusor.h"
 #include "gpu/cuda/driver.h"
 
 namespace quarry::cuda {
@@ -13,8 +12,9 @@ namespace quarry::cuda {
 // Bytes taken of the current device, by everybody. 0 if the driver does not answer.
 uint64_t TakenBytes();
 
-// What a context takes: a second one is made on the device, and ended. The current one was there
-// before anything could be asked.
-absl::StatusOr<uint64_t> ContextBytes(const Driver& driver, int device);
+// What a context takes: a second one is made on the device, and ended, for the current one was there
+// before anything could be asked. Where none can be made (a card may be set so), everything that is
+// taken of the card.
+uint64_t ContextBytes(const Driver& driver, int device);
 
 }  // namespace quarry::cuda
