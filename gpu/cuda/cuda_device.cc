@@ -279,7 +279,7 @@ class CudaDevice final : public Device {
 
   absl::Status LoadKernels() const {
     for (const cudaError_t error : {PrepareRowKernels(), PrepareAttention()}) {
-      if (error == cudaErrorNoKernelImageForDevice) {
+      if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
         return absl::FailedPreconditionError(
             absl::StrCat(name_, ": this program has no code for it"));
       }

@@ -12,6 +12,7 @@ import unittest
 MODELS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "models")
 LLAMA = os.path.join(MODELS, "llama-a")
 WORKER = None
+DEVICE = "host"
 
 
 def golden(path):
@@ -49,7 +50,7 @@ class WorkerTest(unittest.TestCase):
         for name in ("n1", "n17"):
             tensors = golden(os.path.join(MODELS, "goldens", "llama-a", name + ".safetensors"))
             ids = ",".join(map(str, tensors["prompt"]))
-            common = ["--attention", "full", "--kv-dtype", "fp32", "--ignore-eos"]
+            common = ["--attention", "full", "--kv-dtype", "fp32", "--ignore-eos", "--device", DEVICE]
             result = self.run_worker("--prompt-ids", ids, "--max-new-tokens", "20", *common)
             self.assertEqual(result.returncode, 0, result)
             self.assertEqual(list(map(int, result.stdout.split())), tensors["greedy"][:20])
@@ -188,6 +189,7 @@ class WorkerTest(unittest.TestCase):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", required=True, help="the program")
+    parser.add_argument("--device", default="host", help="where it computes the oracle's tokens")
     known, rest = parser.parse_known_args()
-    WORKER = known.worker
+    WORKER, DEVICE = known.worker, known.device
     unittest.main(argv=[sys.argv[0], *rest])
