@@ -9,7 +9,7 @@
 namespace quarry::cuda {
 namespace {
 
-constexpr uint64_t kStepBytes = 64ull << 20;  // a mapping takes some 100 us whatever its size
+constexpr uint64_t kStepBytes = 64ull << 20;  // few calls of the driver, little mapped for nothing
 
 CUmemAllocationProp OnDevice(int device) {
   CUmemAllocationProp prop = {};

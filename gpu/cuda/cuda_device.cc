@@ -26,9 +26,9 @@
 namespace quarry::cuda {
 namespace {
 
-// Rows of a product at a time: bounds its rounded activations, and is enough for any card.
+// Rows of a product at a time: bounds its rounded activations (32 MiB at a width of 4,096).
 constexpr size_t kProductRows = 4096;
-// What cuBLASLt asks for on Hopper; a small budget gives it a 32nd of its own.
+// What NVIDIA recommends for Hopper; a small budget gives a 32nd of its own.
 constexpr uint64_t kWorkspaceBytes = 32ull << 20;
 
 bool IsVectorAligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -233,7 +233,8 @@ class CudaDevice final : public Device {
     int count = 0;
     if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess) {
       return absl::FailedPreconditionError(
-          absl::StrCat(name_, ": no NVIDIA driver or card: ", cudaGetErrorString(error)));
+          absl::StrCat(name_, ": no NVIDIA card, or no driver for CUDA 13: ",
+                       cudaGetErrorString(error)));
     }
     if (options_.ordinal < 0 || options_.ordinal >= count) {
       return absl::FailedPreconditionError(

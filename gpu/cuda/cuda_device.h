@@ -11,7 +11,7 @@ namespace quarry {
 
 struct CudaDeviceOptions {
   // Of everything that this process takes of the card: what is allocated, and also CUDA's context,
-  // code and libraries (some 500 MiB), which are measured and taken off.
+  // code and libraries, which are measured when the device is made and taken off.
   uint64_t capacity_bytes = 16ull << 30;
   int ordinal = 0;  // as CUDA counts the cards that it may see
 };

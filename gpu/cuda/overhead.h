@@ -12,9 +12,9 @@ namespace quarry::cuda {
 // Bytes taken of the current device, by everybody. 0 if the driver does not answer.
 uint64_t TakenBytes();
 
-// What a context takes: a second one is made on the device, and ended, for the current one was there
-// before anything could be asked. Where none can be made (a card may be set so), everything that is
-// taken of the card.
+// What a context takes: a second one is made on the device, and ended, for the current one was
+// there before anything could be asked. Where none can be made (a card may be set so), everything
+// that is taken of the card.
 uint64_t ContextBytes(const Driver& driver, int device);
 
 }  // namespace quarry::cuda

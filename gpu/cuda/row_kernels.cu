@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) Merge(const MergeArgs a) {
   if (threadIdx.x % 32 == 0) a.lse_a[row] = largest + logf(total);
 }
 
-// Index is 32 bits wide where the units can be counted so: its divisions are four times cheaper.
+// Index is 32 bits wide where the units can be counted so: its divisions are cheaper.
 template <typename Unit, typename Index>
 __global__ void __launch_bounds__(kThreads) Copy(const CopyArgs a) {
   const Index per_piece = static_cast<Index>(a.bytes / sizeof(Unit));
