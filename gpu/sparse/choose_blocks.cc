@@ -1,0 +1,135 @@
+#include "gpu/sparse/choose_blocks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <variant>
+
+#include "cpu_index/simd.h"
+#include "proto/half.h"
+
+namespace quarry {
+namespace {
+
+constexpr double kAlwaysIn = std::numeric_limits<double>::infinity();
+// Queries that share a mean in block-sparse patterns.
+constexpr uint32_t kPooledRows = 64;
+
+uint32_t BlocksBefore(uint32_t token) { return (token + kKeyTile - 1) / kKeyTile; }
+
+}  // namespace
+
+BlockMeans::BlockMeans(const LayerKv& layer, uint32_t head, uint32_t tokens) {
+  const uint32_t d = layer.head_dim;
+  const std::byte* const keys = layer.Keys(head);
+  means_.resize(size_t{BlocksBefore(tokens)} * d);
+  std::vector<double> sum(d);
+  for (uint32_t b = 0; b < BlocksBefore(tokens); ++b) {
+    const TokenRange block{b * kKeyTile, std::min((b + 1) * kKeyTile, tokens)};
+    std::fill(sum.begin(), sum.end(), 0.0);
+    for (uint32_t j = block.lo; j < block.hi; ++j) {
+      for (uint32_t i = 0; i < d; ++i) {
+        sum[i] += LoadAsFloat(keys, size_t{j} * d + i, layer.dtype);
+      }
+    }
+    for (uint32_t i = 0; i < d; ++i) {
+      means_[size_t{b} * d + i] = static_cast<float>(sum[i] / block.size());
+    }
+  }
+}
+
+BlockChooser::BlockChooser(const IndexInputs& inputs, uint32_t head, const BlockMeans& means,
+                           const Pattern& pattern)
+    : in_(inputs), head_(head), means_(means), pattern_(pattern) {}
+
+const float* BlockChooser::Query(uint32_t token) const {
+  return in_.q + (size_t{token - in_.first_token} * in_.layer.heads + head_) * in_.layer.head_dim;
+}
+
+std::span<const uint32_t> BlockChooser::Choose(TokenRange rows) {
+  weight_.assign(BlocksBefore(rows.hi), 0);
+  weight_[0] = kAlwaysIn;
+  for (uint32_t b = rows.lo / kKeyTile; b < weight_.size(); ++b) weight_[b] = kAlwaysIn;
+  if (const auto* p = std::get_if<BlockSparsePattern>(&pattern_)) {
+    Pooled(rows, p->blocks);
+  } else {
+    Scored(rows, std::get<BlockScoredPattern>(pattern_).threshold);
+  }
+  return chosen_;
+}
+
+uint64_t BlockChooser::Eighths(uint32_t sparse, uint32_t dense) const {
+  // 128 queries against a block's mean key, without values: half of a 64th of a tile.
+  const bool scored = std::holds_alternative<BlockScoredPattern>(pattern_);
+  return kSparseTileEighths * sparse + (scored ? dense / 16 : 0);
+}
+
+void BlockChooser::Score(const float* q, uint32_t queries, uint32_t blocks) {
+  scores_.resize(size_t{queries} * blocks);
+  kernels::ScoreTile tile{};
+  tile.q = q;
+  tile.queries = queries;
+  tile.head_dim = in_.layer.head_dim;
+  tile.k = means_.data();
+  tile.tokens = blocks;
+  tile.dtype = kernels::kFp32;
+  tile.scale = 1.0f / std::sqrt(static_cast<float>(in_.layer.head_dim));
+  tile.out = scores_.data();
+  tile.ld_out = blocks;
+  Kernels().score(tile);
+}
+
+// Adds, for each 64 rows, the softmax over the blocks by the mean query.
+void BlockChooser::Pooled(TokenRange rows, uint32_t most) {
+  const uint32_t d = in_.layer.head_dim;
+  for (uint32_t lo = rows.lo; lo < rows.hi; lo += kPooledRows) {
+    const TokenRange pooled{lo, std::min(lo + kPooledRows, rows.hi)};
+    std::vector<double> sum(d, 0.0);
+    for (uint32_t token = pooled.lo; token < pooled.hi; ++token) {
+      for (uint32_t i = 0; i < d; ++i) sum[i] += Query(token)[i];
+    }
+    q_.resize(d);
+    for (uint32_t i = 0; i < d; ++i) q_[i] = static_cast<float>(sum[i] / pooled.size());
+    const uint32_t blocks = BlocksBefore(pooled.hi);
+    Score(q_.data(), 1, blocks);
+    const float most_score = Kernels().max(scores_.data(), blocks);
+    const float total = Kernels().exp_sum(scores_.data(), blocks, most_score);
+    for (uint32_t b = 0; b < blocks; ++b) weight_[b] += scores_[b] / total;
+  }
+  chosen_.resize(weight_.size());
+  std::iota(chosen_.begin(), chosen_.end(), 0u);
+  const auto forced = static_cast<uint32_t>(std::count(weight_.begin(), weight_.end(), kAlwaysIn));
+  const size_t count = std::min<size_t>(std::max(most, forced), chosen_.size());
+  const auto before = [this](uint32_t a, uint32_t b) {
+    return weight_[a] != weight_[b] ? weight_[a] > weight_[b] : a < b;
+  };
+  const auto end = chosen_.begin() + static_cast<std::ptrdiff_t>(count);
+  if (end != chosen_.end()) std::nth_element(chosen_.begin(), end, chosen_.end(), before);
+  chosen_.resize(count);
+  std::sort(chosen_.begin(), chosen_.end());
+}
+
+void BlockChooser::Scored(TokenRange rows, double threshold) {
+  const uint32_t d = in_.layer.head_dim, blocks = BlocksBefore(rows.hi);
+  q_.resize(size_t{rows.size()} * d);
+  for (uint32_t token = rows.lo; token < rows.hi; ++token) {
+    std::copy_n(Query(token), d, &q_[size_t{token - rows.lo} * d]);
+  }
+  Score(q_.data(), rows.size(), blocks);
+  const auto below = static_cast<float>(std::log(threshold));
+  for (uint32_t token = rows.lo; token < rows.hi; ++token) {
+    const float* const scores = &scores_[size_t{token - rows.lo} * blocks];
+    const uint32_t seen = BlocksBefore(token + 1);
+    const float least = Kernels().max(scores, seen) + below;
+    for (uint32_t b = 0; b < seen; ++b) {
+      if (scores[b] >= least) weight_[b] = kAlwaysIn;
+    }
+  }
+  chosen_.clear();
+  for (uint32_t b = 0; b < blocks; ++b) {
+    if (weight_[b] == kAlwaysIn) chosen_.push_back(b);
+  }
+}
+
+}  // namespace quarry
