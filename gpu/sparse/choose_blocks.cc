@@ -21,22 +21,20 @@ uint32_t BlocksBefore(uint32_t token) { return (token + kKeyTile - 1) / kKeyTile
 }  // namespace
 
 BlockMeans::BlockMeans(const LayerKv& layer, uint32_t head, uint32_t tokens) {
-  const uint32_t d = layer.head_dim;
-  const std::byte* const keys = layer.Keys(head);
-  means_.resize(size_t{BlocksBefore(tokens)} * d);
-  std::vector<double> sum(d);
-  for (uint32_t b = 0; b < BlocksBefore(tokens); ++b) {
-    const TokenRange block{b * kKeyTile, std::min((b + 1) * kKeyTile, tokens)};
-    std::fill(sum.begin(), sum.end(), 0.0);
-    for (uint32_t j = block.lo; j < block.hi; ++j) {
-      for (uint32_t i = 0; i < d; ++i) {
-        sum[i] += LoadAsFloat(keys, size_t{j} * d + i, layer.dtype);
-      }
-    }
-    for (uint32_t i = 0; i < d; ++i) {
-      means_[size_t{b} * d + i] = static_cast<float>(sum[i] / block.size());
-    }
+  means_.resize(size_t{tokens / kKeyTile} * layer.head_dim);
+  for (uint32_t b = 0; b < tokens / kKeyTile; ++b) {
+    Mean(layer, head, {b * kKeyTile, (b + 1) * kKeyTile}, &means_[size_t{b} * layer.head_dim]);
   }
+}
+
+void BlockMeans::Mean(const LayerKv& layer, uint32_t head, TokenRange keys, float* out) {
+  const uint32_t d = layer.head_dim;
+  const std::byte* const k = layer.Keys(head);
+  std::vector<double> sum(d, 0.0);
+  for (uint32_t j = keys.lo; j < keys.hi; ++j) {
+    for (uint32_t i = 0; i < d; ++i) sum[i] += LoadAsFloat(k, size_t{j} * d + i, layer.dtype);
+  }
+  for (uint32_t i = 0; i < d; ++i) out[i] = static_cast<float>(sum[i] / keys.size());
 }
 
 BlockChooser::BlockChooser(const IndexInputs& inputs, uint32_t head, const BlockMeans& means,
@@ -49,6 +47,9 @@ const float* BlockChooser::Query(uint32_t token) const {
 
 std::span<const uint32_t> BlockChooser::Choose(TokenRange rows) {
   weight_.assign(BlocksBefore(rows.hi), 0);
+  last_keys_ = {rows.hi / kKeyTile * kKeyTile, rows.hi};
+  last_mean_.resize(in_.layer.head_dim);
+  if (!last_keys_.empty()) BlockMeans::Mean(in_.layer, head_, last_keys_, last_mean_.data());
   weight_[0] = kAlwaysIn;
   for (uint32_t b = rows.lo / kKeyTile; b < weight_.size(); ++b) weight_[b] = kAlwaysIn;
   if (const auto* p = std::get_if<BlockSparsePattern>(&pattern_)) {
@@ -72,11 +73,16 @@ void BlockChooser::Score(const float* q, uint32_t queries, uint32_t blocks) {
   tile.queries = queries;
   tile.head_dim = in_.layer.head_dim;
   tile.k = means_.data();
-  tile.tokens = blocks;
+  tile.tokens = std::min(blocks, last_keys_.lo / kKeyTile);
   tile.dtype = kernels::kFp32;
   tile.scale = 1.0f / std::sqrt(static_cast<float>(in_.layer.head_dim));
   tile.out = scores_.data();
   tile.ld_out = blocks;
+  if (tile.tokens > 0) Kernels().score(tile);
+  if (tile.tokens == blocks) return;
+  tile.out += tile.tokens;
+  tile.k = last_mean_.data();
+  tile.tokens = 1;
   Kernels().score(tile);
 }
 

@@ -9,19 +9,22 @@
 
 namespace quarry {
 
-// Mean keys of blocks of 64 tokens from token 0, the last one of what it has: [blocks][head_dim].
+// Mean keys of whole blocks of 64 tokens from token 0: [tokens / 64][head_dim].
 class BlockMeans {
  public:
   BlockMeans() = default;
   BlockMeans(const LayerKv& layer, uint32_t head, uint32_t tokens);
   const float* data() const { return means_.data(); }
+  // out: [head_dim]
+  static void Mean(const LayerKv& layer, uint32_t head, TokenRange keys, float* out);
 
  private:
   std::vector<float> means_;
 };
 
-// One head's, row tile by row tile. A row scores the blocks that begin at or before it; a block's
-// mean takes in keys that are behind the row only where the block is always in.
+// One head's, row tile by row tile. A row scores the blocks that begin at or before it. A block's
+// mean takes in keys that are behind the row only where the block is always in, and none behind the
+// row tile: what there is of later tokens, and so how a prefill is cut, does not show.
 class BlockChooser {
  public:
   // `inputs`, `means` and `pattern`, of blocks, outlive it.
@@ -46,7 +49,9 @@ class BlockChooser {
   const BlockMeans& means_;
   const Pattern& pattern_;
   std::vector<float> q_, scores_;  // scores_: [queries][blocks]
-  std::vector<double> weight_;     // [blocks]; infinite: always in
+  TokenRange last_keys_;           // of the block that the row tile ends in; may be empty
+  std::vector<float> last_mean_;
+  std::vector<double> weight_;  // [blocks]; infinite: always in
   std::vector<uint32_t> chosen_;
 };
 

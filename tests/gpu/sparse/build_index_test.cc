@@ -237,14 +237,18 @@ TEST_F(BuildIndexTest, MassIsBoughtWhereItIsCheap) {
 TEST_F(BuildIndexTest, BlocksAreThoseOfPlainLoops) {
   for (const auto& [first, rows] : {std::pair{0u, 1000u}, {77u, 900u}, {640u, 129u}}) {
     const SparseCase c({DType::kFp32, 1, 1, 64, first, rows}, &random_);
-    const uint32_t d = 64, tokens = first + rows, all = (tokens + 63) / 64;
-    std::vector<double> means(size_t{all} * d, 0.0);
-    for (uint32_t b = 0; b < all; ++b) {
-      const uint32_t hi = std::min((b + 1) * 64, tokens);
-      for (uint32_t j = b * 64; j < hi; ++j) {
-        for (uint32_t i = 0; i < d; ++i) means[b * d + i] += double{c.Key(0, j, i)} / (hi - b * 64);
+    const uint32_t d = 64, tokens = first + rows;
+    // Mean keys, of what a block has before the row tile's end.
+    std::vector<double> means;
+    const auto set_means = [&](uint32_t end) {
+      means.assign(size_t{(end + 63) / 64} * d, 0.0);
+      for (uint32_t j = 0; j < end; ++j) {
+        const uint32_t b = j / 64;
+        for (uint32_t i = 0; i < d; ++i) {
+          means[b * d + i] += double{c.Key(0, j, i)} / (std::min((b + 1) * 64, end) - b * 64);
+        }
       }
-    }
+    };
     const auto score = [&](const std::vector<double>& q, uint32_t b) {
       double z = 0;
       for (uint32_t i = 0; i < d; ++i) z += q[i] * means[b * d + i];
@@ -254,6 +258,7 @@ TEST_F(BuildIndexTest, BlocksAreThoseOfPlainLoops) {
     const SparseIndex scored = Index(c, BlockScoredPattern{0.4}, DenseFallback::kNever);
     for (uint32_t t = 0; t < pooled.row_tiles(); ++t) {
       const uint32_t i0 = first + 128 * t, i1 = std::min(i0 + 128, tokens);
+      set_means(i1);
       std::vector<double> weight((i1 + 63) / 64, 0.0);
       for (uint32_t lo = i0; lo < i1; lo += 64) {
         std::vector<double> q(d, 0.0), p;
