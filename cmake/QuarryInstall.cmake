@@ -3,7 +3,7 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
-install(TARGETS quarryd quarry-cli quarry-worker quarry_sentencepiece
+install(TARGETS quarryd quarry-cli quarry-worker quarry-patterns quarry_sentencepiece
   RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT daemon
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT daemon)
 # For what the worker loads at run time.

@@ -58,7 +58,7 @@ smoke_daemon() {  # BIN DIRECTORY
   fi
 }
 
-readonly programs=(daemon/quarryd client/quarry gpu/quarry-worker)
+readonly programs=(daemon/quarryd client/quarry gpu/quarry-worker gpu/quarry-patterns)
 readonly modules=(gpu/libquarry_sentencepiece.so)  # loaded at run time
 readonly limit_bytes=$((64 << 20))
 # glibc must match the machine's kernel and loader, CUDA the machine's driver.
@@ -68,7 +68,7 @@ readonly from_machine="^($glibc|$cuda)"
 
 if [ "$own_build" = 1 ]; then
   cmake --preset release >&2
-  cmake --build --preset release --target quarryd quarry-cli quarry-worker >&2
+  cmake --build --preset release --target quarryd quarry-cli quarry-worker quarry-patterns >&2
 fi
 version=$(sed -n 's/^project(quarry VERSION \([0-9.]*\).*/\1/p' CMakeLists.txt)
 name=quarry-$version-$(uname -m)

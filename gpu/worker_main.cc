@@ -1,11 +1,9 @@
 // quarry-worker: the reference worker's command line. See WORKER.md.
 #include <algorithm>
-#include <cerrno>
 #include <charconv>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
 #include <optional>
 #include <string>
@@ -16,13 +14,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/strings/str_split.h"
 #include "client/program_socket.h"
 #include "cpu_index/simd.h"
 #include "gpu/cuda/cuda_device.h"
 #include "gpu/sampler.h"
 #include "gpu/sequence.h"
 #include "gpu/serve.h"
+#include "gpu/token_ids.h"
 #include "gpu/tokenizer.h"
 #include "gpu/trace_dump.h"
 #include "proto/default_socket.h"
@@ -127,39 +125,6 @@ void Describe(CLI::App* app, Arguments* a) {
   app->add_flag("--json", a->json, "print one JSON object");
 }
 
-// A directory opens too, and only reading fails.
-absl::StatusOr<std::string> ReadText(const std::string& path) {
-  errno = 0;
-  std::ifstream in(path);
-  std::string text;
-  char piece[4096];
-  while (in.read(piece, sizeof(piece)) || in.gcount() > 0) {
-    text.append(piece, static_cast<size_t>(in.gcount()));
-  }
-  if (in.eof() && !in.bad()) return text;
-  return absl::ErrnoToStatus(errno, absl::StrCat("cannot read ", path));
-}
-
-absl::StatusOr<std::vector<uint32_t>> ParseIds(const std::string& argument) {
-  std::string text = argument;
-  if (text.starts_with('@')) {
-    QUARRY_ASSIGN_OR_RETURN(text, ReadText(argument.substr(1)));
-  }
-  std::vector<uint32_t> ids;
-  for (const absl::string_view word :
-       absl::StrSplit(text, absl::ByAnyChar(", \n[]"), absl::SkipEmpty())) {
-    uint32_t id = 0;
-    const char* const end = word.data() + word.size();
-    const auto [next, error] = std::from_chars(word.data(), end, id);
-    if (error != std::errc() || next != end) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "token id ", ids.size(), ", \"", word.substr(0, 32), "\", is not a number of 32 bits"));
-    }
-    ids.push_back(id);
-  }
-  return ids;
-}
-
 SequenceOptions OptionsOf(const Arguments& a, const ModelConfig& config) {
   SequenceOptions options;
   options.window = {a.window_first, a.window_last, a.attention == "full"};
@@ -195,7 +160,7 @@ absl::StatusOr<std::vector<uint32_t>> PromptIds(const Arguments& a, const Tokeni
   if (tokenizer != nullptr) {
     QUARRY_ASSIGN_OR_RETURN(ids, tokenizer->Encode(a.prompt));
   } else {
-    QUARRY_ASSIGN_OR_RETURN(ids, ParseIds(a.prompt_ids));
+    QUARRY_ASSIGN_OR_RETURN(ids, ParseTokenIds(a.prompt_ids));
   }
   if (ids.empty()) {
     return absl::InvalidArgumentError(
@@ -260,7 +225,7 @@ absl::StatusOr<std::optional<QueryRecorder>> MakeRecorder(const Arguments& a,
 absl::Status Generate(const Arguments& a, const Model& model, const Tokenizer* tokenizer,
                       const std::optional<QueryRecorder>& recorder, WorkerSession* session) {
   QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> ids, PromptIds(a, tokenizer));
-  QUARRY_ASSIGN_OR_RETURN(const std::vector<uint32_t> gold, ParseIds(a.gold_ids));
+  QUARRY_ASSIGN_OR_RETURN(const std::vector<uint32_t> gold, ParseTokenIds(a.gold_ids));
   const uint32_t new_tokens =
       gold.empty() ? a.max_new_tokens : static_cast<uint32_t>(gold.size());
   const uint64_t wanted = uint64_t{ids.size()} + new_tokens;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "client/cli/colour_scale.h"
 
 namespace quarry::cli {
 namespace {
@@ -17,30 +18,6 @@ constexpr std::string_view kLegend =
     "white: as predicted. blue: less. red: more. grey: heads that no audit saw";
 constexpr int kMargin = 20, kTitle = 30, kAxis = 40, kBar = 12, kBarGap = 14, kBarText = 44;
 constexpr int kLeastPanelWidth = 150, kGap = 24;
-
-// `share` of the way from a to b.
-Colour Between(Colour a, Colour b, double share) {
-  const auto mix = [share](uint8_t x, uint8_t y) {
-    return static_cast<uint8_t>(std::lround(x + (y - x) * share));
-  };
-  return {mix(a.red, b.red), mix(a.green, b.green), mix(a.blue, b.blue)};
-}
-
-// place: 0 to 1, along colours of rising lightness that people with any sight can order.
-Colour Rising(double place) {
-  constexpr Colour kStops[] = {{68, 1, 84},    {65, 68, 135},  {42, 120, 142},
-                               {34, 168, 132}, {122, 209, 81}, {253, 231, 37}};
-  const double at = std::clamp(place, 0.0, 1.0) * 5;
-  const auto stop = std::min(static_cast<size_t>(at), size_t{4});
-  return Between(kStops[stop], kStops[stop + 1], at - static_cast<double>(stop));
-}
-
-// 0: blue, a half: white, 1: red.
-Colour Diverging(double place) {
-  constexpr Colour kBlue{33, 102, 172}, kWhite{247, 247, 247}, kRed{178, 24, 43};
-  const double at = std::clamp(place, 0.0, 1.0) * 2;
-  return at < 1 ? Between(kBlue, kWhite, at) : Between(kWhite, kRed, at - 1);
-}
 
 struct Figure {
   std::string title;

@@ -21,7 +21,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 DOCUMENTS = ["README.md", "HACKING.md", "ARCHITECTURE.md", "CHANGELOG.md"]
 PRESETS = ("dev", "release", "asan", "tsan", "cuda")
 OUR_PROGRAMS = {"quarryd": "daemon/quarryd", "quarry": "client/quarry",
-                "quarry-worker": "gpu/quarry-worker"}
+                "quarry-worker": "gpu/quarry-worker", "quarry-patterns": "gpu/quarry-patterns"}
 SYSTEM_PROGRAMS = {"cmake", "ctest", "git", "cd", "sudo", "apt-get", "tar", "curl", "export"}
 # Made by a command that the documents give, so not there before it.
 MADE_LATER = re.compile(r"build/bundle(/|$)|build(/|/<preset>|/(dev|release|asan|tsan|cuda))?/?$")
