@@ -10,6 +10,7 @@
 #include <span>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -18,6 +19,9 @@
 namespace quarry {
 
 class Device;
+// gpu/sparse/
+struct HeadPattern;
+struct HeadPlan;
 
 // Memory of a device's budget, given back with the object. Move-only; the device outlives it.
 class DeviceBuffer {
@@ -149,6 +153,17 @@ class Device {
   // to[i] = from[i] rounded to nearest even.
   virtual void Round(const float* from, DType dtype, void* to, size_t elements) = 0;
   virtual void Attend(const DeviceAttention& attention) = 0;
+
+  // Sparse prefill, if the device has it; else Unimplemented. `attention` has one part, of all
+  // tokens from 0 to its last row or beyond, and no window.
+  // What each head attends in a prefill of rows `prefill` (gpu/sparse/build_index.h), by its keys and
+  // its last queries: the rows of `last`, min(64, rows of the prefill) of them; no o and lse.
+  virtual absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                           TokenRange prefill,
+                                                           const DeviceAttention& last);
+  // Attention by a plan, of rows that begin a multiple of 128 rows behind the prefill's first one.
+  virtual absl::Status AttendSparse(std::span<const HeadPlan> plans,
+                                    const DeviceAttention& attention);
   // Merges partial b into a: `rows` outputs of head_dim, one lse each.
   virtual void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
                      uint32_t head_dim) = 0;

@@ -13,7 +13,10 @@
 #include "cpu_index/partial.h"
 #include "gpu/device.h"
 #include "gpu/host_attention.h"
+#include "gpu/sparse/build_index.h"
+#include "gpu/sparse/sparse_attention.h"
 #include "gpu/thread_team.h"
+#include "proto/check.h"
 #include "proto/half.h"
 #include "proto/status_macros.h"
 
@@ -187,6 +190,19 @@ class HostDevice final : public Device {
     for (size_t task = 0; task < tasks; ++task) run(task);
   }
 
+  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                   TokenRange prefill,
+                                                   const DeviceAttention& last) override {
+    return PlanHeads({LayerOf(last), prefill, patterns, last.q}, &team_);
+  }
+
+  absl::Status AttendSparse(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
+    const LayerKv layer = LayerOf(a);
+    const SparseIndex index = BuildIndex(plans, {layer, a.first_token, a.rows, a.q}, &team_);
+    quarry::AttendSparse({layer, &index, {}, a.q, a.o, a.lse}, &team_);
+    return absl::OkStatus();
+  }
+
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
              uint32_t head_dim) override {
     for (size_t r = 0; r < rows; ++r) {
@@ -196,6 +212,11 @@ class HostDevice final : public Device {
   }
 
  private:
+  static LayerKv LayerOf(const DeviceAttention& a) {
+    QUARRY_CHECK(a.parts.size() == 1 && a.window == 0);
+    return {a.parts[0], a.dtype, a.heads, a.kv_heads, a.head_dim};
+  }
+
   static void WidenRow(const HostMatrix& from, size_t row, size_t width, float* to) {
     const std::byte* data = from.bytes.data() + row * width * DTypeBytes(from.dtype);
     if (from.dtype == DType::kFp32) {
@@ -235,6 +256,15 @@ class HostDevice final : public Device {
 };
 
 }  // namespace
+
+absl::StatusOr<std::vector<HeadPlan>> Device::PlanSparse(std::span<const HeadPattern>, TokenRange,
+                                                         const DeviceAttention&) {
+  return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));
+}
+
+absl::Status Device::AttendSparse(std::span<const HeadPlan>, const DeviceAttention&) {
+  return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));
+}
 
 std::unique_ptr<Device> MakeHostDevice(const HostDeviceOptions& options) {
   return std::make_unique<HostDevice>(options);

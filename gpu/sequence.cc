@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "gpu/sparse/sparse_index.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -49,6 +50,8 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Open(const Model& model, Dev
   auto out =
       std::unique_ptr<Sequence>(new Sequence(model, device, service, options, spec, max_tokens));
   QUARRY_RETURN_IF_ERROR(out->CheckTokens(prompt));
+  QUARRY_RETURN_IF_ERROR(out->CheckPatterns());
+  if (options.patterns != nullptr) out->recipe_ = RecipeOf(*options.patterns);
   for (uint32_t l = 0; l < spec.shape.layers; ++l) {
     out->local_.emplace_back(&device, spec.shape, out->options_.window);
   }
@@ -57,7 +60,10 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Open(const Model& model, Dev
   request.spec = std::move(spec);
   request.tokens.assign(prompt.begin(), prompt.end());
   request.max_tokens = max_tokens;
+  request.recipe = out->recipe_;
+  // What was computed exactly is as good as any.
   request.accepts = {NumericRecipe{}};
+  if (!out->recipe_.dense()) request.accepts.push_back(out->recipe_);
   request.reuse_shifted = options.reuse_shifted;
   QUARRY_ASSIGN_OR_RETURN(OpenResult opened, service->Open(request));
   out->context_ = opened.context;
@@ -66,6 +72,27 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Open(const Model& model, Dev
   out->shifted_ = opened.shifted;
   out->window_loaded_ = opened.reused_tokens == 0;
   return out;
+}
+
+absl::Status Sequence::CheckPatterns() const {
+  const PatternFile* const patterns = options_.patterns;
+  if (patterns == nullptr) return absl::OkStatus();
+  if (patterns->layers != shape_.layers || patterns->heads != shape_.heads) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("patterns of ", patterns->layers, " layers of ", patterns->heads, " heads (",
+                     patterns->model, ") for a model of ", shape_.layers, " of ", shape_.heads));
+  }
+  if (RecipeOf(*patterns).dense()) return absl::OkStatus();
+  if (model_.config().sliding_window != 0 &&
+      model_.config().sliding_window < model_.config().max_tokens) {
+    return absl::UnimplementedError(absl::StrCat("patterns for a model whose tokens see ",
+                                                 model_.config().sliding_window, " tokens"));
+  }
+  if (options_.prefill_rows < kRowTile) {
+    return absl::InvalidArgumentError(absl::StrCat("prefill_rows ", options_.prefill_rows,
+                                                   " of a sparse prefill: less than ", kRowTile));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Sequence::CheckTokens(std::span<const uint32_t> tokens) const {
@@ -198,15 +225,14 @@ absl::Status Sequence::ReadKv(uint32_t layer, std::span<std::byte> k, std::span<
 }
 
 // Here the tokens of one head lie together.
-absl::Status Sequence::ReadLocalKv(uint32_t layer, std::span<std::byte> k,
-                                   std::span<std::byte> v) {
+absl::Status Sequence::ReadLocalKv(uint32_t layer, std::span<std::byte> k, std::span<std::byte> v) {
   const size_t vector = shape_.vector_bytes();
   for (const DeviceKv& part : local_[layer].Parts()) {
     std::vector<std::byte> head(part.tokens.size() * vector);
     for (uint32_t h = 0; h < shape_.kv_heads; ++h) {
       for (const auto& [to, from] : {std::pair{k, part.k}, {v, part.v}}) {
-        QUARRY_RETURN_IF_ERROR(device_.Download(
-            head, static_cast<const std::byte*>(from) + h * part.head_stride));
+        QUARRY_RETURN_IF_ERROR(
+            device_.Download(head, static_cast<const std::byte*>(from) + h * part.head_stride));
         for (uint32_t i = 0; i < part.tokens.size(); ++i) {
           const size_t row = (size_t{part.tokens.lo} + i) * shape_.kv_heads + h;
           std::memcpy(to.data() + row * vector, head.data() + i * vector, vector);

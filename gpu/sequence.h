@@ -13,6 +13,7 @@
 #include "gpu/local_kv.h"
 #include "gpu/model.h"
 #include "gpu/query_recorder.h"
+#include "gpu/sparse/pattern.h"
 #include "proto/retrieval_types.h"
 
 namespace quarry {
@@ -36,6 +37,9 @@ struct SequenceOptions {
   uint32_t rows_per_message = 64;  // fewer where a model's rows are large
   uint32_t prefill_rows = 4096;    // of a layer in work at a time
   uint32_t query_samples = 64;     // per layer of a prefill, for index building; 0: none
+  // What heads attend in a prefill, but for tokens that attend row by row; outlives the sequence and
+  // its forks. Null, or dense heads alone: everything. Its digest is the recipe of the K/V.
+  const PatternFile* patterns = nullptr;
   // Takes the sequence's queries, not those of its forks; outlives it. Null: nobody.
   QueryRecorder* recorder = nullptr;
 };
@@ -58,7 +62,8 @@ class Sequence {
  public:
   // Opens a context for at most max_tokens tokens beginning with `prompt`; what the service has of
   // it is leased. Nothing is computed. FailedPrecondition beyond the model's maximum,
-  // InvalidArgument for a token id outside the vocabulary (names id, place and vocabulary).
+  // InvalidArgument for a token id outside the vocabulary (names id, place and vocabulary) and for
+  // patterns of another shape; Unimplemented for patterns of a model with a sliding window.
   static absl::StatusOr<std::unique_ptr<Sequence>> Open(const Model& model, Device& device,
                                                         KvService* service,
                                                         const SequenceOptions& options,
@@ -102,6 +107,7 @@ class Sequence {
   Sequence(const Model& model, Device& device, KvService* service, const SequenceOptions& options,
            const ModelSpec& spec, uint32_t max_tokens);
 
+  absl::Status CheckPatterns() const;
   absl::Status CheckTokens(std::span<const uint32_t> tokens) const;
   absl::Status CheckDeclared(std::span<const uint32_t> tokens) const;
   absl::Status DeclareNew(std::span<const uint32_t> tokens);
@@ -118,6 +124,11 @@ class Sequence {
   absl::StatusOr<std::vector<float>> Prefill(std::span<const uint32_t> tokens);
   absl::Status PrefillLayer(uint32_t layer, float* x, uint32_t rows, LayerScratch* scratch,
                             TokenSpan* buffer, Appender* appender);
+  absl::Status StoreChunk(uint32_t layer, TokenRange chunk, TokenRange prefill,
+                          const LayerScratch& scratch, TokenSpan* buffer, Appender* appender);
+  bool IsSparse(uint32_t layer) const;
+  absl::Status AttendLayerSparsely(uint32_t layer, float* x, TokenRange prefill,
+                                   LayerScratch* scratch, const TokenSpan& buffer);
   absl::Status SendChunk(uint32_t layer, TokenRange range, TokenRange prefill,
                          const LayerScratch& scratch, Appender* appender);
   absl::Status LoadTokens(uint32_t layer, TokenRange range, LayerScratch* staging,

@@ -1,10 +1,12 @@
 // Prefill: layer by layer over all new tokens, chunk by chunk within a layer. The hidden states
 // of all tokens and the K/V of one layer are on the device, nothing else grows with the context.
+// A sparse layer takes two passes: keys and values of all tokens, then attention.
 #include <algorithm>
 #include <future>
 #include <utility>
 
 #include "gpu/sequence.h"
+#include "gpu/sparse/build_index.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -70,26 +72,72 @@ absl::Status Sequence::PrefillLayer(uint32_t layer, float* x, uint32_t rows, Lay
     buffer->Clear();
     QUARRY_RETURN_IF_ERROR(LoadTokens(layer, {0, tokens_}, scratch, buffer, nullptr));
   }
+  const bool sparse = IsSparse(layer);
   for (uint32_t lo = prefill.lo; lo < prefill.hi;) {
     const TokenRange chunk{lo, std::min(lo + scratch->max_rows, prefill.hi)};
     float* states = x + size_t{lo - prefill.lo} * model_.config().hidden;
     math_.Project(layer, states, lo, chunk.size(), scratch);
     QUARRY_RETURN_IF_ERROR(Record(layer, lo, chunk.size(), *scratch));
-    if (service_ != nullptr) {
-      QUARRY_RETURN_IF_ERROR(buffer->Append(lo, chunk.size(), scratch->k.raw(), scratch->v.raw()));
-      QUARRY_RETURN_IF_ERROR(SendChunk(layer, chunk, prefill, *scratch, appender));
-    } else {
-      QUARRY_RETURN_IF_ERROR(local.Append(lo, chunk.size(), scratch->k.raw(), scratch->v.raw()));
-    }
+    QUARRY_RETURN_IF_ERROR(StoreChunk(layer, chunk, prefill, *scratch, buffer, appender));
+    lo = chunk.hi;
+    if (sparse) continue;  // which needs the keys of all chunks and the last queries first
     const std::vector<DeviceKv> parts =
         service_ != nullptr ? std::vector<DeviceKv>{buffer->View()} : local.Parts();
-    const DeviceAttention attention = math_.Attention(lo, chunk.size(), parts, *scratch);
+    const DeviceAttention attention = math_.Attention(chunk.lo, chunk.size(), parts, *scratch);
     device_.Attend(attention);
     if (tokens_ > 0 && rows <= options_.max_attend_rows) CountReach(attention);
     math_.Finish(layer, states, chunk.size(), scratch);
-    lo = chunk.hi;
   }
+  if (sparse) QUARRY_RETURN_IF_ERROR(AttendLayerSparsely(layer, x, prefill, scratch, *buffer));
   return service_ != nullptr ? local.Assign(*buffer, prefill.hi) : absl::OkStatus();
+}
+
+absl::Status Sequence::StoreChunk(uint32_t layer, TokenRange chunk, TokenRange prefill,
+                                  const LayerScratch& scratch, TokenSpan* buffer,
+                                  Appender* appender) {
+  if (service_ == nullptr) {
+    return local_[layer].Append(chunk.lo, chunk.size(), scratch.k.raw(), scratch.v.raw());
+  }
+  QUARRY_RETURN_IF_ERROR(buffer->Append(chunk.lo, chunk.size(), scratch.k.raw(), scratch.v.raw()));
+  return SendChunk(layer, chunk, prefill, scratch, appender);
+}
+
+bool Sequence::IsSparse(uint32_t layer) const {
+  if (options_.patterns == nullptr) return false;
+  for (uint32_t h = 0; h < shape_.heads; ++h) {
+    if (!IsDense(options_.patterns->At(layer, h).pattern)) return true;
+  }
+  return false;
+}
+
+// The second pass over a layer: the hidden states are still those before it, and queries are made
+// from them once more rather than kept, for they would be the largest thing in memory.
+absl::Status Sequence::AttendLayerSparsely(uint32_t layer, float* x, TokenRange prefill,
+                                           LayerScratch* scratch, const TokenSpan& buffer) {
+  const size_t hidden = model_.config().hidden, width = size_t{shape_.heads} * shape_.head_dim;
+  const std::vector<DeviceKv> parts =
+      service_ != nullptr ? std::vector<DeviceKv>{buffer.View()} : local_[layer].Parts();
+  const bool projected = prefill.size() <= scratch->max_rows;  // by the first pass, all at once
+  const uint32_t last = std::min(kLastQueries, prefill.size()), first_last = prefill.hi - last;
+  if (!projected) {
+    math_.Project(layer, x + (first_last - prefill.lo) * hidden, first_last, last, scratch);
+  }
+  DeviceAttention last_queries = math_.Attention(first_last, last, parts, *scratch);
+  if (projected) last_queries.q += (first_last - prefill.lo) * width;
+  const std::span<const HeadPattern> patterns =
+      std::span(options_.patterns->patterns).subspan(size_t{layer} * shape_.heads, shape_.heads);
+  QUARRY_ASSIGN_OR_RETURN(const std::vector<HeadPlan> plans,
+                          device_.PlanSparse(patterns, prefill, last_queries));
+  const uint32_t step = projected ? prefill.size() : scratch->max_rows / kRowTile * kRowTile;
+  for (uint32_t lo = prefill.lo; lo < prefill.hi;) {
+    const uint32_t rows = std::min(step, prefill.hi - lo);
+    float* states = x + (lo - prefill.lo) * hidden;
+    if (!projected) math_.Project(layer, states, lo, rows, scratch);
+    QUARRY_RETURN_IF_ERROR(device_.AttendSparse(plans, math_.Attention(lo, rows, parts, *scratch)));
+    math_.Finish(layer, states, rows, scratch);
+    lo += rows;
+  }
+  return absl::OkStatus();
 }
 
 // K and V of a chunk, with its share of the prefill's query samples, go to the service.

@@ -26,8 +26,9 @@ absl::StatusOr<Budget> Sequence::SettleBudget(Role role) {
       settled_budget_->k = std::max(1u, static_cast<uint32_t>(options_.budget.share * range));
     }
   }
-  const NumericRecipe wanted =
-      RecipeOf(*settled_budget_, options_.window.first, options_.window.last);
+  NumericRecipe wanted = RecipeOf(*settled_budget_, options_.window.first, options_.window.last);
+  // Exact attention over what sparse prefill computed keeps the prefill's recipe.
+  if (wanted.dense() && options_.patterns != nullptr) wanted = RecipeOf(*options_.patterns);
   if (wanted != recipe_) QUARRY_RETURN_IF_ERROR(ForkContext(wanted));
   return *settled_budget_;
 }

@@ -41,7 +41,7 @@ struct Arguments {
   std::string device = "host";
   uint64_t device_bytes = 16ull << 30;
   SamplerOptions sampling;
-  std::string dump_directory;
+  std::string dump_directory, patterns;
   QueryRecorderOptions dump;
 };
 
@@ -94,6 +94,8 @@ void Describe(CLI::App* app, Arguments* a) {
       if (std::string_view(kind) != other) app->get_option(kind)->excludes(other);
     }
   }
+  app->add_option("--prefill-patterns", a->patterns,
+                  "what heads attend in the prefill: a file of quarry-patterns; approximate");
   app->add_flag("--reuse-shifted", a->reuse_shifted,
                 "also reuse what is cached at another position or behind other text: approximate");
   app->add_option("--deadline-ms", a->deadline_ms, "of every request to the daemon");
@@ -285,6 +287,11 @@ absl::Status Run(const Arguments& a) {
   QUARRY_ASSIGN_OR_RETURN(std::optional<QueryRecorder> recorder, MakeRecorder(a, model->config()));
   SequenceOptions sequence_options = OptionsOf(a, model->config());
   if (recorder) sequence_options.recorder = &*recorder;
+  PatternFile patterns;
+  if (!a.patterns.empty()) {
+    QUARRY_ASSIGN_OR_RETURN(patterns, LoadPatterns(a.patterns));
+    sequence_options.patterns = &patterns;
+  }
   WorkerSession session(*model, *device, service.get(), sequence_options);
   if (!a.serve) return Generate(a, *model, tokenizer.get(), recorder, &session);
   const double load_ms =

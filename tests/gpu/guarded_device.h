@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "gpu/device.h"
+#include "gpu/sparse/build_index.h"
 #include "proto/check.h"
 #include "proto/status_macros.h"
 
@@ -92,6 +93,15 @@ class GuardedDevice final : public Device {
   }
   void Attend(const DeviceAttention& attention) override {
     Run([&] { inner_->Attend(attention); });
+  }
+  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                   TokenRange prefill,
+                                                   const DeviceAttention& last) override {
+    return Run([&] { return inner_->PlanSparse(patterns, prefill, last); });
+  }
+  absl::Status AttendSparse(std::span<const HeadPlan> plans,
+                            const DeviceAttention& attention) override {
+    return Run([&] { return inner_->AttendSparse(plans, attention); });
   }
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
              uint32_t head_dim) override {

@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "gpu/device.h"
+#include "gpu/sparse/build_index.h"
 
 namespace quarry::testing {
 
@@ -20,8 +21,17 @@ class WatchedDevice final : public Device {
 
   void Attend(const DeviceAttention& a) override {
     inner_->Attend(a);
-    seen.push_back({a.first_token, a.rows, {}});
-    seen.back().o.assign(a.o, a.o + size_t{a.rows} * a.heads * a.head_dim);
+    See(a);
+  }
+  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                   TokenRange prefill,
+                                                   const DeviceAttention& last) override {
+    return inner_->PlanSparse(patterns, prefill, last);
+  }
+  absl::Status AttendSparse(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
+    const absl::Status status = inner_->AttendSparse(plans, a);
+    See(a);
+    return status;
   }
 
   std::string_view name() const override { return "watched"; }
@@ -65,6 +75,11 @@ class WatchedDevice final : public Device {
   void Release(void* data, size_t bytes) override { inner_->Release(data, bytes); }
 
  private:
+  void See(const DeviceAttention& a) {
+    seen.push_back({a.first_token, a.rows, {}});
+    seen.back().o.assign(a.o, a.o + size_t{a.rows} * a.heads * a.head_dim);
+  }
+
   const std::unique_ptr<Device> inner_ = MakeHostDevice({.threads = 2});
 };
 

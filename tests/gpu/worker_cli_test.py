@@ -118,6 +118,31 @@ class WorkerTest(unittest.TestCase):
                                   "q": [4, 6, 128], "q_pos": [4]})
         self.assertEqual(trace["k"]["dtype"], "BF16")
 
+    def test_prefills_by_a_pattern_file(self):
+        def patterns(heads, head):
+            return json.dumps({"format": "quarry.prefill-patterns.v1", "model": "m", "layers": 5,
+                               "heads": heads, "patterns": [[head] * heads] * 5})
+        prompt = ("--attention", "full", "--prompt-ids", ",".join(map(str, range(300, 900))),
+                  "--max-new-tokens", "3", "--ignore-eos")
+        dense = self.run_worker(*prompt)
+        self.assertEqual(dense.returncode, 0, dense)
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            def run(text):
+                file.seek(0)
+                file.truncate()
+                file.write(text)
+                file.flush()
+                return self.run_worker(*prompt, "--prefill-patterns", file.name)
+            whole = run(patterns(6, {"pattern": "a_shape", "sinks": 0, "local": 600}))
+            self.assertEqual(whole.returncode, 0, whole)
+            self.assertEqual(whole.stdout, dense.stdout)
+            part = run(patterns(6, {"pattern": "a_shape", "sinks": 0, "local": 1}))
+            self.assertEqual(part.returncode, 0, part)
+            self.assert_fails(run(patterns(4, {"pattern": "dense"})), "patterns of 5 layers of 4 heads")
+            self.assert_fails(run(patterns(6, {"pattern": "wave"})), file.name, "patterns[0][0].pattern")
+        self.assert_fails(self.run_worker(*prompt, "--prefill-patterns", "/nonexistent/p"),
+                          "/nonexistent/p")
+
     def test_tells_its_version(self):
         result = subprocess.run([WORKER, "--version"], capture_output=True, text=True, timeout=60,
                                 check=False)
