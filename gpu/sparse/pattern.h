@@ -61,7 +61,7 @@ struct BlockSparsePattern {
 
 // Per row tile the key blocks whose weight by a query and the block's mean key is at least
 // `threshold` of that query's largest, for one of its queries: no sorting, no search. In the manner
-// of FlexPrefill (arXiv 2502.20766) and FlashPrefill.
+// of FlashPrefill (arXiv 2603.06199).
 struct BlockScoredPattern {
   double threshold = 1;  // (0, 1]
   friend bool operator==(const BlockScoredPattern&, const BlockScoredPattern&) = default;
