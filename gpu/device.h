@@ -156,8 +156,8 @@ class Device {
 
   // Sparse prefill, if the device has it; else Unimplemented. `attention` has one part, of all
   // tokens from 0 to its last row or beyond, and no window.
-  // What each head attends in a prefill of rows `prefill` (gpu/sparse/build_index.h), by its keys and
-  // its last queries: the rows of `last`, min(64, rows of the prefill) of them; no o and lse.
+  // What each head attends in a prefill of rows `prefill` (gpu/sparse/build_index.h), by its keys
+  // and its last queries: the rows of `last`, min(64, rows of the prefill) of them; no o and lse.
   virtual absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
                                                            TokenRange prefill,
                                                            const DeviceAttention& last);

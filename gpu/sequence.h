@@ -37,8 +37,8 @@ struct SequenceOptions {
   uint32_t rows_per_message = 64;  // fewer where a model's rows are large
   uint32_t prefill_rows = 4096;    // of a layer in work at a time
   uint32_t query_samples = 64;     // per layer of a prefill, for index building; 0: none
-  // What heads attend in a prefill, but for tokens that attend row by row; outlives the sequence and
-  // its forks. Null, or dense heads alone: everything. Its digest is the recipe of the K/V.
+  // What heads attend in a prefill, but for tokens that attend row by row; outlives the sequence
+  // and its forks. Null, or dense heads alone: everything. Its digest is the recipe of the K/V.
   const PatternFile* patterns = nullptr;
   // Takes the sequence's queries, not those of its forks; outlives it. Null: nobody.
   QueryRecorder* recorder = nullptr;
