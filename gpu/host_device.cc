@@ -257,15 +257,6 @@ class HostDevice final : public Device {
 
 }  // namespace
 
-absl::StatusOr<std::vector<HeadPlan>> Device::PlanSparse(std::span<const HeadPattern>, TokenRange,
-                                                         const DeviceAttention&) {
-  return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));
-}
-
-absl::Status Device::AttendSparse(std::span<const HeadPlan>, const DeviceAttention&) {
-  return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));
-}
-
 std::unique_ptr<Device> MakeHostDevice(const HostDeviceOptions& options) {
   return std::make_unique<HostDevice>(options);
 }

@@ -1,0 +1,20 @@
+// What a device without an implementation of sparse prefill answers.
+#include "gpu/device.h"
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "gpu/sparse/build_index.h"
+
+namespace quarry {
+
+absl::StatusOr<std::vector<HeadPlan>> Device::PlanSparse(std::span<const HeadPattern>, TokenRange,
+                                                         const DeviceAttention&) {
+  return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));
+}
+
+absl::Status Device::AttendSparse(std::span<const HeadPlan>, const DeviceAttention&) {
+  return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));
+}
+
+}  // namespace quarry
