@@ -365,13 +365,14 @@ void ClusterSearch::DecideLeaves() {
     // Scores of tokens count in what codes miss.
     tokens[i].top += 0.5f * q.code_variance[i];
     top_[i] = tokens[i].top;
-    mass_[i] = std::exp(Mass(i, &ClusterFindings::mass) - top_[i]);
+    const float mass = Mass(i, &ClusterFindings::mass);
+    mass_[i] = std::exp(mass - top_[i]);
     expected_[i] = CutOf(i, tokens[i]).tokens;
     const float needed =
         UsesHistory() ? q.limits.history->NeededRows(q.model.needed_rows) : q.model.needed_rows;
     rows[i] = static_cast<uint64_t>(needed * static_cast<float>(expected_[i]));
     const float best = BestOf(tokens[i], kRankedTokens);
-    const float heavy = Mass(i, &ClusterFindings::mass) + std::log(q.tolerance);
+    const float heavy = mass + std::log(q.tolerance);
     ranked[i] = heavy - kCodesMiss * q.code_deviation[i] + 0.5f * q.code_variance[i];
     // In this order what is no number is the best's.
     ranked[i] = std::max(kLeast, std::min(best, ranked[i]));

@@ -73,17 +73,12 @@ HeadPart BlockPart(const HeadPlan& plan, uint32_t head, const SparseIndex& index
     const std::span<const uint32_t> blocks = chooser.Choose(index.RowsOf(t));
     const auto sparse = static_cast<uint32_t>(blocks.size());
     const uint32_t dense = index.DenseTiles(t);
-    if (sparse < dense && in.fallback == DenseFallback::kNever) {
-      part.tiles.push_back(sparse);
-    } else if (sparse < dense && chooser.Eighths(sparse, dense) < 8 * uint64_t{dense}) {
-      part.tiles.push_back(sparse);
-    } else {
-      part.tiles.push_back(dense);
-      part.block_counts.push_back(0);
-      continue;
-    }
-    part.block_counts.push_back(sparse);
-    part.blocks.insert(part.blocks.end(), blocks.begin(), blocks.end());
+    const bool cheaper = in.fallback == DenseFallback::kNever ||
+                         chooser.Eighths(sparse, dense) < 8 * uint64_t{dense};
+    const bool runs_sparse = sparse < dense && cheaper;
+    part.tiles.push_back(runs_sparse ? sparse : dense);
+    part.block_counts.push_back(runs_sparse ? sparse : 0);
+    if (runs_sparse) part.blocks.insert(part.blocks.end(), blocks.begin(), blocks.end());
   }
   return part;
 }

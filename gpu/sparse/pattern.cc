@@ -1,12 +1,8 @@
 #include "gpu/sparse/pattern.h"
 
-#include <bit>
-
-#include <openssl/evp.h>
-
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "proto/check.h"
+#include "proto/canonical_hash.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -30,31 +26,6 @@ absl::Status CheckCount(const char* name, uint32_t value, uint32_t least) {
   return absl::InvalidArgumentError(
       absl::StrCat(name, " ", value, " is not from ", least, " to ", kMostPatternCount));
 }
-
-// Canonical bytes, hashed at the end.
-class Fields {
- public:
-  explicit Fields(std::string_view domain) {
-    Integer(domain.size(), 8);
-    bytes_.append(domain);
-  }
-  void U32(uint32_t x) { Integer(x, 4); }
-  void F64(double x) { Integer(std::bit_cast<uint64_t>(x), 8); }
-  RecipeDigest Digest() const {
-    RecipeDigest out;
-    unsigned int n = 0;
-    QUARRY_CHECK(EVP_Digest(bytes_.data(), bytes_.size(), out.bytes.data(), &n, EVP_sha256(),
-                            nullptr) == 1 &&
-                 n == out.bytes.size());
-    return out;
-  }
-
- private:
-  void Integer(uint64_t x, int bytes) {
-    for (int i = 0; i < bytes; ++i) bytes_.push_back(static_cast<char>(x >> (8 * i)));
-  }
-  std::string bytes_;
-};
 
 }  // namespace
 
@@ -109,7 +80,7 @@ absl::Status ValidatePattern(const Pattern& pattern) {
 bool IsDense(const Pattern& pattern) { return std::holds_alternative<DensePattern>(pattern); }
 
 RecipeDigest PatternsDigest(const PatternFile& file) {
-  Fields fields("quarry.recipe.patterns.v1");
+  CanonicalHash fields("quarry.recipe.patterns.v1");
   fields.U32(file.layers);
   fields.U32(file.heads);
   for (const HeadPattern& head : file.patterns) {
@@ -131,7 +102,7 @@ RecipeDigest PatternsDigest(const PatternFile& file) {
                           [&](const BlockScoredPattern& p) { fields.F64(p.threshold); }},
                head.pattern);
   }
-  return fields.Digest();
+  return fields.Finish<RecipeDigest>();
 }
 
 NumericRecipe RecipeOf(const PatternFile& file) {

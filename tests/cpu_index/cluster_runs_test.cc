@@ -123,58 +123,81 @@ TEST(ClusterRunsTest, RunsThatQueriesSeePartlyOrNotAtAllHaveThatPartOnly) {
   for (const bool open_all : {false, true}) {
     runs.OpenAll(open_all);
     for (const float tolerated : {0.0f, 0.03f}) {
-      const auto expect_alike = [&](uint32_t first, uint32_t count) {
+      SCOPED_TRACE(::testing::Message() << "tolerated " << tolerated);
+      double errors = 0;
+      uint32_t answers = 0, far = 0;
+      const auto ask = [&](uint32_t first, uint32_t count) {
         const std::span<const TokenRange> some = std::span(ranges).subspan(first, count);
         const ClusterAnswer exact = Exactly(runs, head.Queries(first, count), some);
         const ClusterAnswer found = Search(runs, head.Queries(first, count), some,
                                            Within(tolerated));
         for (uint32_t i = 0; i < count; ++i) {
-          SCOPED_TRACE(::testing::Message() << "query " << first + i << " of " << count
-                                            << ", tolerated " << tolerated);
+          SCOPED_TRACE(::testing::Message() << "query " << first + i << " of " << count);
           EXPECT_LE(found.tokens[i], Intersect(some[i], head.all()).size());
           if (exact.lse[i] == kNone) {
             EXPECT_EQ(found.lse[i], kNone);
             EXPECT_THAT(found.o[i], ::testing::Each(0.0f));
             continue;
           }
-          // Of 500 seeds one erred by 0.19; what should not be seen weighs as much as all the rest.
-          EXPECT_LT(ErrorOf(found.o[i], exact.o[i]), tolerated == 0 ? 1e-3 : 0.25);
-          EXPECT_NEAR(found.lse[i], exact.lse[i], tolerated == 0 ? 1e-3 : 0.25);
+          const double error = ErrorOf(found.o[i], exact.o[i]);
+          const double off = std::abs(found.lse[i] - exact.lse[i]);
+          if (tolerated == 0) {
+            EXPECT_LT(std::max(error, off), 1e-3);
+          }
+          errors += error;
+          ++answers;
+          far += std::max(error, off) > 4 * tolerated ? 1 : 0;
         }
       };
-      for (uint32_t i = 0; i < ranges.size(); ++i) expect_alike(i, 1);
-      expect_alike(0, static_cast<uint32_t>(ranges.size()));
+      for (uint32_t i = 0; i < ranges.size(); ++i) ask(i, 1);
+      ask(0, static_cast<uint32_t>(ranges.size()));
+      if (tolerated == 0) continue;
+      EXPECT_LT(errors, 2 * tolerated * answers);
+      EXPECT_LE(far, 1u) << "of " << answers;  // what should not be seen weighs as much as the rest
     }
   }
 }
 
-// Most tokens of the last run weigh much more than all others, but are not to be seen.
-TEST(ClusterRunsTest, WhatAQueryDoesNotSeeMakesNoErrorMatterLess) {
-  constexpr uint32_t kSeen = 6244;
-  ClusterHead head(8192, 64, 2);
-  const std::span<const float> q = head.Asked(0);
-  float length = 0;
-  for (const float x : q) length += x * x;
-  for (uint32_t t = kSeen; t < head.tokens; ++t) {
-    std::vector<float> k(64);
-    const float score = 14 + static_cast<float>(t % 16) / 16;
-    for (uint32_t c = 0; c < 64; ++c) k[c] = q[c] * score / (length * head.scale);
-    head.SetKey(t, k);
-  }
-  ClusterRuns runs(head, ClusterRuns::Even(head, 4)), seen(head, {2048, 4096, 6144, kSeen});
-  runs.Learn();
+// Most tokens of the last run weigh much more than all others, but are not to be seen. If they
+// counted, nothing else would be good enough and all would be attended exactly.
+TEST(ClusterRunsTest, WhatAQueryDoesNotSeeMakesNoErrorMatterLessOrMore) {
+  constexpr uint32_t kSeen = 4200, kHeads = 10;
+  constexpr float kTolerated = 0.02f;
   const std::vector<TokenRange> ranges{{kFirst, kFirst + kSeen}};
-  const ClusterAnswer exact = Exactly(runs, head.Queries(0, 1), ranges);
   for (const bool open_all : {false, true}) {
-    runs.OpenAll(open_all);
-    seen.Rebuild(runs.model);
-    const ClusterAnswer alone = Search(seen, head.Queries(0, 1), ranges, Within(0.02f));
-    const ClusterAnswer beside = Search(runs, head.Queries(0, 1), ranges, Within(0.02f));
-    // Not quite: hidden tokens lie in groups with others, whose codes are the worse for it, and
-    // what is attended exactly alone may be estimated beside them: of 340 seeds one erred by 0.083.
-    EXPECT_LT(ErrorOf(beside.o[0], exact.o[0]),
-              0.06 + std::max(0.06, 2 * ErrorOf(alone.o[0], exact.o[0])));
-    EXPECT_LT(beside.predicted[0], 2 * alone.predicted[0] + 0.06);
+    uint32_t scanned_alone = 0, scanned_beside = 0, far = 0;
+    double errors = 0, predicted_alone = 0, predicted_beside = 0;
+    for (uint32_t h = 0; h < kHeads; ++h) {
+      ClusterHead head(6144 + h, 64, 2);
+      const std::span<const float> q = head.Asked(0);
+      float length = 0;
+      for (const float x : q) length += x * x;
+      for (uint32_t t = kSeen; t < head.tokens; ++t) {
+        std::vector<float> k(64);
+        const float score = 14 + static_cast<float>(t % 16) / 16;
+        for (uint32_t c = 0; c < 64; ++c) k[c] = q[c] * score / (length * head.scale);
+        head.SetKey(t, k);
+      }
+      ClusterRuns runs(head, ClusterRuns::Even(head, 3)), seen(head, {2048, 4096, kSeen});
+      runs.Learn();
+      runs.OpenAll(open_all);
+      seen.Rebuild(runs.model);
+      const ClusterAnswer exact = Exactly(runs, head.Queries(0, 1), ranges);
+      const ClusterAnswer alone = Search(seen, head.Queries(0, 1), ranges, Within(kTolerated));
+      const ClusterAnswer beside = Search(runs, head.Queries(0, 1), ranges, Within(kTolerated));
+      scanned_alone += alone.tokens[0] == kSeen;
+      scanned_beside += beside.tokens[0] == kSeen;
+      const double error = ErrorOf(beside.o[0], exact.o[0]);
+      errors += error;
+      far += error > 0.04 + std::max(0.04, 2 * ErrorOf(alone.o[0], exact.o[0])) ? 1 : 0;
+      predicted_alone += alone.predicted[0];
+      predicted_beside += beside.predicted[0];
+    }
+    EXPECT_LE(scanned_beside, scanned_alone + kHeads / 5);
+    EXPECT_LT(errors, 2 * kTolerated * kHeads);
+    // Hidden tokens lie in groups with others, whose codes are the worse for it.
+    EXPECT_LE(far, 1u);
+    EXPECT_LT(predicted_beside, 1.5 * predicted_alone + 0.01 * kHeads);
   }
 }
 
