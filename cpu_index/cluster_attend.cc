@@ -100,12 +100,30 @@ void ClusterPart::CountRead(std::span<const uint32_t> exact) {
   }
 }
 
-// Scores the best tokens by their rows.
-void ClusterPart::RankTokens(const std::vector<float>& floors) {
+// Scores the best tokens by their rows, and those that may be heavy.
+void ClusterPart::RankTokens(const TokenFloors& floors) {
   const size_t row = token_row();
+  float* const rank = s_.rank.Take(count_ * row);  // above either floor
+  ForOpenedLeaves([&](size_t r, size_t lo, size_t leaves) {
+    const std::vector<uint16_t>& scale = runs_[r].index->parts().scale;
+    for (size_t j = lo; j < lo + leaves; ++j) {
+      float own[kLeafRows];
+      for (uint32_t t = 0; t < kLeafRows; ++t) {
+        own[t] = Bf16ToFloat(scale[size_t{s_.opened_leaf[j]} * kLeafRows + t]);
+      }
+      for (uint32_t i = 0; i < count_; ++i) {
+        const size_t at = i * row + j * kLeafRows;
+        const float miss = q_.code_miss[i], best = floors.ranked[i], heavy = floors.heavy[i];
+        for (uint32_t t = 0; t < kLeafRows; ++t) {
+          const float score = s_.token_score[at + t];
+          rank[at + t] = std::max(score - best, score + miss * own[t] - heavy);
+        }
+      }
+    }
+  });
   uint32_t* const ranked = s_.ranked.Take(row + kLeafRows);
-  const size_t n =
-      Kernels().select(s_.token_score.data(), row, count_, row, floors.data(), ranked);
+  const std::vector<float> above(count_, 0.0f);
+  const size_t n = Kernels().select(rank, row, count_, row, above.data(), ranked);
   s_.ranked.Shrink(n);
   float* const score = s_.row_score.Take(count_ * n);
   ScoreRows(s_.ranked.all(), score);

@@ -184,7 +184,7 @@ void ClusterPart::ScoreTokens(const TokenFloors& floors) {
   CloseOpened();
   ScoreCodes();
   ScoreKnown();
-  if (q_.every_code) RankTokens(floors.ranked);
+  if (q_.every_code) RankTokens(floors);
   WeighGroups();
   for (uint32_t i = 0; i < count_; ++i) found_[i].weights = ScoreHistogram::Of(TokenScores(i));
 }
@@ -196,15 +196,18 @@ const uint32_t* ClusterPart::LocalSupers(size_t run, size_t lo, size_t n) {
   return which;
 }
 
-// Of heads whose groups hide tokens: leaves with a token that stands out by its code. All supers are
-// opened.
+// Of heads whose groups hide tokens: leaves with a token that may stand out, by its code and what
+// that may miss. All supers are opened.
 void ClusterPart::FindOutliers(const std::vector<float>& floors) {
+  std::vector<float> offset = q_.code.offset;
+  for (uint32_t i = 0; i < count_; ++i) offset[i] += q_.code_miss[i];
   const size_t row = leaf_row();
   uint32_t* const found = s_.outliers.Take(row + kLeafRows);
   size_t count = 0;
   ForOpenedSupers([&](size_t r, size_t lo, size_t) {
     const ClusterIndex::Parts& p = runs_[r].index->parts();
     kernels::CodedKeyTile tile = CodeTile(p, nullptr, p.leaves.nodes());
+    tile.offset = offset.data();
     tile.centre = s_.leaf_centre.data() + lo * kLeavesPerSuper;
     tile.ld_centre = row;
     const uint32_t some = Kernels().find_codes(tile, floors.data(), found + count);

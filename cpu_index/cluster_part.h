@@ -48,8 +48,10 @@ struct ClusterQueries {
   std::vector<float> coordinates;  // [queries][head_dim]
   CodedQueries node, code, row;
   std::vector<float> leaf_breadth, super_breadth;  // [queries], as the rest
-  // By which codes miss tokens' scores; the variance is no more than ClusterModel's most.
-  std::vector<float> code_deviation, code_variance;
+  std::vector<float> code_variance;                // as ClusterModel's, and no more than its most
+  // [queries] by how much codes may miss the score of a token of scale 1; of others, that by their
+  // scale.
+  std::vector<float> code_miss;
   std::vector<ClusterModel::Unrest> unrest;
   std::vector<bool> trusted;  // what is estimated for it
 };
@@ -57,7 +59,7 @@ struct ClusterQueries {
 // Memory of a part of a search. Rows are of a query each; their lengths are what the part says.
 // Nodes and tokens of all its runs stand one behind another; supers of a run begin at a multiple of 16.
 struct ClusterScratch {
-  Scratch<float> copy, super_score, leaf_score, leaf_centre, token_score, centre;
+  Scratch<float> copy, super_score, leaf_score, leaf_centre, token_score, centre, rank;
   Scratch<uint32_t> opened_supers;  // rising
   Scratch<uint32_t> local;          // of some of them, within their run
   Scratch<uint32_t> outliers;       // as `opened`
@@ -91,10 +93,11 @@ struct ClusterFindings {
 
 // How a stage goes on, by query.
 struct TokenFloors {
-  std::vector<float> outlier;  // a leaf with a code of at least this score is opened
-  std::vector<float> known;    // the same of uncoded keys
-  std::vector<float> leaf;     // and one of at least this weight
-  std::vector<float> ranked;   // tokens of at least this score by their code are scored by their rows
+  std::vector<float> outlier;  // a leaf is opened with a token that may score as much
+  std::vector<float> known;    // with an uncoded key that does
+  std::vector<float> leaf;     // and with at least this weight
+  // Tokens are scored by their rows that score so much by their codes, or may do by `heavy`.
+  std::vector<float> ranked, heavy;
 };
 
 // Some of a search's runs.
@@ -176,7 +179,7 @@ class ClusterPart {
   float* OwnTokenScores(uint32_t query) { return s_.token_score.data() + query * token_row(); }
   float Shift(uint32_t query) const;
   void ForTaken(std::span<const uint32_t> entries, auto&& f) const;
-  void RankTokens(const std::vector<float>& floors);
+  void RankTokens(const TokenFloors& floors);
   void WeighGroups();
   void TakeTokens(std::span<const ErrorCut> cuts);
   void ScoreRows(std::span<const uint32_t> entries, float* out);

@@ -84,7 +84,8 @@ class Bench:
         if self.settings.index == "exact":
             runs = 0  # that are indexed
         with Daemon(self.settings.build, f"{self.settings.arena_mib}MiB", self.configuration()) as daemon:
-            asking = Asking(self.settings.build, os.path.join(MODELS, model), daemon, self.settings.window)
+            asking = Asking(self.settings.build, os.path.join(MODELS, model), daemon, self.settings.window,
+                            self.settings.device)
             holder, cost = asking.prefill(context, max_tokens, runs)
             with holder:
                 self.results.add({**names, **cost})
@@ -125,6 +126,7 @@ def parse(arguments):
     parser.add_argument("--run-tokens", type=int, default=8192, help="of the daemon's runs")
     parser.add_argument("--index", default="auto", help="kind of the runs' indexes",
                         choices=("auto", "exact", "codes", "clusters", "graph"))
+    parser.add_argument("--device", default="host", help="of the workers: host, cuda or cuda:N")
     parser.add_argument("--arena-mib", type=int, default=1024, help="of the daemon's K and V")
     parser.add_argument("--seed", type=int, default=int(time.strftime("%Y%m%d")),
                         help="of contexts and questions; the date by default")

@@ -70,7 +70,8 @@ def run_worker(worker, model_directory, ids, settings, directory):
     """Dumps the layers of one run into `directory`."""
     prompt, decoded = ids[:-settings.decoded], ids[-settings.decoded:]
     subprocess.run(
-        [worker, "--model", model_directory, "--attention", "full", "--ignore-eos", "--json",
+        [worker, "--model", model_directory, "--device", settings.device, "--attention", "full",
+         "--ignore-eos", "--json",
          "--prompt-ids", write_ids(directory, "prompt", prompt),
          "--gold-ids", write_ids(directory, "gold", decoded), "--dump-kv", directory,
          "--dump-queries", str(settings.queries), "--dump-seed", str(settings.seed),
@@ -102,6 +103,7 @@ def parse(arguments):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="for the traces; is made")
     parser.add_argument("--build", default=os.path.join(ROOT, "build", "release"))
+    parser.add_argument("--device", default="host", help="of the worker: host, cuda or cuda:N")
     parser.add_argument("--models", nargs="+", default=["llama-a", "phi3-b"])
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="with the decoded")

@@ -30,8 +30,9 @@ def methods_of(errors, ks, unlimited):
 class Asking:
     """The workers of one model on one daemon."""
 
-    def __init__(self, build, model_directory, daemon, window):
-        self.build, self.model_directory, self.daemon, self.window = build, model_directory, daemon, window
+    def __init__(self, build, model_directory, daemon, window, device):
+        self.build, self.model_directory, self.daemon = build, model_directory, daemon
+        self.window, self.device = window, device
         with open(os.path.join(model_directory, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
         self.heads = config["num_hidden_layers"] * config["num_key_value_heads"]  # of a run, each with an index
@@ -39,7 +40,7 @@ class Asking:
     def worker(self, method):
         """Full attention holds all K and V itself, as it read them from the daemon, which attends nothing."""
         first, last = self.window
-        return Worker(self.build, self.model_directory, "--socket", self.daemon.socket,
+        return Worker(self.build, self.model_directory, "--socket", self.daemon.socket, "--device", self.device,
                       "--window-first", str(EVERYTHING if method.everything else first),
                       "--window-last", str(last), *method.options)
 

@@ -12,7 +12,7 @@ import os
 FULL = "full"
 COUNTED = 0.6   # of the answers full attention has right, for a cell to count
 WANTED = 0.99   # of full attention's right answers
-SETTINGS = ("seed", "per_context", "window", "run_tokens", "index")
+SETTINGS = ("seed", "per_context", "window", "run_tokens", "index", "device")
 NAMES = ("model", "task", "length", "context")
 ROWS = ("answers", "context")
 

@@ -259,7 +259,8 @@ class VerdictTest(unittest.TestCase):
         cell = {"mode": "turns", "turn": 1, "right": "1" * right + "0" * (n - right), "tokens_attended": 1,
                 "tokens_in_reach": 1, "bytes_read": 1, "ms": 1}
         return {"model": "m", "row": "answers", "task": "t", "length": 1, "context": 0, "method": method,
-                "seed": 1, "per_context": n, "window": [1, 1], "run_tokens": 1, "index": "auto", "cells": [cell]}
+                "seed": 1, "per_context": n, "window": [1, 1], "run_tokens": 1, "index": "auto", "device": "host",
+                "cells": [cell]}
 
     def verdict(self, full, right, n=300):
         outcome = table.Outcome([self.row("full", full, n), self.row("error-0.05", right, n)], 300)
