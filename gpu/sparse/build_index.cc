@@ -11,40 +11,6 @@
 namespace quarry {
 namespace {
 
-HeadPlan PlanHead(const PlanInputs& in, uint32_t head) {
-  const Pattern& pattern = in.patterns[head].pattern;
-  HeadPlan plan;
-  if (IsDense(pattern)) return plan;
-  plan.pattern = pattern;
-  if (std::holds_alternative<BlockSparsePattern>(pattern) ||
-      std::holds_alternative<BlockScoredPattern>(pattern)) {
-    plan.kind = HeadKind::kBlocks;
-    return plan;
-  }
-  plan.kind = HeadKind::kRanges;
-  uint64_t choosing_eighths = 0;
-  if (const auto* a = std::get_if<AShapePattern>(&pattern)) {
-    const uint32_t sinks = std::min(a->sinks, in.prefill.hi);
-    for (uint32_t c = 0; c < sinks; ++c) plan.columns.push_back(c);
-    const uint32_t local = std::clamp(a->local, 1u, in.prefill.hi);
-    const uint32_t keys = (local - 1 + kRowTile + kKeyTile - 1) / kKeyTile * kKeyTile;
-    plan.ranges = {{static_cast<int32_t>(kRowTile) - static_cast<int32_t>(keys), kRowTile}};
-  } else {
-    const LineScores scores(in, head);
-    if (const auto* p = std::get_if<VerticalSlashPattern>(&pattern)) {
-      ChooseLines(scores, *p, in.fallback, &plan);
-    } else if (!ChooseLines(scores, std::get<VerticalSlashMassPattern>(pattern), in.fallback,
-                            &plan)) {
-      return {};
-    }
-    choosing_eighths = 8 * ((uint64_t{in.prefill.hi} + kKeyTile - 1) / kKeyTile) / 4;
-  }
-  if (in.fallback == DenseFallback::kNever) return plan;
-  const HeadCost cost = CostOf(plan.ranges, plan.columns, in.prefill, in.fallback);
-  if (cost.eighths + choosing_eighths >= 8 * cost.dense_tiles) return {};
-  return plan;
-}
-
 // Everything of a head but its place among the others.
 struct HeadPart {
   std::vector<uint32_t> tiles, columns_seen, block_counts, blocks;
@@ -68,13 +34,15 @@ HeadPart BlockPart(const HeadPlan& plan, uint32_t head, const SparseIndex& index
                    const IndexInputs& in, const BlockMeans& means) {
   HeadPart part;
   part.columns_seen.assign(index.row_tiles(), 0);
-  BlockChooser chooser(in, head, means, plan.pattern);
+  BlockWeights computed(in, head, means, plan.pattern);
   for (uint32_t t = 0; t < index.row_tiles(); ++t) {
-    const std::span<const uint32_t> blocks = chooser.Choose(index.RowsOf(t));
+    const TokenRange rows = index.RowsOf(t);
+    const std::vector<uint32_t> blocks = ChooseBlocks(
+        plan.pattern, rows, in.block_weights ? in.block_weights(head, t) : computed.Of(rows));
     const auto sparse = static_cast<uint32_t>(blocks.size());
     const uint32_t dense = index.DenseTiles(t);
     const bool cheaper = in.fallback == DenseFallback::kNever ||
-                         chooser.Eighths(sparse, dense) < 8 * uint64_t{dense};
+                         BlockEighths(plan.pattern, sparse, dense) < 8 * uint64_t{dense};
     const bool runs_sparse = sparse < dense && cheaper;
     part.tiles.push_back(runs_sparse ? sparse : dense);
     part.block_counts.push_back(runs_sparse ? sparse : 0);
@@ -85,12 +53,57 @@ HeadPart BlockPart(const HeadPlan& plan, uint32_t head, const SparseIndex& index
 
 }  // namespace
 
+bool NeedsLineScores(const Pattern& pattern) {
+  return std::holds_alternative<VerticalSlashPattern>(pattern) ||
+         std::holds_alternative<VerticalSlashMassPattern>(pattern);
+}
+
+HeadPlan PlanHead(const PlanInputs& in, uint32_t head, const LineScores* scores) {
+  const Pattern& pattern = in.patterns[head].pattern;
+  HeadPlan plan;
+  if (IsDense(pattern)) return plan;
+  plan.pattern = pattern;
+  if (std::holds_alternative<BlockSparsePattern>(pattern) ||
+      std::holds_alternative<BlockScoredPattern>(pattern)) {
+    plan.kind = HeadKind::kBlocks;
+    return plan;
+  }
+  plan.kind = HeadKind::kRanges;
+  uint64_t choosing_eighths = 0;
+  if (const auto* a = std::get_if<AShapePattern>(&pattern)) {
+    const uint32_t sinks = std::min(a->sinks, in.prefill.hi);
+    for (uint32_t c = 0; c < sinks; ++c) plan.columns.push_back(c);
+    const uint32_t local = std::clamp(a->local, 1u, in.prefill.hi);
+    const uint32_t keys = (local - 1 + kRowTile + kKeyTile - 1) / kKeyTile * kKeyTile;
+    plan.ranges = {{static_cast<int32_t>(kRowTile) - static_cast<int32_t>(keys), kRowTile}};
+  } else {
+    if (const auto* p = std::get_if<VerticalSlashPattern>(&pattern)) {
+      ChooseLines(*scores, *p, in.fallback, &plan);
+    } else if (!ChooseLines(*scores, std::get<VerticalSlashMassPattern>(pattern), in.fallback,
+                            &plan)) {
+      return {};
+    }
+    choosing_eighths = 8 * ((uint64_t{in.prefill.hi} + kKeyTile - 1) / kKeyTile) / 4;
+  }
+  if (in.fallback == DenseFallback::kNever) return plan;
+  const HeadCost cost = CostOf(plan.ranges, plan.columns, in.prefill, in.fallback);
+  if (cost.eighths + choosing_eighths >= 8 * cost.dense_tiles) return {};
+  return plan;
+}
+
 std::vector<HeadPlan> PlanHeads(const PlanInputs& inputs, ThreadTeam* team) {
   QUARRY_CHECK(inputs.patterns.size() == inputs.layer.heads && !inputs.prefill.empty() &&
                inputs.layer.kv.tokens.lo == 0 && inputs.layer.kv.tokens.hi >= inputs.prefill.hi);
   std::vector<HeadPlan> plans(inputs.layer.heads);
-  team->For(plans.size(),
-            [&](size_t head) { plans[head] = PlanHead(inputs, static_cast<uint32_t>(head)); });
+  team->For(plans.size(), [&](size_t i) {
+    const auto head = static_cast<uint32_t>(i);
+    if (!NeedsLineScores(inputs.patterns[head].pattern)) {
+      plans[head] = PlanHead(inputs, head, nullptr);
+      return;
+    }
+    const LineScores scores(inputs.prefill, SumLines(inputs, head));
+    plans[head] = PlanHead(inputs, head, &scores);
+  });
   return plans;
 }
 
@@ -104,7 +117,7 @@ SparseIndex BuildIndex(std::span<const HeadPlan> plans, const IndexInputs& in, T
   std::vector<uint8_t> wanted(in.layer.kv_heads, 0);
   const uint32_t group = in.layer.heads / in.layer.kv_heads;
   for (uint32_t h = 0; h < index.heads; ++h) {
-    wanted[h / group] |= plans[h].kind == HeadKind::kBlocks;
+    wanted[h / group] |= plans[h].kind == HeadKind::kBlocks && !in.block_weights;
   }
   std::vector<BlockMeans> means(in.layer.kv_heads);
   team->For(means.size(), [&](size_t kv_head) {

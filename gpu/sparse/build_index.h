@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -36,6 +37,8 @@ struct LayerKv {
   }
 };
 
+class LineScores;  // choose_lines.h
+
 struct HeadPlan {
   HeadKind kind = HeadKind::kDense;
   Pattern pattern;                    // kBlocks: how blocks are chosen
@@ -66,6 +69,12 @@ struct PlanInputs {
 // (64 queries against all keys without values: a quarter tile per key tile) cost less than dense.
 std::vector<HeadPlan> PlanHeads(const PlanInputs& inputs, ThreadTeam* team);
 
+// One head's plan, for who has the last queries' attention from elsewhere: `scores` is read where
+// the pattern NeedsLineScores, and of the inputs the layer's shape, the prefill, the patterns and
+// the fallback.
+bool NeedsLineScores(const Pattern& pattern);
+HeadPlan PlanHead(const PlanInputs& inputs, uint32_t head, const LineScores* scores);
+
 // Rows [first_token, first_token + rows) of the prefill; first_token is a multiple of 128 rows
 // behind its first one.
 struct IndexInputs {
@@ -73,6 +82,9 @@ struct IndexInputs {
   uint32_t first_token = 0, rows = 0;
   const float* q = nullptr;  // [rows][heads][head_dim]; null if no head is of a block pattern
   DenseFallback fallback = DenseFallback::kWhereCheaper;
+  // What BlockWeights (choose_blocks.h) would say of a head and its row tile, from elsewhere: then
+  // neither K nor q is read. From any thread of the team.
+  std::function<std::vector<double>(uint32_t head, uint32_t row_tile)> block_weights;
 };
 
 // Block-sparse: rows n / 64^2 products of a head, quadratic but a 4,096th of dense attention's.

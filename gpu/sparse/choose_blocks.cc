@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <variant>
 
 #include "cpu_index/simd.h"
@@ -13,9 +14,6 @@ namespace quarry {
 namespace {
 
 constexpr double kAlwaysIn = std::numeric_limits<double>::infinity();
-// Queries that share a mean in block-sparse patterns.
-constexpr uint32_t kPooledRows = 64;
-
 uint32_t BlocksBefore(uint32_t token) { return (token + kKeyTile - 1) / kKeyTile; }
 
 }  // namespace
@@ -37,36 +35,28 @@ void BlockMeans::Mean(const LayerKv& layer, uint32_t head, TokenRange keys, floa
   for (uint32_t i = 0; i < d; ++i) out[i] = static_cast<float>(sum[i] / keys.size());
 }
 
-BlockChooser::BlockChooser(const IndexInputs& inputs, uint32_t head, const BlockMeans& means,
+BlockWeights::BlockWeights(const IndexInputs& inputs, uint32_t head, const BlockMeans& means,
                            const Pattern& pattern)
     : in_(inputs), head_(head), means_(means), pattern_(pattern) {}
 
-const float* BlockChooser::Query(uint32_t token) const {
+const float* BlockWeights::Query(uint32_t token) const {
   return in_.q + (size_t{token - in_.first_token} * in_.layer.heads + head_) * in_.layer.head_dim;
 }
 
-std::span<const uint32_t> BlockChooser::Choose(TokenRange rows) {
+std::vector<double> BlockWeights::Of(TokenRange rows) {
   weight_.assign(BlocksBefore(rows.hi), 0);
   last_keys_ = {rows.hi / kKeyTile * kKeyTile, rows.hi};
   last_mean_.resize(in_.layer.head_dim);
   if (!last_keys_.empty()) BlockMeans::Mean(in_.layer, head_, last_keys_, last_mean_.data());
-  weight_[0] = kAlwaysIn;
-  for (uint32_t b = rows.lo / kKeyTile; b < weight_.size(); ++b) weight_[b] = kAlwaysIn;
-  if (const auto* p = std::get_if<BlockSparsePattern>(&pattern_)) {
-    Pooled(rows, p->blocks);
+  if (const auto* p = std::get_if<BlockScoredPattern>(&pattern_)) {
+    Scored(rows, p->threshold);
   } else {
-    Scored(rows, std::get<BlockScoredPattern>(pattern_).threshold);
+    Pooled(rows);
   }
-  return chosen_;
+  return std::move(weight_);
 }
 
-uint64_t BlockChooser::Eighths(uint32_t sparse, uint32_t dense) const {
-  // 128 queries against a block's mean key, without values: half of a 64th of a tile.
-  const bool scored = std::holds_alternative<BlockScoredPattern>(pattern_);
-  return kSparseTileEighths * sparse + (scored ? dense / 16 : 0);
-}
-
-void BlockChooser::Score(const float* q, uint32_t queries, uint32_t blocks) {
+void BlockWeights::Score(const float* q, uint32_t queries, uint32_t blocks) {
   scores_.resize(size_t{queries} * blocks);
   kernels::ScoreTile tile{};
   tile.q = q;
@@ -87,7 +77,7 @@ void BlockChooser::Score(const float* q, uint32_t queries, uint32_t blocks) {
 }
 
 // Adds, for each 64 rows, the softmax over the blocks by the mean query.
-void BlockChooser::Pooled(TokenRange rows, uint32_t most) {
+void BlockWeights::Pooled(TokenRange rows) {
   const uint32_t d = in_.layer.head_dim;
   for (uint32_t lo = rows.lo; lo < rows.hi; lo += kPooledRows) {
     const TokenRange pooled{lo, std::min(lo + kPooledRows, rows.hi)};
@@ -103,20 +93,9 @@ void BlockChooser::Pooled(TokenRange rows, uint32_t most) {
     const float total = Kernels().exp_sum(scores_.data(), blocks, most_score);
     for (uint32_t b = 0; b < blocks; ++b) weight_[b] += scores_[b] / total;
   }
-  chosen_.resize(weight_.size());
-  std::iota(chosen_.begin(), chosen_.end(), 0u);
-  const auto forced = static_cast<uint32_t>(std::count(weight_.begin(), weight_.end(), kAlwaysIn));
-  const size_t count = std::min<size_t>(std::max(most, forced), chosen_.size());
-  const auto before = [this](uint32_t a, uint32_t b) {
-    return weight_[a] != weight_[b] ? weight_[a] > weight_[b] : a < b;
-  };
-  const auto end = chosen_.begin() + static_cast<std::ptrdiff_t>(count);
-  if (end != chosen_.end()) std::nth_element(chosen_.begin(), end, chosen_.end(), before);
-  chosen_.resize(count);
-  std::sort(chosen_.begin(), chosen_.end());
 }
 
-void BlockChooser::Scored(TokenRange rows, double threshold) {
+void BlockWeights::Scored(TokenRange rows, double threshold) {
   const uint32_t d = in_.layer.head_dim, blocks = BlocksBefore(rows.hi);
   q_.resize(size_t{rows.size()} * d);
   for (uint32_t token = rows.lo; token < rows.hi; ++token) {
@@ -132,10 +111,32 @@ void BlockChooser::Scored(TokenRange rows, double threshold) {
       if (scores[b] >= least) weight_[b] = kAlwaysIn;
     }
   }
-  chosen_.clear();
-  for (uint32_t b = 0; b < blocks; ++b) {
-    if (weight_[b] == kAlwaysIn) chosen_.push_back(b);
-  }
+}
+
+std::vector<uint32_t> ChooseBlocks(const Pattern& pattern, TokenRange rows,
+                                   std::vector<double> weights) {
+  weights[0] = kAlwaysIn;
+  for (uint32_t b = rows.lo / kKeyTile; b < weights.size(); ++b) weights[b] = kAlwaysIn;
+  const auto forced = static_cast<uint32_t>(std::count(weights.begin(), weights.end(), kAlwaysIn));
+  const auto* const pooled = std::get_if<BlockSparsePattern>(&pattern);
+  const size_t count =
+      std::min<size_t>(std::max(pooled != nullptr ? pooled->blocks : 0, forced), weights.size());
+  std::vector<uint32_t> chosen(weights.size());
+  std::iota(chosen.begin(), chosen.end(), 0u);
+  const auto before = [&](uint32_t a, uint32_t b) {
+    return weights[a] != weights[b] ? weights[a] > weights[b] : a < b;
+  };
+  const auto end = chosen.begin() + static_cast<std::ptrdiff_t>(count);
+  if (end != chosen.end()) std::nth_element(chosen.begin(), end, chosen.end(), before);
+  chosen.resize(count);
+  std::sort(chosen.begin(), chosen.end());
+  return chosen;
+}
+
+uint64_t BlockEighths(const Pattern& pattern, uint32_t sparse, uint32_t dense) {
+  // 128 queries against a block's mean key, without values: half of a 64th of a tile.
+  const bool scored = std::holds_alternative<BlockScoredPattern>(pattern);
+  return kSparseTileEighths * sparse + (scored ? dense / 16 : 0);
 }
 
 }  // namespace quarry

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "cpu_index/simd.h"
 
@@ -60,11 +61,24 @@ class Ranking {
 
 }  // namespace
 
-LineScores::LineScores(const PlanInputs& in, uint32_t head) : prefill_(in.prefill) {
-  const uint32_t tokens = prefill_.hi, d = in.layer.head_dim;
-  const uint32_t queries = std::min(kLastQueries, prefill_.size());
-  columns_.assign(tokens, 0);
-  slashes_.assign(tokens, 0);
+std::vector<TokenRange> LastRowTiles(TokenRange prefill) {
+  const uint32_t first = prefill.hi - std::min(kLastQueries, prefill.size());
+  std::vector<TokenRange> out;
+  for (uint32_t lo = prefill.lo + (first - prefill.lo) / kRowTile * kRowTile; lo < prefill.hi;
+       lo += kRowTile) {
+    out.push_back({lo, std::min(lo + kRowTile, prefill.hi)});
+  }
+  return out;
+}
+
+LineSums SumLines(const PlanInputs& in, uint32_t head) {
+  const uint32_t tokens = in.prefill.hi, d = in.layer.head_dim;
+  const uint32_t queries = std::min(kLastQueries, in.prefill.size());
+  LineSums sums;
+  sums.slashes.assign(tokens, 0);
+  for (const TokenRange& rows : LastRowTiles(in.prefill)) {
+    sums.tiles.push_back({rows, std::vector<double>(tokens, 0.0)});
+  }
   std::vector<float> q(size_t{kQueriesAtATime} * d), scores(size_t{kQueriesAtATime} * tokens);
   for (uint32_t first = 0; first < queries; first += kQueriesAtATime) {
     const uint32_t n = std::min(kQueriesAtATime, queries - first);
@@ -84,31 +98,34 @@ LineScores::LineScores(const PlanInputs& in, uint32_t head) : prefill_(in.prefil
     tile.ld_out = tokens;
     Kernels().score(tile);
     for (uint32_t i = 0; i < n; ++i) {
-      const uint32_t token = prefill_.hi - queries + first + i, keys = token + 1;
+      const uint32_t token = in.prefill.hi - queries + first + i, keys = token + 1;
       float* const row = &scores[size_t{i} * tokens];
       Kernels().exp_sum(row, keys, Kernels().max(row, keys));
       double sum = 0;
       for (uint32_t j = 0; j < keys; ++j) sum += row[j];
-      const uint32_t lo = prefill_.lo + (token - prefill_.lo) / kRowTile * kRowTile;
-      if (tiles_.empty() || tiles_.back().rows.lo != lo) {
-        tiles_.push_back(
-            {{lo, std::min(lo + kRowTile, prefill_.hi)}, std::vector<double>(tokens, 0.0), {}});
-      }
-      std::vector<double>& mass = tiles_.back().mass;
+      const bool first_tile = token < sums.tiles.front().rows.hi;
+      std::vector<double>& mass = (first_tile ? sums.tiles.front() : sums.tiles.back()).mass;
       for (uint32_t j = 0; j < keys; ++j) {
         const double p = row[j] / sum;
         mass[j] += p;
-        slashes_[token - j] += p;
+        sums.slashes[token - j] += p;
       }
     }
   }
-  for (Tile& tile : tiles_) {
-    tile.before.resize(size_t{tokens} + 1);
-    for (uint32_t j = 0; j < tokens; ++j) {
-      tile.before[j + 1] = tile.before[j] + tile.mass[j];
+  return sums;
+}
+
+LineScores::LineScores(TokenRange prefill, LineSums sums)
+    : prefill_(prefill), sums_(std::move(sums)) {
+  const size_t tokens = prefill_.hi;
+  columns_.assign(tokens, 0);
+  for (const LineSums::Tile& tile : sums_.tiles) {
+    std::vector<double>& before = before_.emplace_back(tokens + 1);
+    for (size_t j = 0; j < tokens; ++j) {
+      before[j + 1] = before[j] + tile.mass[j];
       columns_[j] += tile.mass[j];
     }
-    total_ += tile.before[tokens];
+    total_ += before[tokens];
   }
 }
 
@@ -117,10 +134,11 @@ double LineScores::Outside(std::span<const RelativeRange> ranges,
   *outside = columns_;
   double inside = 0;
   std::vector<TokenRange> clipped;
-  for (const Tile& tile : tiles_) {
+  for (size_t t = 0; t < sums_.tiles.size(); ++t) {
+    const LineSums::Tile& tile = sums_.tiles[t];
     ClipRanges(ranges, tile.rows, &clipped);
     for (const TokenRange& keys : clipped) {
-      inside += tile.Sum(keys);
+      inside += Sum(t, keys);
       // What rounding leaves of a key that is inside for all must not rank before any other.
       for (uint32_t j = keys.lo; j < keys.hi; ++j) {
         (*outside)[j] = std::max(0.0, (*outside)[j] - tile.mass[j]);
@@ -134,17 +152,18 @@ double LineScores::Captured(std::span<const RelativeRange> ranges,
                             std::span<const uint32_t> columns, DenseFallback fallback) const {
   double inside = 0;
   std::vector<TokenRange> clipped, outside;
-  for (const Tile& tile : tiles_) {
+  for (size_t t = 0; t < sums_.tiles.size(); ++t) {
+    const LineSums::Tile& tile = sums_.tiles[t];
     ClipRanges(ranges, tile.rows, &clipped);
     RowTileKeys keys{tile.rows, clipped, 0};
     keys.columns = static_cast<uint32_t>(
         std::lower_bound(columns.begin(), columns.end(), clipped.back().lo) - columns.begin());
     const uint32_t dense = (tile.rows.hi + kKeyTile - 1) / kKeyTile;
     if (!SparseIsCheaper(keys.tiles(), dense, fallback)) {
-      inside += tile.before.back();
+      inside += before_[t].back();
       continue;
     }
-    for (const TokenRange& range : clipped) inside += tile.Sum(range);
+    for (const TokenRange& range : clipped) inside += Sum(t, range);
     ColumnsOutside(columns, keys.columns, clipped, &outside);
     for (const TokenRange& part : outside) {
       for (uint32_t c = part.lo; c < part.hi; ++c) inside += tile.mass[columns[c]];

@@ -77,8 +77,6 @@ absl::Status ValidatePattern(const Pattern& pattern) {
       pattern);
 }
 
-bool IsDense(const Pattern& pattern) { return std::holds_alternative<DensePattern>(pattern); }
-
 RecipeDigest PatternsDigest(const PatternFile& file) {
   CanonicalHash fields("quarry.recipe.patterns.v1");
   fields.U32(file.layers);

@@ -76,7 +76,9 @@ std::string_view PatternName(const Pattern& pattern);
 std::string PatternText(const Pattern& pattern);
 // InvalidArgument names the parameter, its value and what is allowed.
 absl::Status ValidatePattern(const Pattern& pattern);
-bool IsDense(const Pattern& pattern);
+inline bool IsDense(const Pattern& pattern) {
+  return std::holds_alternative<DensePattern>(pattern);
+}
 
 struct HeadPattern {
   Pattern pattern;
