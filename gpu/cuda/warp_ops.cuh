@@ -67,6 +67,12 @@ __device__ inline void CopyLater(void* shared, const void* global, bool exists) 
                "l"(__cvta_generic_to_global(global)), "r"(exists ? 16 : 0)
                : "memory");
 }
+// The same of 8 bytes that exist, both addresses multiples of 8.
+__device__ inline void CopyEightLater(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(SharedAddress(shared)),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+}
 // Ends a group of copies, also an empty one.
 __device__ inline void EndCopyGroup() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for this thread's copies, but for those of the latest `kPending` groups.

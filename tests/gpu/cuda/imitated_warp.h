@@ -95,15 +95,9 @@ class ImitatedBlock {
   }
 
   void CopyLater(void* to, const void* from, bool exists) {
-    QUARRY_CHECK(reinterpret_cast<uintptr_t>(to) % 16 == 0);
-    QUARRY_CHECK(reinterpret_cast<uintptr_t>(from) % 16 == 0);
-    const Copy copy{to, exists ? from : nullptr};
-    if (random_() % 2 == 0) {
-      copy.Do();
-    } else {
-      threads_[now_].open.push_back(copy);
-    }
+    Later({to, exists ? from : nullptr, 16});
   }
+  void CopyEightLater(void* to, const void* from) { Later({to, from, 8}); }
   void EndCopyGroup() {
     threads_[now_].groups.push_back(std::move(threads_[now_].open));
     threads_[now_].open.clear();
@@ -121,11 +115,12 @@ class ImitatedBlock {
   struct Copy {
     void* to;
     const void* from;  // null: zeros
+    size_t bytes;
     void Do() const {
       if (from != nullptr) {
-        std::memcpy(to, from, 16);
+        std::memcpy(to, from, bytes);
       } else {
-        std::memset(to, 0, 16);
+        std::memset(to, 0, bytes);
       }
     }
   };
@@ -143,6 +138,16 @@ class ImitatedBlock {
     Meeting meeting;
     void* mine[kLanes] = {};
   };
+
+  void Later(const Copy& copy) {
+    QUARRY_CHECK(reinterpret_cast<uintptr_t>(copy.to) % copy.bytes == 0);
+    QUARRY_CHECK(reinterpret_cast<uintptr_t>(copy.from) % copy.bytes == 0);
+    if (random_() % 2 == 0) {
+      copy.Do();
+    } else {
+      threads_[now_].open.push_back(copy);
+    }
+  }
 
   static void Enter() {
     ImitatedBlock* const block = Current();
@@ -194,6 +199,9 @@ class ImitatedBlock {
 inline void __syncthreads() { ImitatedBlock::Current()->Synchronize(); }
 inline void CopyLater(void* shared, const void* global, bool exists) {
   ImitatedBlock::Current()->CopyLater(shared, global, exists);
+}
+inline void CopyEightLater(void* shared, const void* global) {
+  ImitatedBlock::Current()->CopyEightLater(shared, global);
 }
 inline void EndCopyGroup() { ImitatedBlock::Current()->EndCopyGroup(); }
 template <int kPending>
