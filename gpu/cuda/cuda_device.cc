@@ -14,11 +14,13 @@
 #include "gpu/cuda/arena.h"
 #include "gpu/cuda/attention.h"
 #include "gpu/cuda/attention_plan.h"
+#include "gpu/cuda/cuda_sparse_kernels.h"
 #include "gpu/cuda/cuda_status.h"
 #include "gpu/cuda/driver.h"
 #include "gpu/cuda/overhead.h"
 #include "gpu/cuda/products.h"
 #include "gpu/cuda/row_kernels.h"
+#include "gpu/cuda/sparse_prefill.h"
 #include "gpu/cuda/staging.h"
 #include "proto/half.h"
 #include "proto/status_macros.h"
@@ -218,6 +220,19 @@ class CudaDevice final : public Device {
     Note(AttendParts(attention), "Attend");
   }
 
+  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                   TokenRange prefill,
+                                                   const DeviceAttention& last) override {
+    QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), "PlanSparse"));
+    return Sparse().Plan(patterns, prefill, last);
+  }
+
+  absl::Status AttendSparse(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
+    if (a.rows == 0 || a.heads == 0) return absl::OkStatus();
+    QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), "AttendSparse"));
+    return Sparse().Attend(plans, a);
+  }
+
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
              uint32_t head_dim) override {
     if (rows == 0 || !Begin("Merge")) return;
@@ -279,7 +294,8 @@ class CudaDevice final : public Device {
   }
 
   absl::Status LoadKernels() const {
-    for (const cudaError_t error : {PrepareRowKernels(), PrepareAttention()}) {
+    for (const cudaError_t error :
+         {PrepareRowKernels(), PrepareAttention(), PrepareSparseKernels()}) {
       if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
         return absl::FailedPreconditionError(
             absl::StrCat(name_, ": this program has no code for it"));
@@ -287,6 +303,16 @@ class CudaDevice final : public Device {
       QUARRY_RETURN_IF_ERROR(CudaStatus(error, absl::StrCat(name_, ": loading kernels")));
     }
     return absl::OkStatus();
+  }
+
+  // Made when it is first asked for: it has threads of the host.
+  SparsePrefill& Sparse() {
+    if (sparse_ == nullptr) {
+      sparse_kernels_ = std::make_unique<CudaSparseKernels>(stream_);
+      sparse_ =
+          std::make_unique<SparsePrefill>(this, sparse_kernels_.get(), SparsePrefill::Options{});
+    }
+    return *sparse_;
   }
 
   // Whether the card can be asked; else the operation has failed.
@@ -393,6 +419,8 @@ class CudaDevice final : public Device {
   std::unique_ptr<Arena> arena_;
   std::unique_ptr<Staging> staging_;
   std::unique_ptr<Products> products_;
+  std::unique_ptr<CudaSparseKernels> sparse_kernels_;
+  std::unique_ptr<SparsePrefill> sparse_;
   DeviceBuffer workspace_;  // of products_, which run one after the other
   absl::Status failure_;    // the first since the last report
 };

@@ -1,10 +1,11 @@
-// What the kernels of sparse prefill attention are told. Plain C++, as attention_args.h.
+// What the kernels of sparse prefill are told. Plain C++, as attention_args.h.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "gpu/sparse/sparse_index.h"
+#include "proto/types.h"
 
 namespace quarry::cuda {
 
@@ -19,6 +20,7 @@ struct SparseArgs {
   size_t head_stride;  // bytes
   uint32_t heads, group, head_dim, rows, first_token, row_tiles;
   float scale_log2;  // of scores: log2(e) / sqrt(head_dim)
+  DType dtype;       // of K and V
 
   // SparseIndex's arrays. What lies one behind the last range and the last block may be read.
   const HeadKind* kind;
@@ -42,5 +44,62 @@ struct SparseArgs {
   // mask_first[h] * row_tiles on.
   uint64_t* column_masks;
 };
+
+// Scores of queries and keys of consecutive heads.
+struct ScoreArgs {
+  const float* q;      // [queries][heads][head_dim]
+  const std::byte* k;  // of each KV head [keys][head_dim]
+  size_t head_stride;  // bytes, of k
+  float* out;          // [launched_heads][queries][width], of scores times log2(e)
+  uint32_t heads, group, head_dim, queries, keys;
+  uint32_t width;  // at least keys, and even; what is behind the keys may be written
+  uint32_t first_head, launched_heads;
+  float scale_log2;  // as in SparseArgs
+  DType dtype;       // of k
+};
+
+// Whose scores: the prefill's last queries, with all tokens; the mean queries of halves of row
+// tiles, or all rows, with blocks of keys.
+enum class ScoredQueries : uint32_t { kLast, kPooled, kRows };
+
+// What is made of scores, of a ScoreArgs' heads and queries. Blocks of keys are scored by their
+// means as MeanArgs lists them; of row tile t of these queries the last block, where the row tile
+// ends within it, is the one at cut_first + t.
+struct ChoiceArgs {
+  ScoredQueries of;
+  const float* scores;  // [launched_heads][queries][width]
+  float* stats;  // [launched_heads][queries][2]: the largest score, and log2 of the sum of 2^score
+  uint32_t launched_heads, queries, width;
+  uint32_t first_token;  // of the queries, or of their first row tile
+  uint32_t end_token;    // of the last row tile's rows
+  uint32_t cut_first;
+  // kLast: [launched_heads][3][first_token + queries]: the softmax's sums by key of the first
+  // `split` queries and of the others, and by distance. Else, of row tiles, weights of blocks as
+  // BlockWeights (gpu/sparse/choose_blocks.h): out_head_stride apart by head, out_stride by row
+  // tile.
+  float* out;
+  uint32_t split;
+  size_t out_head_stride, out_stride;
+  float below_log2;  // kRows: log2 of the threshold
+};
+
+// Mean keys: of the `blocks` whole blocks of 64 tokens from token 0, then of each row tile's last
+// block, where it ends within one (else zeros), up to its end.
+struct MeanArgs {
+  const std::byte* k;  // as DeviceKv
+  size_t head_stride;
+  std::byte* out;  // [kv_heads][blocks + row_tiles][head_dim], of k's dtype
+  uint32_t kv_heads, head_dim, blocks, first_token, rows;
+  DType dtype;
+};
+
+// Mean queries of the halves of row tiles; zeros where a half has no rows.
+struct PoolArgs {
+  const float* q;  // [rows][heads][head_dim]
+  float* out;      // [2 * row_tiles][heads][head_dim]
+  uint32_t heads, head_dim, rows;
+};
+
+constexpr uint32_t RowTilesOf(uint32_t rows) { return (rows + kRowTile - 1) / kRowTile; }
 
 }  // namespace quarry::cuda

@@ -2,10 +2,6 @@
 
 namespace quarry::cuda {
 
-cudaError_t PrepareSparseAttention128() { return PrepareSparseHeadDim<128>(); }
-
-cudaError_t LaunchSparseAttention128(const SparseArgs& args, DType dtype, cudaStream_t stream) {
-  return LaunchSparseHeadDim<128>(args, dtype, stream);
-}
+const SparseTensorKernels kSparseTensorKernels128 = SparseHeadDim<128>::kAll;
 
 }  // namespace quarry::cuda

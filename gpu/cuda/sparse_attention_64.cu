@@ -2,10 +2,6 @@
 
 namespace quarry::cuda {
 
-cudaError_t PrepareSparseAttention64() { return PrepareSparseHeadDim<64>(); }
-
-cudaError_t LaunchSparseAttention64(const SparseArgs& args, DType dtype, cudaStream_t stream) {
-  return LaunchSparseHeadDim<64>(args, dtype, stream);
-}
+const SparseTensorKernels kSparseTensorKernels64 = SparseHeadDim<64>::kAll;
 
 }  // namespace quarry::cuda

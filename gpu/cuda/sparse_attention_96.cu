@@ -2,10 +2,6 @@
 
 namespace quarry::cuda {
 
-cudaError_t PrepareSparseAttention96() { return PrepareSparseHeadDim<96>(); }
-
-cudaError_t LaunchSparseAttention96(const SparseArgs& args, DType dtype, cudaStream_t stream) {
-  return LaunchSparseHeadDim<96>(args, dtype, stream);
-}
+const SparseTensorKernels kSparseTensorKernels96 = SparseHeadDim<96>::kAll;
 
 }  // namespace quarry::cuda

@@ -1,9 +1,10 @@
-// Instances and launchers of the sparse tensor kernel for one head_dim.
+// Instances and launchers of sparse prefill's tensor kernels for one head_dim.
 #pragma once
 
-#include "gpu/cuda/sparse_kernels.h"
+#include "gpu/cuda/sparse_launch.h"
 #include "gpu/cuda/warp_ops.cuh"
-// After the operations that it uses.
+// After the operations that they use.
+#include "gpu/cuda/key_scores.cuh"
 #include "gpu/cuda/sparse_attention.cuh"
 
 namespace quarry::cuda {
@@ -16,24 +17,53 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   AttendRowTile<T, Tile>(args, shared);
 }
 
-template <int kHeadDim>
-cudaError_t PrepareSparseHeadDim() {
-  using Tile = SparseTile<kHeadDim>;
-  for (const auto kernel : {SparseTensorAttention<Bf16, Tile>, SparseTensorAttention<Fp16, Tile>}) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads)
+    TensorScores(const __grid_constant__ ScoreArgs args) {
+  extern __shared__ __align__(128) char shared[];
+  ScoreKeys<T, Tile>(args, shared);
 }
 
 template <int kHeadDim>
-cudaError_t LaunchSparseHeadDim(const SparseArgs& args, DType dtype, cudaStream_t stream) {
-  using Tile = SparseTile<kHeadDim>;
-  const auto kernel =
-      dtype == DType::kBf16 ? SparseTensorAttention<Bf16, Tile> : SparseTensorAttention<Fp16, Tile>;
-  kernel<<<args.heads * args.row_tiles, Tile::kThreads, Tile::kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
-}
+struct SparseHeadDim {
+  using Attention = SparseTile<kHeadDim>;
+  using Scores = ScoreTile<kHeadDim>;
+
+  template <typename Kernel>
+  static cudaError_t Allow(Kernel* kernel, int shared_bytes) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+
+  static cudaError_t Prepare() {
+    for (const cudaError_t error :
+         {Allow(SparseTensorAttention<Bf16, Attention>, Attention::kSharedBytes),
+          Allow(SparseTensorAttention<Fp16, Attention>, Attention::kSharedBytes),
+          Allow(TensorScores<Bf16, Scores>, Scores::kSharedBytes),
+          Allow(TensorScores<Fp16, Scores>, Scores::kSharedBytes)}) {
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  }
+
+  static cudaError_t Attend(const SparseArgs& args, cudaStream_t stream) {
+    const auto kernel = args.dtype == DType::kBf16 ? SparseTensorAttention<Bf16, Attention>
+                                                   : SparseTensorAttention<Fp16, Attention>;
+    kernel<<<args.heads * args.row_tiles, Attention::kThreads, Attention::kSharedBytes, stream>>>(
+        args);
+    return cudaGetLastError();
+  }
+
+  static cudaError_t Score(const ScoreArgs& args, cudaStream_t stream) {
+    const auto kernel =
+        args.dtype == DType::kBf16 ? TensorScores<Bf16, Scores> : TensorScores<Fp16, Scores>;
+    constexpr uint32_t kKeys = Scores::kSteps * kKeyTile, kQueries = Scores::kQueries;
+    const dim3 grid((args.keys + kKeys - 1) / kKeys, (args.queries + kQueries - 1) / kQueries,
+                    args.launched_heads);
+    kernel<<<grid, Scores::kThreads, Scores::kSharedBytes, stream>>>(args);
+    return cudaGetLastError();
+  }
+
+  static constexpr SparseTensorKernels kAll = {Prepare, Attend, Score};
+};
 
 }  // namespace quarry::cuda

@@ -1,26 +1,27 @@
-// Launchers of sparse prefill's attention: bf16 or fp16 K and V of head_dim 64, 96 or 128
-// (HasTensorAttention), whose vectors, like q and o, lie at multiples of 16 bytes.
+// What sparse prefill asks of a card: its kernels, in the order of one stream. The card's, and in
+// tests an imitation's.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
+#include "absl/status/status.h"
 #include "gpu/cuda/sparse_args.h"
-#include "proto/types.h"
 
 namespace quarry::cuda {
 
-// Loads the kernels and allows them their shared memory.
-cudaError_t PrepareSparseAttention();
-
-// Fills column_k, column_v and column_masks, then attends all rows.
-cudaError_t LaunchSparseAttention(const SparseArgs& args, DType dtype, cudaStream_t stream);
-
-// By head_dim, in files of their own so that they compile side by side.
-cudaError_t PrepareSparseAttention64();
-cudaError_t PrepareSparseAttention96();
-cudaError_t PrepareSparseAttention128();
-cudaError_t LaunchSparseAttention64(const SparseArgs&, DType, cudaStream_t);
-cudaError_t LaunchSparseAttention96(const SparseArgs&, DType, cudaStream_t);
-cudaError_t LaunchSparseAttention128(const SparseArgs&, DType, cudaStream_t);
+// Addresses are the device's. K, V and means are bf16 or fp16 of head_dim 64, 96 or 128; they, q
+// and o lie at multiples of 16 bytes. No shape is empty.
+class SparseKernels {
+ public:
+  virtual ~SparseKernels() = default;
+  // Fills column_k, column_v and column_masks, if there are columns, then attends all rows.
+  virtual absl::Status Attend(const SparseArgs& args) = 0;
+  virtual absl::Status Score(const ScoreArgs& args) = 0;
+  // Of scores: writes stats.
+  virtual absl::Status Measure(const ChoiceArgs& args) = 0;
+  // Of scores and stats: writes out.
+  virtual absl::Status SumLastQueries(const ChoiceArgs& args) = 0;
+  virtual absl::Status WeighBlocks(const ChoiceArgs& args) = 0;
+  virtual absl::Status MeanKeys(const MeanArgs& args) = 0;
+  virtual absl::Status PoolQueries(const PoolArgs& args) = 0;
+};
 
 }  // namespace quarry::cuda

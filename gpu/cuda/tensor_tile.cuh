@@ -74,8 +74,9 @@ __device__ void StoreQueries(const Queries& queries, const float* q, char* share
   }
 }
 
-// Sets off the copies of a tile's `keys` vectors of K and V; vectors behind them become zeros.
-template <typename Tile>
+// Sets off the copies of a tile's `keys` vectors of K and, if wanted, V; vectors behind them become
+// zeros.
+template <typename Tile, bool kValues = true>
 __device__ void FetchVectors(const std::byte* k, const std::byte* v, uint32_t keys,
                              char* k_shared) {
   const uint32_t bytes = keys * Tile::kVectorBytes;
@@ -90,7 +91,7 @@ __device__ void FetchVectors(const std::byte* k, const std::byte* v, uint32_t ke
     const size_t from = exists ? piece * 16 : 0;
     char* to = k_shared + Tile::Offset(row, chunk);
     CopyLater(to, k + from, exists);
-    CopyLater(to + Tile::kKvBytes, v + from, exists);
+    if constexpr (kValues) CopyLater(to + Tile::kKvBytes, v + from, exists);
   }
 }
 

@@ -16,6 +16,9 @@ struct Bf16 {
     const __nv_bfloat162 both = __floats2bfloat162_rn(lo, hi);
     return reinterpret_cast<const uint32_t&>(both);
   }
+  static __device__ float2 Unpack(uint32_t both) {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(both));
+  }
   static __device__ void Multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
@@ -29,6 +32,9 @@ struct Fp16 {
   static __device__ uint32_t Pack(float lo, float hi) {
     const __half2 both = __floats2half2_rn(lo, hi);
     return reinterpret_cast<const uint32_t&>(both);
+  }
+  static __device__ float2 Unpack(uint32_t both) {
+    return __half22float2(reinterpret_cast<const __half2&>(both));
   }
   static __device__ void Multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
     asm volatile(

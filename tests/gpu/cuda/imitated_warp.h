@@ -273,6 +273,9 @@ struct Element {
     StoreFromFloat(both, 1, kDType, hi);
     return both[0] | uint32_t{both[1]} << 16;
   }
+  static float2 Unpack(uint32_t both) {
+    return {LoadAsFloat(&both, 0, kDType), LoadAsFloat(&both, 1, kDType)};
+  }
   static void Multiply(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
     struct Mine {
       float* c;

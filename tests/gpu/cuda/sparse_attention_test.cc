@@ -3,17 +3,14 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <memory>
 #include <numbers>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "tests/gpu/cuda/imitated_warp.h"
-// After the operations that it uses.
 #include "gpu/cuda/packed_index.h"
-#include "gpu/cuda/sparse_attention.cuh"
 #include "gpu/sparse/sparse_attention.h"
+#include "tests/gpu/cuda/imitated_sparse_kernels.h"
 #include "tests/gpu/sparse/sparse_case.h"
 #include "tests/support/seed.h"
 
@@ -25,14 +22,6 @@ using testing::SparseCase;
 
 class SparseKernelTest : public ::testing::Test {
  protected:
-  struct alignas(16) Chunk {
-    std::byte bytes[16];
-  };
-  template <size_t kBytes>
-  struct alignas(128) Shared {
-    char bytes[kBytes];
-  };
-
   uint32_t Below(uint32_t n) { return static_cast<uint32_t>(random_() % n); }
 
   // Columns and slashes anywhere, about as far apart as said.
@@ -84,23 +73,13 @@ class SparseKernelTest : public ::testing::Test {
     return out;
   }
 
-  template <typename T, DType kDType, int kHeadDim>
-  void Run(CaseShape shape) {
-    using Tile = SparseTile<kHeadDim>;
-    shape.dtype = kDType;
-    shape.head_dim = kHeadDim;
-    SCOPED_TRACE(std::string(DTypeName(kDType)) + ", " + std::to_string(shape.heads) + "/" +
-                 std::to_string(shape.kv_heads) + " heads of " + std::to_string(kHeadDim) +
+  void Run(const CaseShape& shape) {
+    SCOPED_TRACE(std::string(DTypeName(shape.dtype)) + ", " + std::to_string(shape.heads) + "/" +
+                 std::to_string(shape.kv_heads) + " heads of " + std::to_string(shape.head_dim) +
                  ", rows [" + std::to_string(shape.first_token) + ", +" +
                  std::to_string(shape.rows) + ")");
     SparseCase c(shape, &random_);
-    for (uint32_t row = 0; row < shape.rows; ++row) {  // as the kernel rounds them
-      for (uint32_t i = 0; i < shape.heads * shape.head_dim; ++i) {
-        std::byte stored[2];
-        StoreFromFloat(stored, 0, kDType, c.Query(row, 0)[i]);
-        c.Query(row, 0)[i] = LoadAsFloat(stored, 0, kDType);
-      }
-    }
+    c.RoundQueries();  // as the kernel does
     const std::vector<HeadPlan> plans = Mixed(shape.heads, c.tokens());
     const auto fallback = Below(2) == 0 ? DenseFallback::kNever : DenseFallback::kWhereCheaper;
     const SparseIndex index = BuildIndex(
@@ -111,47 +90,35 @@ class SparseKernelTest : public ::testing::Test {
 
     SparseArgs args = {};
     const PackedIndex packed(index);
-    std::vector<Chunk> memory(packed.bytes().size() / sizeof(Chunk) + 1);
-    std::memcpy(memory.data(), packed.bytes().data(), packed.bytes().size());
-    packed.Describe(memory.data()->bytes, &args);
-    std::vector<float4> q(c.q().size() / 4), o(q.size());
-    std::memcpy(q.data(), c.q().data(), c.q().size() * sizeof(float));
-    std::memset(o.data(), 0xff, o.size() * sizeof(float4));
+    AlignedMemory memory(packed.bytes());
+    packed.Describe(memory.data(), &args);
+    const AlignedMemory q(std::as_bytes(std::span(c.q())));
+    AlignedMemory o(c.q().size() * sizeof(float));  // NaNs where nothing is written, as all memory
     std::vector<float> lse(want_lse.size(), NAN);
-    args.q = &q.data()->x;
-    args.o = &o.data()->x;
+    args.q = q.floats();
+    args.o = o.floats();
     args.lse = lse.data();
     const LayerKv layer = c.layer();
     args.k = layer.Keys(0);
     args.v = layer.Values(0);
     args.head_stride = layer.kv.head_stride;
     args.group = shape.heads / shape.kv_heads;
-    args.head_dim = kHeadDim;
-    args.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(kHeadDim));
-    // NaNs where nothing is written.
-    std::vector<Chunk> columns(2 * packed.columns() * Tile::kChunks + 1);
-    std::memset(columns.data(), 0xff, columns.size() * sizeof(Chunk));
-    args.column_k = columns.data()->bytes;
-    args.column_v = args.column_k + packed.columns() * Tile::kVectorBytes;
-    std::vector<uint64_t> masks(packed.masks() + 1, 0x5555555555555555);
-    args.column_masks = masks.data();
-    gridDim = {2, shape.heads, 1};
-    ForBlocks(64, [&] { CompactColumns(args, 64); });
-    ForBlocks(64, [&] { MaskColumns(args, 64); });
-    const auto shared = std::make_unique<Shared<Tile::kSharedBytes>>();
-    gridDim = {packed.items(), 1, 1};
-    ForBlocks(Tile::kThreads, [&] {
-      if (threadIdx.x == 0) std::memset(shared->bytes, 0xff, Tile::kSharedBytes);
-      __syncthreads();
-      AttendRowTile<T, Tile>(args, shared->bytes);
-    });
+    args.head_dim = shape.head_dim;
+    args.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(shape.head_dim));
+    args.dtype = shape.dtype;
+    const size_t column_bytes = packed.columns() * layer.row_bytes();
+    AlignedMemory columns(2 * column_bytes), masks(packed.masks() * sizeof(uint64_t));
+    args.column_k = columns.data();
+    args.column_v = columns.data() + column_bytes;
+    args.column_masks = reinterpret_cast<uint64_t*>(masks.data());
+    ASSERT_TRUE(kernels_.Attend(args).ok());
 
-    const double limit = kDType == DType::kBf16 ? 1e-2 : 1.5e-3;
+    const double limit = shape.dtype == DType::kBf16 ? 1e-2 : 1.5e-3;
     for (size_t i = 0; i < lse.size(); ++i) {
       ASSERT_NEAR(lse[i], want_lse[i], 1e-4)
           << "row " << i / shape.heads << " head " << i % shape.heads;
       double error = 0, size = 0;
-      for (size_t at = i * kHeadDim; at < (i + 1) * kHeadDim; ++at) {
+      for (size_t at = i * shape.head_dim; at < (i + 1) * shape.head_dim; ++at) {
         error += std::pow(args.o[at] - want_o[at], 2);
         size += std::pow(want_o[at], 2);
       }
@@ -160,27 +127,18 @@ class SparseKernelTest : public ::testing::Test {
     }
   }
 
-  template <typename F>
-  void ForBlocks(int threads, const F& f) {
-    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-        ImitatedBlock block(threads, random_());
-        block.Run(f);
+  void RunAll(CaseShape shape) {
+    for (shape.head_dim = 64; shape.head_dim <= 128; shape.head_dim += 32) {
+      for (const DType dtype : {DType::kBf16, DType::kFp16}) {
+        shape.dtype = dtype;
+        Run(shape);
       }
     }
   }
 
-  void RunAll(const CaseShape& shape) {
-    Run<Bf16, DType::kBf16, 64>(shape);
-    Run<Fp16, DType::kFp16, 64>(shape);
-    Run<Bf16, DType::kBf16, 96>(shape);
-    Run<Fp16, DType::kFp16, 96>(shape);
-    Run<Bf16, DType::kBf16, 128>(shape);
-    Run<Fp16, DType::kFp16, 128>(shape);
-  }
-
   std::mt19937_64 random_{Seed()};
   ThreadTeam team_{2};
+  ImitatedSparseKernels kernels_{random_()};
 };
 
 TEST_F(SparseKernelTest, ShortPrefills) {

@@ -65,6 +65,15 @@ class SparseCase {
     StoreFromFloat(k_.data(), Place(head, j, i), shape_.dtype, x);
   }
 
+  // To the keys' dtype, as devices do that multiply in it.
+  void RoundQueries() {
+    for (float& x : q_) {
+      std::byte stored[4];
+      StoreFromFloat(stored, 0, shape_.dtype, x);
+      x = LoadAsFloat(stored, 0, shape_.dtype);
+    }
+  }
+
   // q.k / sqrt(head_dim) of a row and key j.
   double Score(uint32_t row, uint32_t head, uint32_t j) const {
     const float* q = Query(row, head);

@@ -1,0 +1,299 @@
+// Sparse prefill as the CUDA device does it, its kernels' own sources on an imitation of a card,
+// against the host: the same plans, indexes of the same worth, and the attention of these.
+#include "gpu/cuda/sparse_prefill.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "gpu/sparse/choose_blocks.h"
+#include "gpu/sparse/sparse_attention.h"
+#include "tests/gpu/cuda/imitated_sparse_kernels.h"
+#include "tests/gpu/cuda/memory_device.h"
+#include "tests/gpu/sparse/sparse_case.h"
+#include "tests/support/seed.h"
+
+namespace quarry::cuda {
+namespace {
+
+using testing::CaseShape;
+using testing::SparseCase;
+
+// Keeps what is attended.
+class RecordedKernels final : public SparseKernels {
+ public:
+  explicit RecordedKernels(uint64_t seed) : inner_(seed) {}
+  absl::Status Attend(const SparseArgs& a) override {
+    SparseIndex& index = attended.emplace_back();
+    index.first_token = a.first_token;
+    index.rows = a.rows;
+    index.heads = a.heads;
+    const auto copy = [](const auto* from, size_t n, auto* to) { to->assign(from, from + n); };
+    const size_t items = size_t{a.heads} * a.row_tiles;
+    copy(a.kind, a.heads, &index.kind);
+    copy(a.range_first, a.heads + 1, &index.range_first);
+    copy(a.ranges, index.range_first.back(), &index.ranges);
+    copy(a.column_first, a.heads + 1, &index.column_first);
+    copy(a.columns, index.column_first.back(), &index.columns);
+    copy(a.block_first, items + 1, &index.block_first);
+    copy(a.blocks, index.block_first.back(), &index.blocks);
+    copy(a.tiles, items, &index.tiles);
+    copy(a.columns_seen, items, &index.columns_seen);
+    return inner_.Attend(a);
+  }
+  absl::Status Score(const ScoreArgs& a) override { return inner_.Score(a); }
+  absl::Status Measure(const ChoiceArgs& a) override { return inner_.Measure(a); }
+  absl::Status SumLastQueries(const ChoiceArgs& a) override { return inner_.SumLastQueries(a); }
+  absl::Status WeighBlocks(const ChoiceArgs& a) override { return inner_.WeighBlocks(a); }
+  absl::Status MeanKeys(const MeanArgs& a) override { return inner_.MeanKeys(a); }
+  absl::Status PoolQueries(const PoolArgs& a) override { return inner_.PoolQueries(a); }
+
+  std::vector<SparseIndex> attended;
+
+ private:
+  ImitatedSparseKernels inner_;
+};
+
+template <typename T>
+size_t Different(const std::vector<T>& a, const std::vector<T>& b) {
+  size_t same = 0;
+  for (const T& x : a) same += std::find(b.begin(), b.end(), x) != b.end();
+  return std::max(a.size(), b.size()) - same;
+}
+
+class SparsePrefillTest : public ::testing::Test {
+ protected:
+  uint32_t Below(uint32_t n) { return static_cast<uint32_t>(random_() % n); }
+
+  SparseCase Made(const CaseShape& shape) {
+    SparseCase c(shape, &random_);
+    c.RoundQueries();
+    return c;
+  }
+  // All rows like dimension 0, which sets the blocks that row tiles end in apart: what a row tile
+  // takes for its last block shows in all its weights.
+  static void SetLastBlocksApart(SparseCase* c) {
+    const CaseShape& s = c->shape();
+    for (uint32_t row = 0; row < s.rows; ++row) {
+      const uint32_t t = row / kRowTile, token = s.first_token + row;
+      const uint32_t end = s.first_token + std::min((t + 1) * kRowTile, s.rows);
+      for (uint32_t h = 0; h < s.heads; ++h) {
+        c->Query(row, h)[0] = 4;
+        if (token >= end / kKeyTile * kKeyTile) {
+          c->SetKey(h, token, 0, 4.0f * static_cast<float>(t % 3));
+        }
+      }
+    }
+  }
+  static DeviceAttention AttentionOf(const SparseCase& c, const DeviceKv& part, const float* q,
+                                     uint32_t first_token, uint32_t rows) {
+    DeviceAttention a;
+    a.parts = std::span(&part, 1);
+    a.dtype = c.shape().dtype;
+    a.heads = c.shape().heads;
+    a.kv_heads = c.shape().kv_heads;
+    a.head_dim = c.shape().head_dim;
+    a.first_token = first_token;
+    a.rows = rows;
+    a.q = q;
+    return a;
+  }
+
+  void CheckPlans(const SparseCase& c, std::span<const HeadPattern> patterns,
+                  const SparsePrefill::Options& options) {
+    const uint32_t last = std::min(kLastQueries, c.shape().rows);
+    const size_t width = size_t{c.shape().heads} * c.shape().head_dim;
+    const AlignedMemory q(std::as_bytes(std::span(c.last_q(), last * width)));
+    const DeviceKv part = c.layer().kv;
+    SparsePrefill prefill(&device_, &kernels_, options);
+    const auto got = prefill.Plan(patterns, c.prefill(),
+                                  AttentionOf(c, part, q.floats(), c.tokens() - last, last));
+    ASSERT_TRUE(got.ok()) << got.status();
+    const std::vector<HeadPlan> want =
+        PlanHeads({c.layer(), c.prefill(), patterns, c.last_q()}, &team_);
+    ASSERT_EQ(got->size(), want.size());
+    for (size_t h = 0; h < want.size(); ++h) {
+      const HeadPlan& a = (*got)[h];
+      EXPECT_EQ(a.kind, want[h].kind) << PatternText(patterns[h].pattern);
+      EXPECT_EQ(a.pattern, want[h].pattern);
+      // Sums are rounded differently: the last that is chosen may be another one.
+      EXPECT_LE(Different(a.columns, want[h].columns), 1u) << PatternText(patterns[h].pattern);
+      EXPECT_LE(Different(a.ranges, want[h].ranges), 2u) << PatternText(patterns[h].pattern);
+      EXPECT_NEAR(a.captured, want[h].captured, 1e-3);
+    }
+  }
+
+  void CheckAttention(const SparseCase& c, std::span<const HeadPlan> plans,
+                      const SparsePrefill::Options& options) {
+    const CaseShape& s = c.shape();
+    const AlignedMemory q(std::as_bytes(std::span(c.q())));
+    AlignedMemory o(c.q().size() * sizeof(float));
+    std::vector<float> lse(size_t{s.rows} * s.heads, NAN);
+    const DeviceKv part = c.layer().kv;
+    DeviceAttention a = AttentionOf(c, part, q.floats(), s.first_token, s.rows);
+    a.o = o.floats();
+    a.lse = lse.data();
+    kernels_.attended.clear();
+    SparsePrefill prefill(&device_, &kernels_, options);
+    const absl::Status status = prefill.Attend(plans, a);
+    ASSERT_TRUE(status.ok()) << status;
+    uint32_t row = 0;
+    for (const SparseIndex& index : kernels_.attended) {
+      ASSERT_EQ(index.first_token, s.first_token + row);
+      CheckChoice(c, index, row, plans);
+      std::vector<float> want_o(size_t{index.rows} * s.heads * s.head_dim),
+          want_lse(size_t{index.rows} * s.heads);
+      AttendSparse({c.layer(), &index, {}, c.Query(row, 0), want_o.data(), want_lse.data()},
+                   &team_);
+      for (size_t i = 0; i < want_lse.size(); ++i) {
+        const size_t at = size_t{row} * s.heads + i;
+        ASSERT_NEAR(lse[at], want_lse[i], 1e-4);
+        double error = 0, size = 0;
+        for (size_t d = 0; d < s.head_dim; ++d) {
+          const double want = want_o[i * s.head_dim + d];
+          error += std::pow(o.floats()[at * s.head_dim + d] - want, 2);
+          size += want * want;
+        }
+        ASSERT_LE(std::sqrt(error / size), s.dtype == DType::kBf16 ? 1e-2 : 1.5e-3);
+      }
+      row += index.rows;
+    }
+    ASSERT_EQ(row, s.rows);
+  }
+
+  // The blocks that are attended are as good as those that the host would choose.
+  void CheckChoice(const SparseCase& c, const SparseIndex& index, uint32_t row,
+                   std::span<const HeadPlan> plans) {
+    const IndexInputs inputs{c.layer(), index.first_token, index.rows, c.Query(row, 0)};
+    for (uint32_t h = 0; h < index.heads; ++h) {
+      if (plans[h].kind != HeadKind::kBlocks) continue;
+      const Pattern& pattern = plans[h].pattern;
+      const BlockMeans means(c.layer(), h, index.first_token + index.rows);
+      BlockWeights weights(inputs, h, means, pattern);
+      for (uint32_t t = 0; t < index.row_tiles(); ++t) {
+        const TokenRange rows = index.RowsOf(t);
+        const uint32_t dense = index.DenseTiles(t);
+        const auto is_cheaper = [&](size_t blocks) {
+          const auto sparse = static_cast<uint32_t>(blocks);
+          return sparse < dense && BlockEighths(pattern, sparse, dense) < 8 * uint64_t{dense};
+        };
+        const std::span<const uint32_t> got = index.BlocksOf(h, t);
+        if (std::holds_alternative<BlockSparsePattern>(pattern)) {
+          const std::vector<double> all = weights.Of(rows);
+          const std::vector<uint32_t> want = ChooseBlocks(pattern, rows, all);
+          ASSERT_EQ(index.IsDense(h, t), !is_cheaper(want.size()));
+          if (index.IsDense(h, t)) continue;
+          ASSERT_EQ(got.size(), want.size());
+          double got_mass = 0, want_mass = 0;
+          for (const uint32_t b : got) got_mass += all[b];
+          for (const uint32_t b : want) want_mass += all[b];
+          EXPECT_GE(got_mass, 0.99 * want_mass) << "head " << h << " row tile " << t;
+          continue;
+        }
+        const double threshold = std::get<BlockScoredPattern>(pattern).threshold;
+        const auto of = [&](double at) {
+          const Pattern other = BlockScoredPattern{at};
+          BlockWeights weights_at(inputs, h, means, other);
+          return ChooseBlocks(other, rows, weights_at.Of(rows));
+        };
+        const std::vector<uint32_t> least = of(threshold * 1.02), most = of(threshold * 0.98);
+        if (index.IsDense(h, t)) {
+          EXPECT_FALSE(is_cheaper(most.size())) << "head " << h << " row tile " << t;
+          continue;
+        }
+        EXPECT_TRUE(std::includes(got.begin(), got.end(), least.begin(), least.end()))
+            << "head " << h << " row tile " << t;
+        EXPECT_TRUE(std::includes(most.begin(), most.end(), got.begin(), got.end()))
+            << "head " << h << " row tile " << t;
+        sparse_tiles_ += most.size() < index.DenseTiles(t);
+      }
+    }
+  }
+
+  static HeadPlan Blocks(const Pattern& pattern) {
+    HeadPlan plan;
+    plan.kind = HeadKind::kBlocks;
+    plan.pattern = pattern;
+    return plan;
+  }
+
+  std::mt19937_64 random_{Seed()};
+  ThreadTeam team_{2};
+  testing::MemoryDevice device_;
+  RecordedKernels kernels_{random_()};
+  uint32_t sparse_tiles_ = 0;
+};
+
+TEST_F(SparsePrefillTest, PlansAreTheHosts) {
+  const std::vector<HeadPattern> patterns = {
+      {VerticalSlashPattern{60, 110}}, {VerticalSlashMassPattern{0.5, 1}},
+      {AShapePattern{70, 200}},        {BlockSparsePattern{6}},
+      {VerticalSlashPattern{5, 150}},  {DensePattern{}},
+      {VerticalSlashPattern{300, 1}},  {VerticalSlashMassPattern{0.3, 0.9}}};
+  uint32_t n = Below(6);
+  for (const uint32_t rows : {1u, 63u, 64u, 129u, 700u, 1777u}) {
+    for (const uint32_t first : {0u, 1 + Below(900)}) {
+      const DType dtype = n % 2 == 0 ? DType::kBf16 : DType::kFp16;
+      const SparseCase c = Made({dtype, 8, n % 4 < 2 ? 2u : 8u, 64 + 32 * (n % 3), first, rows});
+      SCOPED_TRACE(::testing::Message() << "first " << first << " rows " << rows);
+      // Everything at once; then heads one by one; then two of scores, three of sums.
+      const size_t tokens = c.tokens();
+      CheckPlans(c, patterns, {.threads = 2});
+      CheckPlans(c, patterns, {.most_floats = 1, .threads = 2});
+      CheckPlans(c, patterns, {.most_floats = 2 * 64 * (tokens + 4), .threads = 2});
+      ++n;
+    }
+  }
+}
+
+TEST_F(SparsePrefillTest, AttendsAsItChooses) {
+  const std::vector<HeadPattern> patterns = {
+      {VerticalSlashPattern{60, 110}}, {BlockSparsePattern{4}}, {BlockSparsePattern{9}},
+      {BlockScoredPattern{0.85}},      {DensePattern{}},        {BlockScoredPattern{0.7}},
+      {BlockScoredPattern{0.7}},       {AShapePattern{3, 100}}};
+  uint32_t n = Below(6);
+  for (const uint32_t rows : {1u, 64u, 150u, 400u}) {
+    for (const uint32_t first : {0u, 1 + Below(900)}) {
+      const DType dtype = n % 2 == 0 ? DType::kBf16 : DType::kFp16;
+      SparseCase c = Made({dtype, 8, n % 4 < 2 ? 2u : 8u, 64 + 32 * (n % 3), first, rows});
+      SetLastBlocksApart(&c);
+      SCOPED_TRACE(::testing::Message() << "first " << first << " rows " << rows);
+      const std::vector<HeadPlan> plans =
+          PlanHeads({c.layer(), c.prefill(), patterns, c.last_q(), DenseFallback::kNever}, &team_);
+      // Everything at once; row tiles in pairs; scores of one or two row tiles.
+      CheckAttention(c, plans, {.threads = 2});
+      CheckAttention(c, plans, {.most_row_tiles = 2, .threads = 2});
+      CheckAttention(c, plans, {.most_floats = 3000, .threads = 2});
+      if (HasFatalFailure()) return;
+      ++n;
+    }
+  }
+  EXPECT_GT(sparse_tiles_, 0u);
+}
+
+TEST_F(SparsePrefillTest, SaysWhatItDoesNotTake) {
+  const SparseCase c = Made({DType::kFp32, 2, 1, 64, 0, 200});
+  const DeviceKv part = c.layer().kv;
+  SparsePrefill prefill(&device_, &kernels_, {.threads = 1});
+  const std::vector<HeadPlan> plans(2);
+  DeviceAttention a = AttentionOf(c, part, c.q().data(), 0, 200);
+  const absl::Status fp32 = prefill.Attend(plans, a);
+  EXPECT_TRUE(absl::IsUnimplemented(fp32)) << fp32;
+  EXPECT_NE(fp32.message().find("fp32 heads of 64"), std::string_view::npos) << fp32;
+  a.dtype = DType::kBf16;
+  a.head_dim = 80;
+  EXPECT_TRUE(absl::IsUnimplemented(prefill.Attend(plans, a)));
+  a.head_dim = 64;
+  a.q += 1;
+  const absl::Status aligned = prefill.Attend(plans, a);
+  EXPECT_TRUE(absl::IsUnimplemented(aligned));
+  EXPECT_NE(aligned.message().find("16 bytes"), std::string_view::npos) << aligned;
+  const std::vector<HeadPattern> patterns(2, {VerticalSlashPattern{60, 110}});
+  EXPECT_TRUE(absl::IsUnimplemented(prefill.Plan(patterns, c.prefill(), a).status()));
+}
+
+}  // namespace
+}  // namespace quarry::cuda
