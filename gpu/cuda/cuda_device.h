@@ -19,7 +19,8 @@ struct CudaDeviceOptions {
 // Weights keep their dtype. Products round activations to it and sum in fp32 (cuBLASLt); attention
 // rounds queries to the dtype of K and V where that has two bytes. MatMul and Attend take working
 // memory out of the budget while they run; where there is none, they fail as any operation does:
-// the next Upload or Download says so.
+// the next Upload or Download says so. PlanSparse and AttendSparse, for what the tensor kernels
+// take, say so themselves; they use threads of the host.
 //
 // FailedPrecondition without a driver, a card of that number, code for it or cuBLASLt, or in a
 // build without CUDA; ResourceExhausted if CUDA itself takes more than the budget.
