@@ -210,7 +210,8 @@ TEST(ClusterRunsTest, WhatAQueryDoesNotSeeMakesNoErrorMatterLessOrMore) {
       predicted_alone += alone.predicted[0];
       predicted_beside += beside.predicted[0];
     }
-    EXPECT_LE(scanned_beside, scanned_alone + kHeads / 5);
+    EXPECT_LE(scanned_beside,
+              scanned_alone + kHeads / 2);  // of all heads, if hidden tokens counted
     EXPECT_LT(errors, 2 * kTolerated * kHeads);
     // Hidden tokens lie in groups with others, whose codes are the worse for it.
     EXPECT_LE(far, 1u);

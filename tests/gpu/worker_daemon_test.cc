@@ -310,6 +310,7 @@ TEST_F(WorkerDaemonTest, AStoppedDaemonVoidsTheTokenAtItsDeadline) {
   Extend(sequence.get(), prompt.first(298));
   Extend(sequence.get(), prompt.subspan(298, 1), Sequence::Role::kBudgeted);
   daemon_->Signal(SIGSTOP);
+  ASSERT_TRUE(testing::AwaitStopped(daemon_->pid()));
   const absl::Time begun = absl::Now();
   const absl::Status status =
       sequence->Extend(prompt.subspan(299), Sequence::Role::kBudgeted).status();

@@ -7,10 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <filesystem>
-#include <fstream>
 #include <functional>
-#include <iterator>
 #include <random>
 #include <thread>
 
@@ -101,24 +98,6 @@ uint64_t ContextCount(Client* client) {
   auto contexts = client->ListContexts();
   EXPECT_TRUE(contexts.ok()) << contexts.status();
   return contexts.ok() ? contexts->size() : 0;
-}
-
-// SIGSTOP takes effect in each thread on its own time.
-bool AwaitStopped(pid_t pid) {
-  const absl::Time end = absl::Now() + absl::Seconds(10);
-  while (absl::Now() < end) {
-    bool all = true;
-    const std::string tasks = "/proc/" + std::to_string(pid) + "/task";
-    for (const auto& task : std::filesystem::directory_iterator(tasks)) {
-      std::ifstream in(task.path() / "stat");
-      const std::string stat((std::istreambuf_iterator<char>(in)), {});
-      const size_t name_end = stat.rfind(')');
-      all &= name_end != std::string::npos && stat.compare(name_end, 4, ") T ") == 0;
-    }
-    if (all) return true;
-    absl::SleepFor(absl::Milliseconds(1));
-  }
-  return false;
 }
 
 bool WithinASecond(const std::function<bool()>& condition) {
@@ -217,7 +196,7 @@ TEST(ProcessDeathTest, StoppedWorkersDoNotDelayAnothersAttends) {
   for (uint32_t round = 0; round < 20; ++round) {
     absl::SleepFor(absl::Microseconds(random() % 3000));  // they are stopped in the middle of it
     for (Worker* worker : {&attending, &appending}) worker->Signal(SIGSTOP);
-    ASSERT_TRUE(AwaitStopped(attending.pid()) && AwaitStopped(appending.pid()));
+    ASSERT_TRUE(testing::AwaitStopped(attending.pid()) && testing::AwaitStopped(appending.pid()));
     for (uint32_t i = 0; i < 20; ++i) {
       testing::OneRow row(spec.shape, opened->context, i % 2, {0, 700}, i);
       const absl::Time start = absl::Now();
@@ -294,7 +273,7 @@ TEST(ProcessDeathTest, StoppedDaemonMakesAttendUnavailableByTheDeadline) {
   ASSERT_TRUE(client.ok());
   ASSERT_TRUE((*client)->Nop().ok());
   daemon->Signal(SIGSTOP);
-  ASSERT_TRUE(AwaitStopped(daemon->pid()));
+  ASSERT_TRUE(testing::AwaitStopped(daemon->pid()));
   absl::Time start = absl::Now();
   absl::Status status = (*client)->Nop();
   absl::Duration took = absl::Now() - start;

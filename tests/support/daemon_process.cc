@@ -13,6 +13,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <sstream>
 
 #include "absl/strings/str_cat.h"
@@ -118,6 +119,23 @@ std::string DaemonProcess::Log() const {
   std::ostringstream text;
   text << in.rdbuf();
   return text.str();
+}
+
+bool AwaitStopped(pid_t pid) {
+  const absl::Time end = absl::Now() + absl::Seconds(10);
+  while (absl::Now() < end) {
+    bool all = true;
+    const std::string tasks = absl::StrCat("/proc/", pid, "/task");
+    for (const auto& task : std::filesystem::directory_iterator(tasks)) {
+      std::ifstream in(task.path() / "stat");
+      const std::string stat((std::istreambuf_iterator<char>(in)), {});
+      const size_t name_end = stat.rfind(')');
+      all &= name_end != std::string::npos && stat.compare(name_end, 4, ") T ") == 0;
+    }
+    if (all) return true;
+    absl::SleepFor(absl::Milliseconds(1));
+  }
+  return false;
 }
 
 void DaemonProcess::Signal(int signal) const {

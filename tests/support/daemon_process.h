@@ -24,6 +24,10 @@ struct DaemonOptions {
 // $QUARRY_DAEMON, else daemon/quarryd beside the running program's folder.
 std::string DefaultDaemonBinary();
 
+// After SIGSTOP, which takes effect in each thread on its own time: whether all have stopped within
+// 10 s.
+bool AwaitStopped(pid_t pid);
+
 // Not thread-safe. Only the process it started is ever signalled.
 class DaemonProcess {
  public:
