@@ -44,7 +44,7 @@ PackedIndex::PackedIndex(const SparseIndex& index)
   std::vector<uint32_t> mask_first{0};
   for (uint32_t h = 0; h < index.heads; ++h) {
     const auto columns = static_cast<uint32_t>(index.ColumnsOf(h).size());
-    mask_first.push_back(mask_first.back() + (columns + kKeyTile - 1) / kKeyTile);
+    mask_first.push_back(mask_first.back() + KeyTilesOf(columns));
   }
   masks_ = size_t{mask_first.back()} * row_tiles_;
   const auto add = [this](const auto& values) { return Add(std::span(values)); };

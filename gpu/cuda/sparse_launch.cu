@@ -92,7 +92,7 @@ cudaError_t LaunchSumLastQueries(const ChoiceArgs& args, cudaStream_t stream) {
 }
 
 cudaError_t LaunchWeighBlocks(const ChoiceArgs& args, cudaStream_t stream) {
-  const uint32_t blocks = (args.end_token + kKeyTile - 1) / kKeyTile;
+  const uint32_t blocks = KeyTilesOf(args.end_token);
   const dim3 grid((blocks + kThreads - 1) / kThreads, RowTilesOf(args.end_token - args.first_token),
                   args.launched_heads);
   Weigh<<<grid, kThreads, 0, stream>>>(args);

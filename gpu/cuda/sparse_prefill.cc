@@ -22,8 +22,6 @@ float ScaleLog2(uint32_t head_dim) {
   return std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(head_dim));
 }
 
-uint32_t BlocksBefore(uint32_t token) { return (token + kKeyTile - 1) / kKeyTile; }
-
 LayerKv LayerOf(const DeviceAttention& a) {
   QUARRY_CHECK(a.parts.size() == 1 && a.window == 0 && a.parts[0].tokens.lo == 0);
   return {a.parts[0], a.dtype, a.heads, a.kv_heads, a.head_dim};
@@ -192,7 +190,7 @@ absl::Status SparsePrefill::Attend(std::span<const HeadPlan> plans, const Device
       plans.begin(), plans.end(), [](const HeadPlan& p) { return p.kind == HeadKind::kBlocks; }));
   uint32_t step = a.rows;
   if (by_blocks > 0) {
-    const size_t fit = ThatFit(by_blocks * BlocksBefore(a.first_token + a.rows));
+    const size_t fit = ThatFit(by_blocks * KeyTilesOf(a.first_token + a.rows));
     step = kRowTile * static_cast<uint32_t>(std::min<size_t>(fit, options_.most_row_tiles));
   }
   const size_t width = size_t{a.heads} * a.head_dim;
@@ -213,7 +211,7 @@ absl::Status SparsePrefill::AttendRows(std::span<const HeadPlan> plans, const De
   QUARRY_ASSIGN_OR_RETURN(const Weights weights, WeighBlocks(plans, a));
   inputs.block_weights = [&](uint32_t head, uint32_t t) {
     const uint32_t end = a.first_token + std::min((t + 1) * kRowTile, a.rows);
-    return weights.Of(head, t, BlocksBefore(end));
+    return weights.Of(head, t, KeyTilesOf(end));
   };
   return Run(BuildIndex(plans, inputs, &team_), a);
 }
@@ -222,7 +220,7 @@ absl::StatusOr<SparsePrefill::Weights> SparsePrefill::WeighBlocks(std::span<cons
                                                                   const DeviceAttention& a) {
   Weights out;
   out.row_tiles = RowTilesOf(a.rows);
-  out.blocks = BlocksBefore(a.first_token + a.rows);
+  out.blocks = KeyTilesOf(a.first_token + a.rows);
   uint32_t heads = 0;
   for (const HeadPlan& plan : plans) {
     out.place.push_back(heads);

@@ -21,8 +21,7 @@ HeadPart RangePart(const HeadPlan& plan, const SparseIndex& index, DenseFallback
   const TokenRange rows{index.first_token, index.first_token + index.rows};
   RowTileCounts counts = CountRowTiles(plan.ranges, plan.columns, rows);
   for (uint32_t t = 0; t < index.row_tiles(); ++t) {
-    const uint32_t sparse =
-        counts.range_tiles[t] + (counts.columns_seen[t] + kKeyTile - 1) / kKeyTile;
+    const uint32_t sparse = counts.Tiles(t);
     const uint32_t dense = index.DenseTiles(t);
     part.tiles.push_back(SparseIsCheaper(sparse, dense, fallback) ? sparse : dense);
   }
@@ -74,7 +73,7 @@ HeadPlan PlanHead(const PlanInputs& in, uint32_t head, const LineScores* scores)
     const uint32_t sinks = std::min(a->sinks, in.prefill.hi);
     for (uint32_t c = 0; c < sinks; ++c) plan.columns.push_back(c);
     const uint32_t local = std::clamp(a->local, 1u, in.prefill.hi);
-    const uint32_t keys = (local - 1 + kRowTile + kKeyTile - 1) / kKeyTile * kKeyTile;
+    const uint32_t keys = KeyTilesOf(local - 1 + kRowTile) * kKeyTile;
     plan.ranges = {{static_cast<int32_t>(kRowTile) - static_cast<int32_t>(keys), kRowTile}};
   } else {
     if (const auto* p = std::get_if<VerticalSlashPattern>(&pattern)) {
@@ -83,7 +82,7 @@ HeadPlan PlanHead(const PlanInputs& in, uint32_t head, const LineScores* scores)
                             &plan)) {
       return {};
     }
-    choosing_eighths = 8 * ((uint64_t{in.prefill.hi} + kKeyTile - 1) / kKeyTile) / 4;
+    choosing_eighths = 8 * uint64_t{KeyTilesOf(in.prefill.hi)} / 4;
   }
   if (in.fallback == DenseFallback::kNever) return plan;
   const HeadCost cost = CostOf(plan.ranges, plan.columns, in.prefill, in.fallback);

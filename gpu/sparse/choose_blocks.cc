@@ -14,7 +14,6 @@ namespace quarry {
 namespace {
 
 constexpr double kAlwaysIn = std::numeric_limits<double>::infinity();
-uint32_t BlocksBefore(uint32_t token) { return (token + kKeyTile - 1) / kKeyTile; }
 
 }  // namespace
 
@@ -44,7 +43,7 @@ const float* BlockWeights::Query(uint32_t token) const {
 }
 
 std::vector<double> BlockWeights::Of(TokenRange rows) {
-  weight_.assign(BlocksBefore(rows.hi), 0);
+  weight_.assign(KeyTilesOf(rows.hi), 0);
   last_keys_ = {rows.hi / kKeyTile * kKeyTile, rows.hi};
   last_mean_.resize(in_.layer.head_dim);
   if (!last_keys_.empty()) BlockMeans::Mean(in_.layer, head_, last_keys_, last_mean_.data());
@@ -87,7 +86,7 @@ void BlockWeights::Pooled(TokenRange rows) {
     }
     q_.resize(d);
     for (uint32_t i = 0; i < d; ++i) q_[i] = static_cast<float>(sum[i] / pooled.size());
-    const uint32_t blocks = BlocksBefore(pooled.hi);
+    const uint32_t blocks = KeyTilesOf(pooled.hi);
     Score(q_.data(), 1, blocks);
     const float most_score = Kernels().max(scores_.data(), blocks);
     const float total = Kernels().exp_sum(scores_.data(), blocks, most_score);
@@ -96,7 +95,7 @@ void BlockWeights::Pooled(TokenRange rows) {
 }
 
 void BlockWeights::Scored(TokenRange rows, double threshold) {
-  const uint32_t d = in_.layer.head_dim, blocks = BlocksBefore(rows.hi);
+  const uint32_t d = in_.layer.head_dim, blocks = KeyTilesOf(rows.hi);
   q_.resize(size_t{rows.size()} * d);
   for (uint32_t token = rows.lo; token < rows.hi; ++token) {
     std::copy_n(Query(token), d, &q_[size_t{token - rows.lo} * d]);
@@ -105,7 +104,7 @@ void BlockWeights::Scored(TokenRange rows, double threshold) {
   const auto below = static_cast<float>(std::log(threshold));
   for (uint32_t token = rows.lo; token < rows.hi; ++token) {
     const float* const scores = &scores_[size_t{token - rows.lo} * blocks];
-    const uint32_t seen = BlocksBefore(token + 1);
+    const uint32_t seen = KeyTilesOf(token + 1);
     const float least = Kernels().max(scores, seen) + below;
     for (uint32_t b = 0; b < seen; ++b) {
       if (scores[b] >= least) weight_[b] = kAlwaysIn;

@@ -158,7 +158,7 @@ double LineScores::Captured(std::span<const RelativeRange> ranges,
     RowTileKeys keys{tile.rows, clipped, 0};
     keys.columns = static_cast<uint32_t>(
         std::lower_bound(columns.begin(), columns.end(), clipped.back().lo) - columns.begin());
-    const uint32_t dense = (tile.rows.hi + kKeyTile - 1) / kKeyTile;
+    const uint32_t dense = KeyTilesOf(tile.rows.hi);
     if (!SparseIsCheaper(keys.tiles(), dense, fallback)) {
       inside += before_[t].back();
       continue;
@@ -203,7 +203,7 @@ bool ChooseLines(const LineScores& scores, const VerticalSlashMassPattern& patte
         mass += more;
       }
       // A tile that is begun is read whole.
-      const uint32_t whole = std::min((taken + kKeyTile - 1) / kKeyTile * kKeyTile, columns.size());
+      const uint32_t whole = std::min(KeyTilesOf(taken) * kKeyTile, columns.size());
       std::vector<uint32_t> chosen = columns.Best(whole);
       const HeadCost cost = CostOf(ranges, chosen, prefill, fallback);
       const double captured = scores.Captured(ranges, chosen, fallback);

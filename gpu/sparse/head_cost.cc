@@ -15,10 +15,9 @@ HeadCost CostOf(std::span<const RelativeRange> ranges, std::span<const uint32_t>
   const RowTileCounts counts = CountRowTiles(ranges, columns, rows);
   HeadCost cost;
   for (uint32_t t = 0; t < counts.range_tiles.size(); ++t) {
-    const uint32_t sparse =
-        counts.range_tiles[t] + (counts.columns_seen[t] + kKeyTile - 1) / kKeyTile;
+    const uint32_t sparse = counts.Tiles(t);
     const uint32_t hi = std::min(rows.lo + (t + 1) * kRowTile, rows.hi);
-    const uint32_t dense = (hi + kKeyTile - 1) / kKeyTile;
+    const uint32_t dense = KeyTilesOf(hi);
     const bool cheaper = SparseIsCheaper(sparse, dense, fallback);
     cost.tiles += cheaper ? sparse : dense;
     cost.eighths += cheaper ? kSparseTileEighths * sparse : 8 * uint64_t{dense};

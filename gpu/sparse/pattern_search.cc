@@ -93,7 +93,7 @@ Pattern Adjusted(const Pattern& candidate, uint32_t step, uint32_t tokens) {
     return VerticalSlashPattern{Scaled(p->columns, step, tokens), Scaled(p->slashes, step, tokens)};
   }
   if (std::holds_alternative<BlockSparsePattern>(candidate)) {
-    const double blocks = std::ceil(share * ((tokens + kKeyTile - 1) / kKeyTile));
+    const double blocks = std::ceil(share * KeyTilesOf(tokens));
     return BlockSparsePattern{std::max(1u, static_cast<uint32_t>(blocks))};
   }
   if (std::holds_alternative<BlockScoredPattern>(candidate)) {

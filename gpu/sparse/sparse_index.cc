@@ -9,8 +9,6 @@ namespace {
 
 constexpr int64_t kRow = kRowTile, kKey = kKeyTile;
 
-uint32_t TilesOf(uint32_t keys) { return (keys + kKeyTile - 1) / kKeyTile; }
-
 // Rounded up, of any sign; b > 0.
 int64_t CeilDivide(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
@@ -71,8 +69,8 @@ uint64_t SparseIndex::DenseHeadCost() const {
 }
 
 uint32_t RowTileKeys::tiles() const {
-  uint32_t sum = TilesOf(columns);
-  for (const TokenRange& range : ranges) sum += TilesOf(range.size());
+  uint32_t sum = KeyTilesOf(columns);
+  for (const TokenRange& range : ranges) sum += KeyTilesOf(range.size());
   return sum;
 }
 
@@ -162,7 +160,7 @@ RowTileCounts CountRowTiles(std::span<const RelativeRange> ranges,
   // The last row tile may be short of rows, which cuts the last range.
   const TokenRange last{rows.lo + (tiles - 1) * kRowTile, rows.hi};
   out.range_tiles.back() = 0;
-  for (const RelativeRange& r : ranges) out.range_tiles.back() += TilesOf(Clip(r, last).size());
+  for (const RelativeRange& r : ranges) out.range_tiles.back() += KeyTilesOf(Clip(r, last).size());
   uint32_t seen = 0;
   for (uint32_t t = 0; t < tiles; ++t) {
     const int64_t diagonal = first + int64_t{t} * kRow + ranges.back().lo;

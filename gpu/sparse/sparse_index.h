@@ -26,6 +26,8 @@
 namespace quarry {
 
 inline constexpr uint32_t kRowTile = 128, kKeyTile = 64;
+// That so many keys fill, the last one perhaps in part.
+constexpr uint32_t KeyTilesOf(uint32_t keys) { return (keys + kKeyTile - 1) / kKeyTile; }
 
 // Keys [i0 + lo, i0 + hi) of the row tile that begins at token i0.
 struct RelativeRange {
@@ -62,7 +64,7 @@ struct SparseIndex {
     return {lo, end - lo > kRowTile ? lo + kRowTile : end};
   }
   size_t At(uint32_t head, uint32_t t) const { return size_t{head} * row_tiles() + t; }
-  uint32_t DenseTiles(uint32_t t) const { return (RowsOf(t).hi + kKeyTile - 1) / kKeyTile; }
+  uint32_t DenseTiles(uint32_t t) const { return KeyTilesOf(RowsOf(t).hi); }
   bool IsDense(uint32_t head, uint32_t t) const { return tiles[At(head, t)] == DenseTiles(t); }
 
   std::span<const RelativeRange> RangesOf(uint32_t head) const {
@@ -112,6 +114,8 @@ void ClipRanges(std::span<const RelativeRange> ranges, TokenRange rows,
 // [first_token, first_token + rows). O(ranges + columns + row tiles).
 struct RowTileCounts {
   std::vector<uint32_t> range_tiles, columns_seen;  // [row_tiles]
+  // Of ranges and columns of a row tile.
+  uint32_t Tiles(size_t t) const { return range_tiles[t] + KeyTilesOf(columns_seen[t]); }
 };
 RowTileCounts CountRowTiles(std::span<const RelativeRange> ranges,
                             std::span<const uint32_t> columns, TokenRange rows);
