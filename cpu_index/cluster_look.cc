@@ -103,6 +103,11 @@ float ClusterPart::LeafMass(std::span<const float> scores) {
 
 void ClusterPart::ScoreSupers() {
   float* const score = s_.super_score.Take(size_t{count_} * supers_);
+  if (q_.every_code) {  // none stays closed
+    std::fill_n(score, size_t{count_} * supers_, kNone);
+    for (ClusterFindings& found : found_) found.mass = kNone;
+    return;
+  }
   for (size_t r = 0; r < runs_.size(); ++r) {
     const NodeLevel& level = runs_[r].index->parts().supers;
     level.Score(q_.node, q_.super_breadth, nullptr, level.blocks(), score + first_super_[r],
@@ -236,10 +241,11 @@ void ClusterPart::FindUncoded(std::vector<float> floors) {
     bytes_ += p.uncoded.bytes();
     for (size_t j = 0; j < places.size(); ++j, ++n) {
       known[n] = static_cast<uint32_t>(lo * kSuperRows) + places[j];
-      const uint32_t token = runs_[r].view->tokens().lo + p.order[places[j]];
+      // The order is looked at only where it matters: each place is a line of its own.
+      const uint32_t token = whole_[r] ? 0 : runs_[r].view->tokens().lo + p.order[places[j]];
       for (uint32_t i = 0; i < count_; ++i) {
         const TokenRange range = runs_[r].ranges[i];
-        const bool seen = token >= range.lo && token < range.hi;
+        const bool seen = whole_[r] || (token >= range.lo && token < range.hi);
         // In this order what is no number has none.
         const float own = seen ? std::max(kNone, score[i * places.size() + j]) : kNone;
         known_score[n * count_ + i] = own;

@@ -30,7 +30,8 @@ float LogAdd(float a, float b);
 struct ClusterQueries {
   ClusterQueries(const ClusterModel& head, const QueryBlock& queries, const ClusterLimits& limited);
 
-  void Prepare();
+  // By the quantisers of any run's parts: those of a model are the same.
+  void Prepare(const ClusterIndex::Parts& parts);
   bool prepared() const { return !coordinates.empty(); }
   uint32_t count() const { return block.queries; }
   std::span<const float> Coordinates(uint32_t query) const {

@@ -29,7 +29,7 @@ constexpr float kSuperShare = 0.3f, kLeafShare = 0.4f;
 // 0.017, 0.027 with 1024 and 0.009, 0.024 with 2048, whose rows take twice the time. Found by
 // one bit for each of 48, 64 or 128 coordinates the best 1024 have 95th percentiles of 0.449, 0.085
 // and 0.117.
-constexpr float kRankedTokens = 1024;
+constexpr float kRankedTokens = 256;
 // And all that would weigh what is tolerated if their codes missed their scores by so many
 // deviations, each token's its scale times the query's. What decoding seeks in a text lies far from
 // what it is grouped with, at scales of 1.5 to 2.9, and was missed by 2.6 to 3.6 deviations, 6 to
@@ -47,7 +47,7 @@ constexpr float kMostOverdrawn = 2;
 // What reading a token's code takes, and the row of one, that any query of a block reads, by the
 // time of an exact scan of a token. Of heads of 64 to 128 dimensions, one to four queries a KV
 // head, out of memory: 0.31 to 0.37, behind leaves that take 0.06, and 2.3 to 3.0.
-constexpr float kCodesTime = 0.35f, kRowTime = 2.9f;
+constexpr float kLeavesTime = 0.06f, kCodesTime = 0.25f, kRowTime = 2.9f;
 // What a search takes beside what it reads: of fewer tokens the scan is as fast.
 constexpr uint64_t kFewTokens = 10000;
 // Of what the other queries of a block read, what the one that reads most does not: where half of
@@ -76,7 +76,7 @@ ScoreHistogram TokensAround(const ScoreHistogram& centres, float deviation) {
   tokens.top = centres.top + static_cast<float>(reach) / ScoreHistogram::kPerNat;
   float count[kBins + 2 * kReach] = {}, left = 0;
   for (int b = 0; b < kBins - 1; ++b) {
-    for (int j = 0; j <= 2 * reach; ++j) {
+    for (int j = 0; j <= 2 * reach && centres.count[b] > 0; ++j) {
       count[b + j] += static_cast<float>(centres.count[b]) * spread[j];
     }
     left += count[b];
@@ -140,7 +140,7 @@ ClusterQueries::ClusterQueries(const ClusterModel& head, const QueryBlock& queri
       tolerance(limited.tolerance / head.caution),
       every_code(head.open_all && limited.depth == Depth::kAsNeeded) {}
 
-void ClusterQueries::Prepare() {
+void ClusterQueries::Prepare(const ClusterIndex::Parts& parts) {
   const uint32_t d = block.head_dim;
   coordinates.resize(size_t{count()} * d);
   std::vector<float> mean_score(count());
@@ -162,14 +162,13 @@ void ClusterQueries::Prepare() {
   tile.ld_out = 1;
   Kernels().score(tile);
   node = NodeLevel::Prepare(coordinates, d, model.rank(), mean_score, model.centre_step);
-  const KeyCodes codes = KeyCodes::Encode(std::span<const float>(), model.CodeBasis());
   for (uint32_t i = 0; i < count(); ++i) {
-    const KeyCodes::Query one = codes.Prepare(Coordinates(i).first(model.rank()), 0);
+    const KeyCodes::Query one = parts.codes.Prepare(Coordinates(i).first(model.rank()), 0);
     code.weight.insert(code.weight.end(), one.weight, one.weight + KeyCodes::kCoordinates);
     code.scale.push_back(one.scale);
     code.offset.push_back(one.offset);
   }
-  row = KeyRows(0, model.row_variance).Prepare(coordinates, count());
+  row = parts.key_rows.Prepare(coordinates, count());
   leaf_breadth = model.Breadth(model.leaf, coordinates, count());
   super_breadth = model.Breadth(model.super, coordinates, count());
   code_variance = model.CodeVariance(coordinates, count());
@@ -219,12 +218,12 @@ ClusterSearch::ClusterSearch(std::span<const ClusterRun> runs, const QueryBlock&
   ScanIfFaster(no_rows);
   if (!ScansAll() && UsesHistory() && limits.history->ScanNext(limits.tolerance)) ScanUncapped();
   if (!ScansAll()) {
-    queries_->Prepare();
+    queries_->Prepare(runs.front().index->parts());
     for (uint32_t i = 0; i < queries.queries; ++i) {
       if (needed && !queries_->trusted[i]) scanned_[i] = true;
     }
     ScanIfFaster(no_rows);
-    if (ScansAll()) NoteLook();
+    if (ScansAll()) NoteLook(false, no_rows);
   }
   if (!ScansAll()) DecideSupers();
   if (ScansAll()) stage_ = Stage::kAttend;
@@ -248,12 +247,10 @@ bool ClusterSearch::Next() {
     case Stage::kLeaves:
       DecideLeaves();
       stage_ = ScansAll() ? Stage::kAttend : Stage::kTokens;
-      if (ScansAll()) NoteLook();
       return true;
     case Stage::kTokens:
       DecideTokens();
       stage_ = Stage::kAttend;
-      NoteLook();
       return true;
     case Stage::kAttend:
       break;
@@ -303,23 +300,26 @@ bool ClusterSearch::ScansAll() const {
 void ClusterSearch::ScanIfFaster(std::span<const uint64_t> rows) {
   const ClusterQueries& q = *queries_;
   if (q.limits.depth != Depth::kAsNeeded || !q.model.scan_if_faster) return;
-  uint64_t most = 0, sum = 0;
-  uint32_t scanned = 0;
-  for (uint32_t i = 0; i < q.count(); ++i) {
-    scanned += scanned_[i] ? 1 : 0;
-    if (scanned_[i] || q.MostTokens(i) != ~0u) continue;
-    most = std::max(most, rows[i]);
-    sum += rows[i];
-  }
-  const float read = static_cast<float>(most) + kUnshared * static_cast<float>(sum - most);
-  float search = kRowTime * read;
+  float search = TimeOfRows(rows);
   if (q.every_code && stage_ == Stage::kLeaves) {  // codes are still to be read
     search += kCodesTime * static_cast<float>(tokens_);
   }
   // Keys and values of those that are scanned anyway are there for the others.
-  const float others = static_cast<float>(q.count() - scanned) / static_cast<float>(q.count());
+  const auto scanned = static_cast<float>(std::count(scanned_.begin(), scanned_.end(), true));
+  const float others = 1 - scanned / static_cast<float>(q.count());
   if (seen_ > kFewTokens && search <= others * static_cast<float>(seen_)) return;
   ScanUncapped();
+}
+
+// By the time of a token's scan; of queries that may be scanned instead.
+float ClusterSearch::TimeOfRows(std::span<const uint64_t> rows) const {
+  uint64_t most = 0, sum = 0;
+  for (uint32_t i = 0; i < queries_->count(); ++i) {
+    if (scanned_[i] || queries_->MostTokens(i) != ~0u) continue;
+    most = std::max(most, rows[i]);
+    sum += rows[i];
+  }
+  return kRowTime * (static_cast<float>(most) + kUnshared * static_cast<float>(sum - most));
 }
 
 void ClusterSearch::ScanUncapped() {
@@ -336,8 +336,14 @@ bool ClusterSearch::UsesHistory() const {
          q.model.scan_if_faster;
 }
 
-void ClusterSearch::NoteLook() const {
-  if (UsesHistory()) queries_->limits.history->Looked(queries_->limits.tolerance, ScansAll());
+// codes: whether they were read; rows: [queries] that are read still.
+void ClusterSearch::NoteLook(bool codes, std::span<const uint64_t> rows) const {
+  if (!UsesHistory()) return;
+  const bool scans = std::find(scanned_.begin(), scanned_.end(), true) != scanned_.end();
+  const float looked =
+      (kLeavesTime + (codes ? kCodesTime : 0)) * static_cast<float>(tokens_) + TimeOfRows(rows);
+  queries_->limits.history->Looked(
+      queries_->limits.tolerance, looked / static_cast<float>(seen_) + (scans ? 1 : 0), ScansAll());
 }
 
 // Little work: not worth a stage of its own.
@@ -378,6 +384,7 @@ void ClusterSearch::DecideLeaves() {
     if (usual < ranked[i]) rows[i] = std::max(rows[i], CountFrom(tokens[i], usual));
   }
   if (q.every_code && !(UsesHistory() && q.limits.history->LookDeeper())) ScanIfFaster(rows);
+  if (ScansAll()) return NoteLook(false, rows);
   const std::vector<float> none(q.count(), kAll);
   floors_ = std::make_unique<TokenFloors>(
       TokenFloors{.outlier = none, .known = none, .leaf = none, .ranked = none, .heavy = none});
@@ -434,6 +441,7 @@ void ClusterSearch::DecideTokens() {
                              std::accumulate(expected_.begin(), expected_.end(), uint64_t{0}));
   }
   ScanIfFaster(rows);
+  NoteLook(true, rows);
 }
 
 // By e^top_.

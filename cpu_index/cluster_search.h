@@ -90,7 +90,8 @@ class ClusterSearch {
   void ScanIfFaster(std::span<const uint64_t> rows);
   void ScanUncapped();
   bool UsesHistory() const;
-  void NoteLook() const;
+  float TimeOfRows(std::span<const uint64_t> rows) const;
+  void NoteLook(bool codes, std::span<const uint64_t> rows) const;
   void DecideSupers();
   void DecideLeaves();
   float LeafFloor(uint32_t query) const;

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu_index/kernels.h"
 #include "cpu_index/vector_avx512.h"
@@ -16,10 +17,12 @@ namespace {
 // Rows that are fetched ahead: about the latency of DRAM.
 constexpr uint32_t kRowsAhead = 16;
 
+// Inlined by force: GCC drops calls to a function that only prefetches.
 inline __attribute__((always_inline)) void PrefetchRow(const uint8_t* row, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) {
     _mm_prefetch(reinterpret_cast<const char*>(row) + at, _MM_HINT_T0);
   }
+  _mm_prefetch(reinterpret_cast<const char*>(row) + bytes - 1, _MM_HINT_T0);
 }
 
 // One part of a row's codes, a byte each.
@@ -31,64 +34,84 @@ inline __m512i UnpackKeyRow(const KeyRowTile& tile, const uint8_t* row, uint32_t
   return _mm512_and_si512(fields, _mm512_loadu_si512(tile.mask + 64 * p));
 }
 
-// Four queries (those past the end are the last one) and four rows, likewise.
-void ScoreFourRows(const KeyRowTile& tile, uint32_t query, uint32_t first) {
-  const int8_t* weights[4];
-  float scale[4], offset[4];
-  for (uint32_t i = 0; i < 4; ++i) {
-    const uint32_t q = query + i < tile.queries ? query + i : tile.queries - 1;
-    weights[i] = tile.weights + size_t{q} * tile.parts * 64;
-    scale[i] = tile.scale[q];
-    offset[i] = tile.offset[q];
-  }
-  __m512 sum[16];
-  float row_scale[4];
-  for (uint32_t r = 0; r < 4; ++r) {
-    const uint32_t at = tile.which[first + r < tile.count ? first + r : tile.count - 1];
+// kQueries queries and as many rows as make up to 16 scores; rows past `end` are the last one.
+template <uint32_t kQueries>
+void ScoreSomeRows(const KeyRowTile& tile, uint32_t query, uint32_t first, uint32_t end) {
+  constexpr uint32_t kRows = 16 / kQueries;
+  const int8_t* const weights = tile.weights + size_t{query} * tile.parts * 64;
+  __m512 sum[16] = {};
+  uint32_t row_scale[16] = {};
+  for (uint32_t r = 0; r < kRows; ++r) {
+    const uint32_t at = tile.which[first + r < end ? first + r : end - 1];
     const uint8_t* const row = tile.rows + at * tile.stride;
-    row_scale[r] = _mm512_cvtss_f32(
-        _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(uint32_t{tile.row_scale[at]} << 16))));
-    __m512i of_query[4] = {};
+    for (uint32_t i = 0; i < kQueries; ++i)
+      row_scale[i * kRows + r] = uint32_t{tile.row_scale[at]} << 16;
+    __m512i of_query[kQueries] = {};
     for (uint32_t p = 0; p < tile.parts; ++p) {
       const __m512i codes = UnpackKeyRow(tile, row, p);
-      for (uint32_t i = 0; i < 4; ++i) {
+      for (uint32_t i = 0; i < kQueries; ++i) {
         of_query[i] = _mm512_dpbusd_epi32(of_query[i], codes,
-                                          _mm512_loadu_si512(weights[i] + 64 * p));
+                                          _mm512_loadu_si512(weights + 64 * (i * tile.parts + p)));
       }
     }
-    for (uint32_t i = 0; i < 4; ++i) sum[4 * i + r] = _mm512_cvtepi32_ps(of_query[i]);
+    for (uint32_t i = 0; i < kQueries; ++i) sum[i * kRows + r] = _mm512_cvtepi32_ps(of_query[i]);
   }
-  // Lane 4 i + r is of query i and row r.
-  const __m512 sums = Vector::SumEach(sum);
-  const auto by_query = [](const float* x) {
-    return _mm512_setr_ps(x[0], x[0], x[0], x[0], x[1], x[1], x[1], x[1], x[2], x[2], x[2], x[2],
-                          x[3], x[3], x[3], x[3]);
-  };
-  const __m512 rows = _mm512_broadcast_f32x4(_mm_loadu_ps(row_scale));
+  float scale[16] = {}, offset[16] = {};
+  for (uint32_t lane = 0; lane < kQueries * kRows; ++lane) {
+    scale[lane] = tile.scale[query + lane / kRows];
+    offset[lane] = tile.offset[query + lane / kRows];
+  }
   alignas(64) float out[16];
-  _mm512_store_ps(out, _mm512_mul_ps(_mm512_fmadd_ps(sums, by_query(scale), by_query(offset)), rows));
-  const uint32_t queries = tile.queries - query < 4 ? tile.queries - query : 4;
-  const uint32_t count = tile.count - first < 4 ? tile.count - first : 4;
-  for (uint32_t i = 0; i < queries; ++i) {
+  _mm512_store_ps(out, _mm512_mul_ps(_mm512_fmadd_ps(Vector::SumEach(sum), _mm512_loadu_ps(scale),
+                                                     _mm512_loadu_ps(offset)),
+                                     _mm512_castsi512_ps(_mm512_loadu_si512(row_scale))));
+  const uint32_t count = end - first < kRows ? end - first : kRows;
+  for (uint32_t i = 0; i < kQueries; ++i) {
     for (uint32_t r = 0; r < count; ++r) {
-      tile.out[(query + i) * tile.ld_out + first + r] = out[4 * i + r];
+      tile.out[(query + i) * tile.ld_out + first + r] = out[i * kRows + r];
     }
+  }
+}
+
+// f(a number of queries as a constant, the first of them): up to four at a time.
+void ForQueries(uint32_t queries, auto&& f) {
+  uint32_t query = 0;
+  for (; queries - query > 4; query += 4) f(std::integral_constant<uint32_t, 4>(), query);
+  switch (queries - query) {
+    case 1:
+      return f(std::integral_constant<uint32_t, 1>(), query);
+    case 2:
+      return f(std::integral_constant<uint32_t, 2>(), query);
+    case 3:
+      return f(std::integral_constant<uint32_t, 3>(), query);
+    case 4:
+      return f(std::integral_constant<uint32_t, 4>(), query);
+  }
+}
+
+// Of the tile's rows from the first-th on. Inlined by force, as PrefetchRow.
+inline __attribute__((always_inline)) void PrefetchKeyRows(const KeyRowTile& tile, uint32_t first) {
+  const uint32_t end = tile.count < first + kRowsAhead ? tile.count : first + kRowsAhead;
+  for (uint32_t r = first; r < end; ++r) {
+    PrefetchRow(tile.rows + tile.which[r] * tile.stride, tile.stride);
   }
 }
 
 void ScoreKeyRowsAvx512(const KeyRowTile& tile) {
-  const uint32_t last = tile.count - 1;
-  for (uint32_t first = 0; first < tile.count; first += 4) {
-    for (uint32_t r = first + kRowsAhead; r < first + kRowsAhead + 4; ++r) {
-      PrefetchRow(tile.rows + tile.which[r < last ? r : last] * tile.stride, tile.stride);
-    }
-    for (uint32_t query = 0; query < tile.queries; query += 4) ScoreFourRows(tile, query, first);
+  PrefetchKeyRows(tile, 0);
+  for (uint32_t lo = 0; lo < tile.count; lo += kRowsAhead) {
+    PrefetchKeyRows(tile, lo + kRowsAhead);
+    const uint32_t hi = tile.count - lo < kRowsAhead ? tile.count : lo + kRowsAhead;
+    ForQueries(tile.queries, [&](auto some, uint32_t query) {
+      for (uint32_t r = lo; r < hi; r += 16 / some) ScoreSomeRows<some>(tile, query, r, hi);
+    });
   }
 }
 
-// kQueries queries and 64 dimensions (fewer at the end) of all rows.
+// kQueries queries and 64 dimensions (fewer at the end) of all rows. listed: rows of tile.which,
+// those of the tile and what is added next.
 template <uint32_t kQueries>
-void AddValueRowsPart(const ValueRowTile& tile, uint32_t query, uint32_t dim) {
+void AddValueRowsPart(const ValueRowTile& tile, uint32_t query, uint32_t dim, uint32_t listed) {
   const __m512 level =
       _mm512_setr_ps(-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f, 0.5f, 1.5f, 2.5f, 3.5f,
                      4.5f, 5.5f, 6.5f, 7.5f);
@@ -100,9 +123,12 @@ void AddValueRowsPart(const ValueRowTile& tile, uint32_t query, uint32_t dim) {
     }
   }
   for (uint32_t r = 0; r < tile.count; ++r) {
-    const uint32_t ahead = r + kRowsAhead < tile.count ? r + kRowsAhead : tile.count - 1;
+    const uint32_t ahead = r + kRowsAhead < listed ? r + kRowsAhead : listed - 1;
     const uint8_t* const row = tile.rows + tile.which[r] * tile.stride + dim / 2;
-    if (dim == 0) PrefetchRow(tile.rows + tile.which[ahead] * tile.stride, tile.stride);
+    if (dim == 0) {
+      PrefetchRow(tile.rows + tile.which[ahead] * tile.stride, tile.stride);
+      _mm_prefetch(reinterpret_cast<const char*>(tile.row_scale + tile.which[ahead]), _MM_HINT_T0);
+    }
     const __m512 row_scale = _mm512_castsi512_ps(
         _mm512_set1_epi32(static_cast<int>(uint32_t{tile.row_scale[tile.which[r]]} << 16)));
     for (uint32_t g = 0; g < groups; ++g) {
@@ -134,9 +160,9 @@ void AddValueRowsAvx512(const ValueRowTile& tile) {
     some.weights += first;
     some.count = tile.count - first < kTileRows ? tile.count - first : kTileRows;
     for (uint32_t dim = 0; dim < tile.dims; dim += 64) {
-      uint32_t query = 0;
-      for (; query + 4 <= tile.queries; query += 4) AddValueRowsPart<4>(some, query, dim);
-      for (; query < tile.queries; ++query) AddValueRowsPart<1>(some, query, dim);
+      ForQueries(tile.queries, [&](auto queries, uint32_t query) {
+        AddValueRowsPart<queries>(some, query, dim, tile.count - first);
+      });
     }
   }
 }

@@ -5,16 +5,18 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
 namespace quarry {
 
-// A search that looks first and scans then takes longer than the scan alone. After three such in a
-// row the next 4 scan without a look, ever more of them until one looks again: of a head that is
-// always scanned one in 33 searches looks. All looks but the first are at the codes too, for leaves
-// may be wrong: heads that seek records only when they are asked looked diffuse to sampled queries.
-// Thread-safe; of counts made at the same time one may be lost. A copy begins anew.
+// A search that looks before it scans takes longer than the scan alone, and one that was to read
+// few rows may read many. When looks cost more than they save, on the average of the last few, the
+// next 4 searches scan without one, then 8 and more, until looks pay again: of a head that is
+// always scanned one in 65 searches looks. A look after one that scanned is at the codes too, for
+// leaves may be wrong: heads that seek records only when they are asked looked diffuse to sampled
+// queries. Thread-safe; of counts made at the same time one may be lost. A copy begins anew.
 class ScanHistory {
  public:
   ScanHistory() = default;
@@ -30,20 +32,26 @@ class ScanHistory {
     Store(s);
     return true;
   }
-  // After a search that looked.
-  void Looked(float tolerance, bool scanned) {
+  // After a search that looked: how long it took, by the time of a scan; scanned: in the end.
+  void Looked(float tolerance, float time, bool scanned) {
     State s = Load();
-    if (scanned) {
-      if (tolerance > s.tolerance) s = State{.tolerance = tolerance};
-      s.streak = std::min<uint16_t>(s.streak + 1, kLongestStreak);
-      s.left = s.streak < 3 ? 0 : static_cast<uint16_t>(1u << (s.streak - 1));
-    } else if (tolerance <= s.tolerance) {
-      s = State{};
+    if (tolerance > s.tolerance) {
+      if (time < 1) return;
+      s = State{.tolerance = tolerance};
     }
+    const float taken = std::min(time, kLongest) * kUnit;
+    const float mean = s.looks == 0 ? taken : s.mean + (taken - s.mean) / kRemembered;
+    s.mean = static_cast<uint16_t>(std::lround(mean));
+    s.looks = std::min<uint8_t>(s.looks + 1, kEnoughLooks);
+    const bool pays = s.mean < kUnit;
+    s.streak = pays ? 0 : std::min<uint8_t>(s.streak + (s.looks == kEnoughLooks), kLongestStreak);
+    // What paid once may do so again.
+    s.left = s.streak == 0 || time < 1 ? 0 : static_cast<uint8_t>(2u << s.streak);
+    s.scanned = scanned;
     Store(s);
   }
   // Whether a search that looks is not to believe the leaves' centres alone.
-  bool LookDeeper() const { return Load().streak > 0; }
+  bool LookDeeper() const { return Load().scanned; }
 
   // Of the rows expected, how many are needed; `learned`: by sampled queries, the most.
   float NeededRows(float learned) const {
@@ -58,12 +66,17 @@ class ScanHistory {
   }
 
  private:
-  static constexpr uint16_t kLongestStreak = 6;
+  static constexpr uint8_t kEnoughLooks = 3, kLongestStreak = 5;
+  static constexpr float kRemembered = 4;  // looks, about
+  static constexpr float kUnit = 1024, kLongest = 8;
   static constexpr float kUnknown = std::numeric_limits<float>::infinity();
   struct State {
-    float tolerance = 0;  // the largest that the streak is of
-    uint16_t streak = 0;  // searches in a row that scanned after a look
-    uint16_t left = 0;    // that scan without one
+    float tolerance = 0;          // the largest that looks did not pay for
+    uint16_t mean = 0;            // time of a look, in scans by kUnit
+    uint8_t looks : 2 = 0;        // up to what is enough
+    uint8_t streak : 5 = 0;       // of means that did not pay
+    uint8_t scanned : 1 = false;  // in the last look's end
+    uint8_t left = 0;             // searches that scan without a look
   };
   static_assert(sizeof(State) == sizeof(uint64_t));
 

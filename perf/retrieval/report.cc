@@ -42,7 +42,8 @@ ReportLine MeanOf(std::span<const Row* const> rows) {
     mean(member);
   }
   for (const Row* row : rows) line.worst_p95 = std::max(line.worst_p95, row->rel_l2_p95);
-  for (std::optional<double> Row::*member : {&Row::predicted_error, &Row::us_p50, &Row::us_p99}) {
+  for (std::optional<double> Row::*member :
+       {&Row::predicted_error, &Row::us_p50, &Row::us_mean, &Row::us_p99}) {
     std::vector<double> values;
     for (const Row* row : rows) {
       if ((row->*member).has_value()) values.push_back(*(row->*member));

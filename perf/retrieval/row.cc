@@ -44,6 +44,7 @@ std::string RowToJson(const Row& row) {
                {"oracle_tokens", row.oracle_tokens},
                {"bytes_read", row.bytes_read},
                {"us_p50", OrNull(row.us_p50)},
+               {"us_mean", OrNull(row.us_mean)},
                {"us_p99", OrNull(row.us_p99)}})
       .dump();
 }
@@ -78,6 +79,7 @@ absl::StatusOr<Row> RowFromJson(const std::string& line) {
     json.at("oracle_tokens").get_to(row.oracle_tokens);
     json.at("bytes_read").get_to(row.bytes_read);
     row.us_p50 = FromNull(json.at("us_p50"));
+    row.us_mean = FromNull(json.at("us_mean"));
     row.us_p99 = FromNull(json.at("us_p99"));
     return row;
   } catch (const nlohmann::json::exception& e) {

@@ -33,7 +33,7 @@ struct Row {
   double tokens_retrieved = 0;            // a query head
   double oracle_tokens = 0;  // the fewest best tokens for an error of rel_l2, a query head
   double bytes_read = 0;     // an answer to the whole group: every line touched
-  std::optional<double> us_p50, us_p99;   // an answer to the whole group
+  std::optional<double> us_p50, us_mean, us_p99;  // an answer to the whole group
 };
 
 std::string RowToJson(const Row& row);

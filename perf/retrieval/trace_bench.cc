@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <set>
 #include <thread>
 #include <utility>
@@ -264,6 +265,8 @@ absl::Status TraceBench::Measure(const IndexSpec& spec, uint32_t runs, const Sin
         std::sort(times[h].begin(), times[h].end());
         rows[h].threads = threads;
         rows[h].us_p50 = times[h][times[h].size() / 2];
+        rows[h].us_mean = std::accumulate(times[h].begin(), times[h].end(), 0.0) /
+                          static_cast<double>(times[h].size());
         rows[h].us_p99 = times[h][times[h].size() * 99 / 100];
         sink(rows[h]);
       }

@@ -109,8 +109,8 @@ TEST_F(ClusterScanTest, AfterSeveralLooksForNothingSearchesScanWithoutOne) {
     looks += found.bytes > scan_bytes() ? 1 : 0;
     at_codes += found.bytes > scan_bytes() * 11 / 10 ? 1 : 0;
   }
-  EXPECT_EQ(looks, 8u);     // with 0, 0, 4, 8, 16, 32 scans behind them, and 32 again
-  EXPECT_EQ(at_codes, 7u);  // all but the first
+  EXPECT_EQ(looks, 7u);     // with 0, 0, 4, 8, 16, 32 scans behind them, and 64
+  EXPECT_EQ(at_codes, 6u);  // all but the first
   limits.tolerance = 0.1f;  // of which nothing is known
   EXPECT_LT(Ask(limits, ranges_).bytes, scan_bytes() / 2);
 }
@@ -118,7 +118,7 @@ TEST_F(ClusterScanTest, AfterSeveralLooksForNothingSearchesScanWithoutOne) {
 TEST_F(ClusterScanTest, WithoutTheChoiceHistoryHasNoPart) {
   Learn(/*scan_if_faster=*/false);
   ScanHistory history;
-  for (int i = 0; i < 3; ++i) history.Looked(1, /*scanned=*/true);
+  for (int i = 0; i < 3; ++i) history.Looked(1, 1.1f, /*scanned=*/true);
   ClusterLimits limits = Within(1e-3f);
   limits.history = &history;
   EXPECT_GT(Ask(limits, ranges_).predicted[0], 0);
@@ -128,21 +128,41 @@ TEST(ScanHistoryTest, ALookThatFindsEstimatesFasterEndsIt) {
   ScanHistory history;
   for (int i = 0; i < 3; ++i) {
     EXPECT_FALSE(history.ScanNext(0.1f));
-    history.Looked(0.1f, true);
+    history.Looked(0.1f, 1.1f, true);
   }
   for (int i = 0; i < 4; ++i) EXPECT_TRUE(history.ScanNext(i % 2 == 0 ? 0.1f : 0.01f));
   EXPECT_FALSE(history.ScanNext(0.1f));
-  history.Looked(0.1f, false);
-  history.Looked(0.1f, true);
-  history.Looked(0.1f, true);
-  EXPECT_FALSE(history.ScanNext(0.1f));
+  EXPECT_TRUE(history.LookDeeper());
+  for (int i = 0; i < 3; ++i) {
+    history.Looked(0.1f, 0.5f, false);
+    EXPECT_FALSE(history.ScanNext(0.1f));
+  }
+  EXPECT_FALSE(history.LookDeeper());
+}
+
+TEST(ScanHistoryTest, LooksGoOnWhileTheyPayOnAverage) {
+  ScanHistory history;
+  for (int i = 0; i < 40; ++i) {  // half of them end in a scan
+    EXPECT_FALSE(history.ScanNext(0.1f));
+    history.Looked(0.1f, i % 2 == 0 ? 1.1f : 0.5f, i % 2 == 0);
+  }
+  // So do these, but the others save less than looks cost, one reading more rows than a scan takes.
+  int scanned = 0;
+  for (int i = 0; i < 100; ++i) {
+    if (history.ScanNext(0.1f)) {
+      ++scanned;
+    } else {
+      history.Looked(0.1f, i % 2 == 0 ? 1.4f : 0.9f, i % 2 == 0);
+    }
+  }
+  EXPECT_GT(scanned, 70);
 }
 
 TEST(ScanHistoryTest, WhatALargerErrorTellsHoldsForASmallerOneAlone) {
   ScanHistory history;
-  for (int i = 0; i < 3; ++i) history.Looked(0.01f, true);
+  for (int i = 0; i < 3; ++i) history.Looked(0.01f, 1.1f, true);
   EXPECT_FALSE(history.ScanNext(0.02f));
-  history.Looked(0.02f, false);  // tells nothing of 0.01
+  history.Looked(0.02f, 0.3f, false);  // tells nothing of 0.01
   EXPECT_TRUE(history.ScanNext(0.01f));
   const ScanHistory copy = history;
   EXPECT_FALSE(ScanHistory(copy).ScanNext(0.01f));

@@ -64,10 +64,30 @@ TEST(RetrievalBenchTest, RowsHaveTheirFieldsAndComeBackFromJson) {
   row.us_p50 = 7.5;
   const std::string line = RowToJson(row);
   const nlohmann::json json = nlohmann::json::parse(line);
-  for (const char* field :
-       {"index", "budget", "trace", "layer", "head", "class", "n", "runs", "threads", "cache",
-        "build_core_s", "bytes_per_token", "recall_at_100", "mass", "rel_l2", "partial_rel_l2",
-        "predicted_error", "predicted_within_2x", "tokens_retrieved", "oracle_tokens", "bytes_read", "us_p50", "us_p99"}) {
+  for (const char* field : {"index",
+                            "budget",
+                            "trace",
+                            "layer",
+                            "head",
+                            "class",
+                            "n",
+                            "runs",
+                            "threads",
+                            "cache",
+                            "build_core_s",
+                            "bytes_per_token",
+                            "recall_at_100",
+                            "mass",
+                            "rel_l2",
+                            "partial_rel_l2",
+                            "predicted_error",
+                            "predicted_within_2x",
+                            "tokens_retrieved",
+                            "oracle_tokens",
+                            "bytes_read",
+                            "us_p50",
+                            "us_mean",
+                            "us_p99"}) {
     EXPECT_TRUE(json.contains(field)) << field;
   }
   EXPECT_TRUE(json["predicted_error"].is_null());
@@ -159,6 +179,7 @@ TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
       ASSERT_TRUE(row.us_p50.has_value() && row.us_p99.has_value());
       EXPECT_GT(*row.us_p50, 0);
       EXPECT_LE(*row.us_p50, *row.us_p99);
+      EXPECT_GT(*row.us_mean, 0);
       EXPECT_LE(row.threads, 2u);
     }
   }
