@@ -156,8 +156,7 @@ void ClusterPart::TakeTokens(std::span<const ErrorCut> cuts) {
   for (const ErrorCut& cut : cuts) least.push_back(cut.refine);
   const size_t row = token_row();
   uint32_t* const taken = s_.taken.Take(row + kLeafRows);
-  s_.taken.Shrink(
-      Kernels().select(s_.token_score.data(), row, count_, row, least.data(), taken));
+  s_.taken.Shrink(Kernels().select(s_.doubt_score.data(), row, count_, row, least.data(), taken));
 }
 
 // [queries][entries]; what a query must not see has none.
@@ -220,13 +219,15 @@ std::vector<uint32_t> ClusterPart::SplitExact(std::span<const ErrorCut> cuts) {
   float* const coded = s_.copy.Take(n);
   std::vector<uint8_t> is_exact(n);
   for (uint32_t i = 0; i < count_; ++i) {
-    const std::span<const float> score = TokenScores(i);
+    const std::span<const float> score = TokenScores(i), doubt = DoubtScores(i);
     const float shift = Shift(i);
     const float most = shift + kMostSurprise, least = cuts[i].exact;
     float* const own = row + i * n;
     for (size_t e = 0; e < n; ++e) coded[e] = score[taken[e]];
     // By its code or by its row: what was counted on, and what turned out.
-    for (size_t e = 0; e < n; ++e) is_exact[e] |= std::max(coded[e], own[e]) >= least ? 1 : 0;
+    for (size_t e = 0; e < n; ++e) {
+      is_exact[e] |= std::max(doubt[taken[e]], own[e]) >= least ? 1 : 0;
+    }
     for (size_t e = 0; e < n; ++e) own[e] = std::min(own[e], most);
     Kernels().exp_sum(coded, n, shift);
     CountOthers(i, cuts[i].refine, {coded, n});
@@ -249,7 +250,7 @@ std::vector<uint32_t> ClusterPart::SplitExact(std::span<const ErrorCut> cuts) {
 
 // weight: of all that are taken.
 void ClusterPart::CountOthers(uint32_t query, float refine, std::span<const float> weight) {
-  const std::span<const float> score = TokenScores(query);
+  const std::span<const float> score = DoubtScores(query);
   const std::span<const uint32_t> taken = s_.taken.all();
   float sum = 0, squares = 0;
   for (size_t e = 0; e < weight.size(); ++e) {

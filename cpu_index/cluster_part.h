@@ -26,6 +26,10 @@ inline constexpr float kOutlierShare = 1.0f / 32;
 // Log of e^a + e^b.
 float LogAdd(float a, float b);
 
+// Scales of tokens are told apart by eighths, from 1 to where nothing changes any more.
+inline constexpr uint32_t kScaleSteps = 64;
+inline constexpr float kStepsPerScale = 8;
+
 // The queries of a search. Constant once they are made ready for its model, which takes a while.
 struct ClusterQueries {
   ClusterQueries(const ClusterModel& head, const QueryBlock& queries, const ClusterLimits& limited);
@@ -53,6 +57,13 @@ struct ClusterQueries {
   // [queries] by how much codes may miss the score of a token of scale 1; of others, that by their
   // scale.
   std::vector<float> code_miss;
+  // [queries] what tokens whose codes are coarse, their scale being above 1, weigh more by them,
+  // and by how much more than their weight they count in errors; both logs, by the steps of the
+  // scale.
+  struct Coarse {
+    float spread[kScaleSteps], unrest[kScaleSteps];
+  };
+  std::vector<Coarse> coarse;
   std::vector<ClusterModel::Unrest> unrest;
   std::vector<bool> trusted;  // what is estimated for it
 };
@@ -73,6 +84,9 @@ struct ClusterScratch {
   // leaves, as `taken`; and their scores, [known][queries].
   Scratch<uint32_t> known;
   Scratch<float> known_score, uncoded_score;
+  // Tokens whose codes are coarse, entries rising, and the steps of their scales.
+  Scratch<uint32_t> coarse, coarse_step;
+  Scratch<float> doubt_score;  // [queries] rows like token_score's
   Scratch<float> row_score, leaf_sum, leaf_weight;
   Scratch<uint32_t> weighty;
   Scratch<std::byte> gathered;  // keys and values of tokens
@@ -120,6 +134,10 @@ class ClusterPart {
   std::span<const float> TokenScores(uint32_t query) const {
     return {s_.token_score.data() + query * token_row(), token_row()};
   }
+  // By which tokens are chosen to be read: as much larger as their codes are coarser than usual.
+  std::span<const float> DoubtScores(uint32_t query) const {
+    return {s_.doubt_score.data() + query * token_row(), token_row()};
+  }
   size_t leaf_row() const { return s_.opened_supers.size() * kLeavesPerSuper; }
   // After Attend: of tokens that were read exactly; estimates of all others, but for the slopes.
   std::span<const Partial> exact() const { return exact_; }
@@ -143,6 +161,8 @@ class ClusterPart {
   void OpenLeaves(const std::vector<float>& floors);
   void CloseOpened();
   void ScoreCodes();
+  void FindCoarse();
+  void ScoreDoubts();
   void ScoreKnown();
   void Mask(size_t run, size_t lo, size_t leaves);
   std::span<const float> SuperScores(uint32_t query) const {

@@ -19,6 +19,8 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kAll = std::numeric_limits<float>::infinity();
 constexpr float kLeast = std::numeric_limits<float>::lowest();
 
+// Queries that were not sampled err by so much more, so that much less is aimed at.
+constexpr float kUnseen = 1.2f;
 // Of the tolerated error: what supers, and leaves, that stay closed may make of it.
 constexpr float kSuperShare = 0.3f, kLeafShare = 0.4f;
 // About so many tokens with the highest scores by their codes are scored by their rows for each
@@ -137,7 +139,7 @@ ClusterQueries::ClusterQueries(const ClusterModel& head, const QueryBlock& queri
     : model(head),
       block(queries),
       limits(limited),
-      tolerance(limited.tolerance / head.caution),
+      tolerance(limited.tolerance / (kUnseen * head.caution)),
       every_code(head.open_all && limited.depth == Depth::kAsNeeded) {}
 
 void ClusterQueries::Prepare(const ClusterIndex::Parts& parts) {
@@ -172,9 +174,19 @@ void ClusterQueries::Prepare(const ClusterIndex::Parts& parts) {
   leaf_breadth = model.Breadth(model.leaf, coordinates, count());
   super_breadth = model.Breadth(model.super, coordinates, count());
   code_variance = model.CodeVariance(coordinates, count());
-  for (float& variance : code_variance) {
+  for (uint32_t i = 0; i < count(); ++i) {
+    float& variance = code_variance[i];
     code_miss.push_back(kCodesMiss * std::sqrt(variance));
-    variance = std::min(ClusterModel::kMostCodeVariance, variance);
+    const float all = variance;
+    variance = std::min(ClusterModel::kMostCodeVariance, all);
+    const float usual = model.UnrestOf(variance, 0, 0).token;
+    Coarse& own = coarse.emplace_back();
+    for (uint32_t step = 0; step < kScaleSteps; ++step) {
+      const float scale = 1 + static_cast<float>(step) / kStepsPerScale;
+      const float scaled = std::min(ClusterModel::kMostCodeVariance, all * scale * scale);
+      own.spread[step] = 0.5f * (scaled - variance);
+      own.unrest[step] = std::log(model.UnrestOf(scaled, 0, 0).token / usual);
+    }
   }
   for (uint32_t i = 0; i < count(); ++i) {
     unrest.push_back(model.UnrestOf(code_variance[i], leaf_breadth[i], super_breadth[i]));
@@ -470,7 +482,7 @@ ErrorCut ClusterSearch::ForcedCut(uint32_t query) const {
   const ClusterLimits& limits = queries_->limits;
   std::vector<float> scores;
   for (const auto& part : parts_) {
-    const std::span<const float> some = part->TokenScores(query);
+    const std::span<const float> some = part->DoubtScores(query);
     scores.insert(scores.end(), some.begin(), some.end());
   }
   if (limits.best_tokens == 0 || scores.empty()) return kNothing;
