@@ -104,23 +104,14 @@ void ClusterPart::CountRead(std::span<const uint32_t> exact) {
 void ClusterPart::RankTokens(const TokenFloors& floors) {
   const size_t row = token_row();
   float* const rank = s_.rank.Take(count_ * row);  // above either floor
-  ForOpenedLeaves([&](size_t r, size_t lo, size_t leaves) {
-    const std::vector<uint16_t>& scale = runs_[r].index->parts().scale;
-    for (size_t j = lo; j < lo + leaves; ++j) {
-      float own[kLeafRows];
-      for (uint32_t t = 0; t < kLeafRows; ++t) {
-        own[t] = Bf16ToFloat(scale[size_t{s_.opened_leaf[j]} * kLeafRows + t]);
-      }
-      for (uint32_t i = 0; i < count_; ++i) {
-        const size_t at = i * row + j * kLeafRows;
-        const float miss = q_.code_miss[i], best = floors.ranked[i], heavy = floors.heavy[i];
-        for (uint32_t t = 0; t < kLeafRows; ++t) {
-          const float score = s_.token_score[at + t];
-          rank[at + t] = std::max(score - best, score + miss * own[t] - heavy);
-        }
-      }
+  const float* const scale = s_.token_scale.data();
+  for (uint32_t i = 0; i < count_; ++i) {
+    const float* const score = TokenScores(i).data();
+    const float miss = q_.code_miss[i], best = floors.ranked[i], heavy = floors.heavy[i];
+    for (size_t e = 0; e < row; ++e) {
+      rank[i * row + e] = std::max(score[e] - best, score[e] + miss * scale[e] - heavy);
     }
-  });
+  }
   uint32_t* const ranked = s_.ranked.Take(row + kLeafRows);
   const std::vector<float> above(count_, 0.0f);
   const size_t n = Kernels().select(rank, row, count_, row, above.data(), ranked);
@@ -156,7 +147,7 @@ void ClusterPart::TakeTokens(std::span<const ErrorCut> cuts) {
   for (const ErrorCut& cut : cuts) least.push_back(cut.refine);
   const size_t row = token_row();
   uint32_t* const taken = s_.taken.Take(row + kLeafRows);
-  s_.taken.Shrink(Kernels().select(s_.doubt_score.data(), row, count_, row, least.data(), taken));
+  s_.taken.Shrink(Kernels().select(s_.token_score.data(), row, count_, row, least.data(), taken));
 }
 
 // [queries][entries]; what a query must not see has none.
@@ -218,15 +209,19 @@ std::vector<uint32_t> ClusterPart::SplitExact(std::span<const ErrorCut> cuts) {
   std::vector<uint32_t> exact;
   float* const coded = s_.copy.Take(n);
   std::vector<uint8_t> is_exact(n);
+  const std::vector<uint32_t> coarse_step = CoarseSteps(taken);
   for (uint32_t i = 0; i < count_; ++i) {
-    const std::span<const float> score = TokenScores(i), doubt = DoubtScores(i);
+    const std::span<const float> score = TokenScores(i);
     const float shift = Shift(i);
     const float most = shift + kMostSurprise, least = cuts[i].exact;
     float* const own = row + i * n;
     for (size_t e = 0; e < n; ++e) coded[e] = score[taken[e]];
     // By its code or by its row: what was counted on, and what turned out.
     for (size_t e = 0; e < n; ++e) {
-      is_exact[e] |= std::max(doubt[taken[e]], own[e]) >= least ? 1 : 0;
+      is_exact[e] |= std::max(coded[e], own[e]) >= least ? 1 : 0;
+    }
+    for (size_t e = 0; e < n; ++e) {
+      if (coarse_step[e] > 0) coded[e] -= q_.coarse[i].unrest[coarse_step[e]];
     }
     for (size_t e = 0; e < n; ++e) own[e] = std::min(own[e], most);
     Kernels().exp_sum(coded, n, shift);
@@ -248,9 +243,20 @@ std::vector<uint32_t> ClusterPart::SplitExact(std::span<const ErrorCut> cuts) {
   return exact;
 }
 
+// Of entries, rising: the steps of their scales; 0 of those that are not coarse.
+std::vector<uint32_t> ClusterPart::CoarseSteps(std::span<const uint32_t> entries) const {
+  std::vector<uint32_t> steps(entries.size());
+  size_t c = 0;
+  for (size_t e = 0; e < entries.size(); ++e) {
+    while (c < s_.coarse.size() && s_.coarse[c] < entries[e]) ++c;
+    if (c < s_.coarse.size() && s_.coarse[c] == entries[e]) steps[e] = s_.coarse_step[c];
+  }
+  return steps;
+}
+
 // weight: of all that are taken.
 void ClusterPart::CountOthers(uint32_t query, float refine, std::span<const float> weight) {
-  const std::span<const float> score = DoubtScores(query);
+  const std::span<const float> score = TokenScores(query);
   const std::span<const uint32_t> taken = s_.taken.all();
   float sum = 0, squares = 0;
   for (size_t e = 0; e < weight.size(); ++e) {

@@ -297,6 +297,18 @@ float CautionOf(std::span<const Observed> observed, const Promise& factor) {
                     1.0f, kMost);
 }
 
+// What is decoded asks as the end of a prompt does: most are of the last positions, of a quarter of
+// all at most, the others are spread over them.
+std::vector<float> ToldQueries(std::span<const float> queries, uint32_t row, uint32_t positions) {
+  constexpr size_t kLate = 64;
+  const size_t late = std::min(queries.size() / row / 4, kLate);
+  const auto of_late = static_cast<uint32_t>(std::min<size_t>(late, positions * 3 / 4));
+  std::vector<float> out = SpreadQueries(queries, row, positions - of_late);
+  const std::vector<float> last = SpreadQueries(queries.last(late * row), row, of_late);
+  out.insert(out.end(), last.begin(), last.end());
+  return out;
+}
+
 // Doubts were learned one by one; what they promise together is held against what is missed, at
 // tolerances between which budgets lie.
 void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
@@ -368,7 +380,7 @@ void CalibrateClusters(std::span<const KvView> runs,
   model->learned_queries = static_cast<uint32_t>(queries.size() / d);
   if (model->learned_queries == 0) return;
   const uint32_t positions = std::max(kToldQueries / group, kToldPositions);
-  const Sampled sampled(views, all, SpreadQueries(queries, d * group, positions));
+  const Sampled sampled(views, all, ToldQueries(queries, d * group, positions));
   model->log_length = static_cast<float>(0.5 * std::log(sampled.mean_square() + 1e-30));
   model->largest_variance = LargestVariance(SpreadQueries(queries, d, kMeasuredQueries), *model);
   const std::vector<ClusterModel::Unrest> unrest = UnrestOf(sampled, *model);

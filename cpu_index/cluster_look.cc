@@ -193,7 +193,7 @@ void ClusterPart::ScoreTokens(const TokenFloors& floors) {
   if (q_.every_code) RankTokens(floors);
   WeighGroups();
   ScoreDoubts();
-  for (uint32_t i = 0; i < count_; ++i) found_[i].weights = ScoreHistogram::Of(DoubtScores(i));
+  for (uint32_t i = 0; i < count_; ++i) found_[i].weights = ScoreHistogram::Of(TokenScores(i));
 }
 
 // The numbers within their run of n opened supers from the lo-th on.
@@ -360,36 +360,35 @@ void ClusterPart::ScoreCodes() {
 // more, the larger it is: those of usual tokens were made larger with their leaf's centre.
 void ClusterPart::FindCoarse() {
   const size_t row = token_row();
-  uint32_t* const coarse = s_.coarse.Take(row);
-  uint32_t* const step = s_.coarse_step.Take(row);
-  size_t n = 0;
+  float* const scales = s_.token_scale.Take(row);
   ForOpenedLeaves([&](size_t r, size_t lo, size_t leaves) {
     const std::vector<uint16_t>& scale = runs_[r].index->parts().scale;
     for (size_t j = lo; j < lo + leaves; ++j) {
-      for (uint32_t t = 0; t < kLeafRows; ++t) {
-        const float own = Bf16ToFloat(scale[size_t{s_.opened_leaf[j]} * kLeafRows + t]);
-        const float steps = std::min((own - 1) * kStepsPerScale + 0.5f, kScaleSteps - 0.5f);
-        coarse[n] = static_cast<uint32_t>(j * kLeafRows + t);
-        step[n] = static_cast<uint32_t>(std::max(0.0f, steps));
-        n += step[n] > 0 ? 1 : 0;
-      }
+      const uint16_t* const of_leaf = scale.data() + size_t{s_.opened_leaf[j]} * kLeafRows;
+      for (uint32_t t = 0; t < kLeafRows; ++t) scales[j * kLeafRows + t] = Bf16ToFloat(of_leaf[t]);
     }
   });
+  uint32_t* const coarse = s_.coarse.Take(row + kLeafRows);
+  const size_t n = Kernels().select(scales, row, 1, row, &kLeastCoarse, coarse);
   s_.coarse.Shrink(n);
+  uint32_t* const step = s_.coarse_step.Take(n);
+  for (size_t c = 0; c < n; ++c) {
+    step[c] = static_cast<uint32_t>(
+        std::min((scales[coarse[c]] - 1) * kStepsPerScale + 0.5f, kScaleSteps - 0.5f));
+  }
   for (uint32_t i = 0; i < count_; ++i) {
     float* const score = OwnTokenScores(i);
     for (size_t c = 0; c < n; ++c) score[coarse[c]] += q_.coarse[i].spread[step[c]];
   }
 }
 
+// Makes the scores of coarse tokens larger by how much more than their weights they count in
+// errors.
 void ClusterPart::ScoreDoubts() {
-  const size_t row = token_row();
-  float* const doubt = s_.doubt_score.Take(count_ * row);
   for (uint32_t i = 0; i < count_; ++i) {
-    float* const own = doubt + i * row;
-    std::copy_n(s_.token_score.data() + i * row, row, own);
+    float* const score = OwnTokenScores(i);
     for (size_t c = 0; c < s_.coarse.size(); ++c) {
-      own[s_.coarse[c]] += q_.coarse[i].unrest[s_.coarse_step[c]];
+      score[s_.coarse[c]] += q_.coarse[i].unrest[s_.coarse_step[c]];
     }
   }
 }

@@ -26,9 +26,10 @@ inline constexpr float kOutlierShare = 1.0f / 32;
 // Log of e^a + e^b.
 float LogAdd(float a, float b);
 
-// Scales of tokens are told apart by eighths, from 1 to where nothing changes any more.
+// Tokens whose scale is at least this are coarse. Their scales are told apart by eighths, to where
+// nothing changes any more.
+inline constexpr float kLeastCoarse = 1.1875f, kStepsPerScale = 8;
 inline constexpr uint32_t kScaleSteps = 64;
-inline constexpr float kStepsPerScale = 8;
 
 // The queries of a search. Constant once they are made ready for its model, which takes a while.
 struct ClusterQueries {
@@ -84,9 +85,9 @@ struct ClusterScratch {
   // leaves, as `taken`; and their scores, [known][queries].
   Scratch<uint32_t> known;
   Scratch<float> known_score, uncoded_score;
+  Scratch<float> token_scale;  // a row like those of token_score
   // Tokens whose codes are coarse, entries rising, and the steps of their scales.
   Scratch<uint32_t> coarse, coarse_step;
-  Scratch<float> doubt_score;  // [queries] rows like token_score's
   Scratch<float> row_score, leaf_sum, leaf_weight;
   Scratch<uint32_t> weighty;
   Scratch<std::byte> gathered;  // keys and values of tokens
@@ -131,12 +132,9 @@ class ClusterPart {
               const std::vector<bool>& scanned);
 
   std::span<const ClusterFindings> findings() const { return found_; }
+  // After ScoreTokens of how much tokens err rather than weigh: see ClusterQueries::Coarse.
   std::span<const float> TokenScores(uint32_t query) const {
     return {s_.token_score.data() + query * token_row(), token_row()};
-  }
-  // By which tokens are chosen to be read: as much larger as their codes are coarser than usual.
-  std::span<const float> DoubtScores(uint32_t query) const {
-    return {s_.doubt_score.data() + query * token_row(), token_row()};
   }
   size_t leaf_row() const { return s_.opened_supers.size() * kLeavesPerSuper; }
   // After Attend: of tokens that were read exactly; estimates of all others, but for the slopes.
@@ -206,6 +204,7 @@ class ClusterPart {
   void ScoreRows(std::span<const uint32_t> entries, float* out);
   void PutKnown(std::span<const uint32_t> entries, float* out) const;
   std::vector<uint32_t> SplitExact(std::span<const ErrorCut> cuts);
+  std::vector<uint32_t> CoarseSteps(std::span<const uint32_t> entries) const;
   void CountOthers(uint32_t query, float refine, std::span<const float> weight);
   void CountRead(std::span<const uint32_t> exact);
   void ListTokens(std::span<const uint32_t> entries, std::vector<uint32_t>* out) const;

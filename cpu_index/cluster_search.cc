@@ -19,8 +19,6 @@ constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kAll = std::numeric_limits<float>::infinity();
 constexpr float kLeast = std::numeric_limits<float>::lowest();
 
-// Queries that were not sampled err by so much more, so that much less is aimed at.
-constexpr float kUnseen = 1.2f;
 // Of the tolerated error: what supers, and leaves, that stay closed may make of it.
 constexpr float kSuperShare = 0.3f, kLeafShare = 0.4f;
 // About so many tokens with the highest scores by their codes are scored by their rows for each
@@ -139,7 +137,7 @@ ClusterQueries::ClusterQueries(const ClusterModel& head, const QueryBlock& queri
     : model(head),
       block(queries),
       limits(limited),
-      tolerance(limited.tolerance / (kUnseen * head.caution)),
+      tolerance(limited.tolerance / head.caution),
       every_code(head.open_all && limited.depth == Depth::kAsNeeded) {}
 
 void ClusterQueries::Prepare(const ClusterIndex::Parts& parts) {
@@ -482,7 +480,7 @@ ErrorCut ClusterSearch::ForcedCut(uint32_t query) const {
   const ClusterLimits& limits = queries_->limits;
   std::vector<float> scores;
   for (const auto& part : parts_) {
-    const std::span<const float> some = part->DoubtScores(query);
+    const std::span<const float> some = part->TokenScores(query);
     scores.insert(scores.end(), some.begin(), some.end());
   }
   if (limits.best_tokens == 0 || scores.empty()) return kNothing;

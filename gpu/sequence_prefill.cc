@@ -10,6 +10,21 @@
 #include "proto/status_macros.h"
 
 namespace quarry {
+namespace {
+
+// Rising. A quarter are the last ones, for what is decoded next asks as they do.
+std::vector<uint32_t> SampledPositions(TokenRange prefill, uint32_t count) {
+  count = std::min(count, prefill.size());
+  const uint32_t last = count / 4, spread = count - last, begin = prefill.hi - last;
+  std::vector<uint32_t> out;
+  for (uint32_t i = 0; i < spread; ++i) {
+    out.push_back(prefill.lo + static_cast<uint32_t>(uint64_t{i} * (begin - prefill.lo) / spread));
+  }
+  for (uint32_t token = begin; token < prefill.hi; ++token) out.push_back(token);
+  return out;
+}
+
+}  // namespace
 
 // One append in flight beside the computation, with the memory that it reads.
 class Sequence::Appender {
@@ -150,10 +165,7 @@ absl::Status Sequence::SendChunk(uint32_t layer, TokenRange range, TokenRange pr
   payload.v.resize(bytes);
   QUARRY_RETURN_IF_ERROR(device_.Download(payload.k, scratch.k.raw()));
   QUARRY_RETURN_IF_ERROR(device_.Download(payload.v, scratch.v.raw()));
-  const uint32_t wanted = std::min(options_.query_samples, prefill.size());
-  for (uint32_t i = 0; i < wanted; ++i) {
-    const uint32_t token =
-        prefill.lo + static_cast<uint32_t>(uint64_t{i} * prefill.size() / wanted);
+  for (const uint32_t token : SampledPositions(prefill, options_.query_samples)) {
     if (token < range.lo || token >= range.hi) continue;
     payload.positions.push_back(token);
     payload.samples.resize(payload.samples.size() + q_width);
