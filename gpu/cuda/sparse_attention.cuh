@@ -3,7 +3,7 @@
 // what says where the next one lies is read while one is in work.
 #pragma once
 
-#include "gpu/cuda/sparse_args.h"
+#include "gpu/cuda/sparse_keys.cuh"
 #include "gpu/cuda/tensor_tile.cuh"
 
 namespace quarry::cuda {
@@ -29,80 +29,6 @@ struct RowTileQueries {
   __device__ SeenTokens Seen(uint32_t i) const { return {0, first_token + i + 1}; }
 };
 
-// First of ranges [at, end) that is not all before the row tile's token 0 or `key`, both relative
-// to the row tile's first token.
-__device__ inline uint32_t FirstRangeBehind(const RelativeRange* ranges, uint32_t at, uint32_t end,
-                                            int key) {
-  while (at < end) {
-    const uint32_t middle = at + (end - at) / 2;
-    if (ranges[middle].hi > key) {
-      end = middle;
-    } else {
-      at = middle + 1;
-    }
-  }
-  return at;
-}
-
-// The key tiles of a row tile, one after the other: columns, then ranges, rising; or blocks; or,
-// dense, all keys. Who counts them knows where they end.
-class SparseKeys {
- public:
-  __device__ SparseKeys(const SparseArgs& a, uint32_t item, uint32_t head, TokenRange rows)
-      : a_(a), first_(rows.lo), end_of_rows_(rows.hi) {
-    if (a.tiles[item] == (rows.hi + kKeyTile - 1) / kKeyTile) {
-      end_ = rows.hi;
-      return;
-    }
-    blocks_ = a.kind[head] == HeadKind::kBlocks;
-    if (blocks_) {
-      next_ = a.block_first[item];
-    } else {
-      next_ = FirstRangeBehind(a.ranges, a.range_first[head], a.range_first[head + 1],
-                               -static_cast<int>(first_));
-      end_ = a.columns_seen[item];
-    }
-    ReadAhead();
-    if (end_ == 0) Enter();
-  }
-
-  // The present tile: keys [lo(), hi()), of the compacted columns or of all tokens.
-  __device__ uint32_t lo() const { return lo_; }
-  __device__ uint32_t hi() const { return min(lo_ + kKeyTile, end_); }
-  // To the next one; there is one.
-  __device__ void Advance() {
-    lo_ += kKeyTile;
-    if (lo_ >= end_) Enter();
-  }
-
- private:
-  __device__ void Enter() {
-    if (blocks_) {
-      lo_ = static_cast<uint32_t>(ahead_.lo) * kKeyTile;
-      end_ = min(lo_ + kKeyTile, end_of_rows_);
-    } else {
-      lo_ = static_cast<uint32_t>(max(0, static_cast<int>(first_) + ahead_.lo));
-      end_ = min(static_cast<uint32_t>(static_cast<int>(first_) + ahead_.hi), end_of_rows_);
-    }
-    ++next_;
-    ReadAhead();
-  }
-  __device__ void ReadAhead() {
-    if (blocks_) {
-      ahead_.lo = static_cast<int32_t>(a_.blocks[next_]);
-    } else {
-      ahead_ = a_.ranges[next_];
-    }
-  }
-
-  const SparseArgs& a_;
-  const uint32_t first_, end_of_rows_;
-  bool blocks_ = false;
-  uint32_t lo_ = 0, end_ = 0;
-  uint32_t next_ = 0;    // range or block behind the present one
-  RelativeRange ahead_;  // which it is; of a block only lo, its number
-};
-
 // Grid: heads * row tiles, by `order`.
 template <typename T, typename Tile>
 __device__ void AttendRowTile(const SparseArgs& a, char* shared) {
@@ -116,10 +42,10 @@ __device__ void AttendRowTile(const SparseArgs& a, char* shared) {
   char* const keys = shared + Tile::kQueries * Tile::kVectorBytes;
   uint64_t* const masks = reinterpret_cast<uint64_t*>(shared + Tile::kMasks);
 
-  SparseKeys tiles(a, item, head, rows);
   const uint32_t steps = a.tiles[item];
+  const bool dense = steps == TilesOfDense(rows);
+  SparseKeys tiles(a, item, head, rows, steps, dense ? 0 : FirstToRead(a, item, head, first));
   // The first so many are of columns.
-  const bool dense = steps == (rows.hi + kKeyTile - 1) / kKeyTile;
   const uint32_t column_steps = dense ? 0 : (a.columns_seen[item] + kKeyTile - 1) / kKeyTile;
   const uint32_t column_first = a.column_first[head];
   const uint32_t mask_first =
@@ -192,24 +118,27 @@ __device__ inline void CompactColumns(const SparseArgs& a, uint32_t threads) {
   }
 }
 
-// Finds the columns outside the ranges, 64 of a row tile a thread. Grid: any, heads.
+// Finds the columns outside the ranges, eight of a row tile, a byte of masks, a thread. Grid: any,
+// heads.
 __device__ inline void MaskColumns(const SparseArgs& a, uint32_t threads) {
-  const uint32_t head = blockIdx.y, tiles = a.mask_first[head + 1] - a.mask_first[head];
+  constexpr uint32_t kBits = 8, kBytes = kKeyTile / kBits;
+  const uint32_t head = blockIdx.y, bytes = (a.mask_first[head + 1] - a.mask_first[head]) * kBytes;
   const uint32_t first = a.column_first[head], last_range = a.range_first[head + 1];
-  const uint32_t count = tiles * a.row_tiles;
-  for (uint32_t i = blockIdx.x * threads + threadIdx.x; i < count; i += gridDim.x * threads) {
-    const uint32_t row_tile = i / tiles, from = i % tiles * kKeyTile;
+  uint8_t* const masks =
+      reinterpret_cast<uint8_t*>(a.column_masks + a.mask_first[head] * a.row_tiles);
+  for (uint32_t i = blockIdx.x * threads + threadIdx.x; i < bytes * a.row_tiles;
+       i += gridDim.x * threads) {
+    const uint32_t row_tile = i / bytes, from = i % bytes * kBits;
     const uint32_t seen = a.columns_seen[head * a.row_tiles + row_tile];
     const int row = static_cast<int>(a.first_token + row_tile * kRowTile);
-    uint32_t range = a.range_first[head];
-    uint64_t mask = 0;
-    for (uint32_t c = from; c < min(seen, from + kKeyTile); ++c) {
+    uint32_t range = a.range_first[head], mask = 0;
+    for (uint32_t c = from; c < min(seen, from + kBits); ++c) {
       const int key = static_cast<int>(a.columns[first + c]) - row;
       range = FirstRangeBehind(a.ranges, range, last_range, key);
       const bool inside = range < last_range && a.ranges[range].lo <= key;
-      if (!inside) mask |= uint64_t{1} << (c - from);
+      if (!inside) mask |= 1u << (c - from);
     }
-    a.column_masks[a.mask_first[head] * a.row_tiles + i] = mask;
+    masks[i] = static_cast<uint8_t>(mask);
   }
 }
 
