@@ -1,7 +1,9 @@
-// The attention of everything that the tensor kernel does not take, and the merge of splits.
+// The attention of everything that no tensor kernel takes, the merge of splits, and which tensor
+// kernel takes a launch.
 #include "gpu/cuda/attention.h"
 
 #include "gpu/cuda/element.cuh"
+#include "gpu/cuda/hopper_launch.h"
 
 namespace quarry::cuda {
 namespace {
@@ -118,6 +120,32 @@ cudaError_t LaunchPlain(const AttentionArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// Whether the launch is what a sparse prefill's dense heads are: rows that fill row tiles see all
+// tokens before them, in one part, and nobody splits them.
+bool IsDensePrefill(const AttentionArgs& args) {
+  return args.part_count == 1 && args.parts[0].lo == 0 && args.window == 0 && args.splits == 1 &&
+         args.rows >= kRowTile && args.parts[0].hi >= args.first_token + args.rows;
+}
+
+SparseArgs DenseArgsOf(const AttentionArgs& args, DType dtype) {
+  SparseArgs out = {};
+  out.q = args.q;
+  out.o = args.o;
+  out.lse = args.lse;
+  out.k = args.parts[0].k;
+  out.v = args.parts[0].v;
+  out.head_stride = args.parts[0].head_stride;
+  out.heads = args.heads;
+  out.group = args.group;
+  out.head_dim = args.head_dim;
+  out.rows = args.rows;
+  out.first_token = args.first_token;
+  out.row_tiles = RowTilesOf(args.rows);
+  out.scale_log2 = args.scale_log2;
+  out.dtype = dtype;
+  return out;
+}
+
 }  // namespace
 
 cudaError_t PrepareAttention() {
@@ -136,6 +164,10 @@ cudaError_t PrepareAttention() {
 
 cudaError_t LaunchTensorAttention(const AttentionArgs& args, DType dtype, uint32_t row_tiles,
                                   cudaStream_t stream) {
+  if (IsDensePrefill(args)) {
+    const HopperKernels* const hopper = HopperKernelsHere(args.head_dim);
+    if (hopper != nullptr) return hopper->attend(DenseArgsOf(args, dtype), stream);
+  }
   if (args.head_dim == 64) return LaunchAttention64(args, dtype, row_tiles, stream);
   if (args.head_dim == 96) return LaunchAttention96(args, dtype, row_tiles, stream);
   return LaunchAttention128(args, dtype, row_tiles, stream);

@@ -20,7 +20,8 @@ constexpr bool HasTensorAttention(DType dtype, uint32_t head_dim) {
 cudaError_t PrepareAttention();
 
 // bf16 or fp16 K and V, whose vectors, like q and o, lie at multiples of 16 bytes.
-// row_tiles: 1 or 2.
+// row_tiles: 1 or 2. On Hopper a prefill's rows are attended by its own kernel, which
+// PrepareSparseKernels loads.
 cudaError_t LaunchTensorAttention(const AttentionArgs& args, DType dtype, uint32_t row_tiles,
                                   cudaStream_t stream);
 // Any dtype, head_dim up to 512, aligned to their elements. One split.

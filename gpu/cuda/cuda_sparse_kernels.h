@@ -12,10 +12,11 @@ namespace quarry::cuda {
 // The device is current at every call.
 class CudaSparseKernels final : public SparseKernels {
  public:
-  explicit CudaSparseKernels(cudaStream_t stream) : stream_(stream) {}
+  explicit CudaSparseKernels(cudaStream_t stream, AttentionPath path = AttentionPath::kBest)
+      : stream_(stream), path_(path) {}
 
   absl::Status Attend(const SparseArgs& args) override {
-    return CudaStatus(LaunchSparseAttention(args, stream_), "sparse attention");
+    return CudaStatus(LaunchSparseAttention(args, path_, stream_), "sparse attention");
   }
   absl::Status Score(const ScoreArgs& args) override {
     return CudaStatus(LaunchScores(args, stream_), "scores of keys");
@@ -38,6 +39,7 @@ class CudaSparseKernels final : public SparseKernels {
 
  private:
   const cudaStream_t stream_;
+  const AttentionPath path_;
 };
 
 }  // namespace quarry::cuda

@@ -69,6 +69,7 @@ void PackedIndex::Describe(const std::byte* at, SparseArgs* args) const {
   args->rows = rows_;
   args->first_token = first_token_;
   args->row_tiles = row_tiles_;
+  args->column_count = static_cast<uint32_t>(columns_);
   point(args->kind, places_.kind);
   point(args->range_first, places_.range_first);
   point(args->ranges, places_.ranges);

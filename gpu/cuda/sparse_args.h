@@ -35,8 +35,10 @@ struct SparseArgs {
   const uint32_t* order;       // items, those with the most tiles first
   const uint32_t* mask_first;  // [heads + 1], see below
 
+  uint32_t column_count;  // of all heads
+
   // Working memory. K and V of all heads' columns, one head's behind the other's:
-  // [columns][head_dim].
+  // [column_count][head_dim].
   std::byte* column_k;
   std::byte* column_v;
   // Which of 64 columns lie outside the row tile's ranges, bit by bit: of head h, with

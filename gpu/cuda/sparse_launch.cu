@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "gpu/cuda/hopper_launch.h"
 #include "gpu/cuda/warp_ops.cuh"
 // After the operations that they use.
 #include "gpu/cuda/choosing.cuh"
@@ -57,6 +58,9 @@ cudaError_t PrepareSparseKernels() {
   for (const uint32_t head_dim : {64u, 96u, 128u}) {
     const cudaError_t error = TensorKernels(head_dim).prepare();
     if (error != cudaSuccess) return error;
+    const HopperKernels* const hopper = HopperKernelsHere(head_dim);
+    if (hopper == nullptr) continue;
+    if (const cudaError_t error = hopper->prepare(); error != cudaSuccess) return error;
   }
   for (const cudaError_t error : {Load(Compact), Load(Mask), Load(Measure), Load(Sum), Load(Weigh),
                                   Load(Mean<Bf16>), Load(Mean<Fp16>), Load(Pool)}) {
@@ -65,13 +69,15 @@ cudaError_t PrepareSparseKernels() {
   return cudaSuccess;
 }
 
-cudaError_t LaunchSparseAttention(const SparseArgs& args, cudaStream_t stream) {
+cudaError_t LaunchSparseAttention(const SparseArgs& args, AttentionPath path, cudaStream_t stream) {
   if (args.column_k != nullptr) {
     const dim3 grid(kBlocksPerHead, args.heads);
     Compact<<<grid, kThreads, 0, stream>>>(args);
     Mask<<<grid, kThreads, 0, stream>>>(args);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
+  const HopperKernels* const hopper = HopperKernelsHere(args.head_dim);
+  if (hopper != nullptr && path == AttentionPath::kBest) return hopper->attend(args, stream);
   return TensorKernels(args.head_dim).attend(args, stream);
 }
 

@@ -10,7 +10,10 @@ namespace quarry::cuda {
 // Loads the kernels and allows them their shared memory.
 cudaError_t PrepareSparseKernels();
 
-cudaError_t LaunchSparseAttention(const SparseArgs& args, cudaStream_t stream);
+// Which kernel attends: the card's own where there is one (sm_90a's), or the one for sm_80 and
+// later, which every card runs.
+enum class AttentionPath { kBest, kPortable };
+cudaError_t LaunchSparseAttention(const SparseArgs& args, AttentionPath path, cudaStream_t stream);
 cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream);
 cudaError_t LaunchMeasure(const ChoiceArgs& args, cudaStream_t stream);
 cudaError_t LaunchSumLastQueries(const ChoiceArgs& args, cudaStream_t stream);
