@@ -149,6 +149,17 @@ TEST_F(CudaAttentionCheck, PrefillsAndDecodesOfAllShapes) {
   }
 }
 
+// Enough rows that nobody splits their keys: Hopper attends them by a kernel of its own.
+TEST_F(CudaAttentionCheck, PrefillsThatFillACard) {
+  for (const DType dtype : {DType::kBf16, DType::kFp16}) {
+    for (const uint32_t head_dim : {64u, 96u, 128u}) {
+      Run({dtype, 32, 8, head_dim, 0, 1500, 0, {{0, 1500}}});
+      Run({dtype, 32, 4, head_dim, 1 + Below(300), 700, 0, {{0, 1200}}});
+      Run({dtype, 24, 24, head_dim, Below(300), 900 + Below(200), 0, {{0, 1500}}});
+    }
+  }
+}
+
 TEST_F(CudaAttentionCheck, RowsThatSeeNothingAreEmpty) {
   for (const DType dtype : {DType::kBf16, DType::kFp32}) {
     Run({dtype, 8, 2, 128, 10, 3, 0, {}});
