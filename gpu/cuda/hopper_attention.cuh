@@ -68,8 +68,9 @@ class HopperAttend {
     Pin(s);
     Weigh(item, k.at, s, shrink);
     Round(s, p);
+    Place next = Next();  // the next step's keys; at last the values
     for (uint32_t step = 1; step < steps; ++step) {
-      k = Next();
+      k = next;
       TakeTurn();
       Pin(s);
       FenceProducts();
@@ -85,6 +86,10 @@ class HopperAttend {
       WaitForProducts<1>();
       Pin(s);
       Weigh(item, k.at, s, shrink);
+      Pin(s);
+      // Nothing is moved across this loop: else the compiler would weigh behind the wait below, and
+      // no products would be made meanwhile.
+      next = Next();
       WaitForProducts<0>();
       Pin(acc_);
       Release(&shared_.empty[v.at]);
@@ -97,7 +102,7 @@ class HopperAttend {
     }
     Release(&shared_.attended[queries_.at]);
     queries_.Advance();
-    const Place v = Next();
+    const Place v = next;
     Pin(acc_);
     FenceProducts();
     AddValues<0>(v.at, p, steps > 1);

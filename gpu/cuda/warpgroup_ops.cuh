@@ -34,18 +34,20 @@ __device__ inline void ArriveExpecting(Barrier* barrier, uint32_t bytes) {
                "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity has ended. Before the first one the other parity has.
+// Until the phase of this parity has ended. Before the first one the other parity has. A thread
+// that waits is put aside for so long, rather than taking others' turns with its questions.
 __device__ inline void Wait(Barrier* barrier, uint32_t parity) {
+  constexpr uint32_t kLongestNs = 10'000'000;
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1, %2;\n"
       "@done bra finished;\n"
       "bra again;\n"
       "finished:\n"
       "}" ::"r"(SharedAddress(barrier)),
-      "r"(parity)
+      "r"(parity), "r"(kLongestNs)
       : "memory");
 }
 
