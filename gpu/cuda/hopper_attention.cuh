@@ -124,8 +124,9 @@ class HopperAttend {
     place_.Advance();
     return place;
   }
-  // This warp is done with what the barrier is of.
+  // This warp, all of its lanes, is done with what the barrier is of.
   __device__ void Release(Barrier* barrier) {
+    __syncwarp();
     if (lane_ == 0) Arrive(barrier);
   }
 
