@@ -262,6 +262,36 @@ TEST(ClusterRunsTest, TokensFarFromTheirGroupsAreFoundByWhatTheirCodesMayMiss) {
   EXPECT_LT(found.mean(), 0.015);
 }
 
+// One token in eight lies three times as far from its group as the others do: codes miss its score
+// by as much more, and were its weight taken for what its code says, most queries would find too
+// little mass.
+TEST(ClusterRunsTest, TokensFarFromTheirGroupsWeighMoreThanTheirCodesSay) {
+  constexpr uint32_t kEvery = 8, kDim = 64;
+  ClusterHead head(16384, kDim, 2);
+  std::normal_distribution<float> normal;
+  std::vector<float> key(kDim);
+  for (uint32_t t = 0; t < head.tokens; ++t) {
+    const float away = t % kEvery == 0 ? 0.6f : 0.2f;
+    for (uint32_t c = 0; c < kDim; ++c) {
+      key[c] = LoadAsFloat(head.keys.data(), size_t{t} * kDim + c, head.dtype) +
+               away * normal(head.random);
+    }
+    head.SetKey(t, key);
+  }
+  ClusterRuns runs(head, ClusterRuns::Even(head, 2));
+  runs.Learn();
+  ClusterLimits limits;
+  limits.depth = ClusterLimits::Depth::kCodes;
+  const std::vector<TokenRange> ranges(1, head.all());
+  double missed = 0;
+  for (uint32_t i = 0; i < ClusterHead::kAsked; ++i) {
+    const QueryBlock query = head.Queries(i, 1);
+    const double lse = Exactly(runs, query, ranges).lse[0];
+    missed += (Search(runs, query, ranges, limits).lse[0] - lse) / ClusterHead::kAsked;
+  }
+  EXPECT_NEAR(missed, 0, 0.15);
+}
+
 TEST(ClusterRunsTest, ManyThreadsAnswerAsOneDoes) {
   const ClusterHead head(6000, 64, 2);
   ClusterRuns runs(head, ClusterRuns::Even(head, 3));

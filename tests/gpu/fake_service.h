@@ -53,6 +53,9 @@ class FakeService final : public KvService {
     Add(&c.k[r.layer], r.k, r.range.size() * token);
     Add(&c.v[r.layer], r.v, r.range.size() * token);
     samples += r.query_positions.size();
+    if (r.layer == 0) {
+      sampled.insert(sampled.end(), r.query_positions.begin(), r.query_positions.end());
+    }
     return absl::OkStatus();
   }
   absl::StatusOr<ContextId> Fork(const ForkRequest& r) override {
@@ -92,6 +95,7 @@ class FakeService final : public KvService {
   const Context* reuse = nullptr;
   uint32_t reuse_tokens = 0;
   size_t samples = 0;
+  std::vector<uint32_t> sampled;  // positions, of layer 0
   int armed_balance = 0;
   int attends = 0, appends = 0;
   int fail_attend = -1;     // the first attend that fails,

@@ -197,6 +197,11 @@ TEST_P(SequenceTest, PrefillInChunksEqualsPrefillAtOnce) {
     ExpectSame(full, Run(sequence.get()));
     // As many samples as asked for, whatever the chunks: one prefill of 100 tokens.
     EXPECT_EQ(service.samples, 64u * model_->config().layers) << rows;
+    // A quarter are the last positions, the others are spread over what is before.
+    ASSERT_EQ(service.sampled.size(), 64u);
+    for (uint32_t i = 0; i < 64; ++i) {
+      EXPECT_EQ(service.sampled[i], i < 48 ? i * 84 / 48 : 84 + i - 48) << rows;
+    }
   }
 }
 
