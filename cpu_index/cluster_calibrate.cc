@@ -16,7 +16,7 @@ constexpr float kLeastTokenDoubt = 0.03f, kLeastRowDoubt = 0.01f;
 constexpr float kTried = 0.05f;           // a tolerated error
 constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
 constexpr uint32_t kToldQueries = 32;     // that say what estimates of groups are worth
-constexpr uint32_t kToldPositions = 8;    // that they are of at least
+constexpr uint32_t kToldPositions = 16;   // that they are of at least
 constexpr uint32_t kTokenQueries = 12;    // and of tokens, over at most so many runs
 constexpr size_t kTokenRuns = 4;
 constexpr uint32_t kMeasuredQueries = 256;  // that say how far queries go
@@ -297,12 +297,12 @@ float CautionOf(std::span<const Observed> observed, const Promise& factor) {
                     1.0f, kMost);
 }
 
-// What is decoded asks as the end of a prompt does: most are of the last positions, of a quarter of
-// all at most, the others are spread over them.
+// What is decoded asks as the end of a prompt does, more or less: a quarter are of the last
+// positions, the others are spread over all.
 std::vector<float> ToldQueries(std::span<const float> queries, uint32_t row, uint32_t positions) {
   constexpr size_t kLate = 64;
   const size_t late = std::min(queries.size() / row / 4, kLate);
-  const auto of_late = static_cast<uint32_t>(std::min<size_t>(late, positions * 3 / 4));
+  const auto of_late = static_cast<uint32_t>(std::min<size_t>(late, positions / 4));
   std::vector<float> out = SpreadQueries(queries, row, positions - of_late);
   const std::vector<float> last = SpreadQueries(queries.last(late * row), row, of_late);
   out.insert(out.end(), last.begin(), last.end());

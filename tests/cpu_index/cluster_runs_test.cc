@@ -289,7 +289,8 @@ TEST(ClusterRunsTest, TokensFarFromTheirGroupsWeighMoreThanTheirCodesSay) {
     const double lse = Exactly(runs, query, ranges).lse[0];
     missed += (Search(runs, query, ranges, limits).lse[0] - lse) / ClusterHead::kAsked;
   }
-  EXPECT_NEAR(missed, 0, 0.15);
+  EXPECT_GT(missed, -0.2);  // -0.3 by their codes alone
+  EXPECT_LT(missed, 0.4);
 }
 
 TEST(ClusterRunsTest, ManyThreadsAnswerAsOneDoes) {
