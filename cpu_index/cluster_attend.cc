@@ -217,9 +217,7 @@ std::vector<uint32_t> ClusterPart::SplitExact(std::span<const ErrorCut> cuts) {
     float* const own = row + i * n;
     for (size_t e = 0; e < n; ++e) coded[e] = score[taken[e]];
     // By its code or by its row: what was counted on, and what turned out.
-    for (size_t e = 0; e < n; ++e) {
-      is_exact[e] |= std::max(coded[e], own[e]) >= least ? 1 : 0;
-    }
+    for (size_t e = 0; e < n; ++e) is_exact[e] |= std::max(coded[e], own[e]) >= least ? 1 : 0;
     for (size_t e = 0; e < n; ++e) {
       if (coarse_step[e] > 0) coded[e] -= q_.coarse[i].unrest[coarse_step[e]];
     }

@@ -37,6 +37,8 @@ struct ClusterQueries {
 
   // By the quantisers of any run's parts: those of a model are the same.
   void Prepare(const ClusterIndex::Parts& parts);
+  // After Prepare, by searches that score tokens.
+  void PrepareCoarse();
   bool prepared() const { return !coordinates.empty(); }
   uint32_t count() const { return block.queries; }
   std::span<const float> Coordinates(uint32_t query) const {
@@ -58,9 +60,8 @@ struct ClusterQueries {
   // [queries] by how much codes may miss the score of a token of scale 1; of others, that by their
   // scale.
   std::vector<float> code_miss;
-  // [queries] what tokens whose codes are coarse, their scale being above 1, weigh more by them,
-  // and by how much more than their weight they count in errors; both logs, by the steps of the
-  // scale.
+  // [queries] what coarse tokens weigh more by their codes than with a scale of 1, and by how much
+  // more than their weight they count in errors; both logs, by the steps of their scale above 1.
   struct Coarse {
     float spread[kScaleSteps], unrest[kScaleSteps];
   };

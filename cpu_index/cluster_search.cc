@@ -24,11 +24,9 @@ constexpr float kSuperShare = 0.3f, kLeafShare = 0.4f;
 // About so many tokens with the highest scores by their codes are scored by their rows for each
 // query, where every code is read: a needle's score may be far too low, but hardly any other's is
 // higher. Of 1,700 tokens with 2% of a query's mass or more, whose codes missed 3 nats of their
-// scores or more, 9 in 10 were among the best 30 to 250. On pairs of needles in 131,072 tokens errors
-// (mean, 95th percentile) at a tolerance of 0.02 are 0.025, 0.117 with 256, 0.018, 0.031 with 512,
-// 0.017, 0.027 with 1024 and 0.009, 0.024 with 2048, whose rows take twice the time. Found by
-// one bit for each of 48, 64 or 128 coordinates the best 1024 have 95th percentiles of 0.449, 0.085
-// and 0.117.
+// scores or more, 9 in 10 were among the best 30 to 250. Alone they were too few: on pairs of
+// needles in 131,072 tokens errors (mean, 95th percentile) at a tolerance of 0.02 were 0.025, 0.117
+// with 256 and 0.017, 0.027 with 1024. Beside what may be heavy (below) 128 to 1024 err alike.
 constexpr float kRankedTokens = 256;
 // And all that would weigh what is tolerated if their codes missed their scores by so many
 // deviations, each token's its scale times the query's. What decoding seeks in a text lies far from
@@ -44,9 +42,10 @@ constexpr uint32_t kBestExact = 64;
 // A query whose predicted error would be more than so many times what is tolerated is attended
 // exactly.
 constexpr float kMostOverdrawn = 2;
-// What reading a token's code takes, and the row of one, that any query of a block reads, by the
-// time of an exact scan of a token. Of heads of 64 to 128 dimensions, one to four queries a KV
-// head, out of memory: 0.31 to 0.37, behind leaves that take 0.06, and 2.3 to 3.0.
+// What scoring leaves, reading a token's code, and the row of one that any query of a block reads
+// take, by the time of an exact scan of a token. Of heads of 64 to 128 dimensions, one to four
+// queries a KV head, out of memory: rows 2.3 to 3.0; leaves and codes together 0.27 of heads of 96
+// and 128.
 constexpr float kLeavesTime = 0.06f, kCodesTime = 0.25f, kRowTime = 2.9f;
 // What a search takes beside what it reads: of fewer tokens the scan is as fast.
 constexpr uint64_t kFewTokens = 10000;
@@ -172,23 +171,27 @@ void ClusterQueries::Prepare(const ClusterIndex::Parts& parts) {
   leaf_breadth = model.Breadth(model.leaf, coordinates, count());
   super_breadth = model.Breadth(model.super, coordinates, count());
   code_variance = model.CodeVariance(coordinates, count());
-  for (uint32_t i = 0; i < count(); ++i) {
-    float& variance = code_variance[i];
+  for (float& variance : code_variance) {
     code_miss.push_back(kCodesMiss * std::sqrt(variance));
-    const float all = variance;
-    variance = std::min(ClusterModel::kMostCodeVariance, all);
-    const float usual = model.UnrestOf(variance, 0, 0).token;
-    Coarse& own = coarse.emplace_back();
-    for (uint32_t step = 0; step < kScaleSteps; ++step) {
-      const float scale = 1 + static_cast<float>(step) / kStepsPerScale;
-      const float scaled = std::min(ClusterModel::kMostCodeVariance, all * scale * scale);
-      own.spread[step] = 0.5f * (scaled - variance);
-      own.unrest[step] = std::log(model.UnrestOf(scaled, 0, 0).token / usual);
-    }
+    variance = std::min(ClusterModel::kMostCodeVariance, variance);
   }
   for (uint32_t i = 0; i < count(); ++i) {
     unrest.push_back(model.UnrestOf(code_variance[i], leaf_breadth[i], super_breadth[i]));
     trusted.push_back(model.Trusts(Coordinates(i)));
+  }
+}
+
+void ClusterQueries::PrepareCoarse() {
+  const std::vector<float> all = model.CodeVariance(coordinates, count());
+  for (uint32_t i = 0; i < count(); ++i) {
+    const float usual = model.UnrestOf(code_variance[i], 0, 0).token;
+    Coarse& own = coarse.emplace_back();
+    for (uint32_t step = 0; step < kScaleSteps; ++step) {
+      const float scale = 1 + static_cast<float>(step) / kStepsPerScale;
+      const float scaled = std::min(ClusterModel::kMostCodeVariance, all[i] * scale * scale);
+      own.spread[step] = 0.5f * (scaled - code_variance[i]);
+      own.unrest[step] = std::log(model.UnrestOf(scaled, 0, 0).token / usual);
+    }
   }
 }
 
@@ -395,6 +398,7 @@ void ClusterSearch::DecideLeaves() {
   }
   if (q.every_code && !(UsesHistory() && q.limits.history->LookDeeper())) ScanIfFaster(rows);
   if (ScansAll()) return NoteLook(false, rows);
+  queries_->PrepareCoarse();
   const std::vector<float> none(q.count(), kAll);
   floors_ = std::make_unique<TokenFloors>(
       TokenFloors{.outlier = none, .known = none, .leaf = none, .ranked = none, .heavy = none});
