@@ -4,6 +4,7 @@
 
 #include "gpu/cuda/element.cuh"
 #include "gpu/cuda/hopper_launch.h"
+#include "gpu/cuda/kernel_loading.h"
 
 namespace quarry::cuda {
 namespace {
@@ -152,14 +153,13 @@ cudaError_t PrepareAttention() {
   for (const auto prepare : {PrepareAttention64, PrepareAttention96, PrepareAttention128}) {
     if (const cudaError_t error = prepare(); error != cudaSuccess) return error;
   }
-  cudaFuncAttributes attributes;
   for (const auto kernel : {PlainAttention<float, 4>, PlainAttention<float, 16>,
                             PlainAttention<__half, 4>, PlainAttention<__half, 16>,
                             PlainAttention<__nv_bfloat16, 4>, PlainAttention<__nv_bfloat16, 16>}) {
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    const cudaError_t error = LoadKernel(kernel);
     if (error != cudaSuccess) return error;
   }
-  return cudaFuncGetAttributes(&attributes, MergeSplits);
+  return LoadKernel(MergeSplits);
 }
 
 cudaError_t LaunchTensorAttention(const AttentionArgs& args, DType dtype, uint32_t row_tiles,

@@ -5,6 +5,7 @@
 
 #include "gpu/cuda/hopper_attention.cuh"
 #include "gpu/cuda/hopper_launch.h"
+#include "gpu/cuda/kernel_loading.h"
 #include "gpu/cuda/tensor_map.h"
 
 namespace quarry::cuda {
@@ -22,15 +23,10 @@ struct HopperHeadDim {
   using Tile = HopperTile<kHeadDim>;
   static_assert(sizeof(HopperShared<Tile>) <= 227 << 10);
 
-  template <typename T>
-  static cudaError_t Allow() {
-    return cudaFuncSetAttribute(HopperAttention<T, Tile>,
-                                cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                sizeof(HopperShared<Tile>));
-  }
   static cudaError_t Prepare() {
-    const cudaError_t error = Allow<Bf16>();
-    return error != cudaSuccess ? error : Allow<Fp16>();
+    constexpr int kBytes = sizeof(HopperShared<Tile>);
+    const cudaError_t error = LoadKernel(HopperAttention<Bf16, Tile>, kBytes);
+    return error != cudaSuccess ? error : LoadKernel(HopperAttention<Fp16, Tile>, kBytes);
   }
 
   static cudaError_t Attend(const SparseArgs& sparse, cudaStream_t stream) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "gpu/cuda/element.cuh"
+#include "gpu/cuda/kernel_loading.h"
 
 namespace quarry::cuda {
 namespace {
@@ -161,16 +162,10 @@ cudaError_t LaunchCopyOf(const CopyArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename Kernel>
-cudaError_t Load(Kernel* kernel) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel);
-}
-
 template <typename T>
 cudaError_t LoadKernelsOf() {
-  for (const cudaError_t error :
-       {Load(RmsNorm<T>), Load(Embed<T>), Load(Round<T>), Load(RoundFours<T>)}) {
+  for (const cudaError_t error : {LoadKernel(RmsNorm<T>), LoadKernel(Embed<T>),
+                                  LoadKernel(Round<T>), LoadKernel(RoundFours<T>)}) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -178,8 +173,8 @@ cudaError_t LoadKernelsOf() {
 
 template <typename Unit>
 cudaError_t LoadCopyOf() {
-  const cudaError_t error = Load(Copy<Unit, uint32_t>);
-  return error != cudaSuccess ? error : Load(Copy<Unit, uint64_t>);
+  const cudaError_t error = LoadKernel(Copy<Unit, uint32_t>);
+  return error != cudaSuccess ? error : LoadKernel(Copy<Unit, uint64_t>);
 }
 
 bool Aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
@@ -188,9 +183,9 @@ bool Aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p
 
 cudaError_t PrepareRowKernels() {
   for (const cudaError_t error :
-       {Load(Rope), Load(SwiGlu), Load(Merge), LoadKernelsOf<float>(), LoadKernelsOf<__half>(),
-        LoadKernelsOf<__nv_bfloat16>(), LoadCopyOf<uint4>(), LoadCopyOf<uint32_t>(),
-        LoadCopyOf<char>()}) {
+       {LoadKernel(Rope), LoadKernel(SwiGlu), LoadKernel(Merge), LoadKernelsOf<float>(),
+        LoadKernelsOf<__half>(), LoadKernelsOf<__nv_bfloat16>(), LoadCopyOf<uint4>(),
+        LoadCopyOf<uint32_t>(), LoadCopyOf<char>()}) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

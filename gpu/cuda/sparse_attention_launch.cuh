@@ -1,6 +1,7 @@
 // Instances and launchers of sparse prefill's tensor kernels for one head_dim.
 #pragma once
 
+#include "gpu/cuda/kernel_loading.h"
 #include "gpu/cuda/sparse_launch.h"
 #include "gpu/cuda/warp_ops.cuh"
 // After the operations that they use.
@@ -29,17 +30,12 @@ struct SparseHeadDim {
   using Attention = SparseTile<kHeadDim>;
   using Scores = ScoreTile<kHeadDim>;
 
-  template <typename Kernel>
-  static cudaError_t Allow(Kernel* kernel, int shared_bytes) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  }
-
   static cudaError_t Prepare() {
     for (const cudaError_t error :
-         {Allow(SparseTensorAttention<Bf16, Attention>, Attention::kSharedBytes),
-          Allow(SparseTensorAttention<Fp16, Attention>, Attention::kSharedBytes),
-          Allow(TensorScores<Bf16, Scores>, Scores::kSharedBytes),
-          Allow(TensorScores<Fp16, Scores>, Scores::kSharedBytes)}) {
+         {LoadKernel(SparseTensorAttention<Bf16, Attention>, Attention::kSharedBytes),
+          LoadKernel(SparseTensorAttention<Fp16, Attention>, Attention::kSharedBytes),
+          LoadKernel(TensorScores<Bf16, Scores>, Scores::kSharedBytes),
+          LoadKernel(TensorScores<Fp16, Scores>, Scores::kSharedBytes)}) {
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;

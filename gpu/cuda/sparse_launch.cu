@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "gpu/cuda/hopper_launch.h"
+#include "gpu/cuda/kernel_loading.h"
 #include "gpu/cuda/warp_ops.cuh"
 // After the operations that they use.
 #include "gpu/cuda/choosing.cuh"
@@ -46,12 +47,6 @@ const SparseTensorKernels& TensorKernels(uint32_t head_dim) {
   return kSparseTensorKernels128;
 }
 
-template <typename Kernel>
-cudaError_t Load(Kernel* kernel) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel);
-}
-
 }  // namespace
 
 cudaError_t PrepareSparseKernels() {
@@ -62,8 +57,9 @@ cudaError_t PrepareSparseKernels() {
     if (hopper == nullptr) continue;
     if (const cudaError_t error = hopper->prepare(); error != cudaSuccess) return error;
   }
-  for (const cudaError_t error : {Load(Compact), Load(Mask), Load(Measure), Load(Sum), Load(Weigh),
-                                  Load(Mean<Bf16>), Load(Mean<Fp16>), Load(Pool)}) {
+  for (const cudaError_t error :
+       {LoadKernel(Compact), LoadKernel(Mask), LoadKernel(Measure), LoadKernel(Sum),
+        LoadKernel(Weigh), LoadKernel(Mean<Bf16>), LoadKernel(Mean<Fp16>), LoadKernel(Pool)}) {
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

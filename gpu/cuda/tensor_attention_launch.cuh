@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gpu/cuda/attention.h"
+#include "gpu/cuda/kernel_loading.h"
 #include "gpu/cuda/warp_ops.cuh"
 // After the operations that it uses.
 #include "gpu/cuda/tensor_attention.cuh"
@@ -19,8 +20,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
 
 template <typename T, typename Tile>
 cudaError_t PrepareTile() {
-  return cudaFuncSetAttribute(TensorAttention<T, Tile>,
-                              cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  return LoadKernel(TensorAttention<T, Tile>, Tile::kSharedBytes);
 }
 
 template <int kHeadDim>
