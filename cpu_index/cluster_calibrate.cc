@@ -1,6 +1,7 @@
 #include "cpu_index/cluster_calibrate.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <functional>
 #include <numeric>
@@ -30,6 +31,9 @@ float RootMean(std::span<const double> squares) {
 // and of what adds up.
 struct Promise {
   double apart, together;
+  double Scaled(const Promise& factor) const {
+    return factor.apart * apart + factor.together * together;
+  }
 };
 
 // What a search says of an answer.
@@ -284,14 +288,38 @@ Promise FitFactors(std::span<const Observed> observed) {
   return {std::exp(apart), std::exp(together)};
 }
 
-float CautionOf(std::span<const Observed> observed, const Promise& factor) {
+using Corrections = std::array<float, ClusterModel::kTried.size()>;
+
+// observed: equally many at each tolerance. Of few positions little is believed.
+Corrections CorrectionsOf(std::span<const Observed> observed, const Promise& factor,
+                          uint32_t group) {
+  constexpr double kPrior = 4;  // positions, that count for no correction
+  constexpr double kMost = ClusterModel::kMostCorrection;
+  Corrections out = {};
+  const size_t each = observed.size() / out.size();
+  for (size_t t = 0; t < out.size(); ++t) {
+    double sum = 0, n = 0;
+    for (const Observed& o : observed.subspan(t * each, each)) {
+      const double promised = o.promise.Scaled(factor);
+      if (!(promised > 0)) continue;
+      sum += std::clamp(0.5 * std::log(o.missed / promised + 1e-9), -kMost, kMost);
+      n += 1;
+    }
+    out[t] = static_cast<float>(sum / (n + kPrior * group));
+  }
+  return out;
+}
+
+float CautionOf(std::span<const Observed> observed, const Promise& factor,
+                const Corrections& corrections) {
   constexpr double kWild = 9;  // a square, beyond which how far does not count
   constexpr float kMost = 2;
+  const size_t each = observed.size() / corrections.size();
   double sum = 0;
-  for (const Observed& o : observed) {
+  for (size_t i = 0; i < observed.size(); ++i) {
     const double promised =
-        factor.apart * o.promise.apart + factor.together * o.promise.together;
-    sum += promised > 0 ? std::min(o.missed / promised, kWild) : 0;
+        observed[i].promise.Scaled(factor) * std::exp(2.0 * corrections[i / each]);
+    sum += promised > 0 ? std::min(observed[i].missed / promised, kWild) : 0;
   }
   return std::clamp(static_cast<float>(std::sqrt(sum / static_cast<double>(observed.size()))),
                     1.0f, kMost);
@@ -318,7 +346,7 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
   // Where fewer of the expected rows are needed, centres tell nothing of single queries.
   constexpr double kTelling = 0.7;
   double expected = 0, needed = 0;  // rows
-  for (const float tolerance : {0.1f, 0.05f, 0.02f}) {
+  for (const float tolerance : ClusterModel::kTried) {
     ClusterLimits limits;
     limits.tolerance = tolerance;
     std::vector<Told> told;
@@ -341,7 +369,8 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
     m->token_doubt = std::max(kLeastTokenDoubt, scaled(learned.token_doubt, factor.apart));
     m->row_doubt = std::max(kLeastRowDoubt, scaled(learned.row_doubt, factor.apart));
   }
-  m->caution = CautionOf(observed, factor);
+  m->correction = CorrectionsOf(observed, factor, group);
+  m->caution = CautionOf(observed, factor, m->correction);
   const double share = expected > 0 ? needed / expected : 0;
   m->needed_rows =
       share < kTelling ? 0 : std::min(static_cast<float>(share), ClusterModel::kMostNeededRows);

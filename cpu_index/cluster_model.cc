@@ -132,6 +132,17 @@ ClusterModel::Unrest ClusterModel::UnrestOf(float code_variance, float leaf_brea
           unrest(super.variance * super_breadth)};
 }
 
+float ClusterModel::CorrectionAt(float tolerance) const {
+  // In this order what is no number has the first one's.
+  if (!(tolerance < kTried.front())) return std::exp(correction.front());
+  for (size_t i = 1; i < kTried.size(); ++i) {
+    if (tolerance < kTried[i]) continue;
+    const float part = std::log(kTried[i - 1] / tolerance) / std::log(kTried[i - 1] / kTried[i]);
+    return std::exp(correction[i - 1] + part * (correction[i] - correction[i - 1]));
+  }
+  return std::exp(correction.back());
+}
+
 uint64_t ClusterModel::query_bytes() const {
   return 2 * (query_map.size() + leaf.slope.size() + super.slope.size() + token_slope.size()) +
          4 * (basis.mean.size() + leaf.covariance.size() + super.covariance.size() +
@@ -158,6 +169,7 @@ void ClusterModel::Write(IndexWriter* out) const {
                        log_length, largest_variance, needed_rows}) {
     out->Put(number);
   }
+  for (float number : correction) out->Put(number);
   const uint32_t flags = (open_all ? kOpenAll : 0) | (scan_if_faster ? kScanIfFaster : 0);
   for (uint32_t number : {flags, learned_queries, learned_tokens}) out->Put(number);
 }
@@ -208,6 +220,12 @@ absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
   QUARRY_RETURN_IF_ERROR(in->GetNumber("share of rows", 0, &m.needed_rows));
   if (m.needed_rows > kMostNeededRows) {
     return absl::DataLossError(absl::StrCat("clusters: a share of rows of ", m.needed_rows));
+  }
+  for (float& number : m.correction) {
+    QUARRY_RETURN_IF_ERROR(in->GetNumber("correction", -kMostCorrection, &number));
+    if (number > kMostCorrection) {
+      return absl::DataLossError(absl::StrCat("clusters: a correction of ", number));
+    }
   }
   uint32_t flags = 0;
   for (uint32_t* number : {&flags, &m.learned_queries, &m.learned_tokens}) {

@@ -1,6 +1,7 @@
 // What the clustered indexes of one head have in common, however many runs its keys are cut into.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -52,6 +53,12 @@ struct ClusterModel {
   // common to them, and of a single token; what is left of that when its rows are read.
   float super_doubt = 0.5f, leaf_doubt = 0.3f, common_doubt = 0.1f, token_doubt = 1.5f;
   float row_doubt = 0.2f;
+  // Errors that were tolerated when doubts were learned, and at each the log of what answers missed
+  // by what the doubts promised. Nothing tells what estimates are worth where more than the first
+  // is.
+  static constexpr std::array<float, 3> kTried = {0.1f, 0.05f, 0.02f};
+  static constexpr float kMostCorrection = 1.1f;
+  std::array<float, kTried.size()> correction = {};
   // By how much more than predicted answers err in the mean square, of which large errors are the
   // most: predictions are right for most answers, and what is tolerated is asked for over this.
   float caution = 1;
@@ -90,6 +97,8 @@ struct ClusterModel {
   // Whether estimates for it are worth what was learned.
   bool Trusts(std::span<const float> coordinates) const;
   Unrest UnrestOf(float code_variance, float leaf_breadth, float super_breadth) const;
+  // The factor of all doubts where an error of `tolerance` of a query's own answer is tolerated.
+  float CorrectionAt(float tolerance) const;
   // Read for each query block: maps, covariances, slopes.
   uint64_t query_bytes() const;
   uint64_t memory_bytes() const;

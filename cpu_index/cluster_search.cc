@@ -271,11 +271,18 @@ bool ClusterSearch::Next() {
   return false;
 }
 
+// Log of what is known to be elsewhere, as far as it counts beside what tokens weigh here.
+float ClusterSearch::Elsewhere(uint32_t query, float own) const {
+  const float most = std::log(std::max(1.0f, ClusterModel::kTried.front() / queries_->tolerance));
+  return own == kNone ? queries_->Elsewhere(query)
+                      : std::min(queries_->Elsewhere(query), own + most);
+}
+
 // Log of what all tokens weigh, with what is known to be elsewhere.
 float ClusterSearch::Mass(uint32_t query, float ClusterFindings::* mass) const {
-  float sum = queries_->Elsewhere(query);
-  for (const auto& part : parts_) sum = LogAdd(sum, part->findings()[query].*mass);
-  return sum;
+  float own = kNone;
+  for (const auto& part : parts_) own = LogAdd(own, part->findings()[query].*mass);
+  return LogAdd(own, Elsewhere(query, own));
 }
 
 ScoreHistogram ClusterSearch::Together(uint32_t query,
@@ -460,19 +467,26 @@ void ClusterSearch::DecideTokens() {
 
 // By e^top_.
 float ClusterSearch::Allowed(uint32_t query) const {
-  const double elsewhere = std::exp(double{queries_->Elsewhere(query)} - top_[query]);
+  const float own = std::log(mass_[query]) + top_[query];
+  const double elsewhere = std::exp(double{Elsewhere(query, own)} - top_[query]);
   return static_cast<float>(queries_->tolerance * std::hypot(double{mass_[query]}, elsewhere));
+}
+
+// Of all doubts.
+float ClusterSearch::Correction(uint32_t query) const {
+  return queries_->model.CorrectionAt(Allowed(query) / mass_[query]);
 }
 
 ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) const {
   const ClusterQueries& q = *queries_;
   if (tokens.top == kNone) return kNothing;
+  const float correction = Correction(query);
   ErrorCutInput in;
   in.tokens = tokens;
-  in.token_doubt = q.model.token_doubt * q.unrest[query].token;
+  in.token_doubt = correction * q.model.token_doubt * q.unrest[query].token;
   in.common_part = q.model.common_doubt / q.model.token_doubt;
   in.refined_part = q.model.row_doubt / q.model.token_doubt;
-  in.closed = closed_[query];
+  in.closed = correction * closed_[query];
   in.allowed = Allowed(query);
   in.most_tokens = q.MostTokens(query);
   in.surely_from = tokens.top + std::log(in.allowed) - kRowsMiss;
@@ -515,12 +529,13 @@ ErrorCut ClusterSearch::Left(uint32_t query) const {
   const ClusterQueries& q = *queries_;
   ErrorCut cut = cuts_[query];
   if (!(cut.error > 0)) return cut;
-  const float unrest = q.unrest[query].token, doubt = q.model.token_doubt * unrest;
+  const float correction = Correction(query);
+  const float unrest = correction * q.unrest[query].token, doubt = q.model.token_doubt * unrest;
   const float apart = cut.error * cut.error - cut.together * cut.together -
                       doubt * doubt * Sum(query, &ClusterFindings::others_squares, 2);
   cut.together =
-      std::max(closed_[query], cut.together - q.model.common_doubt * unrest *
-                                                  Sum(query, &ClusterFindings::others));
+      std::max(correction * closed_[query],
+               cut.together - q.model.common_doubt * unrest * Sum(query, &ClusterFindings::others));
   cut.error = std::sqrt(std::max(0.0f, apart) + cut.together * cut.together);
   return cut;
 }

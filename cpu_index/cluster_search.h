@@ -35,7 +35,8 @@ struct ClusterLimits {
   // answered by what is read for another one beside its own.
   std::span<const uint32_t> most_tokens;
   // [queries] log of the length of the sum of e^score * value over what the answer will be merged
-  // with, as far as it is known: it makes errors here matter less. Empty: nothing is.
+  // with, as far as it is known: it makes errors here matter less, but no more than
+  // ClusterModel::kTried of what is found here is left. Empty: nothing is.
   std::span<const float> other_length;
   // With ClusterModel::scan_if_faster: of the head's searches; this one goes by it and adds to it,
   // so that whether it estimates depends on those before. May be null.
@@ -82,6 +83,7 @@ class ClusterSearch {
  private:
   enum class Stage { kLeaves, kTokens, kAttend };
 
+  float Elsewhere(uint32_t query, float own) const;
   float Mass(uint32_t query, float ClusterFindings::* mass) const;
   ScoreHistogram Together(uint32_t query, ScoreHistogram ClusterFindings::* scores) const;
   float Sum(uint32_t query, float ClusterFindings::* weight, int power = 1) const;
@@ -97,6 +99,7 @@ class ClusterSearch {
   float LeafFloor(uint32_t query) const;
   void DecideTokens();
   float Allowed(uint32_t query) const;
+  float Correction(uint32_t query) const;
   ErrorCut CutOf(uint32_t query, const ScoreHistogram& tokens) const;
   ErrorCut ForcedCut(uint32_t query) const;
   void Attend(uint32_t part);
