@@ -4,16 +4,15 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "gpu/sparse/build_index.h"
 
 namespace quarry {
 
-absl::StatusOr<std::vector<HeadPlan>> Device::PlanSparse(std::span<const HeadPattern>, TokenRange,
-                                                         const DeviceAttention&) {
+absl::StatusOr<std::unique_ptr<SparsePlan>> Device::PlanSparse(std::span<const HeadPattern>,
+                                                               TokenRange, const DeviceAttention&) {
   return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));
 }
 
-absl::Status Device::AttendSparse(std::span<const HeadPlan>, const DeviceAttention&) {
+absl::Status Device::AttendSparse(const SparsePlan&, const DeviceAttention&) {
   return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));
 }
 

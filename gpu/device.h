@@ -105,6 +105,15 @@ struct DeviceCopy {
   size_t bytes = 0, count = 0;
 };
 
+// What the heads of a layer attend in a prefill, kept where the device that made it attends by it;
+// which outlives it.
+class SparsePlan {
+ public:
+  virtual ~SparsePlan() = default;
+  // The same on the host, [heads]. Waits for the device.
+  virtual absl::StatusOr<std::vector<HeadPlan>> Heads() const = 0;
+};
+
 struct DeviceStats {
   // The budget, what is handed out of it, and the most that ever was.
   uint64_t capacity_bytes = 0, used_bytes = 0, peak_bytes = 0;
@@ -158,12 +167,11 @@ class Device {
   // tokens from 0 to its last row or beyond, and no window.
   // What each head attends in a prefill of rows `prefill` (gpu/sparse/build_index.h), by its keys
   // and its last queries: the rows of `last`, min(64, rows of the prefill) of them; no o and lse.
-  virtual absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                           TokenRange prefill,
-                                                           const DeviceAttention& last);
-  // Attention by a plan, of rows that begin a multiple of 128 rows behind the prefill's first one.
-  virtual absl::Status AttendSparse(std::span<const HeadPlan> plans,
-                                    const DeviceAttention& attention);
+  virtual absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(
+      std::span<const HeadPattern> patterns, TokenRange prefill, const DeviceAttention& last);
+  // Attention by a plan of this device, of rows that begin a multiple of 128 rows behind the
+  // prefill's first one.
+  virtual absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& attention);
   // Merges partial b into a: `rows` outputs of head_dim, one lse each.
   virtual void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
                      uint32_t head_dim) = 0;

@@ -29,6 +29,12 @@ constexpr uint32_t kQueriesPerTask = 64;
 // A loop smaller than this is not worth waking a thread for (65 us across CPUs).
 constexpr size_t kFlopsPerTask = 8 << 20;
 
+struct HostPlan final : SparsePlan {
+  explicit HostPlan(std::vector<HeadPlan> plans) : heads(std::move(plans)) {}
+  absl::StatusOr<std::vector<HeadPlan>> Heads() const override { return heads; }
+  const std::vector<HeadPlan> heads;
+};
+
 class HostDevice final : public Device {
  public:
   explicit HostDevice(const HostDeviceOptions& options)
@@ -190,15 +196,17 @@ class HostDevice final : public Device {
     for (size_t task = 0; task < tasks; ++task) run(task);
   }
 
-  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                   TokenRange prefill,
-                                                   const DeviceAttention& last) override {
-    return PlanHeads({LayerOf(last), prefill, patterns, last.q}, &team_);
+  absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                         TokenRange prefill,
+                                                         const DeviceAttention& last) override {
+    return std::make_unique<HostPlan>(
+        PlanHeads({LayerOf(last), prefill, patterns, last.q}, &team_));
   }
 
-  absl::Status AttendSparse(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
+  absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& a) override {
     const LayerKv layer = LayerOf(a);
-    const SparseIndex index = BuildIndex(plans, {layer, a.first_token, a.rows, a.q}, &team_);
+    const SparseIndex index = BuildIndex(static_cast<const HostPlan&>(plan).heads,
+                                         {layer, a.first_token, a.rows, a.q}, &team_);
     quarry::AttendSparse({layer, &index, {}, a.q, a.o, a.lse}, &team_);
     return absl::OkStatus();
   }

@@ -220,17 +220,18 @@ class CudaDevice final : public Device {
     Note(AttendParts(attention), "Attend");
   }
 
-  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                   TokenRange prefill,
-                                                   const DeviceAttention& last) override {
+  absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                         TokenRange prefill,
+                                                         const DeviceAttention& last) override {
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), "PlanSparse"));
-    return Sparse().Plan(patterns, prefill, last);
+    return sparse_->Plan(patterns, prefill, last);
   }
 
-  absl::Status AttendSparse(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
+  absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& a) override {
     if (a.rows == 0 || a.heads == 0) return absl::OkStatus();
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), "AttendSparse"));
-    return Sparse().Attend(plans, a);
+    const auto& on_card = static_cast<const DevicePlan&>(plan);
+    return on_card.AllDense() ? AttendParts(a) : sparse_->Attend(on_card, a);
   }
 
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
@@ -277,6 +278,9 @@ class CudaDevice final : public Device {
     QUARRY_RETURN_IF_ERROR(
         CudaStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), name_));
     QUARRY_RETURN_IF_ERROR(LoadKernels());
+    sparse_kernels_ = std::make_unique<CudaSparseKernels>(stream_);
+    sparse_ =
+        std::make_unique<SparsePrefill>(this, sparse_kernels_.get(), SparsePrefill::Options{});
     QUARRY_ASSIGN_OR_RETURN(staging_, Staging::Create(stream_));
     QUARRY_ASSIGN_OR_RETURN(products_, Products::Create());
     const uint64_t after = TakenBytes();
@@ -303,16 +307,6 @@ class CudaDevice final : public Device {
       QUARRY_RETURN_IF_ERROR(CudaStatus(error, absl::StrCat(name_, ": loading kernels")));
     }
     return absl::OkStatus();
-  }
-
-  // Made when it is first asked for: it has threads of the host.
-  SparsePrefill& Sparse() {
-    if (sparse_ == nullptr) {
-      sparse_kernels_ = std::make_unique<CudaSparseKernels>(stream_);
-      sparse_ =
-          std::make_unique<SparsePrefill>(this, sparse_kernels_.get(), SparsePrefill::Options{});
-    }
-    return *sparse_;
   }
 
   // Whether the card can be asked; else the operation has failed.

@@ -1,5 +1,6 @@
-// What the attention kernel asks of the machine: matrix instructions, asynchronous copies,
-// conversions. One thin function per instruction (sm_80 and later).
+// What kernels of tensors and of choices ask of the machine: matrix instructions, asynchronous
+// copies, conversions, what a warp does together. One thin function per instruction (sm_80 and
+// later).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -105,6 +106,39 @@ __device__ inline float QuadMax(float x) {
 __device__ inline float QuadSum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+// Over the lanes that have the same columns of a product: of all its rows.
+__device__ inline uint32_t OrOfRows(uint32_t x) {
+  x |= __shfl_xor_sync(0xffffffffu, x, 4);
+  x |= __shfl_xor_sync(0xffffffffu, x, 8);
+  return x | __shfl_xor_sync(0xffffffffu, x, 16);
+}
+
+// Of all lanes of a warp: those for which x holds; those with the same x.
+__device__ inline uint32_t Ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+__device__ inline uint32_t MatchLanes(uint32_t x) { return __match_any_sync(0xffffffffu, x); }
+// From the lane that is `step` before; the first ones keep theirs.
+template <typename X>
+__device__ X ShuffleUp(X x, uint32_t step) {
+  return __shfl_up_sync(0xffffffffu, x, step);
+}
+__device__ inline void SyncWarp() { __syncwarp(); }
+
+// Change shared memory that other threads change, too.
+__device__ inline void AddShared(uint32_t* to, uint32_t x) { atomicAdd(to, x); }
+__device__ inline void OrShared(uint32_t* to, uint32_t x) { atomicOr(to, x); }
+
+__device__ inline uint32_t BitsOf(float x) { return __float_as_uint(x); }
+__device__ inline uint32_t RoundToWhole(float x) { return __float2uint_rn(x); }
+__device__ inline uint32_t CountBits(uint32_t x) {
+  return static_cast<uint32_t>(__popc(static_cast<int>(x)));
+}
+// Of x that is not 0.
+__device__ inline uint32_t FirstBit(uint32_t x) {
+  return static_cast<uint32_t>(__ffs(static_cast<int>(x))) - 1;
+}
+__device__ inline uint32_t LastBit(uint32_t x) {
+  return 31 - static_cast<uint32_t>(__clz(static_cast<int>(x)));
 }
 
 }  // namespace quarry::cuda

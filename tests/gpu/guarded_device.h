@@ -94,14 +94,13 @@ class GuardedDevice final : public Device {
   void Attend(const DeviceAttention& attention) override {
     Run([&] { inner_->Attend(attention); });
   }
-  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                   TokenRange prefill,
-                                                   const DeviceAttention& last) override {
+  absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                         TokenRange prefill,
+                                                         const DeviceAttention& last) override {
     return Run([&] { return inner_->PlanSparse(patterns, prefill, last); });
   }
-  absl::Status AttendSparse(std::span<const HeadPlan> plans,
-                            const DeviceAttention& attention) override {
-    return Run([&] { return inner_->AttendSparse(plans, attention); });
+  absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& attention) override {
+    return Run([&] { return inner_->AttendSparse(plan, attention); });
   }
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
              uint32_t head_dim) override {

@@ -23,13 +23,13 @@ class WatchedDevice final : public Device {
     inner_->Attend(a);
     See(a);
   }
-  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                   TokenRange prefill,
-                                                   const DeviceAttention& last) override {
+  absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                         TokenRange prefill,
+                                                         const DeviceAttention& last) override {
     return inner_->PlanSparse(patterns, prefill, last);
   }
-  absl::Status AttendSparse(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
-    const absl::Status status = inner_->AttendSparse(plans, a);
+  absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& a) override {
+    const absl::Status status = inner_->AttendSparse(plan, a);
     See(a);
     return status;
   }
