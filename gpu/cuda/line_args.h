@@ -60,6 +60,10 @@ inline constexpr float kMassUnits = 1 << 25;
 constexpr uint32_t MostRanges(uint32_t tokens) { return tokens / (kRowTile + 1) + 2; }
 constexpr uint32_t WordsOf(uint32_t tokens) { return (tokens + 31) / 32; }
 
+// Of the bits of a try [kTryBits][WordsOf]: those of its columns, and how many columns are in words
+// before; the rest is working memory.
+inline constexpr uint32_t kTryBits = 4, kTryColumns = 3, kTryBefore = 2;
+
 // Two of a head's chosen slashes that are too far apart for one range: the farther one, and the
 // nearer one before it.
 struct LineBreak {
@@ -80,15 +84,13 @@ struct ChooseLinesArgs {
   uint32_t line_count, width, tokens;
   TokenRange prefill;
   TokenRange last_tiles[2];  // row tiles that the last queries lie in; the second may be empty
-  uint32_t tries;            // of a line by mass; others have one
+  uint32_t tries;            // places for them: of a line by mass all are, of others the first
 
   LineTry* results;  // [lines][tries]
   // Of each try, one behind the other.
   RelativeRange* ranges;  // [MostRanges], as SparseIndex's
   uint32_t* range_tiles;  // [MostRanges + 1]: key tiles of the ranges before each
-  // [4][WordsOf]: the last is the bits of its columns, the one before how many are in words before;
-  // else working memory.
-  uint32_t* bits;
+  uint32_t* bits;         // [kTryBits][WordsOf]
   LineBreak* breaks;  // [MostRanges], working memory
 };
 

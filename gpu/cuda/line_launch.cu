@@ -7,7 +7,7 @@
 // After the operations that they use.
 #include "gpu/cuda/index_rows.cuh"
 #include "gpu/cuda/last_queries.cuh"
-#include "gpu/cuda/line_tries.cuh"
+#include "gpu/cuda/line_lists.cuh"
 #include "gpu/cuda/score_sum.cuh"
 
 namespace quarry::cuda {
@@ -23,10 +23,11 @@ __global__ void __launch_bounds__(kThreads) Join(const __grid_constant__ LastQue
 }
 __global__ void __launch_bounds__(kTryThreads) Try(const __grid_constant__ ChooseLinesArgs args) {
   __shared__ LineShared shared;
-  LineTrier(args, kTryThreads, &shared).Run();
+  TryLines(args, kTryThreads, &shared);
 }
-__global__ void __launch_bounds__(kThreads) Keep(const __grid_constant__ KeepLinesArgs args) {
-  KeepLines(args, kThreads);
+__global__ void __launch_bounds__(kTryThreads) Keep(const __grid_constant__ KeepLinesArgs args) {
+  __shared__ LineShared shared;
+  KeepLines(args, kTryThreads, &shared);
 }
 __global__ void __launch_bounds__(kThreads) Emit(const __grid_constant__ EmitLinesArgs args) {
   EmitLines(args, kThreads);
@@ -61,9 +62,9 @@ cudaError_t LaunchSumLastQueries(const LastQueryArgs& args, cudaStream_t stream)
 
 cudaError_t LaunchChooseLines(const KeepLinesArgs& args, cudaStream_t stream) {
   const ChooseLinesArgs& tried = args.tried;
-  Try<<<dim3(tried.tries, tried.line_count), kTryThreads, 0, stream>>>(tried);
+  Try<<<dim3(std::max(tried.tries, 2u), tried.line_count), kTryThreads, 0, stream>>>(tried);
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
-  Keep<<<tried.line_count, kThreads, 0, stream>>>(args);
+  Keep<<<tried.line_count, kTryThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

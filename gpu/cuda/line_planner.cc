@@ -23,7 +23,7 @@ struct LinePlanner::Tried {
     results = pieces.Add<LineTry>(all);
     ranges = pieces.Add<RelativeRange>(all * most);
     range_tiles = pieces.Add<uint32_t>(all * (most + 1));
-    bits = pieces.Add<uint32_t>(all * 4 * WordsOf(tokens));
+    bits = pieces.Add<uint32_t>(all * kTryBits * WordsOf(tokens));
     breaks = pieces.Add<LineBreak>(all * most);
   }
 

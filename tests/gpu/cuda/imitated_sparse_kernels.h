@@ -15,7 +15,7 @@
 #include "gpu/cuda/index_rows.cuh"
 #include "gpu/cuda/key_scores.cuh"
 #include "gpu/cuda/last_queries.cuh"
-#include "gpu/cuda/line_tries.cuh"
+#include "gpu/cuda/line_lists.cuh"
 #include "gpu/cuda/seek_blocks.cuh"
 #include "gpu/cuda/sparse_attention.cuh"
 
@@ -119,10 +119,11 @@ class ImitatedSparseKernels : public SparseKernels {
     return absl::OkStatus();
   }
   absl::Status ChooseLines(const KeepLinesArgs& args) override {
-    Run({args.tried.tries, args.tried.line_count, 1}, kTeam, sizeof(LineShared), [&](char* shared) {
-      LineTrier(args.tried, kTeam, reinterpret_cast<LineShared*>(shared)).Run();
-    });
-    Run({args.tried.line_count, 1, 1}, kThreads, 0, [&](char*) { KeepLines(args, kThreads); });
+    const uint32_t lines = args.tried.line_count;
+    Run({std::max(args.tried.tries, 2u), lines, 1}, kTeam, sizeof(LineShared),
+        [&](char* shared) { TryLines(args.tried, kTeam, reinterpret_cast<LineShared*>(shared)); });
+    Run({lines, 1, 1}, kTeam, sizeof(LineShared),
+        [&](char* shared) { KeepLines(args, kTeam, reinterpret_cast<LineShared*>(shared)); });
     return absl::OkStatus();
   }
   absl::Status EmitLines(const EmitLinesArgs& args) override {

@@ -103,7 +103,7 @@ class LineTriesTest : public ::testing::Test {
     tried.results = Memory<LineTry>(tries);
     tried.ranges = Memory<RelativeRange>(tries * MostRanges(tokens));
     tried.range_tiles = Memory<uint32_t>(tries * (MostRanges(tokens) + 1));
-    tried.bits = Memory<uint32_t>(tries * 4 * WordsOf(tokens));
+    tried.bits = Memory<uint32_t>(tries * kTryBits * WordsOf(tokens));
     tried.breaks = Memory<LineBreak>(tries * MostRanges(tokens));
     args.kept = Kept(count, tokens);
     EXPECT_TRUE(kernels_.ChooseLines(args).ok());
