@@ -62,15 +62,6 @@ class GuardedDevice final : public Device {
   void Copy(const DeviceCopy& copy) override {
     Run([&] { inner_->Copy(copy); });
   }
-  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
-                                    std::string_view what) override {
-    QUARRY_ASSIGN_OR_RETURN(DeviceMatrix out, inner_->Load(stacked, width, what));
-    const std::span<const std::byte> bytes(out.data.raw(), out.data.bytes());
-    QUARRY_ASSIGN_OR_RETURN(DeviceBuffer guarded, Allocate(bytes.size(), what));
-    QUARRY_RETURN_IF_ERROR(Upload(guarded.raw(), bytes));
-    out.data = std::move(guarded);
-    return out;
-  }
   void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
               Output output) override {
     Run([&] { inner_->MatMul(x, w, y, rows, output); });

@@ -46,10 +46,6 @@ class WatchedDevice final : public Device {
     return inner_->Download(to, from);
   }
   void Copy(const DeviceCopy& copy) override { inner_->Copy(copy); }
-  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
-                                    std::string_view what) override {
-    return inner_->Load(stacked, width, what);
-  }
   void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
               Output output) override {
     inner_->MatMul(x, w, y, rows, output);

@@ -210,6 +210,22 @@ void WaitForCopies() {
   ImitatedBlock::Current()->WaitForCopies(kPending);
 }
 
+// Of memory that nobody writes.
+inline uint4 LoadOnce(const void* global) {
+  QUARRY_CHECK(reinterpret_cast<uintptr_t>(global) % 16 == 0);
+  uint4 x;
+  std::memcpy(&x, global, sizeof(x));
+  return x;
+}
+inline uint32_t WordOf(const uint4& x, int i) {
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  return words[i];
+}
+inline float ByteLess128(uint32_t x, int i) {
+  return static_cast<float>(static_cast<int>(x >> (8 * i) & 255) - 128);
+}
+inline float Bf16AsFloat(uint16_t x) { return Bf16ToFloat(x); }
+
 inline void Forget(int&) {}
 
 inline float Exp2(float x) { return std::exp2(x); }
@@ -328,6 +344,10 @@ inline void LoadTransposed(uint32_t out[4], const void* row) { ImitateLoad<true>
 // As PTX's mma.m16n8k16 lays operands of two bytes out.
 template <DType kDType>
 struct Element {
+  static uint32_t LessEight(uint32_t x) {
+    return Pack(static_cast<float>(static_cast<int>(x & 15) - 8),
+                static_cast<float>(static_cast<int>(x >> 16 & 15) - 8));
+  }
   static uint32_t Pack(float lo, float hi) {
     uint16_t both[2];
     StoreFromFloat(both, 0, kDType, lo);
