@@ -23,6 +23,7 @@
 #include "gpu/token_ids.h"
 #include "gpu/tokenizer.h"
 #include "gpu/trace_dump.h"
+#include "gpu/working_bytes.h"
 #include "proto/default_socket.h"
 #include "proto/status_macros.h"
 
@@ -40,6 +41,8 @@ struct Arguments {
   uint32_t budget_lift = 0, budget_seed = 0;
   std::string device = "host";
   uint64_t device_bytes = 16ull << 30;
+  std::string weights = "auto", weights_dtype;
+  std::optional<uint64_t> reserve_bytes;
   SamplerOptions sampling;
   std::string dump_directory, patterns;
   QueryRecorderOptions dump;
@@ -111,6 +114,16 @@ void Describe(CLI::App* app, Arguments* a) {
       });
   app->add_option("--device-bytes", a->device_bytes,
                   "budget of the worker's memory, on whatever device");
+  app->add_option("--weights", a->weights,
+                  "resident on the device, streamed from the host layer by layer, or auto: as many "
+                  "resident as fit")
+      ->check(CLI::IsMember({"auto", "resident", "streamed"}));
+  app->add_option("--weights-dtype", a->weights_dtype,
+                  "int8 or int4: layers' weights as codes of so many bits; as stored by default")
+      ->check(CLI::IsMember({"int8", "int4"}));
+  app->add_option("--reserve-bytes", a->reserve_bytes,
+                  "device memory that --weights auto leaves to activations and K/V; by default "
+                  "what a prefill of --max-tokens takes");
   CLI::Option* const dump =
       app->add_option("--dump-kv", a->dump_directory,
                       "write layers as traces, to measure retrieval on, to this directory")
@@ -171,6 +184,40 @@ absl::StatusOr<std::vector<uint32_t>> PromptIds(const Arguments& a, const Tokeni
   return ids;
 }
 
+// What is to be generated behind what.
+struct Task {
+  std::vector<uint32_t> ids, gold;
+  uint32_t new_tokens = 0, max_tokens = 0;
+};
+
+absl::StatusOr<Task> TaskOf(const Arguments& a, const ModelConfig& config,
+                            const Tokenizer* tokenizer) {
+  Task task;
+  QUARRY_ASSIGN_OR_RETURN(task.ids, PromptIds(a, tokenizer));
+  QUARRY_ASSIGN_OR_RETURN(task.gold, ParseTokenIds(a.gold_ids));
+  task.new_tokens = task.gold.empty() ? a.max_new_tokens : static_cast<uint32_t>(task.gold.size());
+  const uint64_t wanted = uint64_t{task.ids.size()} + task.new_tokens;
+  task.max_tokens = a.max_tokens != 0
+                        ? a.max_tokens
+                        : static_cast<uint32_t>(std::min<uint64_t>(config.max_tokens, wanted));
+  return task;
+}
+
+// For one context of max_tokens tokens.
+WeightOptions WeightsOf(const Arguments& a, const ModelConfig& config, uint32_t max_tokens) {
+  WeightOptions weights;
+  weights.mode = a.weights == "resident"   ? WeightMode::kResident
+                 : a.weights == "streamed" ? WeightMode::kStreamed
+                                           : WeightMode::kAuto;
+  weights.form = a.weights_dtype == "int8"   ? WeightForm::kInt8
+                 : a.weights_dtype == "int4" ? WeightForm::kInt4
+                                             : WeightForm::kPlain;
+  weights.reserve_bytes = a.reserve_bytes ? *a.reserve_bytes
+                                          : WorkingBytes(config, OptionsOf(a, config), max_tokens,
+                                                         a.attention == "daemon");
+  return weights;
+}
+
 // The code whose name an answer has.
 absl::StatusCode CodeOf(const std::string& name) {
   constexpr int kLast = static_cast<int>(absl::StatusCode::kUnauthenticated);
@@ -224,29 +271,20 @@ absl::StatusOr<std::optional<QueryRecorder>> MakeRecorder(const Arguments& a,
 }
 
 // `recorder` takes the sequence's queries, if there is one; then its layers are written.
-absl::Status Generate(const Arguments& a, const Model& model, const Tokenizer* tokenizer,
+absl::Status Generate(const Arguments& a, const Model& model, Task task, const Tokenizer* tokenizer,
                       const std::optional<QueryRecorder>& recorder, WorkerSession* session) {
-  QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> ids, PromptIds(a, tokenizer));
-  QUARRY_ASSIGN_OR_RETURN(const std::vector<uint32_t> gold, ParseTokenIds(a.gold_ids));
-  const uint32_t new_tokens =
-      gold.empty() ? a.max_new_tokens : static_cast<uint32_t>(gold.size());
-  const uint64_t wanted = uint64_t{ids.size()} + new_tokens;
-  const uint32_t max_tokens =
-      a.max_tokens != 0
-          ? a.max_tokens
-          : static_cast<uint32_t>(std::min<uint64_t>(model.config().max_tokens, wanted));
   // The prompt but for its last token, which begins the generation.
-  const uint32_t last = ids.back();
-  ids.pop_back();
+  const uint32_t last = task.ids.back();
+  task.ids.pop_back();
   const nlohmann::json opened =
-      session->Answer({{"op", "open"}, {"tokens", ids}, {"max_tokens", max_tokens}});
+      session->Answer({{"op", "open"}, {"tokens", task.ids}, {"max_tokens", task.max_tokens}});
   if (opened["status"] != "OK") return Print(a, tokenizer, opened);
   nlohmann::json answer =
       session->Answer({{"op", "ask"},
                        {"sequence", opened["sequence"]},
                        {"tokens", {last}},
-                       {"new", new_tokens},
-                       {"gold", gold},
+                       {"new", task.new_tokens},
+                       {"gold", task.gold},
                        {"stop", a.ignore_end ? std::vector<uint32_t>() : model.config().end_tokens},
                        {"temperature", a.sampling.temperature},
                        {"top_p", a.sampling.top_p},
@@ -274,7 +312,16 @@ absl::Status Run(const Arguments& a) {
     QUARRY_ASSIGN_OR_RETURN(tokenizer, Tokenizer::Load(a.model));
   }
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Device> device, MakeDevice(a));
-  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Model> model, Model::Load(a.model, device.get()));
+  QUARRY_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(a.model));
+  Task task;
+  if (!a.serve) {
+    QUARRY_ASSIGN_OR_RETURN(task, TaskOf(a, config, tokenizer.get()));
+  }
+  const uint32_t room = !a.serve            ? task.max_tokens
+                        : a.max_tokens != 0 ? a.max_tokens
+                                            : config.max_tokens;
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Model> model,
+                          Model::Load(a.model, device.get(), WeightsOf(a, config, room)));
   std::unique_ptr<KvService> service;
   if (a.attention == "daemon") {
     ClientOptions options;
@@ -293,7 +340,9 @@ absl::Status Run(const Arguments& a) {
     sequence_options.patterns = &patterns;
   }
   WorkerSession session(*model, *device, service.get(), sequence_options);
-  if (!a.serve) return Generate(a, *model, tokenizer.get(), recorder, &session);
+  if (!a.serve) {
+    return Generate(a, *model, std::move(task), tokenizer.get(), recorder, &session);
+  }
   const double load_ms =
       std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   std::cout << nlohmann::json({{"status", "OK"},
