@@ -72,16 +72,18 @@ TEST_F(CodesTest, Int8IsOffByHalfAStepAtMost) {
 
 TEST_F(CodesTest, Int4IsOffByHalfAStepButForWhatIsCutOff) {
   for (const size_t width : {1, 5, 128, 129, 1000}) {
-    const std::vector<float> row = Random(width, 0.02f);
-    const Coded coded = Code(WeightForm::kInt4, row);
-    for (size_t i = 0; i < width; ++i) {
-      const float scale = Bf16ToFloat(coded.scales[i / kCodeGroup]);
-      const float code = row[i] / scale;
-      const float off = std::abs(coded.decoded[i] - row[i]);
-      const float cut = std::max({0.0f, -8.0f - code, code - 7.0f});
-      ASSERT_LE(off, (0.5001f + cut) * std::abs(scale)) << i << " of " << width;
-      // By the finest scale that is tried the largest would be code -8 / 0.72.
-      ASSERT_LE(cut, 8.0f / 0.72f - 7.0f + 0.1f);
+    for (const float size : {1e-30f, 0.02f, 1e30f}) {
+      const std::vector<float> row = Random(width, size);
+      const Coded coded = Code(WeightForm::kInt4, row);
+      for (size_t i = 0; i < width; ++i) {
+        const float scale = Bf16ToFloat(coded.scales[i / kCodeGroup]);
+        const float code = row[i] / scale;
+        const float off = std::abs(coded.decoded[i] - row[i]);
+        const float cut = std::max({0.0f, -8.0f - code, code - 7.0f});
+        ASSERT_LE(off, (0.5001f + cut) * std::abs(scale)) << i << " of " << width;
+        // By the finest scale that is tried the largest would be code -8 / 0.72.
+        ASSERT_LE(cut, 8.0f / 0.72f - 7.0f + 0.1f);
+      }
     }
   }
 }
