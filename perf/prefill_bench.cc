@@ -138,7 +138,7 @@ void Describe(CLI::App* app, Settings* s) {
       ->check(share)
       ->capture_default_str();
   app->add_option("--masses", s->measure.masses,
-                  "also vertical-slash that captures so much of the last queries' mass")
+                  "also vertical_slash_mass that captures so much of the last queries' mass")
       ->check(share);
   app->add_option("--dtype", s->dtype, "of K and V")
       ->check(CLI::IsMember({"bf16", "fp16"}))

@@ -32,6 +32,8 @@ class LayerOnDevice {
 
   // Each returns when the device has done it, and how long that took: milliseconds.
   absl::StatusOr<double> Plan(std::span<const HeadPattern> patterns, LayerPlan* plan);
+  // What a plan says of each head.
+  static absl::StatusOr<std::vector<HeadPlan>> HeadsOf(const LayerPlan& plan) { return plan; }
   // Of the last so many of the rows that are there.
   absl::StatusOr<double> AttendDense(uint32_t rows);
   absl::StatusOr<double> AttendSparse(const LayerPlan& plan);

@@ -70,7 +70,7 @@ class Measurement {
             FitPatterns(name, std::vector<double>(heads(), density), &device_, tiles, team_));
         Add(MeasuredRow{.pattern = name, .asked_density = density}, std::move(patterns));
       }
-      if (name != "vertical_slash") continue;
+      if (name != kLinesByMass) continue;
       for (const double mass : options_.masses) {
         Add(MeasuredRow{.pattern = name, .asked_mass = mass},
             Same(VerticalSlashMassPattern{mass, 1}));
@@ -106,12 +106,12 @@ class Measurement {
     c->row.head0 = "dense";
     if (c->patterns.empty()) return absl::OkStatus();
     QUARRY_RETURN_IF_ERROR(device_.Plan(c->patterns, &c->plan).status());
-    c->tiles = tiles.Of(c->plan, team_);
+    QUARRY_ASSIGN_OR_RETURN(const std::vector<HeadPlan> planned, LayerOnDevice::HeadsOf(c->plan));
+    c->tiles = tiles.Of(planned, team_);
     c->row.head0 = PatternText(c->patterns[0].pattern);
-    for (const HeadPattern& p : c->patterns) {
-      c->row.tiles_estimated |= std::holds_alternative<BlockSparsePattern>(p.pattern) ||
-                                std::holds_alternative<BlockScoredPattern>(p.pattern);
-    }
+    c->row.tiles_estimated = std::any_of(planned.begin(), planned.end(), [](const HeadPlan& p) {
+      return p.kind == HeadKind::kBlocks;
+    });
     return absl::OkStatus();
   }
 

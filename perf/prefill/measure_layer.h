@@ -23,7 +23,7 @@ inline constexpr double kOracleMass = 0.99;
 struct MeasureOptions {
   std::vector<std::string> patterns;  // of FittedPatterns
   std::vector<double> densities;      // each pattern is fitted to each
-  std::vector<double> masses;         // vertical-slash by mass, or heads by their kinds
+  std::vector<double> masses;         // kLinesByMass, or heads by their kinds
   uint32_t repetitions = 5;
   uint32_t chunk_rows = 131072;  // attended at a time, a multiple of 128
   uint32_t sampled_rows = 64, sampled_row_tiles = 8;

@@ -24,33 +24,24 @@ PlanTiles::PlanTiles(const MadeLayer& layer, std::span<const MadeHead> kinds,
   });
 }
 
-std::vector<double> PlanTiles::Of(const LayerPlan& plan, ThreadTeam* team) const {
-  const TokenRange rows{0, layer_.options().tokens};
+std::vector<double> PlanTiles::Of(std::span<const HeadPlan> plan, ThreadTeam* team) const {
+  const TokenRange rows{0, tokens()};
   const double dense = Dense(rows);
   std::vector<double> out(plan.size());
-  bool blocks = false;
-  for (size_t h = 0; h < plan.size(); ++h) {
-    if (plan[h].kind == HeadKind::kDense) {
-      out[h] = dense;
-    } else if (plan[h].kind == HeadKind::kRanges) {
-      out[h] = static_cast<double>(
-          CostOf(plan[h].ranges, plan[h].columns, rows, DenseFallback::kWhereCheaper).tiles);
-    } else {
-      blocks = true;
+  team->For(plan.size(), [&](size_t h) {
+    switch (plan[h].kind) {
+      case HeadKind::kDense:
+        out[h] = dense;
+        break;
+      case HeadKind::kRanges:
+        out[h] = static_cast<double>(
+            CostOf(plan[h].ranges, plan[h].columns, rows, DenseFallback::kWhereCheaper).tiles);
+        break;
+      case HeadKind::kBlocks:
+        out[h] = dense * ShareOfBlocks(plan[h], static_cast<uint32_t>(h));
+        break;
     }
-  }
-  if (!blocks) return out;
-  double sampled = 0;
-  for (const RowTile& tile : row_tiles_) {
-    sampled += KeyTilesOf(tile.rows.hi);
-    const SparseIndex index = IndexOf(plan, tile, team);
-    for (uint32_t h = 0; h < plan.size(); ++h) {
-      if (plan[h].kind == HeadKind::kBlocks) out[h] += static_cast<double>(index.HeadCost(h));
-    }
-  }
-  for (size_t h = 0; h < plan.size(); ++h) {
-    if (plan[h].kind == HeadKind::kBlocks) out[h] *= dense / sampled;
-  }
+  });
   return out;
 }
 
@@ -62,17 +53,24 @@ double PlanTiles::Dense(TokenRange rows) {
   return tiles;
 }
 
-// With means of key blocks that are made once for all row tiles.
-SparseIndex PlanTiles::IndexOf(const LayerPlan& plan, const RowTile& tile, ThreadTeam* team) const {
+// As BuildIndex does, but with means of key blocks that are made once for all row tiles.
+double PlanTiles::ShareOfBlocks(const HeadPlan& plan, uint32_t head) const {
   const LayerKv& kv = layer_.kv();
-  const IndexInputs with_queries{kv, tile.rows.lo, tile.rows.size(), tile.q.data()};
-  IndexInputs inputs{kv, tile.rows.lo, tile.rows.size()};
-  inputs.block_weights = [&](uint32_t head, uint32_t) {
-    return BlockWeights(with_queries, head, means_[head / (kv.heads / kv.kv_heads)],
-                        plan[head].pattern)
-        .Of(tile.rows);
-  };
-  return BuildIndex(plan, inputs, team);
+  const BlockMeans& means = means_[head / (kv.heads / kv.kv_heads)];
+  double tiles = 0, dense = 0;
+  for (const RowTile& tile : row_tiles_) {
+    const IndexInputs inputs{kv, tile.rows.lo, tile.rows.size(), tile.q.data()};
+    const uint32_t all = KeyTilesOf(tile.rows.hi);
+    const auto sparse = static_cast<uint32_t>(
+        ChooseBlocks(plan.pattern, tile.rows,
+                     BlockWeights(inputs, head, means, plan.pattern).Of(tile.rows))
+            .size());
+    const bool cheaper =
+        sparse < all && BlockEighths(plan.pattern, sparse, all) < 8 * uint64_t{all};
+    tiles += cheaper ? sparse : all;
+    dense += all;
+  }
+  return tiles / dense;
 }
 
 }  // namespace quarry::perf

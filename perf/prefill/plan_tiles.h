@@ -6,9 +6,7 @@
 #include <vector>
 
 #include "gpu/sparse/choose_blocks.h"
-#include "gpu/sparse/sparse_index.h"
 #include "gpu/thread_team.h"
-#include "perf/prefill/layer_on_device.h"
 #include "perf/prefill/made_layer.h"
 
 namespace quarry::perf {
@@ -23,8 +21,8 @@ class PlanTiles {
   PlanTiles(const MadeLayer& layer, std::span<const MadeHead> kinds,
             std::span<const uint32_t> row_tiles, ThreadTeam* team);
 
-  // [heads]
-  std::vector<double> Of(const LayerPlan& plan, ThreadTeam* team) const;
+  // plan, and what is returned: [heads]
+  std::vector<double> Of(std::span<const HeadPlan> plan, ThreadTeam* team) const;
   // Of one head, were it dense: of rows [lo, hi) that begin at a whole row tile.
   static double Dense(TokenRange rows);
   uint32_t tokens() const { return layer_.options().tokens; }
@@ -34,7 +32,8 @@ class PlanTiles {
     TokenRange rows;
     std::vector<float> q;  // [rows][heads][head_dim]
   };
-  SparseIndex IndexOf(const LayerPlan& plan, const RowTile& tile, ThreadTeam* team) const;
+  // In the sampled row tiles, a share of their dense tiles.
+  double ShareOfBlocks(const HeadPlan& plan, uint32_t head) const;
 
   const MadeLayer& layer_;
   std::vector<RowTile> row_tiles_;

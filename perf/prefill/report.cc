@@ -129,12 +129,12 @@ void PrintTable(const ReportedLayer& r) {
               std::string(shape.name).c_str(), shape.heads, shape.kv_heads, shape.head_dim,
               std::string(DTypeName(r.layer.dtype)).c_str(), r.layer.tokens, r.kinds_name.c_str());
   PrintOracle(r);
-  std::printf("  %-14s %-12s %6s %9s %10s %7s %6s %7s %7s %7s %7s %7s %7s\n", "pattern", "asked",
+  std::printf("  %-19s %-12s %6s %9s %10s %7s %6s %7s %7s %7s %7s %7s %7s\n", "pattern", "asked",
               "tiles", "plan ms", "attend ms", "TFLOP/s", "rate", "speed", "planned", "mass",
               "error", "last", "error");
   for (const MeasuredRow& row : r.measured.rows) {
     std::printf(
-        "  %-14s %-12s %5.1f%% %9.2f %10.2f %7.1f %6.2f %7.2f %7.2f %7.4f %7.4f %7.4f "
+        "  %-19s %-12s %5.1f%% %9.2f %10.2f %7.1f %6.2f %7.2f %7.2f %7.4f %7.4f %7.4f "
         "%7.4f\n",
         row.pattern.c_str(), Asked(row).c_str(), 100 * row.tiles / row.dense_tiles, row.plan_ms.p50,
         row.attend_ms.p50, row.tflops, row.rate_share.p50, row.speedup.p50,
