@@ -76,7 +76,7 @@ absl::StatusOr<double> LayerOnDevice::AttendDense(uint32_t rows) {
 absl::StatusOr<double> LayerOnDevice::AttendSparse(const LayerPlan& plan) {
   absl::Status status;
   const double us = Microseconds([&] {
-    status = device_->AttendSparse(plan, Attention(rows_, q_.floats()));
+    status = device_->AttendSparse(*plan, Attention(rows_, q_.floats()));
     if (status.ok()) status = Wait();
   });
   QUARRY_RETURN_IF_ERROR(status);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,7 +17,7 @@
 namespace quarry::perf {
 
 // What PlanSparse gives and AttendSparse takes.
-using LayerPlan = std::vector<HeadPlan>;
+using LayerPlan = std::unique_ptr<SparsePlan>;
 
 // Not thread-safe. Device and layer outlive it.
 class LayerOnDevice {
@@ -33,7 +34,9 @@ class LayerOnDevice {
   // Each returns when the device has done it, and how long that took: milliseconds.
   absl::StatusOr<double> Plan(std::span<const HeadPattern> patterns, LayerPlan* plan);
   // What a plan says of each head.
-  static absl::StatusOr<std::vector<HeadPlan>> HeadsOf(const LayerPlan& plan) { return plan; }
+  static absl::StatusOr<std::vector<HeadPlan>> HeadsOf(const LayerPlan& plan) {
+    return plan->Heads();
+  }
   // Of the last so many of the rows that are there.
   absl::StatusOr<double> AttendDense(uint32_t rows);
   absl::StatusOr<double> AttendSparse(const LayerPlan& plan);
