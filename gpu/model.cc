@@ -134,7 +134,8 @@ absl::Status Model::Place(ModelTensors tensors, const WeightOptions& options) {
   for (const uint64_t bytes : layer_bytes) all += bytes;
   if (!config_.tied_head) all += UnitBytes(*device_, {tensors.embedding});
   const uint64_t reserve = options.mode == WeightMode::kAuto ? options.reserve_bytes : 0;
-  table_on_device_ = options.mode != WeightMode::kStreamed && all <= free && reserve <= free - all;
+  table_on_device_ = options.mode == WeightMode::kResident ||
+                     (options.mode == WeightMode::kAuto && all <= free && reserve <= free - all);
   const uint32_t step =
       TileRows(head, *device_, *std::max_element(layer_bytes.begin(), layer_bytes.end()));
   const auto for_tiles = [&](const auto& f) {

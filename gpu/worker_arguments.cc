@@ -135,9 +135,10 @@ SequenceOptions SequenceOptionsOf(const WorkerArguments& a, const ModelConfig& c
 WeightOptions WeightOptionsOf(const WorkerArguments& a, const ModelConfig& config,
                               uint32_t max_tokens) {
   WeightOptions weights;
-  weights.mode = a.weights == "resident"   ? WeightMode::kResident
-                 : a.weights == "streamed" ? WeightMode::kStreamed
-                                           : WeightMode::kAuto;
+  // On the host they would be streamed from the same memory.
+  weights.mode = a.weights == "streamed"                         ? WeightMode::kStreamed
+                 : a.weights == "resident" || a.device == "host" ? WeightMode::kResident
+                                                                 : WeightMode::kAuto;
   weights.form = a.weights_dtype == "int8"   ? WeightForm::kInt8
                  : a.weights_dtype == "int4" ? WeightForm::kInt4
                                              : WeightForm::kPlain;

@@ -13,10 +13,12 @@ uint64_t WorkingBytes(const ModelConfig& c, const SequenceOptions& options, uint
   const uint32_t rows = std::min(max_tokens, std::max(1u, options.prefill_rows));
   const uint64_t states = uint64_t{max_tokens} * c.hidden * sizeof(float);
   const uint64_t kept =
-      with_service ? std::min<uint64_t>(max_tokens, options.window.first + options.window.last)
-                   : max_tokens;
-  // One layer's K/V at a time, and what every layer keeps, with the room that it grows by.
-  const uint64_t buffer = with_service ? max_tokens * token_bytes : 0;
+      with_service
+          ? std::min<uint64_t>(max_tokens, uint64_t{options.window.first} + options.window.last)
+          : max_tokens;
+  // One layer's K/V at a time, or as much while a layer's grows, and what every layer keeps, with
+  // the room that it grows by.
+  const uint64_t buffer = max_tokens * token_bytes;
   const uint64_t local = c.layers * (kept + kept / 8 + 64) * token_bytes;
   return states + LayerScratchBytes(c, shape, rows) + buffer + local + kOperationBytes;
 }

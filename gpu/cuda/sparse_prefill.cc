@@ -119,6 +119,7 @@ absl::Status SparsePrefill::Attend(const DevicePlan& plan, const DeviceAttention
   LayerOf(a);
   QUARRY_RETURN_IF_ERROR(Check(a));
   const std::span<const HeadPlan> heads = plan.heads();
+  QUARRY_CHECK(heads.size() == a.heads);
   const auto by_blocks = static_cast<size_t>(std::count_if(
       heads.begin(), heads.end(), [](const HeadPlan& h) { return h.kind == HeadKind::kBlocks; }));
   uint32_t step = a.rows;

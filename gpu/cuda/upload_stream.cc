@@ -39,7 +39,8 @@ UploadStream::~UploadStream() {
 }
 
 cudaError_t UploadStream::Start(void* to, std::span<const std::byte> from, uint64_t* number) {
-  *number = ++started_;
+  *number = 0;
+  ++started_;
   cudaError_t error = cudaEventRecord(before_, operations_);
   if (error == cudaSuccess) error = cudaStreamWaitEvent(uploads_, before_, 0);
   for (size_t at = 0; at < from.size() && error == cudaSuccess; at += kPieceBytes) {
@@ -48,7 +49,9 @@ cudaError_t UploadStream::Start(void* to, std::span<const std::byte> from, uint6
                         std::min(kPieceBytes, from.size() - at), cudaMemcpyHostToDevice, uploads_);
   }
   if (error != cudaSuccess) return error;
-  return cudaEventRecord(done_[started_ % done_.size()], uploads_);
+  error = cudaEventRecord(done_[started_ % done_.size()], uploads_);
+  if (error == cudaSuccess) *number = started_;
+  return error;
 }
 
 cudaError_t UploadStream::WaitFor(uint64_t number) {
@@ -57,7 +60,9 @@ cudaError_t UploadStream::WaitFor(uint64_t number) {
 }
 
 cudaError_t UploadStream::AllocateHost(size_t bytes, void** data) {
-  return cudaHostAlloc(data, std::max<size_t>(1, bytes), cudaHostAllocDefault);
+  const cudaError_t error = cudaHostAlloc(data, std::max<size_t>(1, bytes), cudaHostAllocDefault);
+  if (error != cudaSuccess) (void)cudaGetLastError();  // else the next launch would report it
+  return error;
 }
 
 void UploadStream::ReleaseHost(void* data) {

@@ -68,7 +68,8 @@ absl::Status PackCodes(std::span<const HostMatrix> stacked, const MatrixLayout& 
     Widen(Find(stacked, layout.width, r), row);
     if (!EncodeRow(layout.form, row, to + r * layout.row_bytes(),
                    scales + r * layout.scales_per_row())) {
-      bad = r;
+      for (size_t first = bad; r < first && !bad.compare_exchange_weak(first, r);) {
+      }
     }
   });
   if (bad == layout.rows) return absl::OkStatus();
