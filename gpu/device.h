@@ -24,6 +24,7 @@ struct HeadPattern;
 struct HeadPlan;
 
 // Memory of a device's budget, given back with the object. Move-only; the device outlives it.
+// Without a device it borrows: a part of another buffer, which outlives it.
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
@@ -52,11 +53,32 @@ struct HostMatrix {
   size_t rows = 0;
 };
 
+// Memory of the host that a device reads beside its operations, given back with the object.
+// Move-only; the device outlives it.
+class HostBuffer {
+ public:
+  HostBuffer() = default;
+  HostBuffer(Device* device, std::span<std::byte> bytes) : device_(device), bytes_(bytes) {}
+  ~HostBuffer();
+  HostBuffer(HostBuffer&& other) noexcept { *this = std::move(other); }
+  HostBuffer& operator=(HostBuffer&& other) noexcept;
+
+  std::span<std::byte> bytes() const { return bytes_; }
+
+ private:
+  Device* device_ = nullptr;
+  std::span<std::byte> bytes_;
+};
+
+// How weights are stored: elements as they are, or codes with scales (gpu/weights/matrix_layout.h).
+enum class WeightForm : uint8_t { kPlain, kInt8, kInt4 };
+
 // Weights, [rows][width], in the form the device computes with; a vector has one row.
 struct DeviceMatrix {
   DeviceBuffer data;
-  DType dtype = DType::kFp32;
+  DType dtype = DType::kFp32;  // of elements; what codes stand for is rounded to it, if anywhere
   size_t rows = 0, width = 0;
+  WeightForm form = WeightForm::kPlain;
 };
 
 // K and V of consecutive tokens of every KV head of a layer: the vectors of one head are
@@ -105,6 +127,15 @@ struct DeviceCopy {
   size_t bytes = 0, count = 0;
 };
 
+// What the heads of a layer attend in a prefill, kept where the device that made it attends by it;
+// which outlives it.
+class SparsePlan {
+ public:
+  virtual ~SparsePlan() = default;
+  // The same on the host, [heads]. Waits for the device.
+  virtual absl::StatusOr<std::vector<HeadPlan>> Heads() const = 0;
+};
+
 struct DeviceStats {
   // The budget, what is handed out of it, and the most that ever was.
   uint64_t capacity_bytes = 0, used_bytes = 0, peak_bytes = 0;
@@ -134,21 +165,34 @@ class Device {
   virtual absl::Status Download(std::span<std::byte> to, const void* from) = 0;
   virtual void Copy(const DeviceCopy& copy) = 0;
 
-  // The matrices one above the other, all of one width. Values stay exact.
-  virtual absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
-                                            std::string_view what) = 0;
+  // Memory of the host for uploads beside the operations; ResourceExhausted names the bytes.
+  virtual absl::StatusOr<HostBuffer> AllocateHost(size_t bytes, std::string_view what);
+  // Copies behind all operations called before, beside those called later: they wait for it where
+  // WaitFor is called with what this returns. Until then nobody uses or releases `to`; `from` lies
+  // in a HostBuffer, and stays as it is. A failure is reported as one of an operation. Uploads run
+  // one after the other, so that waiting for one is waiting for those before it.
+  using UploadTicket = uint64_t;
+  virtual UploadTicket StartUpload(void* to, std::span<const std::byte> from);
+  virtual void WaitFor(UploadTicket upload);
+
+  // The dtype of elements in which the device computes with stored ones: holds them exactly.
+  virtual DType WeightDType(DType stored) const;
+  // The matrices one above the other, all of one width. Plain values stay exact; InvalidArgument if
+  // a value that becomes a code is not finite.
+  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
+                                    std::string_view what, WeightForm form = WeightForm::kPlain);
 
   // y[r][w.rows] = x[r][w.width] * w^T, or added to y.
   enum class Output { kOverwrite, kAccumulate };
   virtual void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
                       Output output) = 0;
-  // y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight.
+  // y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight, which is plain.
   virtual void RmsNorm(const float* x, const DeviceMatrix& weight, float eps, float* y,
                        size_t rows) = 0;
   virtual void Rope(const DeviceRope& rope) = 0;
   // y[r][i] = silu(gate_up[r][i]) * gate_up[r][width + i], i < width.
   virtual void SwiGlu(const float* gate_up, float* y, size_t rows, size_t width) = 0;
-  // y[r] = table[tokens[r]]
+  // y[r] = table[tokens[r]], which is plain.
   virtual void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) = 0;
   // to[i] = from[i] rounded to nearest even.
   virtual void Round(const float* from, DType dtype, void* to, size_t elements) = 0;
@@ -158,17 +202,17 @@ class Device {
   // tokens from 0 to its last row or beyond, and no window.
   // What each head attends in a prefill of rows `prefill` (gpu/sparse/build_index.h), by its keys
   // and its last queries: the rows of `last`, min(64, rows of the prefill) of them; no o and lse.
-  virtual absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                           TokenRange prefill,
-                                                           const DeviceAttention& last);
-  // Attention by a plan, of rows that begin a multiple of 128 rows behind the prefill's first one.
-  virtual absl::Status AttendSparse(std::span<const HeadPlan> plans,
-                                    const DeviceAttention& attention);
+  virtual absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(
+      std::span<const HeadPattern> patterns, TokenRange prefill, const DeviceAttention& last);
+  // Attention by a plan of this device, of rows that begin a multiple of 128 rows behind the
+  // prefill's first one.
+  virtual absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& attention);
   // Merges partial b into a: `rows` outputs of head_dim, one lse each.
   virtual void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
                      uint32_t head_dim) = 0;
 
-  virtual void Release(void* data, size_t bytes) = 0;  // DeviceBuffer's
+  virtual void Release(void* data, size_t bytes) = 0;    // DeviceBuffer's
+  virtual void ReleaseHost(std::span<std::byte> bytes);  // HostBuffer's
 };
 
 inline DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
@@ -179,17 +223,27 @@ inline DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
 }
 
 inline void DeviceBuffer::Reset() {
-  if (data_ != nullptr) device_->Release(data_, bytes_);
+  if (device_ != nullptr && data_ != nullptr) device_->Release(data_, bytes_);
   data_ = nullptr;
   bytes_ = 0;
+}
+
+inline HostBuffer& HostBuffer::operator=(HostBuffer&& other) noexcept {
+  std::swap(device_, other.device_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+inline HostBuffer::~HostBuffer() {
+  if (!bytes_.empty()) device_->ReleaseHost(bytes_);
 }
 
 struct HostDeviceOptions {
   uint64_t capacity_bytes = 16ull << 30;
   uint32_t threads = 0;  // 0: all cores
 };
-// The device that every machine has. Weights are widened to fp32. The threads' scratch, some 100
-// KiB each, is not in the budget.
+// The device that every machine has. Weights are widened to fp32, and so is what codes stand for,
+// a few rows at a time. The threads' scratch, up to 1 MiB each, is not in the budget.
 std::unique_ptr<Device> MakeHostDevice(const HostDeviceOptions& options);
 
 }  // namespace quarry

@@ -16,6 +16,8 @@
 #include "gpu/sparse/build_index.h"
 #include "gpu/sparse/sparse_attention.h"
 #include "gpu/thread_team.h"
+#include "gpu/weights/codes.h"
+#include "gpu/weights/matrix_layout.h"
 #include "proto/check.h"
 #include "proto/half.h"
 #include "proto/status_macros.h"
@@ -28,6 +30,14 @@ namespace {
 constexpr uint32_t kQueriesPerTask = 64;
 // A loop smaller than this is not worth waking a thread for (65 us across CPUs).
 constexpr size_t kFlopsPerTask = 8 << 20;
+// Weights decoded at a time by a thread: 1 MiB stays in its L2 cache.
+constexpr size_t kDecodedFloats = 256 << 10;
+
+struct HostPlan final : SparsePlan {
+  explicit HostPlan(std::vector<HeadPlan> plans) : heads(std::move(plans)) {}
+  absl::StatusOr<std::vector<HeadPlan>> Heads() const override { return heads; }
+  const std::vector<HeadPlan> heads;
+};
 
 class HostDevice final : public Device {
  public:
@@ -80,20 +90,6 @@ class HostDevice final : public Device {
     for (size_t i = 0; i < c.count; ++i) {
       std::memcpy(to + i * c.to_stride, from + i * c.from_stride, c.bytes);
     }
-  }
-
-  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
-                                    std::string_view what) override {
-    DeviceMatrix out;
-    out.width = width;
-    for (const HostMatrix& part : stacked) out.rows += part.rows;
-    QUARRY_ASSIGN_OR_RETURN(out.data, Allocate(out.rows * width * sizeof(float), what));
-    float* to = out.data.floats();
-    for (const HostMatrix& part : stacked) {
-      team_.For(part.rows, [&](size_t r) { WidenRow(part, r, width, to + r * width); });
-      to += part.rows * width;
-    }
-    return out;
   }
 
   void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
@@ -190,15 +186,17 @@ class HostDevice final : public Device {
     for (size_t task = 0; task < tasks; ++task) run(task);
   }
 
-  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                   TokenRange prefill,
-                                                   const DeviceAttention& last) override {
-    return PlanHeads({LayerOf(last), prefill, patterns, last.q}, &team_);
+  absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                         TokenRange prefill,
+                                                         const DeviceAttention& last) override {
+    return std::make_unique<HostPlan>(
+        PlanHeads({LayerOf(last), prefill, patterns, last.q}, &team_));
   }
 
-  absl::Status AttendSparse(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
+  absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& a) override {
     const LayerKv layer = LayerOf(a);
-    const SparseIndex index = BuildIndex(plans, {layer, a.first_token, a.rows, a.q}, &team_);
+    const SparseIndex index = BuildIndex(static_cast<const HostPlan&>(plan).heads,
+                                         {layer, a.first_token, a.rows, a.q}, &team_);
     quarry::AttendSparse({layer, &index, {}, a.q, a.o, a.lse}, &team_);
     return absl::OkStatus();
   }
@@ -217,22 +215,34 @@ class HostDevice final : public Device {
     return {a.parts[0], a.dtype, a.heads, a.kv_heads, a.head_dim};
   }
 
-  static void WidenRow(const HostMatrix& from, size_t row, size_t width, float* to) {
-    const std::byte* data = from.bytes.data() + row * width * DTypeBytes(from.dtype);
-    if (from.dtype == DType::kFp32) {
-      std::memcpy(to, data, width * sizeof(float));
-    } else {
-      for (size_t i = 0; i < width; ++i) to[i] = LoadAsFloat(data, i, from.dtype);
-    }
-  }
-
   // y[.][lo, hi) = x * (rows [lo, hi) of w)^T
   static void Multiply(const float* x, const DeviceMatrix& w, size_t lo, size_t hi, float* y,
                        size_t rows, Output output) {
     if (lo >= hi || rows == 0) return;
+    if (w.form == WeightForm::kPlain) {
+      return MultiplyRows(x, w.data.floats() + lo * w.width, w, lo, hi, y, rows, output);
+    }
+    const size_t step = std::max<size_t>(1, kDecodedFloats / std::max<size_t>(1, w.width));
+    const MatrixLayout layout = LayoutOf(w);
+    const auto* const scales = reinterpret_cast<const uint16_t*>(w.data.raw() + layout.scales_at());
+    thread_local std::vector<float> decoded;
+    for (; lo < hi; lo += step) {
+      const size_t end = std::min(hi, lo + step);
+      decoded.resize((end - lo) * w.width);
+      for (size_t r = lo; r < end; ++r) {
+        DecodeRow(w.form, w.data.raw() + r * layout.row_bytes(),
+                  scales + r * layout.scales_per_row(),
+                  std::span(decoded).subspan((r - lo) * w.width, w.width));
+      }
+      MultiplyRows(x, decoded.data(), w, lo, end, y, rows, output);
+    }
+  }
+
+  // The same with these rows at `from`, [hi - lo][w.width].
+  static void MultiplyRows(const float* x, const float* from, const DeviceMatrix& w, size_t lo,
+                           size_t hi, float* y, size_t rows, Output output) {
     const float beta = output == Output::kAccumulate ? 1.0f : 0.0f;
     const int out = static_cast<int>(hi - lo), in = static_cast<int>(w.width);
-    const float* from = w.data.floats() + lo * w.width;
     if (rows == 1) {
       cblas_sgemv(CblasRowMajor, CblasNoTrans, out, in, 1.0f, from, in, x, 1, beta, y + lo, 1);
       return;

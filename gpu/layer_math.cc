@@ -12,31 +12,46 @@ namespace {
 // Rows of the MLP in work at a time: bounds its activations, large enough for the products.
 constexpr uint32_t kMlpRows = 1024;
 
-}  // namespace
+struct Piece {
+  DeviceBuffer LayerScratch::*buffer;
+  size_t bytes;
+  const char* what;
+  bool far = false;  // only with answers from the daemon
+};
 
-absl::StatusOr<LayerScratch> LayerMath::Allocate(uint32_t max_rows, Answers answers) const {
-  const ModelConfig& c = model_.config();
+std::vector<Piece> PiecesOf(const ModelConfig& c, const KvShape& shape, uint32_t max_rows) {
   const size_t rows = max_rows, mlp_rows = std::min(max_rows, kMlpRows);
   const size_t q = rows * c.heads * c.head_dim, kv = rows * c.kv_heads * c.head_dim;
+  const size_t element = DTypeBytes(shape.dtype);
+  using S = LayerScratch;
+  return {{&S::norm, rows * c.hidden * 4, "normed states"},
+          {&S::q, q * 4, "queries"},
+          {&S::o, q * 4, "attention output"},
+          {&S::lse, rows * c.heads * 4, "lse"},
+          {&S::k_wide, kv * 4, "keys"},
+          {&S::v_wide, kv * 4, "values"},
+          {&S::k, kv * element, "rounded keys"},
+          {&S::v, kv * element, "rounded values"},
+          {&S::gate_up, mlp_rows * 2 * c.intermediate * 4, "MLP gate and up"},
+          {&S::activated, mlp_rows * c.intermediate * 4, "MLP activations"},
+          {&S::far_o, q * 4, "the daemon's output", true},
+          {&S::far_lse, rows * c.heads * 4, "the daemon's lse", true}};
+}
+
+}  // namespace
+
+uint64_t LayerScratchBytes(const ModelConfig& config, const KvShape& shape, uint32_t max_rows) {
+  uint64_t bytes = 0;
+  for (const Piece& piece : PiecesOf(config, shape, max_rows)) bytes += piece.bytes;
+  return bytes;
+}
+
+absl::StatusOr<LayerScratch> LayerMath::Allocate(uint32_t max_rows, Answers answers) const {
   LayerScratch s;
   s.max_rows = max_rows;
-  const auto take = [&](DeviceBuffer* out, size_t bytes, const char* what) -> absl::Status {
-    QUARRY_ASSIGN_OR_RETURN(*out, device_.Allocate(bytes, what));
-    return absl::OkStatus();
-  };
-  QUARRY_RETURN_IF_ERROR(take(&s.norm, rows * c.hidden * 4, "normed states"));
-  QUARRY_RETURN_IF_ERROR(take(&s.q, q * 4, "queries"));
-  QUARRY_RETURN_IF_ERROR(take(&s.o, q * 4, "attention output"));
-  QUARRY_RETURN_IF_ERROR(take(&s.lse, rows * c.heads * 4, "lse"));
-  QUARRY_RETURN_IF_ERROR(take(&s.k_wide, kv * 4, "keys"));
-  QUARRY_RETURN_IF_ERROR(take(&s.v_wide, kv * 4, "values"));
-  QUARRY_RETURN_IF_ERROR(take(&s.k, kv * DTypeBytes(shape_.dtype), "rounded keys"));
-  QUARRY_RETURN_IF_ERROR(take(&s.v, kv * DTypeBytes(shape_.dtype), "rounded values"));
-  QUARRY_RETURN_IF_ERROR(take(&s.gate_up, mlp_rows * 2 * c.intermediate * 4, "MLP gate and up"));
-  QUARRY_RETURN_IF_ERROR(take(&s.activated, mlp_rows * c.intermediate * 4, "MLP activations"));
-  if (answers == Answers::kFar) {
-    QUARRY_RETURN_IF_ERROR(take(&s.far_o, q * 4, "the daemon's output"));
-    QUARRY_RETURN_IF_ERROR(take(&s.far_lse, rows * c.heads * 4, "the daemon's lse"));
+  for (const Piece& piece : PiecesOf(model_.config(), shape_, max_rows)) {
+    if (piece.far && answers != Answers::kFar) continue;
+    QUARRY_ASSIGN_OR_RETURN(s.*piece.buffer, device_.Allocate(piece.bytes, piece.what));
   }
   return s;
 }
@@ -44,7 +59,7 @@ absl::StatusOr<LayerScratch> LayerMath::Allocate(uint32_t max_rows, Answers answ
 void LayerMath::Project(uint32_t layer, const float* x, uint32_t first, uint32_t rows,
                         LayerScratch* s) {
   const ModelConfig& c = model_.config();
-  const LayerWeights& w = model_.layers()[layer];
+  const LayerWeights& w = model_.Layer(layer);
   device_.RmsNorm(x, w.attention_norm, c.norm_eps, s->norm.floats(), rows);
   for (const auto& [weight, out] :
        {std::pair{&w.q, &s->q}, {&w.k, &s->k_wide}, {&w.v, &s->v_wide}}) {
@@ -61,7 +76,7 @@ void LayerMath::Project(uint32_t layer, const float* x, uint32_t first, uint32_t
 
 void LayerMath::Finish(uint32_t layer, float* x, uint32_t rows, LayerScratch* s) {
   const ModelConfig& c = model_.config();
-  const LayerWeights& w = model_.layers()[layer];
+  const LayerWeights& w = model_.Layer(layer);
   device_.MatMul(s->o.floats(), w.o, x, rows, Device::Output::kAccumulate);
   device_.RmsNorm(x, w.mlp_norm, c.norm_eps, s->norm.floats(), rows);
   for (uint32_t r = 0; r < rows; r += kMlpRows) {
@@ -79,7 +94,11 @@ absl::StatusOr<std::vector<float>> LayerMath::Logits(const float* x, uint32_t to
   QUARRY_ASSIGN_OR_RETURN(DeviceBuffer norm, device_.Allocate(size_t{c.hidden} * 4, "last state"));
   QUARRY_ASSIGN_OR_RETURN(DeviceBuffer logits, device_.Allocate(size_t{c.vocab} * 4, "logits"));
   device_.RmsNorm(x, model_.final_norm(), c.norm_eps, norm.floats(), 1);
-  device_.MatMul(norm.floats(), model_.head(), logits.floats(), 1, Device::Output::kOverwrite);
+  for (size_t t = 0; t < model_.head_tiles(); ++t) {
+    const HeadTile& tile = model_.Head(t);
+    device_.MatMul(norm.floats(), tile.weight, logits.floats() + tile.first, 1,
+                   Device::Output::kOverwrite);
+  }
   std::vector<float> out(c.vocab);
   QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(out)), logits.raw()));
   for (size_t id = 0; id < out.size(); ++id) {

@@ -24,6 +24,9 @@ struct LayerScratch {
   DeviceBuffer gate_up, activated;  // [some rows][2 * intermediate], [some rows][intermediate]
 };
 
+// Bytes of a scratch with room for the daemon's answers.
+uint64_t LayerScratchBytes(const ModelConfig& config, const KvShape& shape, uint32_t max_rows);
+
 // Not thread-safe. Model and device outlive it.
 class LayerMath {
  public:

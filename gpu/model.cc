@@ -2,22 +2,23 @@
 
 #include <openssl/evp.h>
 
-#include <cstring>
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <optional>
-#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
-#include "gpu/safetensors.h"
+#include "gpu/weights/matrix_layout.h"
 #include "proto/check.h"
+#include "proto/half.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
+
+// Embedding rows on their way to the device at a time.
+constexpr size_t kGatherBytes = size_t{16} << 20;
 
 // SHA-256 over byte strings, each with its length first.
 class FileDigest {
@@ -55,138 +56,58 @@ class FileDigest {
   EVP_MD_CTX* context_;
 };
 
-// Loads tensors onto the device, checking their shapes, and remembers which were wanted.
-class Loader {
- public:
-  Loader(const WeightFiles& files, Device* device) : files_(files), device_(device) {}
-
-  absl::StatusOr<DeviceMatrix> Vector(const std::string& name, uint64_t width) {
-    QUARRY_ASSIGN_OR_RETURN(HostMatrix stored, Find(name, {width}));
-    return device_->Load(std::span(&stored, 1), width, name);
-  }
-
-  absl::StatusOr<DeviceMatrix> Matrix(const std::string& name, uint64_t rows, uint64_t width) {
-    return Rows(name, rows, width, 0, rows);
-  }
-
-  // Rows [first, first + rows) of a fused matrix of `total` rows.
-  absl::StatusOr<DeviceMatrix> Rows(const std::string& name, uint64_t total, uint64_t width,
-                                    uint64_t first, uint64_t rows) {
-    QUARRY_ASSIGN_OR_RETURN(HostMatrix stored, Find(name, {total, width}));
-    const uint64_t row_bytes = width * DTypeBytes(stored.dtype);
-    stored.bytes = stored.bytes.subspan(first * row_bytes, rows * row_bytes);
-    stored.rows = rows;
-    return device_->Load(std::span(&stored, 1), width, name);
-  }
-
-  // Two matrices of one shape, one above the other.
-  absl::StatusOr<DeviceMatrix> Stacked(const std::string& above, const std::string& below,
-                                       uint64_t rows, uint64_t width) {
-    HostMatrix stored[2];
-    QUARRY_ASSIGN_OR_RETURN(stored[0], Find(above, {rows, width}));
-    QUARRY_ASSIGN_OR_RETURN(stored[1], Find(below, {rows, width}));
-    return device_->Load(stored, width, above);
-  }
-
-  // Unimplemented names a tensor that nobody wanted.
-  absl::Status CheckAllUsed(bool tied_head) const {
-    for (const auto& file : files_.files()) {
-      for (const auto& [name, tensor] : file->tensors()) {
-        // Derived from the configuration, and stored by old versions all the same.
-        if (name.ends_with("rotary_emb.inv_freq") || (tied_head && name == "lm_head.weight")) {
-          continue;
-        }
-        if (used_.contains(name)) continue;
-        return absl::UnimplementedError(absl::StrCat(
-            file->path(), ": tensor ", name, " has no place in the configured architecture"));
-      }
-    }
-    return absl::OkStatus();
-  }
-
- private:
-  absl::StatusOr<HostMatrix> Find(const std::string& name, const std::vector<uint64_t>& shape) {
-    QUARRY_ASSIGN_OR_RETURN(TensorView tensor, files_.Find(name));
-    used_.insert(name);
-    const std::optional<DType> dtype = FloatingDType(tensor.dtype);
-    if (tensor.shape != shape || !dtype) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("tensor ", name, " is [", absl::StrJoin(tensor.shape, ", "), "]",
-                       dtype ? "" : " of integers", ", [", absl::StrJoin(shape, ", "),
-                       "] follows from the configuration"));
-    }
-    return HostMatrix{tensor.bytes, *dtype, shape.size() == 1 ? 1 : shape[0]};
-  }
-
-  static std::optional<DType> FloatingDType(TensorDType dtype) {
-    switch (dtype) {
-      case TensorDType::kBf16:
-        return DType::kBf16;
-      case TensorDType::kFp16:
-        return DType::kFp16;
-      case TensorDType::kFp32:
-        return DType::kFp32;
-      default:
-        return std::nullopt;
-    }
-  }
-
-  const WeightFiles& files_;
-  Device* const device_;
-  std::set<std::string> used_;
-};
-
-absl::Status LoadAttention(const ModelConfig& c, const std::string& at, Loader* loader,
-                           LayerWeights* out) {
-  const uint64_t q_rows = uint64_t{c.heads} * c.head_dim;
-  const uint64_t kv_rows = uint64_t{c.kv_heads} * c.head_dim;
-  if (c.family == ModelFamily::kPhi3) {
-    const std::string fused = at + "qkv_proj.weight";
-    const uint64_t total = q_rows + 2 * kv_rows;
-    QUARRY_ASSIGN_OR_RETURN(out->q, loader->Rows(fused, total, c.hidden, 0, q_rows));
-    QUARRY_ASSIGN_OR_RETURN(out->k, loader->Rows(fused, total, c.hidden, q_rows, kv_rows));
-    QUARRY_ASSIGN_OR_RETURN(out->v,
-                            loader->Rows(fused, total, c.hidden, q_rows + kv_rows, kv_rows));
-  } else {
-    QUARRY_ASSIGN_OR_RETURN(out->q, loader->Matrix(at + "q_proj.weight", q_rows, c.hidden));
-    QUARRY_ASSIGN_OR_RETURN(out->k, loader->Matrix(at + "k_proj.weight", kv_rows, c.hidden));
-    QUARRY_ASSIGN_OR_RETURN(out->v, loader->Matrix(at + "v_proj.weight", kv_rows, c.hidden));
-  }
-  QUARRY_ASSIGN_OR_RETURN(out->o, loader->Matrix(at + "o_proj.weight", c.hidden, q_rows));
-  return absl::OkStatus();
+// Rows of the head that are used together, each so many from the one before: they take about as
+// much as a layer, for they share its memory where they are streamed. The same where they are not,
+// so that products have the same shapes, and multiples that keep every tile at an aligned address.
+uint32_t TileRows(const StoredMatrix& head, const Device& device, uint64_t layer_bytes) {
+  constexpr uint64_t kMultiple = 128;
+  const uint64_t rows = head.stacked.front().rows, bytes = UnitBytes(device, {head});
+  const uint64_t tiles = (bytes + layer_bytes - 1) / layer_bytes;
+  const uint64_t step = (rows + tiles - 1) / tiles;
+  return static_cast<uint32_t>((step + kMultiple - 1) / kMultiple * kMultiple);
 }
 
-absl::Status LoadLayer(const ModelConfig& c, uint32_t layer, Loader* loader, LayerWeights* out) {
-  const std::string prefix = absl::StrCat("model.layers.", layer, ".");
-  QUARRY_ASSIGN_OR_RETURN(out->attention_norm,
-                          loader->Vector(prefix + "input_layernorm.weight", c.hidden));
-  QUARRY_ASSIGN_OR_RETURN(out->mlp_norm,
-                          loader->Vector(prefix + "post_attention_layernorm.weight", c.hidden));
-  QUARRY_RETURN_IF_ERROR(LoadAttention(c, prefix + "self_attn.", loader, out));
-  const std::string mlp = prefix + "mlp.";
-  if (c.family == ModelFamily::kPhi3) {
-    QUARRY_ASSIGN_OR_RETURN(out->gate_up, loader->Matrix(mlp + "gate_up_proj.weight",
-                                                         uint64_t{2} * c.intermediate, c.hidden));
-  } else {
-    QUARRY_ASSIGN_OR_RETURN(out->gate_up,
-                            loader->Stacked(mlp + "gate_proj.weight", mlp + "up_proj.weight",
-                                            c.intermediate, c.hidden));
-  }
-  QUARRY_ASSIGN_OR_RETURN(out->down,
-                          loader->Matrix(mlp + "down_proj.weight", c.hidden, c.intermediate));
-  return absl::OkStatus();
+// Rows [lo, lo + rows) of a stored matrix.
+StoredMatrix RowsOf(const StoredMatrix& m, size_t lo, size_t rows) {
+  const HostMatrix& stored = m.stacked.front();
+  const size_t row = stored.bytes.size() / stored.rows;
+  StoredMatrix out = m;
+  out.stacked = {{stored.bytes.subspan(lo * row, rows * row), stored.dtype, rows}};
+  return out;
+}
+
+// The same of a plain matrix on the device, borrowed.
+DeviceMatrix RowsOf(const DeviceMatrix& m, size_t lo, size_t rows) {
+  const size_t row = m.width * DTypeBytes(m.dtype);
+  return {DeviceBuffer(nullptr, m.data.raw() + lo * row, rows * row), m.dtype, rows, m.width};
+}
+
+uint64_t FreeBytes(const Device& device) {
+  const DeviceStats stats = device.Stats();
+  const uint64_t taken = stats.used_bytes + stats.overhead_bytes;
+  return stats.capacity_bytes - std::min(stats.capacity_bytes, taken);
+}
+
+std::vector<uint64_t> BytesOf(const Device& device, std::span<const StoredUnit> units) {
+  std::vector<uint64_t> out;
+  for (const StoredUnit& unit : units) out.push_back(UnitBytes(device, unit));
+  return out;
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Model>> Model::Load(const std::string& directory, Device* device) {
-  auto model = std::unique_ptr<Model>(new Model);
+absl::StatusOr<std::unique_ptr<Model>> Model::Load(const std::string& directory, Device* device,
+                                                   const WeightOptions& options) {
+  auto model = std::unique_ptr<Model>(new Model(device));
   QUARRY_ASSIGN_OR_RETURN(model->config_, LoadModelConfig(directory));
   QUARRY_ASSIGN_OR_RETURN(WeightFiles files, WeightFiles::Open(directory));
   model->name_ = std::filesystem::path(directory).lexically_normal().filename().string();
   FileDigest weights;
   weights.AddFile(directory + "/config.json");
   for (const auto& file : files.files()) weights.Add(file->file_bytes());
+  if (options.form != WeightForm::kPlain) {
+    weights.Add(std::as_bytes(std::span(WeightFormName(options.form))));
+  }
   model->weights_digest_ = weights.Finish<WeightsDigest>();
   FileDigest tokenizer;
   bool any = false;
@@ -195,20 +116,82 @@ absl::StatusOr<std::unique_ptr<Model>> Model::Load(const std::string& directory,
   }
   if (any) model->tokenizer_digest_ = tokenizer.Finish<TokenizerDigest>();
 
-  const ModelConfig& c = model->config_;
-  Loader loader(files, device);
-  QUARRY_ASSIGN_OR_RETURN(model->embedding_,
-                          loader.Matrix("model.embed_tokens.weight", c.vocab, c.hidden));
-  QUARRY_ASSIGN_OR_RETURN(model->final_norm_, loader.Vector("model.norm.weight", c.hidden));
-  if (!c.tied_head) {
-    QUARRY_ASSIGN_OR_RETURN(model->head_, loader.Matrix("lm_head.weight", c.vocab, c.hidden));
-  }
-  model->layers_.resize(c.layers);
-  for (uint32_t l = 0; l < c.layers; ++l) {
-    QUARRY_RETURN_IF_ERROR(LoadLayer(c, l, &loader, &model->layers_[l]));
-  }
-  QUARRY_RETURN_IF_ERROR(loader.CheckAllUsed(c.tied_head));
+  QUARRY_ASSIGN_OR_RETURN(ModelTensors tensors, FindTensors(model->config_, files, options.form));
+  QUARRY_ASSIGN_OR_RETURN(
+      model->final_norm_,
+      device->Load(tensors.final_norm.stacked, tensors.final_norm.width, tensors.final_norm.name));
+  QUARRY_RETURN_IF_ERROR(model->Place(std::move(tensors), options));
+  if (!model->table_on_device_) model->files_ = std::move(files);
   return model;
+}
+
+absl::Status Model::Place(ModelTensors tensors, const WeightOptions& options) {
+  const uint64_t free = FreeBytes(*device_);
+  std::vector<StoredUnit> units = std::move(tensors.layers);
+  const std::vector<uint64_t> layer_bytes = BytesOf(*device_, units);
+  const StoredMatrix& head = config_.tied_head ? tensors.embedding : tensors.head;
+  uint64_t all = UnitBytes(*device_, {head});
+  for (const uint64_t bytes : layer_bytes) all += bytes;
+  if (!config_.tied_head) all += UnitBytes(*device_, {tensors.embedding});
+  const uint64_t reserve = options.mode == WeightMode::kAuto ? options.reserve_bytes : 0;
+  table_on_device_ = options.mode == WeightMode::kResident ||
+                     (options.mode == WeightMode::kAuto && all <= free && reserve <= free - all);
+  const uint32_t step =
+      TileRows(head, *device_, *std::max_element(layer_bytes.begin(), layer_bytes.end()));
+  const auto for_tiles = [&](const auto& f) {
+    for (uint32_t lo = 0; lo < config_.vocab; lo += step) f(lo, std::min(step, config_.vocab - lo));
+  };
+  if (table_on_device_) {
+    units.push_back({head});
+    if (!config_.tied_head) units.push_back({tensors.embedding});
+  } else {
+    for_tiles([&](uint32_t lo, uint32_t rows) { units.push_back({RowsOf(head, lo, rows)}); });
+    table_ = tensors.embedding.stacked.front();
+  }
+  const std::vector<uint64_t> bytes = BytesOf(*device_, units);
+  QUARRY_ASSIGN_OR_RETURN(const Residence residence,
+                          PlanResidence({bytes, options.mode, device_->Stats().capacity_bytes, free,
+                                         options.reserve_bytes}));
+  QUARRY_ASSIGN_OR_RETURN(store_, WeightStore::Create(device_, units, residence));
+  const auto only = [&](size_t unit) { return std::move(store_->Borrow(unit).front()); };
+  for (uint32_t l = 0; l < config_.layers; ++l) layers_.push_back(LayerOf(store_->Borrow(l)));
+  for_tiles([&](uint32_t lo, uint32_t rows) {
+    const size_t unit = config_.layers + (table_on_device_ ? 0 : head_.size());
+    head_.push_back({lo, table_on_device_ ? RowsOf(only(unit), lo, rows) : only(unit), unit});
+  });
+  if (table_on_device_) embedding_ = only(units.size() - 1);
+  return absl::OkStatus();
+}
+
+const LayerWeights& Model::Layer(uint32_t layer) const {
+  store_->Use(layer);
+  return layers_[layer];
+}
+
+const HeadTile& Model::Head(size_t tile) const {
+  store_->Use(head_[tile].unit);
+  return head_[tile];
+}
+
+absl::Status Model::Embed(std::span<const uint32_t> tokens, float* y) const {
+  if (table_on_device_) {
+    device_->Embed(embedding_, tokens, y);
+    return absl::OkStatus();
+  }
+  const size_t width = config_.hidden;
+  const size_t step = std::max<size_t>(1, kGatherBytes / (width * sizeof(float)));
+  std::vector<float> rows(std::min(step, tokens.size()) * width);
+  for (size_t lo = 0; lo < tokens.size(); lo += step) {
+    const size_t count = std::min(step, tokens.size() - lo);
+    for (size_t i = 0; i < count; ++i) {
+      const std::byte* const from =
+          table_.bytes.data() + tokens[lo + i] * width * DTypeBytes(table_.dtype);
+      for (size_t e = 0; e < width; ++e) rows[i * width + e] = LoadAsFloat(from, e, table_.dtype);
+    }
+    QUARRY_RETURN_IF_ERROR(
+        device_->Upload(y + lo * width, std::as_bytes(std::span(rows).first(count * width))));
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<ModelSpec> Model::SpecFor(uint32_t max_tokens, DType kv_dtype) const {

@@ -201,7 +201,7 @@ absl::StatusOr<DeviceBuffer> Sequence::Embed(std::span<const uint32_t> tokens) {
   const uint32_t hidden = model_.config().hidden;
   QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x,
                           device_.Allocate(tokens.size() * hidden * 4, "hidden states"));
-  device_.Embed(model_.embedding(), tokens, x.floats());
+  QUARRY_RETURN_IF_ERROR(model_.Embed(tokens, x.floats()));
   return x;
 }
 

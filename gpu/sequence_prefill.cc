@@ -141,14 +141,14 @@ absl::Status Sequence::AttendLayerSparsely(uint32_t layer, float* x, TokenRange 
   if (projected) last_queries.q += (first_last - prefill.lo) * width;
   const std::span<const HeadPattern> patterns =
       std::span(options_.patterns->patterns).subspan(size_t{layer} * shape_.heads, shape_.heads);
-  QUARRY_ASSIGN_OR_RETURN(const std::vector<HeadPlan> plans,
+  QUARRY_ASSIGN_OR_RETURN(const std::unique_ptr<SparsePlan> plan,
                           device_.PlanSparse(patterns, prefill, last_queries));
   const uint32_t step = projected ? prefill.size() : scratch->max_rows / kRowTile * kRowTile;
   for (uint32_t lo = prefill.lo; lo < prefill.hi;) {
     const uint32_t rows = std::min(step, prefill.hi - lo);
     float* states = x + (lo - prefill.lo) * hidden;
     if (!projected) math_.Project(layer, states, lo, rows, scratch);
-    QUARRY_RETURN_IF_ERROR(device_.AttendSparse(plans, math_.Attention(lo, rows, parts, *scratch)));
+    QUARRY_RETURN_IF_ERROR(device_.AttendSparse(*plan, math_.Attention(lo, rows, parts, *scratch)));
     math_.Finish(layer, states, rows, scratch);
     lo += rows;
   }

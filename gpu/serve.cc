@@ -230,7 +230,9 @@ absl::StatusOr<json> WorkerSession::Stats() {
               {"device_peak_bytes", device.peak_bytes},
               {"device_overhead_bytes", device.overhead_bytes},
               {"device_mapped_bytes", device.mapped_bytes},
-              {"device_driver_used_bytes", device.driver_used_bytes}};
+              {"device_driver_used_bytes", device.driver_used_bytes},
+              {"weights_resident_bytes", model_.residence().resident_bytes},
+              {"weights_streamed_bytes", model_.residence().streamed_bytes}};
 }
 
 }  // namespace quarry

@@ -1,8 +1,11 @@
-// What sparse prefill makes of scores, and the means that it scores: plain loops, whose sums have
-// one order. Heads lie along the grid's last dimension that is used.
+// Key blocks by scores of their means, and these means. Sums have one order. Heads lie along the
+// grid's last dimension that is used.
 #pragma once
 
+#include "gpu/cuda/block_ops.cuh"
+#include "gpu/cuda/score_sum.cuh"
 #include "gpu/cuda/sparse_args.h"
+#include "gpu/sparse/head_cost.h"
 
 namespace quarry::cuda {
 
@@ -19,37 +22,18 @@ __device__ inline uint32_t BlocksBefore(uint32_t token) {
 
 // The end of row tile t.
 __device__ inline uint32_t EndOf(const ChoiceArgs& a, uint32_t t) {
-  return min(a.first_token + (t + 1) * kRowTile, a.end_token);
+  return a.first_token + min((t + 1) * kRowTile, a.rows);
 }
 
-// A query of row tile t, of blocks of keys, that looks at those before token `end`.
-__device__ inline ScoredKeys BlocksSeen(const ChoiceArgs& a, uint32_t t, uint32_t end) {
-  const uint32_t blocks = BlocksBefore(end), whole = EndOf(a, t) / kKeyTile;
-  if (blocks <= whole) return {blocks, kNoKey};
-  return {whole, a.cut_first + t};
-}
-
+// Of a mean query: the blocks before its last row's.
 __device__ inline ScoredKeys KeysOf(const ChoiceArgs& a, uint32_t query) {
-  if (a.of == ScoredQueries::kLast) return {a.first_token + query + 1, kNoKey};
-  if (a.of == ScoredQueries::kRows) {
-    return BlocksSeen(a, query / kRowTile, a.first_token + query + 1);
-  }
-  const uint32_t first = a.first_token + query * (kRowTile / 2);
-  if (first >= a.end_token) return {0, kNoKey};
-  return BlocksSeen(a, query / 2, min(first + kRowTile / 2, a.end_token));
+  const uint32_t row = query * (kRowTile / 2), t = query / 2;
+  if (row >= a.rows) return {0, kNoKey};
+  const uint32_t blocks = BlocksBefore(a.first_token + min(row + kRowTile / 2, a.rows));
+  const uint32_t whole = EndOf(a, t) / kKeyTile;
+  if (blocks <= whole) return {blocks, kNoKey};
+  return {whole, a.whole_blocks + t};
 }
-
-// The largest of some scores, and the sum of 2^(score - largest).
-struct ScoreSum {
-  float largest = -INFINITY, sum = 0.0f;
-
-  __device__ void Add(const ScoreSum& other) {
-    const float now = fmaxf(largest, other.largest);
-    if (now == -INFINITY) return;
-    sum = sum * Exp2(largest - now) + other.sum * Exp2(other.largest - now);
-    largest = now;
-  }
-};
 
 // Writes stats. Grid: queries, heads. `threads`: a power of two; shared: [threads].
 __device__ inline void MeasureScores(const ChoiceArgs& a, uint32_t threads, ScoreSum* shared) {
@@ -81,60 +65,103 @@ __device__ inline void MeasureScores(const ChoiceArgs& a, uint32_t threads, Scor
   }
   if (thread == 0) {
     a.stats[2 * vector] = shared[0].largest;
-    a.stats[2 * vector + 1] = shared[0].largest + log2f(shared[0].sum);
+    a.stats[2 * vector + 1] = shared[0].Log2();
   }
 }
 
-// Sums by keys and by distances, one of each a thread. Grid: any, heads.
-__device__ inline void SumLastQueries(const ChoiceArgs& a, uint32_t threads) {
-  const uint32_t tokens = a.first_token + a.queries;
-  const float* const scores = a.scores + size_t{blockIdx.y} * a.queries * a.width;
-  const float* const stats = a.stats + size_t{blockIdx.y} * a.queries * 2;
-  float* const out = a.out + size_t{blockIdx.y} * 3 * tokens;
-  for (uint32_t j = blockIdx.x * threads + threadIdx.x; j < tokens; j += gridDim.x * threads) {
-    float before = 0.0f, behind = 0.0f, slash = 0.0f;
-    for (uint32_t i = 0; i < a.queries; ++i) {
-      const uint32_t token = a.first_token + i;
-      if (token < j) continue;
-      const float* const of_query = scores + size_t{i} * a.width;
-      const float shift = stats[2 * i + 1], weight = Exp2(of_query[j] - shift);
-      if (i < a.split) {
-        before += weight;
-      } else {
-        behind += weight;
-      }
-      slash += Exp2(of_query[token - j] - shift);
-    }
-    out[j] = before;
-    out[tokens + j] = behind;
-    out[size_t{2} * tokens + j] = slash;
-  }
-}
+// Shared memory of the choice of blocks.
+struct BlocksShared {
+  SearchShared<4> search;
+  uint32_t folds[32];
+};
 
-// Weights of blocks, one a thread. Grid: any, row tiles, heads.
-__device__ inline void WeighBlocks(const ChoiceArgs& a, uint32_t threads) {
-  const uint32_t t = blockIdx.y, end = EndOf(a, t);
-  const float* const scores = a.scores + size_t{blockIdx.z} * a.queries * a.width;
-  const float* const stats = a.stats + size_t{blockIdx.z} * a.queries * 2;
-  float* const out = a.out + blockIdx.z * a.out_head_stride + t * a.out_stride;
-  const uint32_t per_tile = a.of == ScoredQueries::kPooled ? 2 : kRowTile;
-  for (uint32_t b = blockIdx.x * threads + threadIdx.x; b < BlocksBefore(end);
-       b += gridDim.x * threads) {
-    const uint32_t key = b < end / kKeyTile ? b : a.cut_first + t;
-    float weight = 0.0f;
-    for (uint32_t i = t * per_tile; i < min((t + 1) * per_tile, a.queries); ++i) {
-      const ScoredKeys seen = KeysOf(a, i);
-      if (b >= seen.count && key != seen.also) continue;
-      const float score = scores[size_t{i} * a.width + key];
-      if (a.of == ScoredQueries::kPooled) {
-        weight += Exp2(score - stats[2 * i + 1]);
-      } else if (score >= stats[2 * i] + a.below_log2) {
-        weight = INFINITY;
-      }
+// The blocks of one row tile of one head by their weights, as BlockWeights and ChooseBlocks
+// (gpu/sparse/choose_blocks.h): written over the weights, which lie where blocks are to be. Grid:
+// row tiles, heads.
+class BlockChooser {
+ public:
+  __device__ BlockChooser(const ChoiceArgs& a, uint32_t threads, BlocksShared* shared)
+      : a_(a),
+        threads_(threads),
+        shared_(*shared),
+        tile_(blockIdx.x),
+        end_(EndOf(a, blockIdx.x)),
+        count_(BlocksBefore(end_)),
+        weights_(a.blocks + blockIdx.y * a.block_head_stride +
+                 size_t{blockIdx.x} * a.block_stride) {}
+
+  __device__ void Run() {
+    const uint32_t forced = Weigh();
+    const bool pools = a_.scores != nullptr;
+    const uint32_t head = a_.first_head + blockIdx.y;
+    const uint32_t chosen = pools ? min(count_, max(forced, a_.wanted[head])) : forced;
+    const uint64_t choosing = pools ? 0 : count_ / 16;
+    const bool sparse =
+        chosen < count_ && kSparseTileEighths * chosen + choosing < 8 * uint64_t{count_};
+    if (threadIdx.x == 0) {
+      a_.tiles[size_t{head} * gridDim.x + tile_] = sparse ? chosen : count_;
     }
-    out[b] = weight;
+    if (sparse) List(chosen);
   }
-}
+
+ private:
+  static constexpr uint32_t kForced = ~0u;
+
+  // Writes weights, which are floats whose bits have their order, and kForced of blocks that are
+  // always in or that a row asks for. How many of the latter there are.
+  __device__ uint32_t Weigh() {
+    const uint32_t first = a_.first_token + tile_ * kRowTile;
+    uint32_t forced = 0;
+    for (uint32_t b = threadIdx.x; b < count_; b += threads_) {
+      uint32_t weight = kForced;
+      if (b > 0 && b < first / kKeyTile) {
+        weight = a_.scores != nullptr ? BitsOf(MassOf(b)) : weights_[b];
+      }
+      weights_[b] = weight;
+      forced += weight == kForced;
+    }
+    return Fold<Plus>(forced, threads_, shared_.folds).all;
+  }
+  // What the mean queries have there.
+  __device__ float MassOf(uint32_t b) const {
+    const float* const scores = a_.scores + size_t{blockIdx.y} * a_.queries * a_.width;
+    const float* const stats = a_.stats + size_t{blockIdx.y} * a_.queries * 2;
+    float mass = 0.0f;
+    for (uint32_t i = 2 * tile_; i < min(2 * (tile_ + 1), a_.queries); ++i) {
+      if (b < KeysOf(a_, i).count)
+        mass += Exp2(scores[size_t{i} * a_.width + b] - stats[2 * i + 1]);
+    }
+    return mass;
+  }
+
+  // The places of the `chosen` largest, rising.
+  __device__ void List(uint32_t chosen) {
+    const auto weight_of = [this](uint32_t b) { return weights_[b]; };
+    const Threshold threshold = FindLargest(weight_of, count_, chosen, threads_, &shared_.search);
+    uint32_t above = 0, equal = 0;  // before the present ones
+    for (uint32_t first = 0; first < count_; first += threads_) {
+      const uint32_t b = first + threadIdx.x, weight = b < count_ ? weights_[b] : 0;
+      const bool is_above = b < count_ && weight > threshold.least;
+      const bool is_equal = b < count_ && weight == threshold.least;
+      // Both numbers at once: at most 1,024 each. Who writes has read, and so have all before.
+      const Folded<uint32_t> both =
+          Fold<Plus>((is_above ? 1u << 16 : 0) + (is_equal ? 1u : 0), threads_, shared_.folds);
+      const uint32_t above_here = above + (both.before >> 16);
+      const uint32_t equal_here = equal + (both.before & 0xffff);
+      if (is_above || (is_equal && equal_here < threshold.ties)) {
+        weights_[above_here + min(equal_here, threshold.ties)] = b;
+      }
+      above += both.all >> 16;
+      equal += both.all & 0xffff;
+    }
+  }
+
+  const ChoiceArgs& a_;
+  const uint32_t threads_;
+  BlocksShared& shared_;
+  const uint32_t tile_, end_, count_;  // the row tile, its end and its blocks
+  uint32_t* const weights_;
+};
 
 // Grid: means, KV heads; a thread for two dimensions.
 template <typename T>

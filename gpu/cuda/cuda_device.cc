@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <numbers>
 #include <string>
 #include <utility>
@@ -18,20 +17,16 @@
 #include "gpu/cuda/cuda_status.h"
 #include "gpu/cuda/driver.h"
 #include "gpu/cuda/overhead.h"
-#include "gpu/cuda/products.h"
 #include "gpu/cuda/row_kernels.h"
 #include "gpu/cuda/sparse_prefill.h"
 #include "gpu/cuda/staging.h"
-#include "proto/half.h"
+#include "gpu/cuda/upload_stream.h"
+#include "gpu/cuda/weight_kernels.h"
+#include "gpu/cuda/weight_products.h"
 #include "proto/status_macros.h"
 
 namespace quarry::cuda {
 namespace {
-
-// Rows of a product at a time: bounds its rounded activations (32 MiB at a width of 4,096).
-constexpr size_t kProductRows = 4096;
-// What NVIDIA recommends for Hopper; a small budget gives a 32nd of its own.
-constexpr uint64_t kWorkspaceBytes = 32ull << 20;
 
 bool IsVectorAligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -81,8 +76,8 @@ class CudaDevice final : public Device {
     if (stream_ == nullptr) return;
     cudaSetDevice(options_.ordinal);
     cudaStreamSynchronize(stream_);
-    workspace_.Reset();
     products_.reset();
+    uploads_.reset();
     staging_.reset();
     arena_.reset();
     cudaStreamDestroy(stream_);
@@ -128,40 +123,34 @@ class CudaDevice final : public Device {
          "Copy");
   }
 
-  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
-                                    std::string_view what) override {
-    DeviceMatrix out;
-    out.width = width;
-    if (!stacked.empty()) out.dtype = stacked.front().dtype;
-    for (const HostMatrix& part : stacked) {
-      out.rows += part.rows;
-      if (part.dtype != out.dtype) out.dtype = DType::kFp32;  // holds all of them exactly
-    }
-    QUARRY_ASSIGN_OR_RETURN(out.data, Allocate(out.rows * width * DTypeBytes(out.dtype), what));
-    std::byte* to = out.data.raw();
-    for (const HostMatrix& part : stacked) {
-      const size_t elements = part.rows * width;
-      const auto fill = [&](std::span<std::byte> slot, size_t offset) {
-        if (part.dtype == out.dtype) {
-          std::memcpy(slot.data(), part.bytes.data() + offset, slot.size());
-          return;
-        }
-        for (size_t i = 0; i < slot.size() / 4; ++i) {
-          StoreFromFloat(slot.data(), i, DType::kFp32,
-                         LoadAsFloat(part.bytes.data(), offset / 4 + i, part.dtype));
-        }
-      };
-      const size_t bytes = elements * DTypeBytes(out.dtype);
-      QUARRY_RETURN_IF_ERROR(CudaStatus(staging_->Upload(to, bytes, 4, fill), what));
-      to += bytes;
-    }
-    return out;
+  absl::StatusOr<HostBuffer> AllocateHost(size_t bytes, std::string_view what) override {
+    QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), what));
+    void* data = nullptr;
+    QUARRY_RETURN_IF_ERROR(
+        CudaStatus(UploadStream::AllocateHost(bytes, &data),
+                   absl::StrCat("pinned host memory: ", bytes, " bytes for ", std::string(what))));
+    return HostBuffer(this, {static_cast<std::byte*>(data), bytes});
   }
+  void ReleaseHost(std::span<std::byte> bytes) override {
+    cudaSetDevice(options_.ordinal);
+    uploads_->ReleaseHost(bytes.data());
+  }
+
+  UploadTicket StartUpload(void* to, std::span<const std::byte> from) override {
+    UploadTicket number = 0;
+    if (Begin("StartUpload")) Note(uploads_->Start(to, from, &number), "StartUpload");
+    return number;
+  }
+  void WaitFor(UploadTicket upload) override {
+    if (Begin("WaitFor")) Note(uploads_->WaitFor(upload), "WaitFor");
+  }
+
+  DType WeightDType(DType stored) const override { return stored; }
 
   void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
               Output output) override {
     if (rows == 0 || w.rows == 0 || !Begin("MatMul")) return;
-    Note(Multiply(x, w, y, rows, output), "MatMul");
+    Note(products_->Multiply(x, w, y, rows, output), "MatMul");
   }
 
   void RmsNorm(const float* x, const DeviceMatrix& weight, float eps, float* y,
@@ -220,17 +209,18 @@ class CudaDevice final : public Device {
     Note(AttendParts(attention), "Attend");
   }
 
-  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                   TokenRange prefill,
-                                                   const DeviceAttention& last) override {
+  absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                         TokenRange prefill,
+                                                         const DeviceAttention& last) override {
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), "PlanSparse"));
-    return Sparse().Plan(patterns, prefill, last);
+    return sparse_->Plan(patterns, prefill, last);
   }
 
-  absl::Status AttendSparse(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
+  absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& a) override {
     if (a.rows == 0 || a.heads == 0) return absl::OkStatus();
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), "AttendSparse"));
-    return Sparse().Attend(plans, a);
+    const auto& on_card = static_cast<const DevicePlan&>(plan);
+    return on_card.AllDense() ? AttendParts(a) : sparse_->Attend(on_card, a);
   }
 
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
@@ -277,8 +267,12 @@ class CudaDevice final : public Device {
     QUARRY_RETURN_IF_ERROR(
         CudaStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), name_));
     QUARRY_RETURN_IF_ERROR(LoadKernels());
+    sparse_kernels_ = std::make_unique<CudaSparseKernels>(stream_);
+    sparse_ =
+        std::make_unique<SparsePrefill>(this, sparse_kernels_.get(), SparsePrefill::Options{});
     QUARRY_ASSIGN_OR_RETURN(staging_, Staging::Create(stream_));
-    QUARRY_ASSIGN_OR_RETURN(products_, Products::Create());
+    QUARRY_ASSIGN_OR_RETURN(uploads_, UploadStream::Create(stream_));
+    QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Products> products, Products::Create());
     const uint64_t after = TakenBytes();
     const uint64_t overhead = context + (after - std::min(before, after));
     if (overhead >= options_.capacity_bytes) {
@@ -288,14 +282,14 @@ class CudaDevice final : public Device {
     }
     QUARRY_ASSIGN_OR_RETURN(
         arena_, Arena::Create(driver, {options_.capacity_bytes, overhead, options_.ordinal}));
-    const uint64_t workspace = std::min(kWorkspaceBytes, arena_->map().limit() / 32);
-    QUARRY_ASSIGN_OR_RETURN(workspace_, Allocate(workspace, "workspace of matrix products"));
+    QUARRY_ASSIGN_OR_RETURN(
+        products_, WeightProducts::Create(this, arena_.get(), std::move(products), stream_));
     return absl::OkStatus();
   }
 
   absl::Status LoadKernels() const {
-    for (const cudaError_t error :
-         {PrepareRowKernels(), PrepareAttention(), PrepareSparseKernels()}) {
+    for (const cudaError_t error : {PrepareRowKernels(), PrepareWeightKernels(), PrepareAttention(),
+                                    PrepareSparseKernels()}) {
       if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
         return absl::FailedPreconditionError(
             absl::StrCat(name_, ": this program has no code for it"));
@@ -303,16 +297,6 @@ class CudaDevice final : public Device {
       QUARRY_RETURN_IF_ERROR(CudaStatus(error, absl::StrCat(name_, ": loading kernels")));
     }
     return absl::OkStatus();
-  }
-
-  // Made when it is first asked for: it has threads of the host.
-  SparsePrefill& Sparse() {
-    if (sparse_ == nullptr) {
-      sparse_kernels_ = std::make_unique<CudaSparseKernels>(stream_);
-      sparse_ =
-          std::make_unique<SparsePrefill>(this, sparse_kernels_.get(), SparsePrefill::Options{});
-    }
-    return *sparse_;
   }
 
   // Whether the card can be asked; else the operation has failed.
@@ -332,40 +316,6 @@ class CudaDevice final : public Device {
     if (error != cudaSuccess && failure_.ok()) failure_ = CudaStatus(error, operation);
   }
   absl::Status TakeFailure() { return std::exchange(failure_, absl::OkStatus()); }
-
-  absl::Status Multiply(const float* x, const DeviceMatrix& w, float* y, size_t rows,
-                        Output output) {
-    const bool rounds = w.dtype != DType::kFp32;
-    DeviceBuffer rounded;
-    if (rounds) {
-      const size_t elements = std::min(rows, kProductRows) * w.width;
-      QUARRY_ASSIGN_OR_RETURN(rounded,
-                              Allocate(elements * DTypeBytes(w.dtype), "rounded activations"));
-    }
-    for (size_t lo = 0; lo < rows; lo += kProductRows) {
-      const size_t n = std::min(kProductRows, rows - lo);
-      const float* const from = x + lo * w.width;
-      if (rounds) {
-        QUARRY_RETURN_IF_ERROR(
-            CudaStatus(LaunchRound(from, w.dtype, rounded.raw(), n * w.width, stream_), "Round"));
-      }
-      QUARRY_RETURN_IF_ERROR(Run({rounds ? static_cast<const void*>(rounded.raw()) : from,
-                                  w.data.raw(), y + lo * w.rows, w.dtype, n, w.rows, w.width,
-                                  output}));
-    }
-    return absl::OkStatus();
-  }
-
-  // The first product of a shape may load code to the card: that is overhead too.
-  absl::Status Run(const Product& product) {
-    const Products::Workspace workspace{workspace_.raw(), workspace_.bytes()};
-    if (!products_->IsNew(product)) return products_->Run(product, workspace, stream_);
-    const uint64_t before = TakenBytes();
-    QUARRY_RETURN_IF_ERROR(products_->Run(product, workspace, stream_));
-    const uint64_t after = TakenBytes();
-    if (after > before) arena_->SetOverhead(arena_->map().overhead() + after - before);
-    return absl::OkStatus();
-  }
 
   absl::Status AttendParts(const DeviceAttention& a) {
     const bool tensor = HasTensorAttention(a.dtype, a.head_dim) && IsVectorAligned(a);
@@ -418,11 +368,11 @@ class CudaDevice final : public Device {
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<Arena> arena_;
   std::unique_ptr<Staging> staging_;
-  std::unique_ptr<Products> products_;
+  std::unique_ptr<UploadStream> uploads_;
+  std::unique_ptr<WeightProducts> products_;
   std::unique_ptr<CudaSparseKernels> sparse_kernels_;
   std::unique_ptr<SparsePrefill> sparse_;
-  DeviceBuffer workspace_;  // of products_, which run one after the other
-  absl::Status failure_;    // the first since the last report
+  absl::Status failure_;  // the first since the last report
 };
 
 }  // namespace

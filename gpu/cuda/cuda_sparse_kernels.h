@@ -24,17 +24,33 @@ class CudaSparseKernels final : public SparseKernels {
   absl::Status Measure(const ChoiceArgs& args) override {
     return CudaStatus(LaunchMeasure(args, stream_), "largest scores");
   }
-  absl::Status SumLastQueries(const ChoiceArgs& args) override {
-    return CudaStatus(LaunchSumLastQueries(args, stream_), "sums of the last queries");
+  absl::Status SeekBlocks(const SeekArgs& args) override {
+    return CudaStatus(LaunchSeekBlocks(args, stream_), "key blocks that rows ask for");
   }
-  absl::Status WeighBlocks(const ChoiceArgs& args) override {
-    return CudaStatus(LaunchWeighBlocks(args, stream_), "weights of key blocks");
+  absl::Status ChooseBlocks(const ChoiceArgs& args) override {
+    return CudaStatus(LaunchChooseBlocks(args, stream_), "choice of key blocks");
   }
   absl::Status MeanKeys(const MeanArgs& args) override {
     return CudaStatus(LaunchMeanKeys(args, stream_), "means of key blocks");
   }
   absl::Status PoolQueries(const PoolArgs& args) override {
     return CudaStatus(LaunchPoolQueries(args, stream_), "means of queries");
+  }
+
+  absl::Status SumLastQueries(const LastQueryArgs& args) override {
+    return CudaStatus(LaunchSumLastQueries(args, stream_), "sums of the last queries");
+  }
+  absl::Status ChooseLines(const KeepLinesArgs& args) override {
+    return CudaStatus(LaunchChooseLines(args, stream_), "choice of columns and slashes");
+  }
+  absl::Status EmitLines(const EmitLinesArgs& args) override {
+    return CudaStatus(LaunchEmitLines(args, stream_), "lists of columns and slashes");
+  }
+  absl::Status CountRowTiles(const IndexArgs& args) override {
+    return CudaStatus(LaunchCountRowTiles(args, stream_), "key tiles of row tiles");
+  }
+  absl::Status OrderItems(const IndexArgs& args) override {
+    return CudaStatus(LaunchOrderItems(args, stream_), "order of row tiles");
   }
 
  private:

@@ -88,7 +88,8 @@ void Products::Drop(const Plan& plan) {
 }
 
 Products::Key Products::KeyOf(const Product& p) {
-  return {p.dtype, p.rows, p.out, p.in, AlignmentOf(p.x), AlignmentOf(p.w), AlignmentOf(p.y)};
+  return {p.dtype,          p.rows,           p.out,           p.in, p.y_stride,
+          AlignmentOf(p.x), AlignmentOf(p.w), AlignmentOf(p.y)};
 }
 
 bool Products::IsNew(const Product& product) const { return !plans_.contains(KeyOf(product)); }
@@ -102,13 +103,13 @@ absl::Status Products::Describe(const Product& p, Plan* plan) {
                                                  &transposed, sizeof(transposed)),
                                "transposition"));
   const auto layout = [&](cublasLtMatrixLayout_t* out, cudaDataType_t type, size_t down,
-                          size_t across) {
-    return Check(lt_.create_layout(out, type, down, across, static_cast<int64_t>(down)),
+                          size_t across, size_t stride) {
+    return Check(lt_.create_layout(out, type, down, across, static_cast<int64_t>(stride)),
                  "layout");
   };
-  QUARRY_RETURN_IF_ERROR(layout(&plan->w, TypeOf(p.dtype), p.in, p.out));
-  QUARRY_RETURN_IF_ERROR(layout(&plan->x, TypeOf(p.dtype), p.in, p.rows));
-  return layout(&plan->y, CUDA_R_32F, p.out, p.rows);
+  QUARRY_RETURN_IF_ERROR(layout(&plan->w, TypeOf(p.dtype), p.in, p.out, p.in));
+  QUARRY_RETURN_IF_ERROR(layout(&plan->x, TypeOf(p.dtype), p.in, p.rows, p.in));
+  return layout(&plan->y, CUDA_R_32F, p.out, p.rows, p.y_stride);
 }
 
 absl::Status Products::Choose(const Product& p, const Workspace& workspace, Plan* plan) {

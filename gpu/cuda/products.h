@@ -37,13 +37,13 @@ struct CublasLt {
 };
 
 // y [rows][out] = x [rows][in] * w [out][in]^T, or added to y. x and w have one dtype; sums and y
-// are fp32, and fp32 products are no TF32.
+// are fp32, and fp32 products are no TF32. Rows of y are y_stride elements apart.
 struct Product {
   const void* x;
   const void* w;
   float* y;
   DType dtype;
-  size_t rows, out, in;
+  size_t rows, out, in, y_stride;
   Device::Output output;
 };
 
@@ -68,8 +68,8 @@ class Products {
     cublasLtMatrixLayout_t w = nullptr, x = nullptr, y = nullptr;
     cublasLtMatmulAlgo_t algorithm = {};
   };
-  // dtype, rows, out, in, and the alignments of x, w and y
-  using Key = std::tuple<DType, size_t, size_t, size_t, uint32_t, uint32_t, uint32_t>;
+  // dtype, rows, out, in, y_stride, and the alignments of x, w and y
+  using Key = std::tuple<DType, size_t, size_t, size_t, size_t, uint32_t, uint32_t, uint32_t>;
   // Prompts come in any length: beyond this the plans are made anew.
   static constexpr size_t kMaxPlans = 1024;
 

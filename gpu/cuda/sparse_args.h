@@ -60,29 +60,39 @@ struct ScoreArgs {
   DType dtype;       // of k
 };
 
-// Whose scores: the prefill's last queries, with all tokens; the mean queries of halves of row
-// tiles, or all rows, with blocks of keys.
-enum class ScoredQueries : uint32_t { kLast, kPooled, kRows };
+// Heads whose rows, all of them, ask for key blocks. Means are as MeanArgs lists them.
+struct SeekArgs {
+  const float* q;          // [rows][heads][head_dim]
+  const std::byte* means;  // of each KV head
+  size_t head_stride;      // bytes, of means
+  uint32_t heads, group, head_dim, first_token, rows;
+  uint32_t whole_blocks;  // means before those of row tiles' last blocks
+  uint32_t first_head, launched_heads;
+  float scale_log2, below_log2;  // as in SparseArgs; log2 of the threshold
+  DType dtype;                   // of means
 
-// What is made of scores, of a ScoreArgs' heads and queries. Blocks of keys are scored by their
-// means as MeanArgs lists them; of row tile t of these queries the last block, where the row tile
-// ends within it, is the one at cut_first + t.
+  // Of launched heads, block_head_stride apart, and row tiles, block_stride apart: of each block
+  // before the row tile ~0 if a row asks for it, else 0.
+  uint32_t* blocks;
+  size_t block_head_stride;
+  uint32_t block_stride;
+};
+
+// Key blocks of consecutive heads. Of block-sparse ones by scores of mean queries, two of each row
+// tile, with means of keys as MeanArgs lists them; of row tile t the last block, where the row tile
+// ends within it, is the one at whole_blocks + t. Of block-scored ones by what SeekArgs wrote.
 struct ChoiceArgs {
-  ScoredQueries of;
-  const float* scores;  // [launched_heads][queries][width]
+  const float* scores;  // [launched_heads][queries][width]; null: block-scored
   float* stats;  // [launched_heads][queries][2]: the largest score, and log2 of the sum of 2^score
-  uint32_t launched_heads, queries, width;
-  uint32_t first_token;  // of the queries, or of their first row tile
-  uint32_t end_token;    // of the last row tile's rows
-  uint32_t cut_first;
-  // kLast: [launched_heads][3][first_token + queries]: the softmax's sums by key of the first
-  // `split` queries and of the others, and by distance. Else, of row tiles, weights of blocks as
-  // BlockWeights (gpu/sparse/choose_blocks.h): out_head_stride apart by head, out_stride by row
-  // tile.
-  float* out;
-  uint32_t split;
-  size_t out_head_stride, out_stride;
-  float below_log2;  // kRows: log2 of the threshold
+  uint32_t first_head, launched_heads, queries, width;
+  uint32_t first_token, rows, whole_blocks;
+  const uint32_t* wanted;  // [heads]: block-sparse, how many blocks
+
+  // The blocks of row tiles, which lie as SeekArgs' do.
+  uint32_t* blocks;
+  size_t block_head_stride;
+  uint32_t block_stride;
+  uint32_t* tiles;  // [heads][row_tiles], as SparseIndex
 };
 
 // Mean keys: of the `blocks` whole blocks of 64 tokens from token 0, then of each row tile's last

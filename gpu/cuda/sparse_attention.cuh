@@ -48,8 +48,8 @@ __device__ void AttendRowTile(const SparseArgs& a, char* shared) {
   // The first so many are of columns.
   const uint32_t column_steps = dense ? 0 : (a.columns_seen[item] + kKeyTile - 1) / kKeyTile;
   const uint32_t column_first = a.column_first[head];
-  const uint32_t mask_first =
-      a.mask_first[head] * a.row_tiles + row_tile * (a.mask_first[head + 1] - a.mask_first[head]);
+  const size_t mask_first = size_t{a.mask_first[head]} * a.row_tiles +
+                            row_tile * (a.mask_first[head + 1] - a.mask_first[head]);
   // Sets off the copies of a step's tile, which is the present one.
   const auto fetch = [&](uint32_t step) {
     const bool columns = step < column_steps;
@@ -125,7 +125,7 @@ __device__ inline void MaskColumns(const SparseArgs& a, uint32_t threads) {
   const uint32_t head = blockIdx.y, bytes = (a.mask_first[head + 1] - a.mask_first[head]) * kBytes;
   const uint32_t first = a.column_first[head], last_range = a.range_first[head + 1];
   uint8_t* const masks =
-      reinterpret_cast<uint8_t*>(a.column_masks + a.mask_first[head] * a.row_tiles);
+      reinterpret_cast<uint8_t*>(a.column_masks + size_t{a.mask_first[head]} * a.row_tiles);
   for (uint32_t i = blockIdx.x * threads + threadIdx.x; i < bytes * a.row_tiles;
        i += gridDim.x * threads) {
     const uint32_t row_tile = i / bytes, from = i % bytes * kBits;

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "absl/status/status.h"
+#include "gpu/cuda/index_args.h"
+#include "gpu/cuda/line_args.h"
 #include "gpu/cuda/sparse_args.h"
 
 namespace quarry::cuda {
@@ -17,11 +19,24 @@ class SparseKernels {
   virtual absl::Status Score(const ScoreArgs& args) = 0;
   // Of scores: writes stats.
   virtual absl::Status Measure(const ChoiceArgs& args) = 0;
-  // Of scores and stats: writes out.
-  virtual absl::Status SumLastQueries(const ChoiceArgs& args) = 0;
-  virtual absl::Status WeighBlocks(const ChoiceArgs& args) = 0;
+  // Of means: writes what rows ask for.
+  virtual absl::Status SeekBlocks(const SeekArgs& args) = 0;
+  // Of scores and stats, or of what rows ask for: writes blocks and tiles.
+  virtual absl::Status ChooseBlocks(const ChoiceArgs& args) = 0;
   virtual absl::Status MeanKeys(const MeanArgs& args) = 0;
   virtual absl::Status PoolQueries(const PoolArgs& args) = 0;
+
+  // Writes parts, shifts and sums.
+  virtual absl::Status SumLastQueries(const LastQueryArgs& args) = 0;
+  // Of sums: writes what was tried, and keeps the best.
+  virtual absl::Status ChooseLines(const KeepLinesArgs& args) = 0;
+  // Of what was kept: writes a plan's lists.
+  virtual absl::Status EmitLines(const EmitLinesArgs& args) = 0;
+
+  // Of a plan: writes an index's arrays, but order, and tiles of block patterns.
+  virtual absl::Status CountRowTiles(const IndexArgs& args) = 0;
+  // Of tiles: writes order.
+  virtual absl::Status OrderItems(const IndexArgs& args) = 0;
 };
 
 }  // namespace quarry::cuda

@@ -27,11 +27,9 @@ __global__ void __launch_bounds__(kMeasureThreads)
   __shared__ float2 shared[kMeasureThreads];
   MeasureScores(args, kMeasureThreads, reinterpret_cast<ScoreSum*>(shared));
 }
-__global__ void __launch_bounds__(kThreads) Sum(const __grid_constant__ ChoiceArgs args) {
-  SumLastQueries(args, kThreads);
-}
-__global__ void __launch_bounds__(kThreads) Weigh(const __grid_constant__ ChoiceArgs args) {
-  WeighBlocks(args, kThreads);
+__global__ void __launch_bounds__(kThreads) Choose(const __grid_constant__ ChoiceArgs args) {
+  __shared__ BlocksShared shared;
+  BlockChooser(args, kThreads, &shared).Run();
 }
 template <typename T>
 __global__ void __launch_bounds__(64) Mean(const __grid_constant__ MeanArgs args) {
@@ -41,28 +39,28 @@ __global__ void __launch_bounds__(128) Pool(const __grid_constant__ PoolArgs arg
   PoolQueries(args);
 }
 
-const SparseTensorKernels& TensorKernels(uint32_t head_dim) {
+}  // namespace
+
+const SparseTensorKernels& TensorKernelsOf(uint32_t head_dim) {
   if (head_dim == 64) return kSparseTensorKernels64;
   if (head_dim == 96) return kSparseTensorKernels96;
   return kSparseTensorKernels128;
 }
 
-}  // namespace
-
 cudaError_t PrepareSparseKernels() {
   for (const uint32_t head_dim : {64u, 96u, 128u}) {
-    const cudaError_t error = TensorKernels(head_dim).prepare();
+    const cudaError_t error = TensorKernelsOf(head_dim).prepare();
     if (error != cudaSuccess) return error;
     const HopperKernels* const hopper = HopperKernelsHere(head_dim);
     if (hopper == nullptr) continue;
     if (const cudaError_t error = hopper->prepare(); error != cudaSuccess) return error;
   }
   for (const cudaError_t error :
-       {LoadKernel(Compact), LoadKernel(Mask), LoadKernel(Measure), LoadKernel(Sum),
-        LoadKernel(Weigh), LoadKernel(Mean<Bf16>), LoadKernel(Mean<Fp16>), LoadKernel(Pool)}) {
+       {LoadKernel(Compact), LoadKernel(Mask), LoadKernel(Measure), LoadKernel(Choose),
+        LoadKernel(Mean<Bf16>), LoadKernel(Mean<Fp16>), LoadKernel(Pool)}) {
     if (error != cudaSuccess) return error;
   }
-  return cudaSuccess;
+  return PrepareLineKernels();
 }
 
 cudaError_t LaunchSparseAttention(const SparseArgs& args, AttentionPath path, cudaStream_t stream) {
@@ -74,11 +72,15 @@ cudaError_t LaunchSparseAttention(const SparseArgs& args, AttentionPath path, cu
   }
   const HopperKernels* const hopper = HopperKernelsHere(args.head_dim);
   if (hopper != nullptr && path == AttentionPath::kBest) return hopper->attend(args, stream);
-  return TensorKernels(args.head_dim).attend(args, stream);
+  return TensorKernelsOf(args.head_dim).attend(args, stream);
 }
 
 cudaError_t LaunchScores(const ScoreArgs& args, cudaStream_t stream) {
-  return TensorKernels(args.head_dim).score(args, stream);
+  return TensorKernelsOf(args.head_dim).score(args, stream);
+}
+
+cudaError_t LaunchSeekBlocks(const SeekArgs& args, cudaStream_t stream) {
+  return TensorKernelsOf(args.head_dim).seek(args, stream);
 }
 
 cudaError_t LaunchMeasure(const ChoiceArgs& args, cudaStream_t stream) {
@@ -86,18 +88,9 @@ cudaError_t LaunchMeasure(const ChoiceArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-cudaError_t LaunchSumLastQueries(const ChoiceArgs& args, cudaStream_t stream) {
-  const uint32_t tokens = args.first_token + args.queries;
-  const dim3 grid((tokens + kThreads - 1) / kThreads, args.launched_heads);
-  Sum<<<grid, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
-}
-
-cudaError_t LaunchWeighBlocks(const ChoiceArgs& args, cudaStream_t stream) {
-  const uint32_t blocks = KeyTilesOf(args.end_token);
-  const dim3 grid((blocks + kThreads - 1) / kThreads, RowTilesOf(args.end_token - args.first_token),
-                  args.launched_heads);
-  Weigh<<<grid, kThreads, 0, stream>>>(args);
+cudaError_t LaunchChooseBlocks(const ChoiceArgs& args, cudaStream_t stream) {
+  const dim3 grid(RowTilesOf(args.rows), args.launched_heads);
+  Choose<<<grid, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

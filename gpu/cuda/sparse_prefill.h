@@ -1,61 +1,57 @@
-// Sparse prefill on a card: plans by what its kernels sum, indexes, and attention over them. What
-// is chosen by these sums is gpu/sparse/'s, on the host.
+// Sparse prefill on a card: plans, indexes, and attention over them, all by its kernels. They
+// choose as gpu/sparse/ does on the host; what rounding makes equal may be chosen otherwise.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
-#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "gpu/cuda/device_plan.h"
+#include "gpu/cuda/key_blocks.h"
+#include "gpu/cuda/line_planner.h"
 #include "gpu/cuda/sparse_kernels.h"
 #include "gpu/device.h"
-#include "gpu/sparse/build_index.h"
-#include "gpu/thread_team.h"
+#include "gpu/sparse/pattern.h"
 
 namespace quarry::cuda {
 
-// The device's PlanSparse and AttendSparse. Working memory is the device's: scores, sums of them,
-// an index, the columns' K and V, and block means. Used by one thread; the choice takes as many as
-// the host has.
+// The device's PlanSparse and AttendSparse. Working memory is the device's: sums of the last
+// queries and what is tried by them, or block means and scores of them; an index; the columns' K
+// and V. Used by one thread.
 class SparsePrefill {
  public:
   struct Options {
-    // Floats of scores at a time, and of what is downloaded: 64 MiB of each. Those of one head's
-    // last queries and all tokens are the least.
+    // Of choosing columns and slashes.
+    size_t most_line_bytes = size_t{256} << 20;
+    // Floats of scores of key blocks at a time, and weights of key blocks.
     size_t most_floats = size_t{16} << 20;
     // Row tiles that are indexed at a time, where block patterns need lists for each.
     uint32_t most_row_tiles = 256;
-    uint32_t threads = 0;  // of the choice; 0: all cores
+    // A layer that cannot save so many key tiles is dense: what plans and indexes cost besides.
+    uint64_t least_saved_tiles = 16384;
   };
   // Both outlive it.
   SparsePrefill(Device* device, SparseKernels* kernels, const Options& options);
 
-  // Unimplemented names a dtype, head_dim or alignment that the kernels do not take.
-  absl::StatusOr<std::vector<HeadPlan>> Plan(std::span<const HeadPattern> patterns,
-                                             TokenRange prefill, const DeviceAttention& last);
-  absl::Status Attend(std::span<const HeadPlan> plans, const DeviceAttention& attention);
+  // Waits for the card if there are vertical-slash heads, once. Unimplemented names a dtype,
+  // head_dim or alignment that the kernels do not take.
+  absl::StatusOr<std::unique_ptr<DevicePlan>> Plan(std::span<const HeadPattern> patterns,
+                                                   TokenRange prefill, const DeviceAttention& last);
+  // By a plan that has something on the card. Waits for nothing.
+  absl::Status Attend(const DevicePlan& plan, const DeviceAttention& attention);
 
  private:
-  struct Weights;  // of blocks
-
   absl::Status Check(const DeviceAttention& a) const;
-  // How many of `each` floats fit, at least one.
-  size_t ThatFit(size_t each) const;
-  absl::Status PlanLines(const PlanInputs& inputs, std::span<const uint32_t> heads,
-                         const DeviceAttention& last, std::vector<HeadPlan>* plans);
-  absl::StatusOr<Weights> WeighBlocks(std::span<const HeadPlan> plans, const DeviceAttention& a);
-  // Of heads of one pattern, `step` row tiles at a time.
-  absl::Status WeighHeads(const Pattern& pattern, const DeviceAttention& a, uint32_t step,
-                          ScoreArgs score, const Weights& shape, float* out);
-  absl::Status AttendRows(std::span<const HeadPlan> plans, const DeviceAttention& a);
-  absl::Status Run(const SparseIndex& index, const DeviceAttention& a);
+  absl::Status AttendRows(const DevicePlan& plan, const DeviceAttention& a);
 
   const Options options_;
   Device& device_;
   SparseKernels& kernels_;
-  ThreadTeam team_;
-  std::vector<float> host_;  // what was downloaded last: as large as ever needed
+  LinePlanner lines_;
+  KeyBlocks blocks_;
 };
 
 }  // namespace quarry::cuda

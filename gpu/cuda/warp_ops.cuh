@@ -1,5 +1,6 @@
-// What the attention kernel asks of the machine: matrix instructions, asynchronous copies,
-// conversions. One thin function per instruction (sm_80 and later).
+// What kernels of tensors and of choices ask of the machine: matrix instructions, asynchronous
+// copies, conversions, what a warp does together. One thin function per instruction (sm_80 and
+// later).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,6 +13,13 @@ namespace quarry::cuda {
 // c [16][8] += a [16][16] * b [16][8], operands of two bytes as the instruction wants them spread
 // over a warp's lanes: lane l has c of rows l / 4 and l / 4 + 8, columns 2 * (l % 4) and the next.
 struct Bf16 {
+  // Nibbles 0 and 4 of x, less 8.
+  static __device__ uint32_t LessEight(uint32_t x) {
+    const uint32_t both = (x & 0x000f000fu) | 0x43004300u, middle = 0x43084308u;  // 128 +, 136
+    const __nv_bfloat162 y = __hsub2(reinterpret_cast<const __nv_bfloat162&>(both),
+                                     reinterpret_cast<const __nv_bfloat162&>(middle));
+    return reinterpret_cast<const uint32_t&>(y);
+  }
   static __device__ uint32_t Pack(float lo, float hi) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(lo, hi);
     return reinterpret_cast<const uint32_t&>(both);
@@ -29,6 +37,12 @@ struct Bf16 {
 };
 
 struct Fp16 {
+  static __device__ uint32_t LessEight(uint32_t x) {
+    const uint32_t both = (x & 0x000f000fu) | 0x64006400u, middle = 0x64086408u;  // 1024 +, 1032
+    const __half2 y =
+        __hsub2(reinterpret_cast<const __half2&>(both), reinterpret_cast<const __half2&>(middle));
+    return reinterpret_cast<const uint32_t&>(y);
+  }
   static __device__ uint32_t Pack(float lo, float hi) {
     const __half2 both = __floats2half2_rn(lo, hi);
     return reinterpret_cast<const uint32_t&>(both);
@@ -87,6 +101,24 @@ __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// 16 bytes, at a multiple of 16, that nobody writes and that are read once.
+__device__ inline uint4 LoadOnce(const void* global) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(__cvta_generic_to_global(global)));
+  return x;
+}
+__device__ inline uint32_t WordOf(const uint4& x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+// Byte i of x, less 128.
+__device__ inline float ByteLess128(uint32_t x, int i) {
+  const uint32_t bits = __byte_perm(x, 0x4b000000u, 0x7440u + static_cast<uint32_t>(i));  // 2^23 +
+  return __uint_as_float(bits) - 8388736.0f;
+}
+__device__ inline float Bf16AsFloat(uint16_t x) { return __uint_as_float(uint32_t{x} << 16); }
+
 // What the compiler knew of x, and computed from it, is good no more.
 __device__ inline void Forget(int& x) { asm volatile("" : "+r"(x)); }
 
@@ -105,6 +137,39 @@ __device__ inline float QuadMax(float x) {
 __device__ inline float QuadSum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+// Over the lanes that have the same columns of a product: of all its rows.
+__device__ inline uint32_t OrOfRows(uint32_t x) {
+  x |= __shfl_xor_sync(0xffffffffu, x, 4);
+  x |= __shfl_xor_sync(0xffffffffu, x, 8);
+  return x | __shfl_xor_sync(0xffffffffu, x, 16);
+}
+
+// Of all lanes of a warp: those for which x holds; those with the same x.
+__device__ inline uint32_t Ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+__device__ inline uint32_t MatchLanes(uint32_t x) { return __match_any_sync(0xffffffffu, x); }
+// From the lane that is `step` before; the first ones keep theirs.
+template <typename X>
+__device__ X ShuffleUp(X x, uint32_t step) {
+  return __shfl_up_sync(0xffffffffu, x, step);
+}
+__device__ inline void SyncWarp() { __syncwarp(); }
+
+// Change shared memory that other threads change, too.
+__device__ inline void AddShared(uint32_t* to, uint32_t x) { atomicAdd(to, x); }
+__device__ inline void OrShared(uint32_t* to, uint32_t x) { atomicOr(to, x); }
+
+__device__ inline uint32_t BitsOf(float x) { return __float_as_uint(x); }
+__device__ inline uint32_t RoundToWhole(float x) { return __float2uint_rn(x); }
+__device__ inline uint32_t CountBits(uint32_t x) {
+  return static_cast<uint32_t>(__popc(static_cast<int>(x)));
+}
+// Of x that is not 0.
+__device__ inline uint32_t FirstBit(uint32_t x) {
+  return static_cast<uint32_t>(__ffs(static_cast<int>(x))) - 1;
+}
+__device__ inline uint32_t LastBit(uint32_t x) {
+  return 31 - static_cast<uint32_t>(__clz(static_cast<int>(x)));
 }
 
 }  // namespace quarry::cuda

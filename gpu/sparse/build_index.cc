@@ -33,11 +33,10 @@ HeadPart BlockPart(const HeadPlan& plan, uint32_t head, const SparseIndex& index
                    const IndexInputs& in, const BlockMeans& means) {
   HeadPart part;
   part.columns_seen.assign(index.row_tiles(), 0);
-  BlockWeights computed(in, head, means, plan.pattern);
+  BlockWeights weights(in, head, means, plan.pattern);
   for (uint32_t t = 0; t < index.row_tiles(); ++t) {
     const TokenRange rows = index.RowsOf(t);
-    const std::vector<uint32_t> blocks = ChooseBlocks(
-        plan.pattern, rows, in.block_weights ? in.block_weights(head, t) : computed.Of(rows));
+    const std::vector<uint32_t> blocks = ChooseBlocks(plan.pattern, rows, weights.Of(rows));
     const auto sparse = static_cast<uint32_t>(blocks.size());
     const uint32_t dense = index.DenseTiles(t);
     const bool cheaper = in.fallback == DenseFallback::kNever ||
@@ -50,6 +49,26 @@ HeadPart BlockPart(const HeadPlan& plan, uint32_t head, const SparseIndex& index
   return part;
 }
 
+// Whether ranges and columns cost less than dense attention.
+bool IsWorthIt(const PlanInputs& in, const HeadPlan& plan, uint64_t choosing_eighths) {
+  if (in.fallback == DenseFallback::kNever) return true;
+  const HeadCost cost = CostOf(plan.ranges, plan.columns, in.prefill, in.fallback);
+  return cost.eighths + choosing_eighths < 8 * cost.dense_tiles;
+}
+
+HeadPlan PlanByLines(const PlanInputs& in, uint32_t head, const LineScores& scores) {
+  HeadPlan plan;
+  plan.kind = HeadKind::kRanges;
+  plan.pattern = in.patterns[head].pattern;
+  if (const auto* p = std::get_if<VerticalSlashPattern>(&plan.pattern)) {
+    ChooseLines(scores, *p, in.fallback, &plan);
+  } else if (!ChooseLines(scores, std::get<VerticalSlashMassPattern>(plan.pattern), in.fallback,
+                          &plan)) {
+    return {};
+  }
+  return IsWorthIt(in, plan, ChoosingEighths(in.prefill.hi)) ? plan : HeadPlan{};
+}
+
 }  // namespace
 
 bool NeedsLineScores(const Pattern& pattern) {
@@ -57,37 +76,23 @@ bool NeedsLineScores(const Pattern& pattern) {
          std::holds_alternative<VerticalSlashMassPattern>(pattern);
 }
 
-HeadPlan PlanHead(const PlanInputs& in, uint32_t head, const LineScores* scores) {
+HeadPlan PlanWithoutScores(const PlanInputs& in, uint32_t head) {
   const Pattern& pattern = in.patterns[head].pattern;
   HeadPlan plan;
   if (IsDense(pattern)) return plan;
   plan.pattern = pattern;
-  if (std::holds_alternative<BlockSparsePattern>(pattern) ||
-      std::holds_alternative<BlockScoredPattern>(pattern)) {
+  const auto* const a = std::get_if<AShapePattern>(&pattern);
+  if (a == nullptr) {
     plan.kind = HeadKind::kBlocks;
     return plan;
   }
   plan.kind = HeadKind::kRanges;
-  uint64_t choosing_eighths = 0;
-  if (const auto* a = std::get_if<AShapePattern>(&pattern)) {
-    const uint32_t sinks = std::min(a->sinks, in.prefill.hi);
-    for (uint32_t c = 0; c < sinks; ++c) plan.columns.push_back(c);
-    const uint32_t local = std::clamp(a->local, 1u, in.prefill.hi);
-    const uint32_t keys = KeyTilesOf(local - 1 + kRowTile) * kKeyTile;
-    plan.ranges = {{static_cast<int32_t>(kRowTile) - static_cast<int32_t>(keys), kRowTile}};
-  } else {
-    if (const auto* p = std::get_if<VerticalSlashPattern>(&pattern)) {
-      ChooseLines(*scores, *p, in.fallback, &plan);
-    } else if (!ChooseLines(*scores, std::get<VerticalSlashMassPattern>(pattern), in.fallback,
-                            &plan)) {
-      return {};
-    }
-    choosing_eighths = 8 * uint64_t{KeyTilesOf(in.prefill.hi)} / 4;
-  }
-  if (in.fallback == DenseFallback::kNever) return plan;
-  const HeadCost cost = CostOf(plan.ranges, plan.columns, in.prefill, in.fallback);
-  if (cost.eighths + choosing_eighths >= 8 * cost.dense_tiles) return {};
-  return plan;
+  const uint32_t sinks = std::min(a->sinks, in.prefill.hi);
+  for (uint32_t c = 0; c < sinks; ++c) plan.columns.push_back(c);
+  const uint32_t local = std::clamp(a->local, 1u, in.prefill.hi);
+  const uint32_t keys = KeyTilesOf(local - 1 + kRowTile) * kKeyTile;
+  plan.ranges = {{static_cast<int32_t>(kRowTile) - static_cast<int32_t>(keys), kRowTile}};
+  return IsWorthIt(in, plan, 0) ? plan : HeadPlan{};
 }
 
 std::vector<HeadPlan> PlanHeads(const PlanInputs& inputs, ThreadTeam* team) {
@@ -97,11 +102,11 @@ std::vector<HeadPlan> PlanHeads(const PlanInputs& inputs, ThreadTeam* team) {
   team->For(plans.size(), [&](size_t i) {
     const auto head = static_cast<uint32_t>(i);
     if (!NeedsLineScores(inputs.patterns[head].pattern)) {
-      plans[head] = PlanHead(inputs, head, nullptr);
+      plans[head] = PlanWithoutScores(inputs, head);
       return;
     }
     const LineScores scores(inputs.prefill, SumLines(inputs, head));
-    plans[head] = PlanHead(inputs, head, &scores);
+    plans[head] = PlanByLines(inputs, head, scores);
   });
   return plans;
 }
@@ -116,7 +121,7 @@ SparseIndex BuildIndex(std::span<const HeadPlan> plans, const IndexInputs& in, T
   std::vector<uint8_t> wanted(in.layer.kv_heads, 0);
   const uint32_t group = in.layer.heads / in.layer.kv_heads;
   for (uint32_t h = 0; h < index.heads; ++h) {
-    wanted[h / group] |= plans[h].kind == HeadKind::kBlocks && !in.block_weights;
+    wanted[h / group] |= plans[h].kind == HeadKind::kBlocks;
   }
   std::vector<BlockMeans> means(in.layer.kv_heads);
   team->For(means.size(), [&](size_t kv_head) {

@@ -5,21 +5,18 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <vector>
 
 #include "gpu/device.h"
 #include "gpu/sparse/head_cost.h"
+#include "gpu/sparse/line_rules.h"
 #include "gpu/sparse/pattern.h"
 #include "gpu/sparse/sparse_index.h"
 #include "gpu/thread_team.h"
 #include "proto/types.h"
 
 namespace quarry {
-
-// Queries whose attention chooses columns and slashes; always-in columns and slashes (MInference).
-inline constexpr uint32_t kLastQueries = 64, kForcedColumns = 30, kForcedSlashes = 100;
 
 // K and V of tokens [0, kv.tokens.hi) of one layer, on the host; v is not read by what chooses.
 struct LayerKv {
@@ -36,8 +33,6 @@ struct LayerKv {
     return static_cast<const std::byte*>(side) + head / (heads / kv_heads) * kv.head_stride;
   }
 };
-
-class LineScores;  // choose_lines.h
 
 struct HeadPlan {
   HeadKind kind = HeadKind::kDense;
@@ -69,11 +64,12 @@ struct PlanInputs {
 // (64 queries against all keys without values: a quarter tile per key tile) cost less than dense.
 std::vector<HeadPlan> PlanHeads(const PlanInputs& inputs, ThreadTeam* team);
 
-// One head's plan, for who has the last queries' attention from elsewhere: `scores` is read where
-// the pattern NeedsLineScores, and of the inputs the layer's shape, the prefill, the patterns and
-// the fallback.
+// Whether a plan needs the last queries' attention; and one head's plan that does not, by the
+// prefill, the patterns and the fallback.
 bool NeedsLineScores(const Pattern& pattern);
-HeadPlan PlanHead(const PlanInputs& inputs, uint32_t head, const LineScores* scores);
+HeadPlan PlanWithoutScores(const PlanInputs& inputs, uint32_t head);
+// What choosing columns and slashes is taken to cost a head.
+constexpr uint64_t ChoosingEighths(uint32_t tokens) { return 8 * uint64_t{KeyTilesOf(tokens)} / 4; }
 
 // Rows [first_token, first_token + rows) of the prefill; first_token is a multiple of 128 rows
 // behind its first one.
@@ -82,9 +78,6 @@ struct IndexInputs {
   uint32_t first_token = 0, rows = 0;
   const float* q = nullptr;  // [rows][heads][head_dim]; null if no head is of a block pattern
   DenseFallback fallback = DenseFallback::kWhereCheaper;
-  // What BlockWeights (choose_blocks.h) would say of a head and its row tile, from elsewhere: then
-  // neither K nor q is read. From any thread of the team.
-  std::function<std::vector<double>(uint32_t head, uint32_t row_tile)> block_weights;
 };
 
 // Block-sparse: rows n / 64^2 products of a head, quadratic but a 4,096th of dense attention's.

@@ -186,7 +186,7 @@ bool ChooseLines(const LineScores& scores, const VerticalSlashMassPattern& patte
   const double wanted = pattern.mass * scores.total();
   uint64_t best = std::numeric_limits<uint64_t>::max();
   std::vector<double> outside;
-  for (uint32_t count = kForcedSlashes;; count += count / 2) {
+  for (uint32_t count = kForcedSlashes;; count = NextSlashes(count)) {
     const std::vector<RelativeRange> ranges = RangesOfSlashes(slashes.Best(count));
     const HeadCost bare = CostOf(ranges, {}, prefill, fallback);
     if (static_cast<double>(bare.tiles) >

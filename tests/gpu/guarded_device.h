@@ -62,15 +62,6 @@ class GuardedDevice final : public Device {
   void Copy(const DeviceCopy& copy) override {
     Run([&] { inner_->Copy(copy); });
   }
-  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
-                                    std::string_view what) override {
-    QUARRY_ASSIGN_OR_RETURN(DeviceMatrix out, inner_->Load(stacked, width, what));
-    const std::span<const std::byte> bytes(out.data.raw(), out.data.bytes());
-    QUARRY_ASSIGN_OR_RETURN(DeviceBuffer guarded, Allocate(bytes.size(), what));
-    QUARRY_RETURN_IF_ERROR(Upload(guarded.raw(), bytes));
-    out.data = std::move(guarded);
-    return out;
-  }
   void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
               Output output) override {
     Run([&] { inner_->MatMul(x, w, y, rows, output); });
@@ -94,14 +85,13 @@ class GuardedDevice final : public Device {
   void Attend(const DeviceAttention& attention) override {
     Run([&] { inner_->Attend(attention); });
   }
-  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                   TokenRange prefill,
-                                                   const DeviceAttention& last) override {
+  absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                         TokenRange prefill,
+                                                         const DeviceAttention& last) override {
     return Run([&] { return inner_->PlanSparse(patterns, prefill, last); });
   }
-  absl::Status AttendSparse(std::span<const HeadPlan> plans,
-                            const DeviceAttention& attention) override {
-    return Run([&] { return inner_->AttendSparse(plans, attention); });
+  absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& attention) override {
+    return Run([&] { return inner_->AttendSparse(plan, attention); });
   }
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
              uint32_t head_dim) override {

@@ -9,6 +9,8 @@
 
 #include "gpu/device.h"
 #include "gpu/thread_team.h"
+#include "gpu/weights/codes.h"
+#include "gpu/weights/matrix_layout.h"
 #include "proto/half.h"
 #include "proto/retrieval_types.h"
 #include "proto/status_macros.h"
@@ -26,11 +28,23 @@ class HostDeviceTest : public ::testing::Test {
     for (float& x : out) x = normal(random_);
     return out;
   }
-  DeviceMatrix Load(const std::vector<float>& values, size_t rows) {
+  DeviceMatrix Load(const std::vector<float>& values, size_t rows,
+                    WeightForm form = WeightForm::kPlain) {
     const HostMatrix stored{std::as_bytes(std::span(values)), DType::kFp32, rows};
-    auto out = device_->Load(std::span(&stored, 1), values.size() / rows, "test");
+    auto out = device_->Load(std::span(&stored, 1), values.size() / rows, "test", form);
     EXPECT_TRUE(out.ok()) << out.status();
     return *std::move(out);
+  }
+  // What a matrix of codes stands for.
+  static std::vector<float> Decoded(const DeviceMatrix& m) {
+    const MatrixLayout layout = LayoutOf(m);
+    const auto* const scales = reinterpret_cast<const uint16_t*>(m.data.raw() + layout.scales_at());
+    std::vector<float> out(m.rows * m.width);
+    for (size_t r = 0; r < m.rows; ++r) {
+      DecodeRow(m.form, m.data.raw() + r * layout.row_bytes(), scales + r * layout.scales_per_row(),
+                std::span(out).subspan(r * m.width, m.width));
+    }
+    return out;
   }
 
   std::mt19937 random_{Seed()};
@@ -86,12 +100,12 @@ TEST_F(HostDeviceTest, ProductsOfEveryShapeAreRight) {
     size_t rows, in, out;
   };
   // One row, few, many; small enough for one thread and large enough for all.
-  for (const Shape s :
-       {Shape{1, 7, 5}, {1, 1000, 6000}, {3, 96, 33}, {40, 512, 700}, {700, 130, 190}, {1, 1, 1}}) {
-    const std::vector<float> x = Random(s.rows * s.in), w = Random(s.out * s.in);
-    std::vector<float> y = Random(s.rows * s.out);
+  const auto check = [&](const Shape& s, WeightForm form) {
+    const std::vector<float> x = Random(s.rows * s.in);
+    std::vector<float> w = Random(s.out * s.in), y = Random(s.rows * s.out);
     const std::vector<float> before = y;
-    const DeviceMatrix matrix = Load(w, s.out);
+    const DeviceMatrix matrix = Load(w, s.out, form);
+    if (form != WeightForm::kPlain) w = Decoded(matrix);
     for (const auto output : {Device::Output::kAccumulate, Device::Output::kOverwrite}) {
       y = before;
       device_->MatMul(x.data(), matrix, y.data(), s.rows, output);
@@ -103,7 +117,18 @@ TEST_F(HostDeviceTest, ProductsOfEveryShapeAreRight) {
           worst = std::max(worst, std::abs(sum - y[r * s.out + o]));
         }
       }
-      EXPECT_LT(worst, 3e-6 * std::sqrt(s.in) * 10) << s.rows << " " << s.in << " " << s.out;
+      EXPECT_LT(worst, 3e-6 * std::sqrt(s.in) * 10)
+          << s.rows << " " << s.in << " " << s.out << " " << WeightFormName(form);
+    }
+  };
+  for (const WeightForm form : {WeightForm::kPlain, WeightForm::kInt8, WeightForm::kInt4}) {
+    for (const Shape s : {Shape{1, 7, 5},
+                          {1, 1000, 6000},
+                          {3, 96, 33},
+                          {40, 512, 700},
+                          {700, 130, 190},
+                          {1, 1, 1}}) {
+      check(s, form);
     }
   }
 }

@@ -23,13 +23,13 @@ class WatchedDevice final : public Device {
     inner_->Attend(a);
     See(a);
   }
-  absl::StatusOr<std::vector<HeadPlan>> PlanSparse(std::span<const HeadPattern> patterns,
-                                                   TokenRange prefill,
-                                                   const DeviceAttention& last) override {
+  absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
+                                                         TokenRange prefill,
+                                                         const DeviceAttention& last) override {
     return inner_->PlanSparse(patterns, prefill, last);
   }
-  absl::Status AttendSparse(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
-    const absl::Status status = inner_->AttendSparse(plans, a);
+  absl::Status AttendSparse(const SparsePlan& plan, const DeviceAttention& a) override {
+    const absl::Status status = inner_->AttendSparse(plan, a);
     See(a);
     return status;
   }
@@ -46,10 +46,6 @@ class WatchedDevice final : public Device {
     return inner_->Download(to, from);
   }
   void Copy(const DeviceCopy& copy) override { inner_->Copy(copy); }
-  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix> stacked, size_t width,
-                                    std::string_view what) override {
-    return inner_->Load(stacked, width, what);
-  }
   void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
               Output output) override {
     inner_->MatMul(x, w, y, rows, output);

@@ -97,6 +97,25 @@ class WorkerTest(unittest.TestCase):
         self.assertEqual(len(gold["predicted"]), 3)
         self.assertEqual(gold["tokens"], 6)  # the last one was fed, too
 
+    def test_runs_with_its_weights_elsewhere_or_in_another_form(self):
+        tensors = golden(os.path.join(MODELS, "goldens", "llama-a", "n17.safetensors"))
+        common = ["--attention", "full", "--kv-dtype", "fp32", "--ignore-eos", "--device", DEVICE,
+                  "--prompt-ids", ",".join(map(str, tensors["prompt"])), "--max-new-tokens", "8"]
+        for option in (["--weights", "resident"], ["--weights", "streamed"],
+                       ["--weights-dtype", "int8"],
+                       ["--weights-dtype", "int8", "--weights", "streamed"]):
+            result = self.run_worker(*common, *option)
+            self.assertEqual(result.returncode, 0, result)
+            self.assertEqual(list(map(int, result.stdout.split())), tensors["greedy"][:8])
+        result = self.run_worker(*common, "--weights-dtype", "int4")
+        self.assertEqual(result.returncode, 0, result)
+        self.assertEqual(len(result.stdout.split()), 8)
+        result = self.run_worker("--attention", "full", "--serve", "--weights", "streamed",
+                                 input='{"op":"stats"}')
+        stats = json.loads(result.stdout.splitlines()[-1])
+        self.assertEqual(stats["weights_resident_bytes"], 0)
+        self.assertGreater(stats["weights_streamed_bytes"], 0)
+
     def test_writes_layers_as_traces(self):
         with tempfile.TemporaryDirectory() as parent:
             directory = os.path.join(parent, "new", "traces")
@@ -168,6 +187,9 @@ class WorkerTest(unittest.TestCase):
                           "/nonexistent/config.json")
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "1", "--device-bytes", "1000000"),
                           "1000000")
+        for mode, word in (("resident", "resident weights take"), ("streamed", "at a time")):
+            self.assert_fails(self.run_worker(*full, "--prompt-ids", "1", "--weights", mode,
+                                              "--device-bytes", "1000000"), word, "1000000")
         # Whether it was built without CUDA, has no driver or less than 100 cards.
         self.assert_fails(self.run_worker(*full, "--prompt-ids", "1", "--device", "cuda:99"),
                           "FAILED_PRECONDITION", "CUDA")
@@ -189,7 +211,8 @@ class WorkerTest(unittest.TestCase):
         self.assert_fails(failed, "quarry-worker: FAILED_PRECONDITION: ")
         self.assertEqual(json.loads(failed.stdout)["status"], "FAILED_PRECONDITION")
         for arguments in (("--attention", "some"), ("--kv-dtype", "int4"), ("--budget-share", "2"),
-                          ("--temperature", "-1"),
+                          ("--temperature", "-1"), ("--weights", "some"),
+                          ("--weights-dtype", "int3"),
                           ("--no-such-option",), ("--dump-kv", ""), ("--dump-queries", "5"),
                           ("--dump-layers", "1"), ("--dump-seed", "1")):
             result = self.run_worker(*arguments, "--prompt-ids", "1")

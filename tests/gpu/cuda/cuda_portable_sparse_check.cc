@@ -1,18 +1,13 @@
 // Sparse prefill by the kernels for sm_80 and later, where the card has better ones: what other
 // cards run is checked on any.
-#include "gpu/cuda/sparse_prefill.h"
 #include "tests/gpu/cuda/sparse_fixture.h"
-#include "tests/gpu/cuda/timed_kernels.h"
 
 namespace quarry {
 namespace {
 
 class CudaPortableSparseCheck : public CudaSparseFixture {
  protected:
-  absl::Status Attend(std::span<const HeadPlan> plans, const DeviceAttention& a) override {
-    TimedKernels kernels(cuda::AttentionPath::kPortable);
-    return cuda::SparsePrefill(device_, &kernels, {}).Attend(plans, a);
-  }
+  CudaPortableSparseCheck() : CudaSparseFixture(cuda::AttentionPath::kPortable) {}
 };
 
 TEST_F(CudaPortableSparseCheck, Prefills) {

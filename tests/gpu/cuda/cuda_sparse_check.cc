@@ -1,5 +1,4 @@
-// Sparse prefill of the CUDA device against the host's plans, and its attention of the same
-// indexes.
+// Sparse prefill of the CUDA device against the host's plans, and its attention by the same ones.
 #include "tests/gpu/cuda/sparse_fixture.h"
 
 namespace quarry {
@@ -8,7 +7,10 @@ namespace {
 using testing::CaseShape;
 using testing::SparseCase;
 
-class CudaSparseCheck : public CudaSparseFixture {};
+class CudaSparseCheck : public CudaSparseFixture {
+ protected:
+  CudaSparseCheck() : CudaSparseFixture(cuda::AttentionPath::kBest) {}
+};
 
 TEST_F(CudaSparseCheck, ShortPrefills) {
   for (const DType dtype : {DType::kBf16, DType::kFp16}) {
@@ -30,11 +32,32 @@ TEST_F(CudaSparseCheck, LongPrefills) {
   Run({DType::kBf16, 8, 1, 64, 0, 6007});
 }
 
+TEST_F(CudaSparseCheck, AsTheDeviceDoesIt) {
+  for (const uint32_t rows : {1u, 500u, 8000u, 12345u}) {
+    RunOnDevice({DType::kBf16, 8, 2, 128, Below(2) * Below(1000), rows});
+  }
+}
+
+// Of all tokens there are more than a block of threads has at a time, of tries too.
+TEST_F(CudaSparseCheck, PlansOfManyTokens) {
+  for (const DType dtype : {DType::kBf16, DType::kFp16}) {
+    const SparseCase c = Made({dtype, 8, 2, 128, 0, 40000 + Below(5000)});
+    const OnDevice at = PutCase(c);
+    std::vector<HeadPattern> patterns = Patterns(c.tokens());
+    CheckPlans(c, at, patterns);
+    for (HeadPattern& pattern : patterns) {
+      pattern.pattern = VerticalSlashMassPattern{0.1 + 0.01 * Below(60), 0.02 * (1 + Below(40))};
+    }
+    CheckPlans(c, at, patterns);
+  }
+}
+
 TEST_F(CudaSparseCheck, OtherShapesAreUnimplemented) {
   const SparseCase c(CaseShape{DType::kFp32, 8, 2, 64, 0, 200}, &random_);
   const OnDevice at = PutCase(c);
-  const DeviceAttention a = AttentionOf(c, at, 0, 200);
-  EXPECT_TRUE(absl::IsUnimplemented(device_->AttendSparse(std::vector<HeadPlan>(8), a)));
+  const std::vector<HeadPattern> patterns(8, {AShapePattern{1, 10}});
+  EXPECT_TRUE(absl::IsUnimplemented(
+      device_->PlanSparse(patterns, c.prefill(), AttentionOf(c, at, 136, 64)).status()));
 }
 
 }  // namespace

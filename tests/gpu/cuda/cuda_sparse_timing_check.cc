@@ -7,8 +7,11 @@
 // - dense: the device's dense attention; dense heads: the same heads in an index
 // - a_shape: 1,024 sinks and a window of 4,096
 // - vertical_slash: made plans, half of the tiles columns, half slashes anywhere
-// - block_sparse: 100 blocks for each row tile
-// - planning: vertical_slash 1,000 + 512 of all heads, by its kernels and in all
+// - block_sparse: 100 blocks for each row tile; block_scored: those within a half of the largest
+// "index" is what a call does besides attention: row tiles counted and ordered, and blocks chosen.
+// Planned layers are timed as the device does them: the plan, with its kernels one by one; a call
+// of attention by it, and what of that makes the index; both together; and how they stand to dense
+// attention. Keys and queries are noise: which lines are chosen is chance, and how far apart.
 #include "gpu/cuda/sparse_prefill.h"
 #include "gpu/sparse/head_cost.h"
 #include "tests/gpu/cuda/timed_kernels.h"
@@ -17,30 +20,24 @@
 namespace quarry {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-double Since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
 // Sparse prefill whose kernels are timed.
 struct TimedPrefill {
   TimedPrefill(Device* device, cuda::AttentionPath path)
       : kernels(path), prefill(device, &kernels, {}) {}
 
   struct Times {
-    double attend = INFINITY, choose = 0, all = 0;  // seconds
+    double attend = INFINITY, index = 0;  // seconds
   };
   // Of the call that attends fastest, of some behind the first.
-  Times Attend(const std::vector<HeadPlan>& plans, const DeviceAttention& a) {
+  Times Attend(const cuda::DevicePlan& plan, const DeviceAttention& a) {
     Times best;
     for (int i = 0; i < 4; ++i) {
       kernels.Reset();
-      const auto start = Clock::now();
-      const absl::Status status = prefill.Attend(plans, a);
+      const absl::Status status = prefill.Attend(plan, a);
       EXPECT_TRUE(status.ok()) << status;
-      const double all = Since(start);
-      if (i > 0 && kernels.attend < best.attend) best = {kernels.attend, kernels.choose, all};
+      if (i > 0 && kernels.attend < best.attend) {
+        best = {kernels.attend, kernels.choose + kernels.index};
+      }
     }
     return best;
   }
@@ -82,6 +79,11 @@ class DISABLED_CudaSparseTiming : public CudaTimingFixture {
               out->lse.floats()};
     return out;
   }
+  std::unique_ptr<cuda::DevicePlan> OnCard(const std::vector<HeadPlan>& plans) {
+    auto plan = cuda::DevicePlan::Copy(device_, plans);
+    EXPECT_TRUE(plan.ok()) << plan.status();
+    return *std::move(plan);
+  }
   static double DenseTiles(uint32_t tokens) {
     double tiles = 0;
     for (uint32_t hi = kRowTile; hi <= tokens; hi += kRowTile) tiles += kHeads * KeyTilesOf(hi);
@@ -93,7 +95,8 @@ class DISABLED_CudaSparseTiming : public CudaTimingFixture {
                               const DeviceAttention& a) {
     TimedPrefill best(device_, cuda::AttentionPath::kBest);
     TimedPrefill portable(device_, cuda::AttentionPath::kPortable);
-    const TimedPrefill::Times times = best.Attend(plans, a), others = portable.Attend(plans, a);
+    const std::unique_ptr<cuda::DevicePlan> plan = OnCard(plans);
+    const TimedPrefill::Times times = best.Attend(*plan, a), others = portable.Attend(*plan, a);
     const double flops = best.kernels.tiles * TileFlops(a.head_dim);
     std::printf(
         "%6u tokens, heads of %3u, %-14s %5.1f%% of the tiles: attention %8.2f ms, %5.1f TFLOP/s; "
@@ -144,11 +147,11 @@ TEST_F(DISABLED_CudaSparseTiming, Layer) {
     const auto attend = [&](const char* what, const std::vector<HeadPlan>& plans) {
       const TimedPrefill::Times times = Compare(what, plans, a);
       // The device's own, whose kernels nobody waits for.
-      const double whole = Time([&] { ASSERT_TRUE(device_->AttendSparse(plans, a).ok()); });
+      const std::unique_ptr<cuda::DevicePlan> plan = OnCard(plans);
+      const double whole = Time([&] { ASSERT_TRUE(device_->AttendSparse(*plan, a).ok()); });
       std::printf(
-          "; choosing kernels %.2f ms, host %.2f ms; a call %.2f ms, %.2f times dense's speed\n",
-          times.choose * 1e3, (times.all - times.attend - times.choose) * 1e3, whole * 1e3,
-          dense_seconds / whole);
+          "; index %.3f ms, %.1f%% of attention; a call %.3f ms, %.2f times dense's speed\n",
+          times.index * 1e3, 100 * times.index / times.attend, whole * 1e3, dense_seconds / whole);
     };
     const auto planned = [&](const Pattern& pattern) {
       return PlanHeads({{layer->part, DType::kBf16, kHeads, kKvHeads, kHeadDim},
@@ -166,24 +169,63 @@ TEST_F(DISABLED_CudaSparseTiming, Layer) {
       attend("vertical_slash", plans);
     }
     attend("block_sparse", planned(BlockSparsePattern{100}));
+    attend("block_scored", planned(BlockScoredPattern{0.5}));
+  }
+}
 
-    TimedPrefill timed(device_, cuda::AttentionPath::kBest);
-    const std::vector<HeadPattern> lines(kHeads, {VerticalSlashPattern{1000, 512}});
+TEST_F(DISABLED_CudaSparseTiming, PlannedLayer) {
+  constexpr uint32_t kHeadDim = 128;
+  for (const uint32_t tokens : {1024u, 2048u, 4096u, 8192u, 16384u, 32768u, 131072u}) {
+    const std::unique_ptr<Layer> layer = Made(tokens, kHeadDim);
+    const DeviceAttention& a = layer->a;
     DeviceAttention last = a;
-    last.first_token = tokens - 64;
-    last.rows = 64;
+    last.first_token = tokens - kLastQueries;
+    last.rows = kLastQueries;
     last.q += size_t{last.first_token} * kHeads * kHeadDim;
-    double all = INFINITY, choose = 0;
-    for (int i = 0; i < 4; ++i) {
-      timed.kernels.Reset();
-      const auto start = Clock::now();
-      ASSERT_TRUE(timed.prefill.Plan(lines, {0, tokens}, last).ok());
-      if (i == 0 || Since(start) >= all) continue;
-      all = Since(start);
-      choose = timed.kernels.choose;
+    const double dense = Time([&] { device_->Attend(a); });
+    const uint32_t part = tokens / 128;
+    const std::pair<const char*, Pattern> all[] = {
+        {"lines, few", VerticalSlashPattern{part, 100 + tokens / 4096}},
+        {"lines, more", VerticalSlashPattern{4 * part, 100 + tokens / 1024}},
+        {"lines by mass", VerticalSlashMassPattern{0.3, 0.5}},
+        {"block_sparse", BlockSparsePattern{100}},
+        {"block_scored", BlockScoredPattern{0.5}},
+        {"a_shape", AShapePattern{1024, 4096}}};
+    for (const auto& [what, pattern] : all) {
+      const std::vector<HeadPattern> patterns(kHeads, {pattern});
+      const auto make = [&] {
+        auto plan = device_->PlanSparse(patterns, {0, tokens}, last);
+        EXPECT_TRUE(plan.ok()) << plan.status();
+        return *std::move(plan);
+      };
+      const std::unique_ptr<SparsePlan> plan = make();
+      const double planning = Time([&] { make(); });
+      const double attending = Time([&] { ASSERT_TRUE(device_->AttendSparse(*plan, a).ok()); });
+      const double both = Time([&] { ASSERT_TRUE(device_->AttendSparse(*make(), a).ok()); });
+      TimedPrefill timed(device_, cuda::AttentionPath::kBest);
+      for (int i = 0; i < 3; ++i) {
+        timed.kernels.Reset();
+        ASSERT_TRUE(timed.prefill.Plan(patterns, {0, tokens}, last).ok());
+      }
+      const double sums = timed.kernels.sum, choice = timed.kernels.choose;
+      const double lists = timed.kernels.index;
+      const auto& on_card = static_cast<const cuda::DevicePlan&>(*plan);
+      double share = 1;
+      TimedPrefill::Times times;
+      if (!on_card.AllDense()) {
+        times = timed.Attend(on_card, a);
+        share = timed.kernels.tiles / DenseTiles(tokens);
+      }
+      const double index = planning + times.index;
+      std::printf(
+          "%6u tokens, %-13s %5.1f%% of the tiles: plan %.3f ms (sums %.3f, choice %.3f, lists "
+          "%.3f), a call %.3f ms (index %.3f), both %.3f; dense %.3f: %.2f times its speed, plan "
+          "and "
+          "index %.1f%% of attention\n",
+          tokens, what, 100 * share, planning * 1e3, sums * 1e3, choice * 1e3, lists * 1e3,
+          attending * 1e3, times.index * 1e3, both * 1e3, dense * 1e3, dense / both,
+          100 * index / std::max(1e-9, attending - times.index));
     }
-    std::printf("%6u tokens, planning: %.2f ms, %.2f ms of it kernels\n", tokens, all * 1e3,
-                choose * 1e3);
   }
 }
 

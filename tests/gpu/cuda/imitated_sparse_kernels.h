@@ -12,7 +12,11 @@
 #include "tests/gpu/cuda/imitated_warp.h"
 // After the operations that they use.
 #include "gpu/cuda/choosing.cuh"
+#include "gpu/cuda/index_rows.cuh"
 #include "gpu/cuda/key_scores.cuh"
+#include "gpu/cuda/last_queries.cuh"
+#include "gpu/cuda/line_lists.cuh"
+#include "gpu/cuda/seek_blocks.cuh"
 #include "gpu/cuda/sparse_attention.cuh"
 
 namespace quarry::cuda {
@@ -38,7 +42,7 @@ class AlignedMemory {
   std::vector<Line> lines_;
 };
 
-class ImitatedSparseKernels final : public SparseKernels {
+class ImitatedSparseKernels : public SparseKernels {
  public:
   explicit ImitatedSparseKernels(uint64_t seed) : random_(seed) {}
 
@@ -71,14 +75,19 @@ class ImitatedSparseKernels final : public SparseKernels {
         [&](char* shared) { MeasureScores(args, kThreads, reinterpret_cast<ScoreSum*>(shared)); });
     return absl::OkStatus();
   }
-  absl::Status SumLastQueries(const ChoiceArgs& args) override {
-    Run({3, args.launched_heads, 1}, kThreads, 0,
-        [&](char*) { cuda::SumLastQueries(args, kThreads); });
+  absl::Status SeekBlocks(const SeekArgs& args) override {
+    ForElement(args.dtype, args.head_dim, [&](auto element, auto head_dim) {
+      using Tile = SeekTile<head_dim()>;
+      Run({RowTilesOf(args.rows), args.launched_heads, 1}, Tile::kThreads, Tile::kSharedBytes,
+          [&](char* shared) { cuda::SeekBlocks<decltype(element), Tile>(args, shared); });
+    });
     return absl::OkStatus();
   }
-  absl::Status WeighBlocks(const ChoiceArgs& args) override {
-    Run({1, RowTilesOf(args.end_token - args.first_token), args.launched_heads}, kThreads, 0,
-        [&](char*) { cuda::WeighBlocks(args, kThreads); });
+  absl::Status ChooseBlocks(const ChoiceArgs& args) override {
+    Run({RowTilesOf(args.rows), args.launched_heads, 1}, kThreads, sizeof(BlocksShared),
+        [&](char* shared) {
+          BlockChooser(args, kThreads, reinterpret_cast<BlocksShared*>(shared)).Run();
+        });
     return absl::OkStatus();
   }
   absl::Status MeanKeys(const MeanArgs& args) override {
@@ -94,8 +103,47 @@ class ImitatedSparseKernels final : public SparseKernels {
     return absl::OkStatus();
   }
 
+  absl::Status SumLastQueries(const LastQueryArgs& args) override {
+    ForElement(args.dtype, args.head_dim, [&](auto element, auto head_dim) {
+      using T = decltype(element);
+      using Tile = LastTile<head_dim()>;
+      const Dim3 grid{StretchesOf(args.tokens), args.line_count / kLinesTogether, 1};
+      Run(grid, Tile::kThreads, Tile::kMeasureBytes,
+          [&](char* shared) { MeasureLastQueries<T, Tile>(args, shared); });
+      constexpr uint32_t kJoining = 2 * kLastQueries;
+      Run({args.line_count, 1, 1}, kJoining, kJoining * sizeof(ScoreSum),
+          [&](char* shared) { JoinMeasures(args, kJoining, reinterpret_cast<ScoreSum*>(shared)); });
+      Run(grid, Tile::kThreads, Tile::kSumBytes,
+          [&](char* shared) { cuda::SumLastQueries<T, Tile>(args, shared); });
+    });
+    return absl::OkStatus();
+  }
+  absl::Status ChooseLines(const KeepLinesArgs& args) override {
+    const uint32_t lines = args.tried.line_count;
+    Run({std::max(args.tried.tries, 2u), lines, 1}, kTeam, sizeof(LineShared),
+        [&](char* shared) { TryLines(args.tried, kTeam, reinterpret_cast<LineShared*>(shared)); });
+    Run({lines, 1, 1}, kTeam, sizeof(LineShared),
+        [&](char* shared) { KeepLines(args, kTeam, reinterpret_cast<LineShared*>(shared)); });
+    return absl::OkStatus();
+  }
+  absl::Status EmitLines(const EmitLinesArgs& args) override {
+    Run({args.line_count, 1, 1}, kThreads, 0, [&](char*) { cuda::EmitLines(args, kThreads); });
+    return absl::OkStatus();
+  }
+  absl::Status CountRowTiles(const IndexArgs& args) override {
+    Run({2, args.heads, 1}, kThreads, 0, [&](char*) { cuda::CountRowTiles(args, kThreads); });
+    return absl::OkStatus();
+  }
+  absl::Status OrderItems(const IndexArgs& args) override {
+    Run({1, 1, 1}, kTeam, sizeof(OrderShared), [&](char* shared) {
+      cuda::OrderItems(args, kTeam, reinterpret_cast<OrderShared*>(shared));
+    });
+    return absl::OkStatus();
+  }
+
  private:
-  static constexpr uint32_t kThreads = 32;
+  // A warp, and some of them where they work together.
+  static constexpr uint32_t kThreads = 32, kTeam = 96;
 
   // f(element type, head_dim as a constant).
   template <typename F>

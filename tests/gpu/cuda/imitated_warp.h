@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -209,6 +210,22 @@ void WaitForCopies() {
   ImitatedBlock::Current()->WaitForCopies(kPending);
 }
 
+// Of memory that nobody writes.
+inline uint4 LoadOnce(const void* global) {
+  QUARRY_CHECK(reinterpret_cast<uintptr_t>(global) % 16 == 0);
+  uint4 x;
+  std::memcpy(&x, global, sizeof(x));
+  return x;
+}
+inline uint32_t WordOf(const uint4& x, int i) {
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+  return words[i];
+}
+inline float ByteLess128(uint32_t x, int i) {
+  return static_cast<float>(static_cast<int>(x >> (8 * i) & 255) - 128);
+}
+inline float Bf16AsFloat(uint16_t x) { return Bf16ToFloat(x); }
+
 inline void Forget(int&) {}
 
 inline float Exp2(float x) { return std::exp2(x); }
@@ -232,6 +249,66 @@ inline float QuadMax(float x) {
 inline float QuadSum(float x) {
   return OfQuad(x, [](float a, float b) { return a + b; });
 }
+
+inline uint32_t OrOfRows(uint32_t x) {
+  struct Mine {
+    uint32_t x, all;
+  } mine{x, 0};
+  ImitatedBlock::Current()->WithWarp(&mine, [](Mine** all) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = lane % 4; i < 32; i += 4) all[lane]->all |= all[i]->x;
+    }
+  });
+  return mine.all;
+}
+inline uint32_t Ballot(bool x) {
+  struct Mine {
+    bool x;
+    uint32_t all;
+  } mine{x, 0};
+  ImitatedBlock::Current()->WithWarp(&mine, [](Mine** all) {
+    uint32_t bits = 0;
+    for (uint32_t lane = 0; lane < 32; ++lane) bits |= uint32_t{all[lane]->x} << lane;
+    for (int lane = 0; lane < 32; ++lane) all[lane]->all = bits;
+  });
+  return mine.all;
+}
+inline uint32_t MatchLanes(uint32_t x) {
+  struct Mine {
+    uint32_t x, same;
+  } mine{x, 0};
+  ImitatedBlock::Current()->WithWarp(&mine, [](Mine** all) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (uint32_t i = 0; i < 32; ++i) {
+        all[lane]->same |= uint32_t{all[i]->x == all[lane]->x} << i;
+      }
+    }
+  });
+  return mine.same;
+}
+template <typename X>
+X ShuffleUp(X x, uint32_t step) {
+  struct Mine {
+    X x, got;
+  } mine{x, x};
+  ImitatedBlock::Current()->WithWarp(&mine, [step](Mine** all) {
+    for (uint32_t lane = step; lane < 32; ++lane) all[lane]->got = all[lane - step]->x;
+  });
+  return mine.got;
+}
+inline void SyncWarp() {
+  int none = 0;
+  ImitatedBlock::Current()->WithWarp(&none, [](int**) {});
+}
+// Threads take turns only where they meet.
+inline void AddShared(uint32_t* to, uint32_t x) { *to += x; }
+inline void OrShared(uint32_t* to, uint32_t x) { *to |= x; }
+
+inline uint32_t BitsOf(float x) { return std::bit_cast<uint32_t>(x); }
+inline uint32_t RoundToWhole(float x) { return static_cast<uint32_t>(std::llrint(x)); }
+inline uint32_t CountBits(uint32_t x) { return static_cast<uint32_t>(std::popcount(x)); }
+inline uint32_t FirstBit(uint32_t x) { return static_cast<uint32_t>(std::countr_zero(x)); }
+inline uint32_t LastBit(uint32_t x) { return 31 - static_cast<uint32_t>(std::countl_zero(x)); }
 
 // As PTX's ldmatrix.m8n8.x4.b16 lays it out. The rows of a matrix lie in different banks, else the
 // card would take longer; shared memory begins at a multiple of 128 bytes.
@@ -267,6 +344,10 @@ inline void LoadTransposed(uint32_t out[4], const void* row) { ImitateLoad<true>
 // As PTX's mma.m16n8k16 lays operands of two bytes out.
 template <DType kDType>
 struct Element {
+  static uint32_t LessEight(uint32_t x) {
+    return Pack(static_cast<float>(static_cast<int>(x & 15) - 8),
+                static_cast<float>(static_cast<int>(x >> 16 & 15) - 8));
+  }
   static uint32_t Pack(float lo, float hi) {
     uint16_t both[2];
     StoreFromFloat(both, 0, kDType, lo);

@@ -14,7 +14,7 @@
 namespace quarry::testing {
 
 // New memory is bytes that are NaNs of every dtype.
-class MemoryDevice final : public Device {
+class MemoryDevice : public Device {
  public:
   ~MemoryDevice() override { QUARRY_CHECK(used_ == 0); }
   std::string_view name() const override { return "memory"; }
@@ -41,10 +41,6 @@ class MemoryDevice final : public Device {
 
   // Not for these.
   void Copy(const DeviceCopy&) override { QUARRY_CHECK(false); }
-  absl::StatusOr<DeviceMatrix> Load(std::span<const HostMatrix>, size_t,
-                                    std::string_view) override {
-    return absl::UnimplementedError("memory alone");
-  }
   void MatMul(const float*, const DeviceMatrix&, float*, size_t, Output) override {
     QUARRY_CHECK(false);
   }

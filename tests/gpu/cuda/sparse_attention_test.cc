@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "gpu/cuda/packed_index.h"
 #include "gpu/sparse/sparse_attention.h"
 #include "tests/gpu/cuda/imitated_sparse_kernels.h"
+#include "tests/gpu/cuda/packed_index.h"
 #include "tests/gpu/sparse/sparse_case.h"
 #include "tests/support/seed.h"
 

@@ -1,20 +1,20 @@
 // What the checks of sparse prefill on a card share: plans against the host's, and attention
-// against the host's over the same index.
+// against the host's by the same plans.
 #pragma once
 
+#include "gpu/cuda/sparse_prefill.h"
 #include "gpu/sparse/build_index.h"
 #include "gpu/sparse/sparse_attention.h"
 #include "tests/gpu/cuda/device_fixture.h"
+#include "tests/gpu/cuda/plan_check.h"
+#include "tests/gpu/cuda/timed_kernels.h"
 #include "tests/gpu/sparse/sparse_case.h"
 
 namespace quarry {
 
 class CudaSparseFixture : public CudaDeviceCheck {
  protected:
-  // Who attends: the device, or kernels beside it.
-  virtual absl::Status Attend(std::span<const HeadPlan> plans, const DeviceAttention& a) {
-    return device_->AttendSparse(plans, a);
-  }
+  explicit CudaSparseFixture(cuda::AttentionPath path) : kernels_(path) {}
 
   // A case whose key blocks have exact means, so that device and host choose the same ones: beside
   // dimension 0, which says how much all rows like a block, the keys of two tokens cancel out.
@@ -70,29 +70,26 @@ class CudaSparseFixture : public CudaDeviceCheck {
   void CheckPlans(const testing::SparseCase& c, const OnDevice& at,
                   std::span<const HeadPattern> patterns) {
     const uint32_t last = std::min(kLastQueries, c.shape().rows);
-    const auto got =
-        device_->PlanSparse(patterns, c.prefill(), AttentionOf(c, at, c.shape().rows - last, last));
+    cuda::SparsePrefill prefill(device_, &kernels_, {.least_saved_tiles = 0});
+    const auto plan =
+        prefill.Plan(patterns, c.prefill(), AttentionOf(c, at, c.shape().rows - last, last));
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    const auto got = (*plan)->Heads();
     ASSERT_TRUE(got.ok()) << got.status();
     const std::vector<HeadPlan> want =
         PlanHeads({c.layer(), c.prefill(), patterns, c.last_q()}, &team_);
     ASSERT_EQ(got->size(), want.size());
     for (size_t h = 0; h < want.size(); ++h) {
-      const HeadPlan& plan = (*got)[h];
-      EXPECT_EQ(plan.kind, want[h].kind) << "head " << h;
-      EXPECT_NEAR(plan.captured, want[h].captured, 1e-3) << "head " << h;
-      // Sums are rounded differently: what is chosen last may be something else.
-      std::vector<uint32_t> both;
-      std::set_intersection(plan.columns.begin(), plan.columns.end(), want[h].columns.begin(),
-                            want[h].columns.end(), std::back_inserter(both));
-      EXPECT_LE(std::max(plan.columns.size(), want[h].columns.size()) - both.size(),
-                1 + want[h].columns.size() / 100)
-          << "head " << h;
+      SCOPED_TRACE(h);
+      testing::ExpectPlan((*got)[h], want[h], patterns[h].pattern, c.prefill());
     }
   }
 
-  // Attends `step` rows at a time, and compares with the host's attention of the whole index.
+  // Attends `step` rows at a time by `attend`, and compares with the host's attention of the whole
+  // index of `plans`.
+  template <typename F>
   void CheckAttention(const testing::SparseCase& c, const OnDevice& at,
-                      std::span<const HeadPlan> plans, uint32_t step) {
+                      std::span<const HeadPlan> plans, uint32_t step, const F& attend) {
     const testing::CaseShape& s = c.shape();
     const size_t width = size_t{s.heads} * s.head_dim;
     const DeviceBuffer o_at = Output(c.q().size()), lse_at = Output(size_t{s.rows} * s.heads);
@@ -100,7 +97,7 @@ class CudaSparseFixture : public CudaDeviceCheck {
       DeviceAttention a = AttentionOf(c, at, row, std::min(step, s.rows - row));
       a.o = o_at.floats() + row * width;
       a.lse = lse_at.floats() + size_t{row} * s.heads;
-      const absl::Status status = Attend(plans, a);
+      const absl::Status status = attend(a);
       ASSERT_TRUE(status.ok()) << status;
     }
     const std::vector<float> o = Get(o_at), lse = Get(lse_at);
@@ -149,8 +146,29 @@ class CudaSparseFixture : public CudaDeviceCheck {
     CheckPlans(c, at, patterns);
     const std::vector<HeadPlan> plans =
         PlanHeads({c.layer(), c.prefill(), patterns, c.last_q(), DenseFallback::kNever}, &team_);
-    CheckAttention(c, at, plans, shape.rows);
-    CheckAttention(c, at, plans, kRowTile * (1 + Below(shape.rows / kRowTile + 1)));
+    const auto plan = cuda::DevicePlan::Copy(device_, plans);
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    cuda::SparsePrefill prefill(device_, &kernels_, {});
+    for (const uint32_t step : {shape.rows, kRowTile * (1 + Below(shape.rows / kRowTile + 1))}) {
+      CheckAttention(c, at, plans, step,
+                     [&](const DeviceAttention& a) { return prefill.Attend(**plan, a); });
+    }
+  }
+
+  // As the device does it: by its own plan, which may be dense.
+  void RunOnDevice(const testing::CaseShape& shape) {
+    const testing::SparseCase c = Made(shape);
+    const OnDevice at = PutCase(c);
+    std::vector<HeadPattern> patterns = Patterns(c.tokens());
+    patterns.resize(shape.heads);
+    const uint32_t last = std::min(kLastQueries, shape.rows);
+    const auto plan =
+        device_->PlanSparse(patterns, c.prefill(), AttentionOf(c, at, shape.rows - last, last));
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    const auto heads = (*plan)->Heads();
+    ASSERT_TRUE(heads.ok()) << heads.status();
+    CheckAttention(c, at, *heads, 4096,
+                   [&](const DeviceAttention& a) { return device_->AttendSparse(**plan, a); });
   }
 
   static void TearDownTestSuite() {
@@ -158,6 +176,7 @@ class CudaSparseFixture : public CudaDeviceCheck {
   }
   static inline double worst_ = 0;
 
+  TimedKernels kernels_;
   ThreadTeam team_{std::max(1u, std::thread::hardware_concurrency())};
 };
 

@@ -13,6 +13,7 @@
 #include "gpu/sparse/sparse_attention.h"
 #include "tests/gpu/cuda/imitated_sparse_kernels.h"
 #include "tests/gpu/cuda/memory_device.h"
+#include "tests/gpu/cuda/plan_check.h"
 #include "tests/gpu/sparse/sparse_case.h"
 #include "tests/support/seed.h"
 
@@ -23,9 +24,9 @@ using testing::CaseShape;
 using testing::SparseCase;
 
 // Keeps what is attended.
-class RecordedKernels final : public SparseKernels {
+class RecordedKernels final : public ImitatedSparseKernels {
  public:
-  explicit RecordedKernels(uint64_t seed) : inner_(seed) {}
+  using ImitatedSparseKernels::ImitatedSparseKernels;
   absl::Status Attend(const SparseArgs& a) override {
     SparseIndex& index = attended.emplace_back();
     index.first_token = a.first_token;
@@ -38,31 +39,25 @@ class RecordedKernels final : public SparseKernels {
     copy(a.ranges, index.range_first.back(), &index.ranges);
     copy(a.column_first, a.heads + 1, &index.column_first);
     copy(a.columns, index.column_first.back(), &index.columns);
-    copy(a.block_first, items + 1, &index.block_first);
-    copy(a.blocks, index.block_first.back(), &index.blocks);
     copy(a.tiles, items, &index.tiles);
     copy(a.columns_seen, items, &index.columns_seen);
-    return inner_.Attend(a);
+    index.block_first = {0};
+    for (uint32_t h = 0; h < a.heads; ++h) {
+      for (uint32_t t = 0; t < a.row_tiles; ++t) {
+        if (index.kind[h] == HeadKind::kBlocks && !index.IsDense(h, t)) {
+          const uint32_t* const blocks = a.blocks + a.block_first[index.At(h, t)];
+          index.blocks.insert(index.blocks.end(), blocks, blocks + index.tiles[index.At(h, t)]);
+        }
+        index.block_first.push_back(static_cast<uint32_t>(index.blocks.size()));
+      }
+    }
+    orders.emplace_back(a.order, a.order + items);
+    return ImitatedSparseKernels::Attend(a);
   }
-  absl::Status Score(const ScoreArgs& a) override { return inner_.Score(a); }
-  absl::Status Measure(const ChoiceArgs& a) override { return inner_.Measure(a); }
-  absl::Status SumLastQueries(const ChoiceArgs& a) override { return inner_.SumLastQueries(a); }
-  absl::Status WeighBlocks(const ChoiceArgs& a) override { return inner_.WeighBlocks(a); }
-  absl::Status MeanKeys(const MeanArgs& a) override { return inner_.MeanKeys(a); }
-  absl::Status PoolQueries(const PoolArgs& a) override { return inner_.PoolQueries(a); }
 
   std::vector<SparseIndex> attended;
-
- private:
-  ImitatedSparseKernels inner_;
+  std::vector<std::vector<uint32_t>> orders;
 };
-
-template <typename T>
-size_t Different(const std::vector<T>& a, const std::vector<T>& b) {
-  size_t same = 0;
-  for (const T& x : a) same += std::find(b.begin(), b.end(), x) != b.end();
-  return std::max(a.size(), b.size()) - same;
-}
 
 class SparsePrefillTest : public ::testing::Test {
  protected:
@@ -109,20 +104,17 @@ class SparsePrefillTest : public ::testing::Test {
     const AlignedMemory q(std::as_bytes(std::span(c.last_q(), last * width)));
     const DeviceKv part = c.layer().kv;
     SparsePrefill prefill(&device_, &kernels_, options);
-    const auto got = prefill.Plan(patterns, c.prefill(),
-                                  AttentionOf(c, part, q.floats(), c.tokens() - last, last));
+    const auto plan = prefill.Plan(patterns, c.prefill(),
+                                   AttentionOf(c, part, q.floats(), c.tokens() - last, last));
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    const auto got = (*plan)->Heads();
     ASSERT_TRUE(got.ok()) << got.status();
     const std::vector<HeadPlan> want =
         PlanHeads({c.layer(), c.prefill(), patterns, c.last_q()}, &team_);
     ASSERT_EQ(got->size(), want.size());
     for (size_t h = 0; h < want.size(); ++h) {
-      const HeadPlan& a = (*got)[h];
-      EXPECT_EQ(a.kind, want[h].kind) << PatternText(patterns[h].pattern);
-      EXPECT_EQ(a.pattern, want[h].pattern);
-      // Sums are rounded differently: the last that is chosen may be another one.
-      EXPECT_LE(Different(a.columns, want[h].columns), 1u) << PatternText(patterns[h].pattern);
-      EXPECT_LE(Different(a.ranges, want[h].ranges), 2u) << PatternText(patterns[h].pattern);
-      EXPECT_NEAR(a.captured, want[h].captured, 1e-3);
+      testing::ExpectPlan((*got)[h], want[h], patterns[h].pattern, c.prefill());
+      sparse_heads_ += want[h].kind == HeadKind::kRanges;
     }
   }
 
@@ -137,13 +129,17 @@ class SparsePrefillTest : public ::testing::Test {
     a.o = o.floats();
     a.lse = lse.data();
     kernels_.attended.clear();
+    kernels_.orders.clear();
     SparsePrefill prefill(&device_, &kernels_, options);
-    const absl::Status status = prefill.Attend(plans, a);
+    const auto plan = DevicePlan::Copy(&device_, {plans.begin(), plans.end()});
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    const absl::Status status = prefill.Attend(**plan, a);
     ASSERT_TRUE(status.ok()) << status;
     uint32_t row = 0;
     for (const SparseIndex& index : kernels_.attended) {
       ASSERT_EQ(index.first_token, s.first_token + row);
       CheckChoice(c, index, row, plans);
+      CheckOrder(index, kernels_.orders[static_cast<size_t>(&index - kernels_.attended.data())]);
       std::vector<float> want_o(size_t{index.rows} * s.heads * s.head_dim),
           want_lse(size_t{index.rows} * s.heads);
       AttendSparse({c.layer(), &index, {}, c.Query(row, 0), want_o.data(), want_lse.data()},
@@ -162,6 +158,16 @@ class SparsePrefillTest : public ::testing::Test {
       row += index.rows;
     }
     ASSERT_EQ(row, s.rows);
+  }
+
+  // Every item once, and none long before another that has many more tiles.
+  static void CheckOrder(const SparseIndex& index, std::vector<uint32_t> order) {
+    const uint32_t most = KeyTilesOf(index.first_token + index.rows);
+    for (size_t i = 1; i < order.size(); ++i) {
+      EXPECT_LE(index.tiles[order[i]], index.tiles[order[i - 1]] + most / 255 + 1);
+    }
+    std::sort(order.begin(), order.end());
+    for (size_t i = 0; i < order.size(); ++i) ASSERT_EQ(order[i], i);
   }
 
   // The blocks that are attended are as good as those that the host would choose.
@@ -220,11 +226,14 @@ class SparsePrefillTest : public ::testing::Test {
     return plan;
   }
 
+  // Everything at once, however little it may save.
+  static constexpr SparsePrefill::Options kAll = {.least_saved_tiles = 0};
+
   std::mt19937_64 random_{Seed()};
   ThreadTeam team_{2};
   testing::MemoryDevice device_;
   RecordedKernels kernels_{random_()};
-  uint32_t sparse_tiles_ = 0;
+  uint32_t sparse_tiles_ = 0, sparse_heads_ = 0;
 };
 
 TEST_F(SparsePrefillTest, PlansAreTheHosts) {
@@ -239,14 +248,15 @@ TEST_F(SparsePrefillTest, PlansAreTheHosts) {
       const DType dtype = n % 2 == 0 ? DType::kBf16 : DType::kFp16;
       const SparseCase c = Made({dtype, 8, n % 4 < 2 ? 2u : 8u, 64 + 32 * (n % 3), first, rows});
       SCOPED_TRACE(::testing::Message() << "first " << first << " rows " << rows);
-      // Everything at once; then heads one by one; then two of scores, three of sums.
+      // Everything at once; two heads at a time; some more.
       const size_t tokens = c.tokens();
-      CheckPlans(c, patterns, {.threads = 2});
-      CheckPlans(c, patterns, {.most_floats = 1, .threads = 2});
-      CheckPlans(c, patterns, {.most_floats = 2 * 64 * (tokens + 4), .threads = 2});
+      CheckPlans(c, patterns, kAll);
+      CheckPlans(c, patterns, {.most_line_bytes = 1, .least_saved_tiles = 0});
+      CheckPlans(c, patterns, {.most_line_bytes = 200 * tokens, .least_saved_tiles = 0});
       ++n;
     }
   }
+  EXPECT_GT(sparse_heads_, 0u);
 }
 
 TEST_F(SparsePrefillTest, AttendsAsItChooses) {
@@ -264,9 +274,9 @@ TEST_F(SparsePrefillTest, AttendsAsItChooses) {
       const std::vector<HeadPlan> plans =
           PlanHeads({c.layer(), c.prefill(), patterns, c.last_q(), DenseFallback::kNever}, &team_);
       // Everything at once; row tiles in pairs; scores of one or two row tiles.
-      CheckAttention(c, plans, {.threads = 2});
-      CheckAttention(c, plans, {.most_row_tiles = 2, .threads = 2});
-      CheckAttention(c, plans, {.most_floats = 3000, .threads = 2});
+      CheckAttention(c, plans, kAll);
+      CheckAttention(c, plans, {.most_row_tiles = 2});
+      CheckAttention(c, plans, {.most_floats = 3000});
       if (HasFatalFailure()) return;
       ++n;
     }
@@ -274,21 +284,49 @@ TEST_F(SparsePrefillTest, AttendsAsItChooses) {
   EXPECT_GT(sparse_tiles_, 0u);
 }
 
+TEST_F(SparsePrefillTest, LayersThatSaveLittleAreDense) {
+  const SparseCase c = Made({DType::kBf16, 4, 2, 64, 0, 1500});
+  const AlignedMemory q(std::as_bytes(std::span(c.last_q(), size_t{64} * 4 * 64)));
+  const DeviceKv part = c.layer().kv;
+  const DeviceAttention last = AttentionOf(c, part, q.floats(), c.tokens() - 64, 64);
+  const std::vector<HeadPattern> patterns = {{VerticalSlashPattern{30, 100}},
+                                             {AShapePattern{10, 100}},
+                                             {BlockSparsePattern{2}},
+                                             {DensePattern{}}};
+  uint64_t dense_tiles = 0;
+  for (uint32_t hi = 128; hi <= 1536; hi += 128) dense_tiles += KeyTilesOf(std::min(hi, 1500u));
+  const auto is_dense = [&](uint64_t least_saved_tiles) {
+    SparsePrefill prefill(&device_, &kernels_, {.least_saved_tiles = least_saved_tiles});
+    const auto plan = prefill.Plan(patterns, c.prefill(), last);
+    EXPECT_TRUE(plan.ok()) << plan.status();
+    const auto heads = (*plan)->Heads();
+    EXPECT_TRUE(heads.ok()) << heads.status();
+    EXPECT_EQ(heads->size(), 4u);
+    EXPECT_EQ((*plan)->AllDense(), (*heads)[1].kind == HeadKind::kDense);
+    return (*plan)->AllDense();
+  };
+  EXPECT_FALSE(is_dense(dense_tiles / 10));
+  // More than is saved, which shows when lines are chosen; more than there is.
+  EXPECT_TRUE(is_dense(3 * dense_tiles - dense_tiles / 10));
+  EXPECT_TRUE(is_dense(3 * dense_tiles + 1));
+}
+
 TEST_F(SparsePrefillTest, SaysWhatItDoesNotTake) {
   const SparseCase c = Made({DType::kFp32, 2, 1, 64, 0, 200});
   const DeviceKv part = c.layer().kv;
-  SparsePrefill prefill(&device_, &kernels_, {.threads = 1});
-  const std::vector<HeadPlan> plans(2);
+  SparsePrefill prefill(&device_, &kernels_, {});
+  const auto plan = DevicePlan::Copy(&device_, std::vector<HeadPlan>(2));
+  ASSERT_TRUE(plan.ok()) << plan.status();
   DeviceAttention a = AttentionOf(c, part, c.q().data(), 0, 200);
-  const absl::Status fp32 = prefill.Attend(plans, a);
+  const absl::Status fp32 = prefill.Attend(**plan, a);
   EXPECT_TRUE(absl::IsUnimplemented(fp32)) << fp32;
   EXPECT_NE(fp32.message().find("fp32 heads of 64"), std::string_view::npos) << fp32;
   a.dtype = DType::kBf16;
   a.head_dim = 80;
-  EXPECT_TRUE(absl::IsUnimplemented(prefill.Attend(plans, a)));
+  EXPECT_TRUE(absl::IsUnimplemented(prefill.Attend(**plan, a)));
   a.head_dim = 64;
   a.q += 1;
-  const absl::Status aligned = prefill.Attend(plans, a);
+  const absl::Status aligned = prefill.Attend(**plan, a);
   EXPECT_TRUE(absl::IsUnimplemented(aligned));
   EXPECT_NE(aligned.message().find("16 bytes"), std::string_view::npos) << aligned;
   const std::vector<HeadPattern> patterns(2, {VerticalSlashPattern{60, 110}});

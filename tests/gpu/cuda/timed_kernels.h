@@ -26,11 +26,11 @@ class TimedKernels final : public cuda::SparseKernels {
   absl::Status Measure(const cuda::ChoiceArgs& a) override {
     return Time(&choose, [&] { return kernels_.Measure(a); });
   }
-  absl::Status SumLastQueries(const cuda::ChoiceArgs& a) override {
-    return Time(&choose, [&] { return kernels_.SumLastQueries(a); });
+  absl::Status SeekBlocks(const cuda::SeekArgs& a) override {
+    return Time(&choose, [&] { return kernels_.SeekBlocks(a); });
   }
-  absl::Status WeighBlocks(const cuda::ChoiceArgs& a) override {
-    return Time(&choose, [&] { return kernels_.WeighBlocks(a); });
+  absl::Status ChooseBlocks(const cuda::ChoiceArgs& a) override {
+    return Time(&choose, [&] { return kernels_.ChooseBlocks(a); });
   }
   absl::Status MeanKeys(const cuda::MeanArgs& a) override {
     return Time(&choose, [&] { return kernels_.MeanKeys(a); });
@@ -38,10 +38,27 @@ class TimedKernels final : public cuda::SparseKernels {
   absl::Status PoolQueries(const cuda::PoolArgs& a) override {
     return Time(&choose, [&] { return kernels_.PoolQueries(a); });
   }
-  void Reset() { attend = choose = tiles = 0; }
+  absl::Status SumLastQueries(const cuda::LastQueryArgs& a) override {
+    return Time(&sum, [&] { return kernels_.SumLastQueries(a); });
+  }
+  absl::Status ChooseLines(const cuda::KeepLinesArgs& a) override {
+    return Time(&choose, [&] { return kernels_.ChooseLines(a); });
+  }
+  absl::Status EmitLines(const cuda::EmitLinesArgs& a) override {
+    return Time(&index, [&] { return kernels_.EmitLines(a); });
+  }
+  absl::Status CountRowTiles(const cuda::IndexArgs& a) override {
+    return Time(&index, [&] { return kernels_.CountRowTiles(a); });
+  }
+  absl::Status OrderItems(const cuda::IndexArgs& a) override {
+    return Time(&index, [&] { return kernels_.OrderItems(a); });
+  }
+  void Reset() { attend = sum = choose = index = tiles = 0; }
 
-  double attend = 0, choose = 0;  // seconds
-  double tiles = 0;               // attended
+  // Seconds of attention, of the last queries' sums, of choosing by them or of key blocks, and of
+  // what makes lists of it.
+  double attend = 0, sum = 0, choose = 0, index = 0;
+  double tiles = 0;  // attended
 
  private:
   static double Tiles(const cuda::SparseArgs& a) {

@@ -1,4 +1,4 @@
-// A sparse index as one piece of memory, as the kernels read it.
+// A sparse index of the host as one piece of memory, as the kernels read it.
 #pragma once
 
 #include <cstddef>

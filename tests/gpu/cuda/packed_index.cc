@@ -1,4 +1,4 @@
-#include "gpu/cuda/packed_index.h"
+#include "tests/gpu/cuda/packed_index.h"
 
 #include <algorithm>
 #include <cstring>
