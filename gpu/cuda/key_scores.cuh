@@ -1,8 +1,8 @@
 // Scores of queries and keys by tensor instructions, to memory.
 #pragma once
 
+#include "gpu/cuda/score_steps.cuh"
 #include "gpu/cuda/sparse_args.h"
-#include "gpu/cuda/tensor_tile.cuh"
 
 namespace quarry::cuda {
 
@@ -30,27 +30,14 @@ __device__ void ScoreKeys(const ScoreArgs& a, char* shared) {
   const int warp_row = static_cast<int>(threadIdx.x / 32) * 16;
   const ScoreQueries group{a, a.first_head + blockIdx.z, blockIdx.y * Tile::kQueries};
   const std::byte* const k = a.k + group.head / a.group * a.head_stride;
-  char* const stages = shared + Tile::kQueries * Tile::kVectorBytes;
-  const uint32_t begin = blockIdx.x * Tile::kSteps * kKeyTile;
-  const uint32_t end = min(begin + Tile::kSteps * kKeyTile, a.keys);
-  const auto fetch = [&](uint32_t lo) {
+  const uint32_t begin = blockIdx.x * Tile::kSteps;
+  const uint32_t end = min((begin + Tile::kSteps) * kKeyTile, a.keys);
+  const auto fetch = [&](uint32_t step, char* stage) {
+    const uint32_t lo = step * kKeyTile;
     FetchVectors<Tile, false>(k + size_t{lo} * Tile::kVectorBytes, nullptr,
-                              min(lo + kKeyTile, end) - lo,
-                              stages + lo / kKeyTile % 2 * Tile::kKvBytes);
+                              min(lo + kKeyTile, end) - lo, stage);
   };
-
-  StoreQueries<T, Tile>(group, a.q, shared);
-  fetch(begin);
-  EndCopyGroup();
-  const WarpState<T, Tile> state(lane);
-  for (uint32_t lo = begin; lo < end; lo += kKeyTile) {
-    if (lo + kKeyTile < end) fetch(lo + kKeyTile);
-    EndCopyGroup();
-    WaitForCopies<1>();
-    __syncthreads();
-    float s[1][Tile::kKeys / 8][4];
-    state.Score(shared + warp_row * Tile::kVectorBytes, stages + lo / kKeyTile % 2 * Tile::kKvBytes,
-                s);
+  const auto store = [&](uint32_t step, const auto& s) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = warp_row + 8 * half + lane / 4;
@@ -58,14 +45,15 @@ __device__ void ScoreKeys(const ScoreArgs& a, char* shared) {
       const size_t vector = size_t{blockIdx.z} * a.queries + group.first + row;
 #pragma unroll
       for (int n = 0; n < Tile::kKeys / 8; ++n) {
-        const uint32_t key = lo + 8 * n + 2 * (lane % 4);
+        const uint32_t key = step * kKeyTile + 8 * n + 2 * (lane % 4);
         if (key >= end) continue;
         *reinterpret_cast<float2*>(a.out + vector * a.width + key) =
             make_float2(s[0][n][2 * half] * a.scale_log2, s[0][n][2 * half + 1] * a.scale_log2);
       }
     }
-    __syncthreads();  // before the next fetch overwrites this stage
-  }
+    __syncthreads();
+  };
+  ScoreSteps<T, Tile>(group, a.q, shared, begin, (end + kKeyTile - 1) / kKeyTile, fetch, store);
 }
 
 }  // namespace quarry::cuda

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "gpu/cuda/line_args.h"
+#include "gpu/cuda/score_steps.cuh"
 #include "gpu/cuda/score_sum.cuh"
-#include "gpu/cuda/tensor_tile.cuh"
 
 namespace quarry::cuda {
 
@@ -40,38 +40,25 @@ struct LinesQueries {
   __device__ size_t Vector(uint32_t i) const { return size_t{Query(i)} * a.heads + Head(i); }
 };
 
-// Scores of the lines of blockIdx.y with the key tiles [begin, end) of blockIdx.x's stretch, and
-// with `behind` more: f(first key, scores times log2(e)), tile by tile, scores of keys that a query
+// Scores of the lines of blockIdx.y with the key tiles of blockIdx.x's stretch, and with `behind`
+// more: f(first key, scores times log2(e)), tile by tile, scores of keys that a query
 // does not see being -infinity. All threads meet between two calls.
 template <typename T, typename Tile, typename F>
 __device__ void ScoreStretch(const LastQueryArgs& a, uint32_t behind, char* shared, const F& f) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const LinesQueries<Tile> queries(a, blockIdx.y * Tile::kRowTiles);
   const std::byte* const k = a.k + queries.heads[0] / a.group * a.head_stride;
-  char* const stages = shared + Tile::kQueries * Tile::kVectorBytes;
-  const uint32_t begin = blockIdx.x * kStretchKeys;
-  const uint32_t whole = min(begin + kStretchKeys, (a.tokens + kKeyTile - 1) / kKeyTile * kKeyTile);
-  const uint32_t end = whole + behind * kKeyTile, first_token = a.tokens - a.queries;
-  const auto fetch = [&](uint32_t lo) {
+  const uint32_t begin = blockIdx.x * (kStretchKeys / kKeyTile);
+  const uint32_t whole = min(begin + kStretchKeys / kKeyTile, (a.tokens + kKeyTile - 1) / kKeyTile);
+  const uint32_t first_token = a.tokens - a.queries;
+  const auto fetch = [&](uint32_t step, char* stage) {
     // There may be no keys behind the stretch.
-    const uint32_t from = min(lo, a.tokens);
+    const uint32_t from = min(step * kKeyTile, a.tokens);
     FetchVectors<Tile, false>(k + (from < a.tokens ? size_t{from} * Tile::kVectorBytes : 0),
-                              nullptr, min(from + kKeyTile, a.tokens) - from,
-                              stages + lo / kKeyTile % 2 * Tile::kKvBytes);
+                              nullptr, min(from + kKeyTile, a.tokens) - from, stage);
   };
-
-  StoreQueries<T, Tile>(queries, a.q, shared);
-  fetch(begin);
-  EndCopyGroup();
-  const WarpState<T, Tile> state(lane);
-  for (uint32_t lo = begin; lo < end; lo += kKeyTile) {
-    if (lo + kKeyTile < end) fetch(lo + kKeyTile);
-    EndCopyGroup();
-    WaitForCopies<1>();
-    __syncthreads();
-    float s[Tile::kRowTiles][Tile::kKeys / 8][4];
-    state.Score(shared + warp * 16 * Tile::kRowTiles * Tile::kVectorBytes,
-                stages + lo / kKeyTile % 2 * Tile::kKvBytes, s);
+  const auto mask = [&](uint32_t step, auto& s) {
+    const uint32_t lo = step * kKeyTile;
     const bool sees_all = lo + kKeyTile <= first_token + 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -90,8 +77,9 @@ __device__ void ScoreStretch(const LastQueryArgs& a, uint32_t behind, char* shar
       }
     }
     f(lo, s);
-    __syncthreads();  // before the next fetch overwrites this stage
-  }
+    __syncthreads();
+  };
+  ScoreSteps<T, Tile>(queries, a.q, shared, begin, whole + behind, fetch, mask);
 }
 
 // Writes parts. Grid: stretches, pairs of lines.

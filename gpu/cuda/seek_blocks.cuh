@@ -2,8 +2,8 @@
 // best that it sees. Scores are made twice rather than stored.
 #pragma once
 
+#include "gpu/cuda/score_steps.cuh"
 #include "gpu/cuda/sparse_args.h"
-#include "gpu/cuda/tensor_tile.cuh"
 
 namespace quarry::cuda {
 
@@ -71,28 +71,17 @@ __device__ void SeekBlocks(const SeekArgs& a, char* shared) {
   const std::byte* const means = a.means + head / a.group * a.head_stride;
   uint32_t* const weights =
       a.blocks + blockIdx.y * a.block_head_stride + size_t{t} * a.block_stride;
-  char* const stages = shared + Tile::kQueries * Tile::kVectorBytes;
   uint32_t* const found = reinterpret_cast<uint32_t*>(shared + Tile::kFound);
-  const auto fetch = [&](uint32_t step) {
+  const auto fetch = [&](uint32_t step, char* stage) {
     FetchVectors<Tile, false>(means + size_t{steps.Mean(step)} * Tile::kVectorBytes, nullptr,
-                              steps.Count(step), stages + step % 2 * Tile::kKvBytes);
+                              steps.Count(step), stage);
   };
 
-  StoreQueries<T, Tile>(queries, a.q, shared);
   if (threadIdx.x < 4) found[threadIdx.x] = 0;
-  fetch(0);
-  EndCopyGroup();
-  const WarpState<T, Tile> state(lane);
   float least[Tile::kRowTiles][2];  // first the largest score of this lane's blocks
 #pragma unroll
   for (int m = 0; m < Tile::kRowTiles; ++m) least[m][0] = least[m][1] = -INFINITY;
-  for (uint32_t step = 0; step < steps.end; ++step) {
-    if (step + 1 < steps.end) fetch(step + 1);
-    EndCopyGroup();
-    WaitForCopies<1>();
-    __syncthreads();
-    float s[Tile::kRowTiles][Tile::kKeys / 8][4];
-    state.Score(shared + warp_row * Tile::kVectorBytes, stages + step % 2 * Tile::kKvBytes, s);
+  const auto seek = [&](uint32_t step, const auto& s) {
     const uint32_t block = steps.Block(step), count = steps.Count(step);
     if (step < steps.first_sought) {
 #pragma unroll
@@ -123,8 +112,8 @@ __device__ void SeekBlocks(const SeekArgs& a, char* shared) {
           }
         }
       }
-      __syncthreads();  // before the next fetch overwrites this stage
-      continue;
+      __syncthreads();
+      return;
     }
     uint32_t asked = 0;  // bit 2 n + e: this lane's rows ask for that block
 #pragma unroll
@@ -159,7 +148,8 @@ __device__ void SeekBlocks(const SeekArgs& a, char* shared) {
       const bool is_asked = (here[threadIdx.x / 32] >> threadIdx.x % 32 & 1) != 0;
       weights[block + threadIdx.x] = is_asked ? ~0u : 0u;
     }
-  }
+  };
+  ScoreSteps<T, Tile>(queries, a.q, shared, 0, steps.end, fetch, seek);
 }
 
 }  // namespace quarry::cuda
