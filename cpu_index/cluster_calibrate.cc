@@ -14,7 +14,6 @@ namespace {
 
 // However well a few sampled queries were answered.
 constexpr float kLeastTokenDoubt = 0.03f, kLeastRowDoubt = 0.01f;
-constexpr float kTried = 0.05f;           // a tolerated error
 constexpr uint32_t kRefinedTokens = 256;  // that single out what is common to the others
 constexpr uint32_t kToldQueries = 32;     // that say what estimates of groups are worth
 constexpr uint32_t kToldPositions = 16;   // that they are of at least
@@ -242,8 +241,9 @@ void CalibrateTokens(const Sampled& sampled, ClusterModel* m) {
 
 // Where estimates of groups are not to be trusted, every code is read.
 void ChooseDepth(const Sampled& sampled, ClusterModel* m) {
+  constexpr float kTolerated = ClusterModel::kTried[1];
   ClusterLimits limits;
-  limits.tolerance = kTried;
+  limits.tolerance = kTolerated;
   const auto missed = [&](bool open_all) {
     m->open_all = open_all;
     std::vector<double> errors = sampled.Errors(sampled.Answers(limits), sampled.wanted());
@@ -251,7 +251,7 @@ void ChooseDepth(const Sampled& sampled, ClusterModel* m) {
     return std::sqrt(RootMean(errors));
   };
   const float all = missed(true), groups = missed(false);
-  m->open_all = groups > kTried && groups > all;
+  m->open_all = groups > kTolerated && groups > all;
 }
 
 // What answers missed, and what was promised with doubts as they were learned one by one.

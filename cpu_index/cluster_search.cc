@@ -472,22 +472,22 @@ float ClusterSearch::Allowed(uint32_t query) const {
   return static_cast<float>(queries_->tolerance * std::hypot(double{mass_[query]}, elsewhere));
 }
 
-// Of all doubts.
-float ClusterSearch::Correction(uint32_t query) const {
-  return queries_->model.CorrectionAt(Allowed(query) / mass_[query]);
+// Of all doubts, where that is allowed.
+float ClusterSearch::Correction(uint32_t query, float allowed) const {
+  return queries_->model.CorrectionAt(allowed / mass_[query]);
 }
 
 ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) const {
   const ClusterQueries& q = *queries_;
   if (tokens.top == kNone) return kNothing;
-  const float correction = Correction(query);
+  const float allowed = Allowed(query), correction = Correction(query, allowed);
   ErrorCutInput in;
   in.tokens = tokens;
   in.token_doubt = correction * q.model.token_doubt * q.unrest[query].token;
   in.common_part = q.model.common_doubt / q.model.token_doubt;
   in.refined_part = q.model.row_doubt / q.model.token_doubt;
   in.closed = correction * closed_[query];
-  in.allowed = Allowed(query);
+  in.allowed = allowed;
   in.most_tokens = q.MostTokens(query);
   in.surely_from = tokens.top + std::log(in.allowed) - kRowsMiss;
   in.surely_most = kBestExact;
@@ -529,7 +529,7 @@ ErrorCut ClusterSearch::Left(uint32_t query) const {
   const ClusterQueries& q = *queries_;
   ErrorCut cut = cuts_[query];
   if (!(cut.error > 0)) return cut;
-  const float correction = Correction(query);
+  const float correction = Correction(query, Allowed(query));
   const float unrest = correction * q.unrest[query].token, doubt = q.model.token_doubt * unrest;
   const float apart = cut.error * cut.error - cut.together * cut.together -
                       doubt * doubt * Sum(query, &ClusterFindings::others_squares, 2);

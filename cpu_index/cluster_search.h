@@ -99,7 +99,7 @@ class ClusterSearch {
   float LeafFloor(uint32_t query) const;
   void DecideTokens();
   float Allowed(uint32_t query) const;
-  float Correction(uint32_t query) const;
+  float Correction(uint32_t query, float allowed) const;
   ErrorCut CutOf(uint32_t query, const ScoreHistogram& tokens) const;
   ErrorCut ForcedCut(uint32_t query) const;
   void Attend(uint32_t part);
