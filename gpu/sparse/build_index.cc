@@ -39,9 +39,7 @@ HeadPart BlockPart(const HeadPlan& plan, uint32_t head, const SparseIndex& index
     const std::vector<uint32_t> blocks = ChooseBlocks(plan.pattern, rows, weights.Of(rows));
     const auto sparse = static_cast<uint32_t>(blocks.size());
     const uint32_t dense = index.DenseTiles(t);
-    const bool cheaper = in.fallback == DenseFallback::kNever ||
-                         BlockEighths(plan.pattern, sparse, dense) < 8 * uint64_t{dense};
-    const bool runs_sparse = sparse < dense && cheaper;
+    const bool runs_sparse = BlocksAreCheaper(plan.pattern, sparse, dense, in.fallback);
     part.tiles.push_back(runs_sparse ? sparse : dense);
     part.block_counts.push_back(runs_sparse ? sparse : 0);
     if (runs_sparse) part.blocks.insert(part.blocks.end(), blocks.begin(), blocks.end());

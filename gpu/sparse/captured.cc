@@ -22,25 +22,36 @@ CaptureMeter::CaptureMeter(const LayerKv& layer, TokenRange rows, std::span<cons
 std::vector<Captured> CaptureMeter::Measure(const SparseIndex& index, ThreadTeam* team) const {
   std::vector<float> o(o_.size()), lse(lse_.size());
   AttendSparse({layer_, &index, tokens_, q_, o.data(), lse.data()}, team);
-  const size_t d = layer_.head_dim;
-  std::vector<Captured> out(layer_.heads);
-  for (uint32_t h = 0; h < layer_.heads; ++h) {
-    double mass = 0, error = 0, length = 0;
-    for (size_t r = 0; r < tokens_.size(); ++r) {
-      const size_t at = r * layer_.heads + h;
-      // Rounding may leave a mask more than there is.
-      const double share = std::min(1.0, std::exp(double{lse[at]} - lse_[at]));
-      mass += share;
-      out[h].least_mass = std::min(out[h].least_mass, share);
-      for (size_t i = at * d; i < (at + 1) * d; ++i) {
-        error += (double{o[i]} - o_[i]) * (double{o[i]} - o_[i]);
-        length += double{o_[i]} * o_[i];
-      }
-    }
-    out[h].mass = mass / static_cast<double>(tokens_.size());
-    out[h].error = length > 0 ? std::sqrt(error / length) : 0;
+  const size_t heads = layer_.heads, width = heads * layer_.head_dim;
+  std::vector<CapturedSums> sums(heads);
+  for (size_t r = 0; r < tokens_.size(); ++r) {
+    Add(r, std::span(o).subspan(r * width, width), std::span(lse).subspan(r * heads, heads), sums);
+  }
+  std::vector<Captured> out;
+  for (const CapturedSums& sum : sums) {
+    out.push_back({sum.mass / static_cast<double>(sum.rows), sum.least_mass,
+                   sum.length2 > 0 ? std::sqrt(sum.error2 / sum.length2) : 0});
   }
   return out;
+}
+
+void CaptureMeter::Add(size_t row, std::span<const float> o, std::span<const float> lse,
+                       std::span<CapturedSums> sums) const {
+  const size_t heads = layer_.heads, d = layer_.head_dim;
+  for (size_t h = 0; h < heads; ++h) {
+    CapturedSums& sum = sums[h];
+    const size_t at = row * heads + h;
+    // Rounding may leave a mask more than there is.
+    const double mass = std::min(1.0, std::exp(double{lse[h]} - lse_[at]));
+    sum.mass += mass;
+    sum.least_mass = std::min(sum.least_mass, mass);
+    ++sum.rows;
+    for (size_t i = 0; i < d; ++i) {
+      const double exact = o_[at * d + i], apart = o[h * d + i] - exact;
+      sum.error2 += apart * apart;
+      sum.length2 += exact * exact;
+    }
+  }
 }
 
 }  // namespace quarry

@@ -18,6 +18,12 @@ struct Captured {
   double error = 0;       // |o_sparse - o_dense| / |o_dense|, root mean squares over rows
 };
 
+// Sums over rows that such shares are made of.
+struct CapturedSums {
+  double mass = 0, least_mass = 1, error2 = 0, length2 = 0;
+  uint64_t rows = 0;
+};
+
 // Dense attention of sampled rows, and what indexes of the same layer have of it.
 class CaptureMeter {
  public:
@@ -28,6 +34,10 @@ class CaptureMeter {
 
   // [heads]. The index is of rows that have all of `tokens`.
   std::vector<Captured> Measure(const SparseIndex& index, ThreadTeam* team) const;
+  // Adds what an answer to row tokens[row] of all heads has: o [heads][head_dim], lse [heads]
+  // natural. sums: [heads]
+  void Add(size_t row, std::span<const float> o, std::span<const float> lse,
+           std::span<CapturedSums> sums) const;
 
  private:
   const LayerKv layer_;

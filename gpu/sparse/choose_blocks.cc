@@ -138,4 +138,10 @@ uint64_t BlockEighths(const Pattern& pattern, uint32_t sparse, uint32_t dense) {
   return kSparseTileEighths * sparse + (scored ? dense / 16 : 0);
 }
 
+bool BlocksAreCheaper(const Pattern& pattern, uint32_t sparse, uint32_t dense,
+                      DenseFallback fallback) {
+  return sparse < dense && (fallback == DenseFallback::kNever ||
+                            BlockEighths(pattern, sparse, dense) < 8 * uint64_t{dense});
+}
+
 }  // namespace quarry

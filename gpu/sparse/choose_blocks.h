@@ -65,5 +65,8 @@ std::vector<uint32_t> ChooseBlocks(const Pattern& pattern, TokenRange rows,
 
 // What running `sparse` of `dense` tiles is taken to cost, with the choosing.
 uint64_t BlockEighths(const Pattern& pattern, uint32_t sparse, uint32_t dense);
+// Whether a row tile of so many blocks runs sparse.
+bool BlocksAreCheaper(const Pattern& pattern, uint32_t sparse, uint32_t dense,
+                      DenseFallback fallback);
 
 }  // namespace quarry

@@ -63,8 +63,14 @@ uint64_t SparseIndex::Cost() const {
 }
 
 uint64_t SparseIndex::DenseHeadCost() const {
+  return DenseTilesOf({first_token, first_token + rows});
+}
+
+uint64_t DenseTilesOf(TokenRange rows) {
   uint64_t sum = 0;
-  for (uint32_t t = 0; t < row_tiles(); ++t) sum += DenseTiles(t);
+  for (uint32_t lo = rows.lo; lo < rows.hi; lo += std::min(kRowTile, rows.hi - lo)) {
+    sum += KeyTilesOf(std::min(lo + kRowTile, rows.hi));
+  }
   return sum;
 }
 

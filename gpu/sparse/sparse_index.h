@@ -28,6 +28,8 @@ namespace quarry {
 inline constexpr uint32_t kRowTile = 128, kKeyTile = 64;
 // That so many keys fill, the last one perhaps in part.
 constexpr uint32_t KeyTilesOf(uint32_t keys) { return (keys + kKeyTile - 1) / kKeyTile; }
+// Of one head that is dense, by all row tiles of these rows.
+uint64_t DenseTilesOf(TokenRange rows);
 
 // Keys [i0 + lo, i0 + hi) of the row tile that begins at token i0.
 struct RelativeRange {

@@ -37,6 +37,9 @@ void EncodeInt8(std::span<const float> row, float largest, std::byte* codes, uin
   std::memset(codes + row.size(), 128, stride - row.size());
 }
 
+// Where weight i's code lies in the word of its eight.
+size_t Int4Shift(size_t i) { return 4 * (i % 8 / 2 + i % 2 * 4); }
+
 using Group = std::array<float, kCodeGroup>;
 
 // In lanes that the compiler can turn into vectors.
@@ -85,8 +88,7 @@ void EncodeInt4(std::span<const float> row, std::byte* codes, uint16_t* scales) 
     uint32_t words[kCodeGroup / 8] = {};
     for (size_t i = 0; i < kCodeGroup; ++i) {
       const float code = scale != 0 ? std::clamp(Nearest(group[i] / scale), -8.0f, 7.0f) : 0;
-      const size_t nibble = i % 8 / 2 + i % 2 * 4;
-      words[i / 8] |= static_cast<uint32_t>(static_cast<int>(code) + 8) << (4 * nibble);
+      words[i / 8] |= static_cast<uint32_t>(static_cast<int>(code) + 8) << Int4Shift(i);
     }
     std::memcpy(codes, words, sizeof(words));
   }
@@ -124,8 +126,7 @@ void DecodeRow(WeightForm form, const std::byte* codes, const uint16_t* scales,
   for (size_t i = 0; i < row.size(); ++i) {
     uint32_t word;
     std::memcpy(&word, codes + i / 8 * 4, sizeof(word));
-    const size_t nibble = i % 8 / 2 + i % 2 * 4;
-    const int code = static_cast<int>(word >> (4 * nibble) & 15) - 8;
+    const int code = static_cast<int>(word >> Int4Shift(i) & 15) - 8;
     row[i] = Bf16ToFloat(scales[i / kCodeGroup]) * static_cast<float>(code);
   }
 }

@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "gpu/sparse/captured.h"
 #include "gpu/thread_team.h"
 #include "perf/prefill/made_layer.h"
 
@@ -18,12 +19,7 @@ struct Fidelity {
   uint64_t answers = 0;   // rows * heads; 0: the rest says nothing
 };
 
-// Sums that a Fidelity is made of, for one head.
-struct HeadFidelity {
-  double mass = 0, least_mass = 1, error2 = 0, length2 = 0;
-  uint64_t rows = 0;
-};
-Fidelity Of(std::span<const HeadFidelity> heads);
+Fidelity Of(std::span<const CapturedSums> heads);
 
 // Dense attention of sampled rows by the host's scan, in fp32 with sums that are merged every 8,192
 // keys: its errors are near 1e-6, those of two-byte arithmetic near 1e-3.
@@ -33,17 +29,17 @@ class ExactRows {
   // it.
   ExactRows(const MadeLayer& layer, std::span<const MadeHead> kinds, std::vector<uint32_t> tokens,
             ThreadTeam* team);
+  ExactRows(const ExactRows&) = delete;  // its meter reads what is here
+  ExactRows& operator=(const ExactRows&) = delete;
 
   std::span<const uint32_t> tokens() const { return tokens_; }
-  // Adds an answer to row tokens()[row] of all heads: o [heads][head_dim], lse [heads] natural.
-  // sums: [heads]
-  void Compare(size_t row, std::span<const float> o, std::span<const float> lse,
-               std::span<HeadFidelity> sums) const;
+  // By tokens()' places.
+  const CaptureMeter& meter() const { return meter_; }
 
  private:
-  const MadeLayer& layer_;
   const std::vector<uint32_t> tokens_;
-  std::vector<float> o_, lse_;
+  const std::vector<float> q_;  // [tokens][heads][head_dim]
+  const CaptureMeter meter_;
 };
 
 }  // namespace quarry::perf

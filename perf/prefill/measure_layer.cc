@@ -20,7 +20,7 @@ struct Contender {
   std::vector<double> tiles;          // [heads]
   LayerPlan plan;
   std::vector<double> plan_ms, attend_ms;   // [repetitions]
-  std::vector<HeadFidelity> sampled, last;  // [heads]
+  std::vector<CapturedSums> sampled, last;  // [heads]
 };
 
 class Measurement {
@@ -167,7 +167,7 @@ class Measurement {
       const uint32_t token = exact.tokens()[r];
       if (token < rows.lo || token >= rows.hi) continue;
       QUARRY_RETURN_IF_ERROR(device_.Read(token, o, lse));
-      exact.Compare(r, o, lse, token + kLastQueries >= tokens() ? c->last : c->sampled);
+      exact.meter().Add(r, o, lse, token + kLastQueries >= tokens() ? c->last : c->sampled);
     }
     return absl::OkStatus();
   }
@@ -201,7 +201,7 @@ class Measurement {
 
   void AddKind(const Contender& c, MadeHead kind, MeasuredRow* row) const {
     KindRow out{.kind = kind};
-    std::vector<HeadFidelity> sampled, last;
+    std::vector<CapturedSums> sampled, last;
     double tiles = 0;
     for (uint32_t h = 0; h < heads(); ++h) {
       if (kinds_[h] != kind) continue;

@@ -1,7 +1,5 @@
 #include "perf/prefill/plan_tiles.h"
 
-#include <algorithm>
-
 #include "gpu/sparse/build_index.h"
 #include "gpu/sparse/head_cost.h"
 #include "gpu/sparse/sparse_index.h"
@@ -45,13 +43,7 @@ std::vector<double> PlanTiles::Of(std::span<const HeadPlan> plan, ThreadTeam* te
   return out;
 }
 
-double PlanTiles::Dense(TokenRange rows) {
-  double tiles = 0;
-  for (uint32_t lo = rows.lo; lo < rows.hi; lo += std::min(kRowTile, rows.hi - lo)) {
-    tiles += KeyTilesOf(std::min(lo + kRowTile, rows.hi));
-  }
-  return tiles;
-}
+double PlanTiles::Dense(TokenRange rows) { return static_cast<double>(DenseTilesOf(rows)); }
 
 // As BuildIndex does, but with means of key blocks that are made once for all row tiles.
 double PlanTiles::ShareOfBlocks(const HeadPlan& plan, uint32_t head) const {
@@ -65,9 +57,7 @@ double PlanTiles::ShareOfBlocks(const HeadPlan& plan, uint32_t head) const {
         ChooseBlocks(plan.pattern, tile.rows,
                      BlockWeights(inputs, head, means, plan.pattern).Of(tile.rows))
             .size());
-    const bool cheaper =
-        sparse < all && BlockEighths(plan.pattern, sparse, all) < 8 * uint64_t{all};
-    tiles += cheaper ? sparse : all;
+    tiles += BlocksAreCheaper(plan.pattern, sparse, all, inputs.fallback) ? sparse : all;
     dense += all;
   }
   return tiles / dense;

@@ -14,6 +14,7 @@
 #include "proto/half.h"
 #include "proto/retrieval_types.h"
 #include "proto/status_macros.h"
+#include "tests/support/normal_floats.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -22,12 +23,7 @@ namespace {
 // Buffers are the host's here, so tests look into them.
 class HostDeviceTest : public ::testing::Test {
  protected:
-  std::vector<float> Random(size_t n, float size = 1.0f) {
-    std::normal_distribution<float> normal(0.0f, size);
-    std::vector<float> out(n);
-    for (float& x : out) x = normal(random_);
-    return out;
-  }
+  std::vector<float> Random(size_t n, float size = 1.0f) { return NormalFloats(random_, n, size); }
   DeviceMatrix Load(const std::vector<float>& values, size_t rows,
                     WeightForm form = WeightForm::kPlain) {
     const HostMatrix stored{std::as_bytes(std::span(values)), DType::kFp32, rows};

@@ -7,6 +7,7 @@
 #include "gpu/sequence.h"
 #include "tests/gpu/fake_service.h"
 #include "tests/gpu/guarded_device.h"
+#include "tests/gpu/tiny_models.h"
 
 namespace quarry {
 namespace {
@@ -299,11 +300,7 @@ TEST_P(SequenceTest, RoundedKvIsWhatBothSidesAttend) {
 INSTANTIATE_TEST_SUITE_P(Models, SequenceTest,
                          ::testing::Values("llama-untied-mha", "llama3-rope", "phi3-partial-rotary",
                                            "phi3-sliding-window"),
-                         [](const auto& info) {
-                           std::string name = info.param;
-                           std::replace(name.begin(), name.end(), '-', '_');
-                           return name;
-                         });
+                         TinyModelName);
 
 }  // namespace
 }  // namespace quarry

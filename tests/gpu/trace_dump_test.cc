@@ -12,6 +12,7 @@
 #include "perf/trace.h"
 #include "proto/half.h"
 #include "tests/gpu/fake_service.h"
+#include "tests/gpu/tiny_models.h"
 #include "tests/gpu/watched_device.h"
 
 namespace quarry {
@@ -233,11 +234,7 @@ TEST_P(TraceDumpTest, PlacesAreSpreadEvenlyAndFollowTheirSeed) {
 INSTANTIATE_TEST_SUITE_P(Models, TraceDumpTest,
                          ::testing::Values("llama-untied-mha", "llama3-rope",
                                            "phi3-partial-rotary"),
-                         [](const auto& info) {
-                           std::string name = info.param;
-                           std::replace(name.begin(), name.end(), '-', '_');
-                           return name;
-                         });
+                         TinyModelName);
 
 TEST(QueryRecorderTest, ASlidingWindowIsRefused) {
   auto device = MakeHostDevice({.threads = 1});

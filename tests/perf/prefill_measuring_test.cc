@@ -218,10 +218,10 @@ TEST_F(PlannedLayerTest, FidelityIsThatOfAnswers) {
   const std::vector<uint32_t> rows = {600, 1500, 2990};
   const ExactRows exact(layer_, kinds_, rows, &team_);
   std::vector<float> o(size_t{layer_.kv().heads} * layer_.kv().head_dim), lse(layer_.kv().heads);
-  std::vector<HeadFidelity> sums(lse.size());
+  std::vector<CapturedSums> sums(lse.size());
   for (size_t r = 0; r < rows.size(); ++r) {
     ASSERT_TRUE(at_->Read(rows[r], o, lse).ok());
-    exact.Compare(r, o, lse, sums);
+    exact.meter().Add(r, o, lse, sums);
   }
   std::vector<float> q(rows.size() * o.size());
   layer_.Queries(kinds_, rows, q.data(), &team_);
@@ -236,10 +236,10 @@ TEST_F(PlannedLayerTest, FidelityIsThatOfAnswers) {
   }
   EXPECT_LT(Of(sums).mass, 0.9);
   ASSERT_TRUE(at_->AttendDense(kTokens).ok());
-  std::vector<HeadFidelity> dense(lse.size());
+  std::vector<CapturedSums> dense(lse.size());
   for (size_t r = 0; r < rows.size(); ++r) {
     ASSERT_TRUE(at_->Read(rows[r], o, lse).ok());
-    exact.Compare(r, o, lse, dense);
+    exact.meter().Add(r, o, lse, dense);
   }
   EXPECT_GT(Of(dense).least_mass, 0.99999);
   EXPECT_LT(Of(dense).error, 1e-5);

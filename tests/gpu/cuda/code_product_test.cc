@@ -14,6 +14,7 @@
 #include "gpu/weights/codes.h"
 #include "gpu/weights/matrix_layout.h"
 #include "proto/half.h"
+#include "tests/support/normal_floats.h"
 #include "tests/support/seed.h"
 
 namespace quarry::cuda {
@@ -28,12 +29,7 @@ struct Case {
 
 class CodeProductTest : public ::testing::Test {
  protected:
-  std::vector<float> Random(size_t n) {
-    std::normal_distribution<float> normal;
-    std::vector<float> out(n);
-    for (float& x : out) x = normal(random_);
-    return out;
-  }
+  std::vector<float> Random(size_t n) { return NormalFloats(random_, n); }
 
   template <typename Element, typename Codes>
   void RunBlocks(const CodeProductArgs& args) {

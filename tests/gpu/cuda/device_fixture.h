@@ -16,6 +16,7 @@
 
 #include "gpu/cuda/cuda_device.h"
 #include "proto/half.h"
+#include "tests/support/normal_floats.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -62,12 +63,7 @@ class CudaDeviceCheck : public ::testing::Test {
     EXPECT_TRUE(status.ok()) << status;
   }
 
-  std::vector<float> Random(size_t n, float size = 1.0f) {
-    std::normal_distribution<float> normal(0.0f, size);
-    std::vector<float> out(n);
-    for (float& x : out) x = normal(random_);
-    return out;
-  }
+  std::vector<float> Random(size_t n, float size = 1.0f) { return NormalFloats(random_, n, size); }
   uint32_t Below(uint32_t n) { return static_cast<uint32_t>(random_() % n); }
 
   // `values` rounded to `dtype`, as bytes.

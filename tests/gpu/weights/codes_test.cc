@@ -13,6 +13,7 @@
 #include "gpu/weights/matrix_layout.h"
 #include "gpu/weights/pack_matrix.h"
 #include "proto/half.h"
+#include "tests/support/normal_floats.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -26,12 +27,7 @@ struct Coded {
 
 class CodesTest : public ::testing::Test {
  protected:
-  std::vector<float> Random(size_t n, float size = 1.0f) {
-    std::normal_distribution<float> normal(0.0f, size);
-    std::vector<float> out(n);
-    for (float& x : out) x = normal(random_);
-    return out;
-  }
+  std::vector<float> Random(size_t n, float size = 1.0f) { return NormalFloats(random_, n, size); }
   static Coded Code(WeightForm form, const std::vector<float>& row) {
     const MatrixLayout layout{DType::kBf16, 1, row.size(), form};
     Coded out{std::vector<std::byte>(layout.row_bytes()),

@@ -12,6 +12,7 @@
 #include "gpu/weights/weight_store.h"
 #include "gpu/working_bytes.h"
 #include "tests/gpu/golden.h"
+#include "tests/gpu/tiny_models.h"
 
 namespace quarry {
 namespace {
@@ -108,11 +109,7 @@ TEST_P(TinyModels, ABudgetBetweenTheTwoStreamsAPart) {
 INSTANTIATE_TEST_SUITE_P(Models, TinyModels,
                          ::testing::Values("llama-untied-mha", "llama3-rope", "phi3-partial-rotary",
                                            "phi3-sliding-window"),
-                         [](const auto& info) {
-                           std::string name = info.param;
-                           std::replace(name.begin(), name.end(), '-', '_');
-                           return name;
-                         });
+                         TinyModelName);
 
 TEST(ModelWeightsTest, WhatDoesNotFitIsRefusedWithItsBytes) {
   const std::string model = kTiny + "llama3-rope";
