@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "cpu_index/codes_vector.h"
 #include "cpu_index/kernels.h"
 #include "cpu_index/vector_avx512.h"
 
@@ -33,24 +34,6 @@ struct UnpackedCodes {
   }
 };
 
-// About the latency of DRAM at its bandwidth.
-constexpr uint32_t kBlocksAhead = 8;
-
-// Of the b-th block that the tile takes; of the last one for those behind it.
-template <typename Tile>
-size_t BlockAt(const Tile& tile, uint32_t b) {
-  b = b < tile.blocks ? b : tile.blocks - 1;
-  return tile.which == nullptr ? b : tile.which[b];
-}
-
-// Inlined by force: GCC drops calls to a function that only prefetches.
-template <size_t kBytes>
-inline __attribute__((always_inline)) void PrefetchBlock(const uint8_t* block) {
-  for (size_t line = 0; line < kBytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(block) + line, _MM_HINT_T0);
-  }
-}
-
 // [16 keys] of one query.
 __m512i WeightedSum(const __m512i* part, const int8_t* weights) {
   __m512i even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
@@ -62,8 +45,6 @@ __m512i WeightedSum(const __m512i* part, const int8_t* weights) {
   }
   return _mm512_add_epi32(even, odd);
 }
-
-constexpr size_t kCodeBlockBytes = 256;
 
 void SumCodesAvx512(const CodeTile& tile) {
   for (uint32_t b = 0; b < tile.blocks; ++b) {
@@ -96,11 +77,6 @@ inline __m512 CodedKeyScores(const CodedKeyTile& tile, const UnpackedCodes& code
                                        _mm512_set1_ps(tile.offset[query]));
   return BoundedScores(_mm512_fmadd_ps(
       above, key_scale, _mm512_set1_ps(tile.centre[query * tile.ld_centre + b])));
-}
-
-inline __attribute__((always_inline)) void PrefetchCodedKeys(const CodedKeyTile& tile, size_t at) {
-  PrefetchBlock<kCodeBlockBytes>(tile.codes + at * kCodeBlockBytes);
-  _mm_prefetch(reinterpret_cast<const char*>(tile.key_scale + at * kCodeBlockKeys), _MM_HINT_T0);
 }
 
 void ScoreCodesAvx512(const CodedKeyTile& tile) {
@@ -170,9 +146,8 @@ uint32_t FindCodesAvx512(const CodedKeyTile& tile, const float* least, uint32_t*
 void ScoreNodesAvx512(const NodeTile& tile) {
   constexpr uint32_t kVectors = kCodeCoordinates / 4;
   for (uint32_t b = 0; b < tile.blocks; ++b) {
-    const size_t ahead = BlockAt(tile, b + kBlocksAhead), at = BlockAt(tile, b);
-    PrefetchBlock<kCentroidBlockBytes>(tile.centroids + ahead * kCentroidBlockBytes);
-    _mm_prefetch(reinterpret_cast<const char*>(tile.variance + ahead * kCodeBlockKeys), _MM_HINT_T0);
+    PrefetchNodes(tile, BlockAt(tile, b + kBlocksAhead));
+    const size_t at = BlockAt(tile, b);
     const uint8_t* const block = tile.centroids + at * kCentroidBlockBytes;
     const __m512 variance = _mm512_loadu_ps(tile.variance + at * kCodeBlockKeys);
     __m512i part[kVectors];
@@ -214,39 +189,16 @@ size_t SelectAvx512(const float* x, size_t ld, uint32_t rows, size_t n, const fl
   return count;
 }
 
-void ExpGroupsAvx512(const float* x, size_t groups, float shift, float* out) {
-  const __m512 s = _mm512_set1_ps(shift);
-  for (size_t g = 0; g < groups; g += 16) {
-    const size_t some = groups - g < 16 ? groups - g : 16;
-    __m512 e[16];
-    for (size_t j = 0; j < 16; ++j) {
-      const float* const from = x + (g + (j < some ? j : 0)) * kCodeBlockKeys;
-      e[j] = Exp<Vector>(_mm512_sub_ps(_mm512_loadu_ps(from), s));
-    }
-    const __mmask16 there = static_cast<__mmask16>((1u << some) - 1);
-    _mm512_mask_storeu_ps(out + g, there, Vector::SumEach(e));
-  }
-}
-
 void HistogramAvx512(const float* x, size_t n, float top, float per_unit, uint32_t* counts) {
-  // Neighbours often share a bin: four tables, lest each waits for the one before.
-  uint32_t table[4][kHistogramBins] = {};
   const __m512 from = _mm512_set1_ps(top), step = _mm512_set1_ps(per_unit);
   const __m512 last = _mm512_set1_ps(kHistogramBins - 1);
-  for (size_t i = 0; i < n; i += 16) {
-    const size_t some = n - i < 16 ? n - i : 16;
-    const __m512 values =
-        _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << some) - 1), x + i);
+  CountBins(x, n, counts, [&](const float* values) {
     // What is no number goes last: the second operand is taken then.
     const __m512 depth = _mm512_max_ps(
-        _mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(from, values), step), last), _mm512_setzero_ps());
-    alignas(64) uint32_t bins[16];
-    _mm512_store_si512(bins, _mm512_cvttps_epi32(depth));
-    for (size_t j = 0; j < some; ++j) ++table[j % 4][bins[j]];
-  }
-  for (uint32_t b = 0; b < kHistogramBins; ++b) {
-    counts[b] += table[0][b] + table[1][b] + table[2][b] + table[3][b];
-  }
+        _mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(from, _mm512_loadu_ps(values)), step), last),
+        _mm512_setzero_ps());
+    return _mm512_cvttps_epi32(depth);
+  });
 }
 
 }  // namespace

@@ -100,7 +100,7 @@ const Table& AmxTable() {
       .score_codes = ScoreCodesAvx512,
       .find_codes = FindCodesAvx512,
       .select = SelectAvx512,
-      .exp_groups = ExpGroupsAvx512,
+      .exp_groups = ExpGroups<Vector>,
       .histogram = HistogramAvx512,
       .score_key_rows = ScoreKeyRowsAvx512,
       .add_value_rows = AddValueRowsAvx512,

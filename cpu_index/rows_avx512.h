@@ -4,26 +4,13 @@
 
 #include <immintrin.h>
 
-#include <cstring>
-#include <type_traits>
-
 #include "cpu_index/kernels.h"
+#include "cpu_index/rows_vector.h"
 #include "cpu_index/vector_avx512.h"
 
 // Compiled anew for every level: nothing here may be shared between object files.
 namespace quarry::kernels {
 namespace {
-
-// Rows that are fetched ahead: about the latency of DRAM.
-constexpr uint32_t kRowsAhead = 16;
-
-// Inlined by force: GCC drops calls to a function that only prefetches.
-inline __attribute__((always_inline)) void PrefetchRow(const uint8_t* row, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(row) + at, _MM_HINT_T0);
-  }
-  _mm_prefetch(reinterpret_cast<const char*>(row) + bytes - 1, _MM_HINT_T0);
-}
 
 // One part of a row's codes, a byte each.
 inline __m512i UnpackKeyRow(const KeyRowTile& tile, const uint8_t* row, uint32_t p) {
@@ -34,78 +21,25 @@ inline __m512i UnpackKeyRow(const KeyRowTile& tile, const uint8_t* row, uint32_t
   return _mm512_and_si512(fields, _mm512_loadu_si512(tile.mask + 64 * p));
 }
 
-// kQueries queries and as many rows as make up to 16 scores; rows past `end` are the last one.
+// Of kQueries queries and one row: sums of codes by weights, in 16 parts.
 template <uint32_t kQueries>
-void ScoreSomeRows(const KeyRowTile& tile, uint32_t query, uint32_t first, uint32_t end) {
-  constexpr uint32_t kRows = 16 / kQueries;
-  const int8_t* const weights = tile.weights + size_t{query} * tile.parts * 64;
-  __m512 sum[16] = {};
-  uint32_t row_scale[16] = {};
-  for (uint32_t r = 0; r < kRows; ++r) {
-    const uint32_t at = tile.which[first + r < end ? first + r : end - 1];
-    const uint8_t* const row = tile.rows + at * tile.stride;
-    for (uint32_t i = 0; i < kQueries; ++i)
-      row_scale[i * kRows + r] = uint32_t{tile.row_scale[at]} << 16;
-    __m512i of_query[kQueries] = {};
-    for (uint32_t p = 0; p < tile.parts; ++p) {
-      const __m512i codes = UnpackKeyRow(tile, row, p);
-      for (uint32_t i = 0; i < kQueries; ++i) {
-        of_query[i] = _mm512_dpbusd_epi32(of_query[i], codes,
-                                          _mm512_loadu_si512(weights + 64 * (i * tile.parts + p)));
-      }
-    }
-    for (uint32_t i = 0; i < kQueries; ++i) sum[i * kRows + r] = _mm512_cvtepi32_ps(of_query[i]);
-  }
-  float scale[16] = {}, offset[16] = {};
-  for (uint32_t lane = 0; lane < kQueries * kRows; ++lane) {
-    scale[lane] = tile.scale[query + lane / kRows];
-    offset[lane] = tile.offset[query + lane / kRows];
-  }
-  alignas(64) float out[16];
-  _mm512_store_ps(out, _mm512_mul_ps(_mm512_fmadd_ps(Vector::SumEach(sum), _mm512_loadu_ps(scale),
-                                                     _mm512_loadu_ps(offset)),
-                                     _mm512_castsi512_ps(_mm512_loadu_si512(row_scale))));
-  const uint32_t count = end - first < kRows ? end - first : kRows;
-  for (uint32_t i = 0; i < kQueries; ++i) {
-    for (uint32_t r = 0; r < count; ++r) {
-      tile.out[(query + i) * tile.ld_out + first + r] = out[i * kRows + r];
+void SumKeyRow(const KeyRowTile& tile, const uint8_t* row, const int8_t* weights, __m512* sums) {
+  __m512i of_query[kQueries] = {};
+  for (uint32_t p = 0; p < tile.parts; ++p) {
+    const __m512i codes = UnpackKeyRow(tile, row, p);
+    for (uint32_t i = 0; i < kQueries; ++i) {
+      of_query[i] = _mm512_dpbusd_epi32(of_query[i], codes,
+                                        _mm512_loadu_si512(weights + 64 * (i * tile.parts + p)));
     }
   }
-}
-
-// f(a number of queries as a constant, the first of them): up to four at a time.
-void ForQueries(uint32_t queries, auto&& f) {
-  uint32_t query = 0;
-  for (; queries - query > 4; query += 4) f(std::integral_constant<uint32_t, 4>(), query);
-  switch (queries - query) {
-    case 1:
-      return f(std::integral_constant<uint32_t, 1>(), query);
-    case 2:
-      return f(std::integral_constant<uint32_t, 2>(), query);
-    case 3:
-      return f(std::integral_constant<uint32_t, 3>(), query);
-    case 4:
-      return f(std::integral_constant<uint32_t, 4>(), query);
-  }
-}
-
-// Of the tile's rows from the first-th on. Inlined by force, as PrefetchRow.
-inline __attribute__((always_inline)) void PrefetchKeyRows(const KeyRowTile& tile, uint32_t first) {
-  const uint32_t end = tile.count < first + kRowsAhead ? tile.count : first + kRowsAhead;
-  for (uint32_t r = first; r < end; ++r) {
-    PrefetchRow(tile.rows + tile.which[r] * tile.stride, tile.stride);
-  }
+  for (uint32_t i = 0; i < kQueries; ++i) sums[i] = _mm512_cvtepi32_ps(of_query[i]);
 }
 
 void ScoreKeyRowsAvx512(const KeyRowTile& tile) {
-  PrefetchKeyRows(tile, 0);
-  for (uint32_t lo = 0; lo < tile.count; lo += kRowsAhead) {
-    PrefetchKeyRows(tile, lo + kRowsAhead);
-    const uint32_t hi = tile.count - lo < kRowsAhead ? tile.count : lo + kRowsAhead;
-    ForQueries(tile.queries, [&](auto some, uint32_t query) {
-      for (uint32_t r = lo; r < hi; r += 16 / some) ScoreSomeRows<some>(tile, query, r, hi);
-    });
-  }
+  ScoreKeyRows<Vector>(
+      tile, [&]<uint32_t kQueries>(const uint8_t* row, const int8_t* weights, __m512* sums) {
+        SumKeyRow<kQueries>(tile, row, weights, sums);
+      });
 }
 
 // kQueries queries and 64 dimensions (fewer at the end) of all rows. listed: rows of tile.which,
@@ -123,12 +57,8 @@ void AddValueRowsPart(const ValueRowTile& tile, uint32_t query, uint32_t dim, ui
     }
   }
   for (uint32_t r = 0; r < tile.count; ++r) {
-    const uint32_t ahead = r + kRowsAhead < listed ? r + kRowsAhead : listed - 1;
     const uint8_t* const row = tile.rows + tile.which[r] * tile.stride + dim / 2;
-    if (dim == 0) {
-      PrefetchRow(tile.rows + tile.which[ahead] * tile.stride, tile.stride);
-      _mm_prefetch(reinterpret_cast<const char*>(tile.row_scale + tile.which[ahead]), _MM_HINT_T0);
-    }
+    if (dim == 0) PrefetchValueRow(tile, r + kRowsAhead < listed ? r + kRowsAhead : listed - 1);
     const __m512 row_scale = _mm512_castsi512_ps(
         _mm512_set1_epi32(static_cast<int>(uint32_t{tile.row_scale[tile.which[r]]} << 16)));
     for (uint32_t g = 0; g < groups; ++g) {
@@ -153,18 +83,11 @@ void AddValueRowsPart(const ValueRowTile& tile, uint32_t query, uint32_t dim, ui
 }
 
 void AddValueRowsAvx512(const ValueRowTile& tile) {
-  constexpr uint32_t kTileRows = 128;  // stay in the first cache from one part to the next
-  for (uint32_t first = 0; first < tile.count; first += kTileRows) {
-    ValueRowTile some = tile;
-    some.which += first;
-    some.weights += first;
-    some.count = tile.count - first < kTileRows ? tile.count - first : kTileRows;
-    for (uint32_t dim = 0; dim < tile.dims; dim += 64) {
-      ForQueries(tile.queries, [&](auto queries, uint32_t query) {
-        AddValueRowsPart<queries>(some, query, dim, tile.count - first);
-      });
-    }
-  }
+  AddValueRows(tile, 64,
+               []<uint32_t kQueries>(const ValueRowTile& some, uint32_t query, uint32_t dim,
+                                     uint32_t listed) {
+                 AddValueRowsPart<kQueries>(some, query, dim, listed);
+               });
 }
 
 // The lanes of 16 that lie before `end`.

@@ -1,0 +1,77 @@
+// Eight floats, for the AVX2 file.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu_index/attend_vector.h"
+
+// Compiled anew for every level: nothing here may be shared between object files.
+namespace quarry::kernels {
+namespace {
+
+struct Vector {
+  using Reg = __m256;
+  static constexpr int kWidth = 8;
+  static constexpr int kAccumulators = 8;
+
+  static Reg Zero() { return _mm256_setzero_ps(); }
+  static Reg Set(float x) { return _mm256_set1_ps(x); }
+  static Reg LoadFp32(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
+  static Reg LoadFp16(const void* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static Reg LoadBf16(const void* p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static void Store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
+  static Reg Fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
+  static Reg Mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
+  static Reg Add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
+  static Reg Sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
+  static Reg Max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
+  static Reg Round(Reg x) {
+    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static Reg Clamp(Reg x) {
+    const Reg limit = Set(std::numeric_limits<float>::max());
+    return _mm256_min_ps(_mm256_max_ps(x, _mm256_sub_ps(Zero(), limit)), limit);
+  }
+  static bool AnyAbove(Reg x, Reg limit) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, limit, _CMP_GT_OQ)) != 0;
+  }
+  static Reg ScaleByPowerOfTwo(Reg x, Reg n) {
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+  static Reg ZeroWhereBelow(Reg y, Reg x, float limit) {
+    return _mm256_and_ps(y, _mm256_cmp_ps(x, Set(limit), _CMP_GE_OQ));
+  }
+  // kRows rows of kWidth / kRows floats each.
+  template <int kRows>
+  static void StoreRows(float* p, size_t ld, Reg x) {
+    if constexpr (kRows == 1) {
+      _mm256_storeu_ps(p, x);
+    } else if constexpr (kRows == 2) {
+      _mm_storeu_ps(p, _mm256_castps256_ps128(x));
+      _mm_storeu_ps(p + ld, _mm256_extractf128_ps(x, 1));
+    } else {
+      const __m128 low = _mm256_castps256_ps128(x), high = _mm256_extractf128_ps(x, 1);
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), low);
+      _mm_storeh_pi(reinterpret_cast<__m64*>(p + ld), low);
+      _mm_storel_pi(reinterpret_cast<__m64*>(p + 2 * ld), high);
+      _mm_storeh_pi(reinterpret_cast<__m64*>(p + 3 * ld), high);
+    }
+  }
+  // Lane i of the result is the sum of x[i]'s lanes.
+  static Reg SumEach(const Reg* x) {
+    Reg ab = _mm256_hadd_ps(x[0], x[1]), cd = _mm256_hadd_ps(x[2], x[3]);
+    Reg ef = _mm256_hadd_ps(x[4], x[5]), gh = _mm256_hadd_ps(x[6], x[7]);
+    Reg abcd = _mm256_hadd_ps(ab, cd), efgh = _mm256_hadd_ps(ef, gh);
+    return _mm256_add_ps(_mm256_permute2f128_ps(abcd, efgh, 0x20),
+                         _mm256_permute2f128_ps(abcd, efgh, 0x31));
+  }
+};
+
+}  // namespace
+}  // namespace quarry::kernels
