@@ -39,6 +39,9 @@ constexpr float kCodesMiss = 3;
 // were heavier by so much is read exactly, as far as few are.
 constexpr float kRowsMiss = 5;
 constexpr uint32_t kBestExact = 64;
+// What a search knows of tokens was learned of queries that have most of their mass among them. Of
+// one that has it elsewhere, in a window, estimates err by e to this power as much.
+constexpr float kDoubtElsewhere = 0.2f;
 // A query whose predicted error would be more than so many times what is tolerated is attended
 // exactly.
 constexpr float kMostOverdrawn = 2;
@@ -315,8 +318,8 @@ bool ClusterSearch::ScansAll() const {
   return std::find(scanned_.begin(), scanned_.end(), false) == scanned_.end();
 }
 
-// Attends all but queries with a cap exactly, if that should take less time than what is to be done
-// still. rows: [queries] how many each query is to read.
+// Attends all but queries with a cap exactly, unless what is to be done still should take clearly
+// less time. rows: [queries] how many each query is to read.
 void ClusterSearch::ScanIfFaster(std::span<const uint64_t> rows) {
   const ClusterQueries& q = *queries_;
   if (q.limits.depth != Depth::kAsNeeded || !q.model.scan_if_faster) return;
@@ -327,7 +330,8 @@ void ClusterSearch::ScanIfFaster(std::span<const uint64_t> rows) {
   // Keys and values of those that are scanned anyway are there for the others.
   const auto scanned = static_cast<float>(std::count(scanned_.begin(), scanned_.end(), true));
   const float others = 1 - scanned / static_cast<float>(q.count());
-  if (seen_ > kFewTokens && search <= others * static_cast<float>(seen_)) return;
+  const float most = ScanHistory::kWorthwhile * others * static_cast<float>(seen_);
+  if (seen_ > kFewTokens && search <= most) return;
   ScanUncapped();
 }
 
@@ -474,7 +478,10 @@ float ClusterSearch::Allowed(uint32_t query) const {
 
 // Of all doubts, where that is allowed.
 float ClusterSearch::Correction(uint32_t query, float allowed) const {
-  return queries_->model.CorrectionAt(allowed / mass_[query]);
+  const float own = allowed / mass_[query];
+  const float hypot = own / queries_->tolerance;  // of 1 and what is elsewhere
+  const float share = 1 / (1 + std::sqrt(std::max(0.0f, hypot * hypot - 1)));
+  return queries_->model.CorrectionAt(own) * std::exp(kDoubtElsewhere * (1 - share));
 }
 
 ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) const {
