@@ -258,6 +258,8 @@ int main(int argc, char** argv) {
   app.add_option("--queries", settings.bench.queries, "test queries a head")
       ->check(CLI::PositiveNumber);
   app.add_option("--samples", settings.bench.samples, "timed answers a head; 0: no timing");
+  app.add_flag("--beside-scan", settings.bench.beside_scan,
+               "time an exact scan in turns with every answer: scan_us_p50, scan_us_mean");
   app.add_option("--kv-heads", settings.bench.kv_heads, "only the first KV heads; 0: all");
   app.add_option("--working-set", settings.bench.working_set_bytes, "bytes");
   app.add_option("--seed", settings.seed, "of traces that are made, and of indexes");

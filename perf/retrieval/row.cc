@@ -45,7 +45,9 @@ std::string RowToJson(const Row& row) {
                {"bytes_read", row.bytes_read},
                {"us_p50", OrNull(row.us_p50)},
                {"us_mean", OrNull(row.us_mean)},
-               {"us_p99", OrNull(row.us_p99)}})
+               {"us_p99", OrNull(row.us_p99)},
+               {"scan_us_p50", OrNull(row.scan_us_p50)},
+               {"scan_us_mean", OrNull(row.scan_us_mean)}})
       .dump();
 }
 
@@ -81,6 +83,9 @@ absl::StatusOr<Row> RowFromJson(const std::string& line) {
     row.us_p50 = FromNull(json.at("us_p50"));
     row.us_mean = FromNull(json.at("us_mean"));
     row.us_p99 = FromNull(json.at("us_p99"));
+    // Lines of earlier commits have none.
+    row.scan_us_p50 = FromNull(json.value("scan_us_p50", Json()));
+    row.scan_us_mean = FromNull(json.value("scan_us_mean", Json()));
     return row;
   } catch (const nlohmann::json::exception& e) {
     return absl::InvalidArgumentError(absl::StrCat("not a row of results: ", e.what()));

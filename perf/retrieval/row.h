@@ -34,6 +34,7 @@ struct Row {
   double oracle_tokens = 0;  // the fewest best tokens for an error of rel_l2, a query head
   double bytes_read = 0;     // an answer to the whole group: every line touched
   std::optional<double> us_p50, us_mean, us_p99;  // an answer to the whole group
+  std::optional<double> scan_us_p50, scan_us_mean;  // an exact scan in turns with each answer
 };
 
 std::string RowToJson(const Row& row);

@@ -42,6 +42,10 @@ void OnThreads(uint32_t threads, F&& f) {
   for (std::thread& t : others) t.join();
 }
 
+double MeanOf(std::span<const double> x) {
+  return std::accumulate(x.begin(), x.end(), 0.0) / static_cast<double>(x.size());
+}
+
 // Means and a quantile over the query heads of one KV head.
 class QualityMeans {
  public:
@@ -238,6 +242,9 @@ void TraceBench::FillQuality(const Head& head, const IndexedHead& indexed, const
 absl::Status TraceBench::Measure(const IndexSpec& spec, uint32_t runs, const Sink& sink) const {
   absl::StatusOr<Heads> indexed = BuildAll(spec, runs);
   if (!indexed.ok()) return indexed.status();
+  absl::StatusOr<Heads> scans = Heads();
+  if (settings_.beside_scan) scans = BuildAll(ExactSpec(), runs);
+  if (!scans.ok()) return scans.status();
   for (const SearchSpec& search : spec.searches) {
     std::vector<Row> rows;
     for (uint32_t h = 0; h < heads_.size(); ++h) {
@@ -260,14 +267,19 @@ absl::Status TraceBench::Measure(const IndexSpec& spec, uint32_t runs, const Sin
       // Two answers at once must not share what they read.
       threads = std::clamp<uint32_t>(threads, 1, static_cast<uint32_t>(heads_.size()));
       if (!done.insert(threads).second) continue;
-      Times times = Time(*indexed, search.budget, threads);
+      Timed times = Time(*indexed, *scans, search.budget, threads);
       for (uint32_t h = 0; h < heads_.size(); ++h) {
-        std::sort(times[h].begin(), times[h].end());
+        std::vector<double>& us = times.answers[h];
+        std::sort(us.begin(), us.end());
         rows[h].threads = threads;
-        rows[h].us_p50 = times[h][times[h].size() / 2];
-        rows[h].us_mean = std::accumulate(times[h].begin(), times[h].end(), 0.0) /
-                          static_cast<double>(times[h].size());
-        rows[h].us_p99 = times[h][times[h].size() * 99 / 100];
+        rows[h].us_p50 = us[us.size() / 2];
+        rows[h].us_mean = MeanOf(us);
+        rows[h].us_p99 = us[us.size() * 99 / 100];
+        if (settings_.beside_scan) {
+          std::sort(times.scans[h].begin(), times.scans[h].end());
+          rows[h].scan_us_p50 = times.scans[h][times.scans[h].size() / 2];
+          rows[h].scan_us_mean = MeanOf(times.scans[h]);
+        }
         sink(rows[h]);
       }
     }

@@ -23,6 +23,7 @@ struct BenchSettings {
   uint32_t queries = 12;   // test queries a head, evenly chosen, each with the whole group
   uint32_t samples = 8;    // timed answers a head; 0: no timing
   std::vector<uint32_t> threads = {1};
+  bool beside_scan = false;  // each answer timed in turns with an exact scan of the same
   uint32_t kv_heads = 0;   // only the first so many; 0: all
   size_t working_set_bytes = size_t{2} << 30;
 };
@@ -54,6 +55,9 @@ class TraceBench {
   };
   using Heads = std::vector<std::unique_ptr<IndexedHead>>;
   using Times = std::vector<std::vector<double>>;  // microseconds by head
+  struct Timed {
+    Times answers, scans;
+  };
 
   TraceBench(const Trace& trace, const BenchSettings& settings)
       : trace_(trace), settings_(settings) {}
@@ -69,7 +73,8 @@ class TraceBench {
   Row RowOf(uint32_t kv_head) const;
   void FillQuality(const Head& head, const IndexedHead& indexed, const SearchSpec& search,
                    Row* row) const;
-  Times Time(const Heads& heads, const Budget& budget, uint32_t threads) const;
+  // scans: the exact index of every head, or none.
+  Timed Time(const Heads& heads, const Heads& scans, const Budget& budget, uint32_t threads) const;
 
   const Trace& trace_;
   const BenchSettings settings_;

@@ -87,7 +87,9 @@ TEST(RetrievalBenchTest, RowsHaveTheirFieldsAndComeBackFromJson) {
                             "bytes_read",
                             "us_p50",
                             "us_mean",
-                            "us_p99"}) {
+                            "us_p99",
+                            "scan_us_p50",
+                            "scan_us_mean"}) {
     EXPECT_TRUE(json.contains(field)) << field;
   }
   EXPECT_TRUE(json["predicted_error"].is_null());
@@ -181,6 +183,25 @@ TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
       EXPECT_LE(*row.us_p50, *row.us_p99);
       EXPECT_GT(*row.us_mean, 0);
       EXPECT_LE(row.threads, 2u);
+    }
+  }
+}
+
+TEST(RetrievalBenchTest, ScansAreTimedInTurnsWithAnswersWhereThatIsAskedFor) {
+  const Trace trace = RandomTrace(Small());
+  for (const bool asked : {false, true}) {
+    BenchSettings settings = Quick();
+    settings.beside_scan = asked;
+    settings.samples = 3;
+    const auto bench = TraceBench::Create(trace, settings);
+    ASSERT_TRUE(bench.ok()) << bench.status();
+    const std::vector<Row> rows = RowsOf(**bench, ExactSpec(), 2);
+    ASSERT_FALSE(rows.empty());
+    for (const Row& row : rows) {
+      EXPECT_EQ(row.scan_us_p50.has_value(), asked);
+      EXPECT_EQ(row.scan_us_mean.has_value(), asked);
+      EXPECT_GT(row.scan_us_mean.value_or(1), 0);
+      EXPECT_GT(row.scan_us_p50.value_or(1), 0);
     }
   }
 }
