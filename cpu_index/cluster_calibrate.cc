@@ -39,6 +39,7 @@ struct Promise {
 struct Told {
   Promise promise;
   ClusterSearch::Rows rows;
+  float time = 0;  // of the search for it and others, by a scan's
 };
 
 // Sampled queries, and their exact answers over some runs.
@@ -86,7 +87,7 @@ class Sampled {
         if (told == nullptr) continue;
         const double square = double{partials[i].RelativeError()} * partials[i].RelativeError();
         const double adds_up = square * search.TogetherShare(i);
-        told->push_back({{square - adds_up, adds_up}, search.RowsOf(i)});
+        told->push_back({{square - adds_up, adds_up}, search.RowsOf(i), search.Time()});
       }
     }
     return out;
@@ -349,10 +350,12 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
   // Where fewer of the expected rows are needed, centres tell nothing of single queries.
   constexpr double kTelling = 0.7;
   double expected = 0, needed = 0;  // rows
+  float scans_from = 0;
   for (const float tolerance : ClusterModel::kTried) {
     ClusterLimits limits;
     limits.tolerance = tolerance;
     std::vector<Told> told;
+    double time = 0;
     const std::vector<double> errors =
         sampled.Errors(sampled.Answers(limits, group, &told), sampled.wanted());
     for (size_t i = 0; i < errors.size(); ++i) {
@@ -361,6 +364,11 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
           {errors[i], {promised.apart / factor.apart, promised.together / factor.together}});
       expected += static_cast<double>(told[i].rows.expected);
       needed += static_cast<double>(told[i].rows.needed);
+      time += told[i].time;
+    }
+    // The smaller the error, the more is read.
+    if (scans_from == 0 && time > ScanHistory::kWorthwhile * static_cast<double>(told.size())) {
+      scans_from = tolerance;
     }
     factor = FitFactors(observed);
     const auto scaled = [](float doubt, double square) {
@@ -372,6 +380,7 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
     m->token_doubt = std::max(kLeastTokenDoubt, scaled(learned.token_doubt, factor.apart));
     m->row_doubt = std::max(kLeastRowDoubt, scaled(learned.row_doubt, factor.apart));
   }
+  m->scans_from = scans_from;
   m->correction = CorrectionsOf(observed, factor, group);
   m->caution = CautionOf(observed, factor, m->correction);
   const double share = expected > 0 ? needed / expected : 0;

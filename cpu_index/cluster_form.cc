@@ -11,7 +11,7 @@ namespace quarry {
 namespace {
 
 constexpr std::string_view kKind = "clusters";
-constexpr uint32_t kVersion = 6;
+constexpr uint32_t kVersion = 7;
 
 absl::Status GetOrder(uint32_t tokens, IndexReader* in, std::vector<uint32_t>* out) {
   QUARRY_RETURN_IF_ERROR(in->GetVector(tokens, out));

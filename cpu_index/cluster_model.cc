@@ -166,7 +166,7 @@ void ClusterModel::Write(IndexWriter* out) const {
   quarry::Write(super, out);
   Put(token_slope, out);
   for (float number : {super_doubt, leaf_doubt, common_doubt, token_doubt, row_doubt, caution,
-                       log_length, largest_variance, needed_rows}) {
+                       log_length, largest_variance, needed_rows, scans_from}) {
     out->Put(number);
   }
   for (float number : correction) out->Put(number);
@@ -221,6 +221,7 @@ absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
   if (m.needed_rows > kMostNeededRows) {
     return absl::DataLossError(absl::StrCat("clusters: a share of rows of ", m.needed_rows));
   }
+  QUARRY_RETURN_IF_ERROR(in->GetNumber("error from which on scans are faster", 0, &m.scans_from));
   for (float& number : m.correction) {
     QUARRY_RETURN_IF_ERROR(in->GetNumber("correction", -kMostCorrection, &number));
     if (number > kMostCorrection) {

@@ -73,6 +73,9 @@ struct ClusterModel {
   // centres hide.
   static constexpr float kMostNeededRows = 2;
   float needed_rows = 0;
+  // The largest of kTried at which searches of sampled queries took longer than is worth while; 0:
+  // none.
+  float scans_from = 0;
   // The largest variance that a sampled query's scores have over the keys; infinite: not known.
   // Nothing learned tells what estimates are worth for queries that go much further.
   float largest_variance = std::numeric_limits<float>::infinity();

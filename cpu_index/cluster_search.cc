@@ -360,14 +360,25 @@ bool ClusterSearch::UsesHistory() const {
          q.model.scan_if_faster;
 }
 
-// codes: whether they were read; rows: [queries] that are read still.
-void ClusterSearch::NoteLook(bool codes, std::span<const uint64_t> rows) const {
-  if (!UsesHistory()) return;
+// By that of a scan. codes: whether they were read; rows: [queries] that are read still.
+float ClusterSearch::TimeOfLook(bool codes, std::span<const uint64_t> rows) const {
   const bool scans = std::find(scanned_.begin(), scanned_.end(), true) != scanned_.end();
   const float looked =
       (kLeavesTime + (codes ? kCodesTime : 0)) * static_cast<float>(tokens_) + TimeOfRows(rows);
-  queries_->limits.history->Looked(
-      queries_->limits.tolerance, looked / static_cast<float>(seen_) + (scans ? 1 : 0), ScansAll());
+  return looked / static_cast<float>(seen_) + (scans ? 1 : 0);
+}
+
+void ClusterSearch::NoteLook(bool codes, std::span<const uint64_t> rows) const {
+  if (!UsesHistory()) return;
+  const float tolerance = queries_->limits.tolerance;
+  queries_->limits.history->Looked(tolerance, TimeOfLook(codes, rows), ScansAll(),
+                                   tolerance <= queries_->model.scans_from);
+}
+
+float ClusterSearch::Time() const {
+  std::vector<uint64_t> rows;
+  for (const ErrorCut& cut : cuts_) rows.push_back(cut.tokens);
+  return TimeOfLook(true, rows);
 }
 
 // Little work: not worth a stage of its own.

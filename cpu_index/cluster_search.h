@@ -79,6 +79,8 @@ class ClusterSearch {
     uint64_t expected = 0, needed = 0;
   };
   Rows RowsOf(uint32_t query) const { return {expected_[query], cuts_[query].tokens}; }
+  // Then: how long it took, by the time of an exact scan of the same, as far as that can be told.
+  float Time() const;
 
  private:
   enum class Stage { kLeaves, kTokens, kAttend };
@@ -93,6 +95,7 @@ class ClusterSearch {
   void ScanUncapped();
   bool UsesHistory() const;
   float TimeOfRows(std::span<const uint64_t> rows) const;
+  float TimeOfLook(bool codes, std::span<const uint64_t> rows) const;
   void NoteLook(bool codes, std::span<const uint64_t> rows) const;
   void DecideSupers();
   void DecideLeaves();

@@ -14,9 +14,10 @@ namespace quarry {
 // A search that looks before it scans takes longer than the scan alone, and one that was to read
 // few rows may read many. When looks save less than is worth while, on the average of the last few,
 // the next 4 searches scan without one, then 8 and more, until looks pay again: of a head that is
-// always scanned one in 65 searches looks. A look after one that scanned is at the codes too, for
-// leaves may be wrong: heads that seek records only when they are asked looked diffuse to sampled
-// queries. Thread-safe; of counts made at the same time one may be lost. A copy begins anew.
+// always scanned one in 65 searches looks, from its first look on if sampled queries foretold it. A
+// look after one that scanned is at the codes too, for leaves may be wrong: heads that seek records
+// only when they are asked looked diffuse to sampled queries. Thread-safe; of counts made at the
+// same time one may be lost. A copy begins anew.
 class ScanHistory {
  public:
   // By the time of a scan: times are foretold no better, and a search that is to take longer than
@@ -36,8 +37,9 @@ class ScanHistory {
     Store(s);
     return true;
   }
-  // After a search that looked: how long it took, by the time of a scan; scanned: in the end.
-  void Looked(float tolerance, float time, bool scanned) {
+  // After a search that looked: how long it took, by the time of a scan; scanned: in the end;
+  // foretold: that it would not pay. Then one look that does not is enough.
+  void Looked(float tolerance, float time, bool scanned, bool foretold = false) {
     State s = Load();
     if (tolerance > s.tolerance) {
       if (time < kWorthwhile) return;
@@ -46,8 +48,12 @@ class ScanHistory {
     const float taken = std::min(time, kLongest) * kUnit;
     const float mean = s.looks == 0 ? taken : s.mean + (taken - s.mean) / kRemembered;
     s.mean = static_cast<uint16_t>(std::lround(mean));
-    s.looks = std::min<uint8_t>(s.looks + 1, kEnoughLooks);
     const bool pays = s.mean < kUnit * kWorthwhile;
+    if (foretold && !pays) {
+      s.looks = kEnoughLooks;
+      s.streak = kLongestStreak;
+    }
+    s.looks = std::min<uint8_t>(s.looks + 1, kEnoughLooks);
     s.streak = pays ? 0 : std::min<uint8_t>(s.streak + (s.looks == kEnoughLooks), kLongestStreak);
     // What paid once may do so again.
     s.left = s.streak == 0 || time < kWorthwhile ? 0 : static_cast<uint8_t>(2u << s.streak);

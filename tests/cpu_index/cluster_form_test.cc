@@ -44,7 +44,7 @@ class ClusterFormTest : public ::testing::Test {
     runs_.Learn();
     bytes_ = runs_.indexes[0]->Serialize();
     model_end_ = kIndexFormHeaderBytes + BytesOf(*runs_.model);
-    doubts_ = model_end_ - 15 * sizeof(uint32_t);
+    doubts_ = model_end_ - 16 * sizeof(uint32_t);
     order_ = model_end_ + BytesOf(runs_.indexes[0]->parts().codes);
   }
 
@@ -164,6 +164,7 @@ TEST_F(ClusterFormTest, EverythingThatAModelHasIsKept) {
   model->learned_tokens = 6789;
   model->log_length = -2.5f;
   model->needed_rows = 0.75f;
+  model->scans_from = 0.05f;
   model->correction = {0.25f, -0.5f, 1};
   runs_.Rebuild(model);
   const auto index = ClusterIndex::Deserialize(runs_.indexes[0]->Serialize());
@@ -172,6 +173,7 @@ TEST_F(ClusterFormTest, EverythingThatAModelHasIsKept) {
   EXPECT_EQ(read.open_all, model->open_all);
   EXPECT_EQ(read.scan_if_faster, model->scan_if_faster);
   EXPECT_EQ(read.needed_rows, 0.75f);
+  EXPECT_EQ(read.scans_from, 0.05f);
   EXPECT_EQ(read.correction, model->correction);
   EXPECT_EQ(read.learned_queries, 12345u);
   EXPECT_EQ(read.learned_tokens, 6789u);
@@ -204,8 +206,11 @@ TEST_F(ClusterFormTest, DoubtsThatNoModelHasAreRefused) {
   ExpectDataLoss(With(doubts_ + 24, -kInfinity), "length");
   ExpectDataLoss(With(doubts_ + 32, -0.1f), "share of rows");
   ExpectDataLoss(With(doubts_ + 32, 1e30f), "share of rows");
+  for (const float from : {-0.1f, kNan}) {
+    ExpectDataLoss(With(doubts_ + 36, from), "scans are faster");
+  }
   for (const float correction : {-1.2f, 1.2f, kNan}) {
-    ExpectDataLoss(With(doubts_ + 36, correction), "correction");
+    ExpectDataLoss(With(doubts_ + 40, correction), "correction");
   }
   ExpectDataLoss(With(model_end_ - 12, uint32_t{4}), "flags 4");
   EXPECT_TRUE(ClusterIndex::Deserialize(With(model_end_ - 8, ~0u)).ok());

@@ -98,21 +98,40 @@ TEST_F(ClusterScanTest, AQueryWithACapIsNotScannedForOthers) {
   EXPECT_GT(found.predicted[1], 0);
 }
 
-TEST_F(ClusterScanTest, AfterSeveralLooksForNothingSearchesScanWithoutOne) {
-  ScanHistory history;
-  ClusterLimits limits = Within(1e-4f);
-  limits.history = &history;
-  uint32_t looks = 0, at_codes = 0;
-  for (int i = 0; i < 100; ++i) {
-    const ClusterAnswer found = Ask(limits, ranges_);
-    ExpectExact(found, 0, ranges_);
-    looks += found.bytes > scan_bytes() ? 1 : 0;
-    at_codes += found.bytes > scan_bytes() * 11 / 10 ? 1 : 0;
+TEST_F(ClusterScanTest, AfterLooksForNothingSearchesScanWithoutOne) {
+  for (const bool foretold : {false, true}) {
+    auto model = std::make_shared<ClusterModel>(*runs_.model);
+    model->scans_from = foretold ? 0.02f : 0;
+    runs_.Rebuild(model);
+    ScanHistory history;
+    ClusterLimits limits = Within(1e-4f);
+    limits.history = &history;
+    uint32_t looks = 0, at_codes = 0;
+    for (int i = 0; i < 100; ++i) {
+      const ClusterAnswer found = Ask(limits, ranges_);
+      ExpectExact(found, 0, ranges_);
+      looks += found.bytes > scan_bytes() ? 1 : 0;
+      at_codes += found.bytes > scan_bytes() * 11 / 10 ? 1 : 0;
+    }
+    EXPECT_EQ(looks, foretold ? 2u : 7u);  // with 0, 0, 4, 8, 16, 32 scans behind them, and 64
+    EXPECT_EQ(at_codes, looks - 1);        // all but the first
+    limits.tolerance = 0.1f;               // of which nothing is known
+    EXPECT_LT(Ask(limits, ranges_).bytes, scan_bytes() / 2);
   }
-  EXPECT_EQ(looks, 7u);     // with 0, 0, 4, 8, 16, 32 scans behind them, and 64
-  EXPECT_EQ(at_codes, 6u);  // all but the first
-  limits.tolerance = 0.1f;  // of which nothing is known
-  EXPECT_LT(Ask(limits, ranges_).bytes, scan_bytes() / 2);
+}
+
+TEST_F(ClusterScanTest, SampledQueriesForetellFromWhichErrorOnScansAreFaster) {
+  for (const float spread : {1.5f, 5.0f}) {
+    const ClusterHead head(kTokens, 64, spread);
+    ClusterRuns runs(head, ClusterRuns::Even(head, 4));
+    runs.Learn(head.sampled, runs.views.size(), kTogether);
+    if (spread > 2) {  // few tokens count
+      EXPECT_EQ(runs.model->scans_from, 0);
+    } else {
+      EXPECT_GT(runs.model->scans_from, 0);
+      EXPECT_LT(runs.model->scans_from, 0.1f);
+    }
+  }
 }
 
 TEST_F(ClusterScanTest, WithoutTheChoiceHistoryHasNoPart) {
@@ -140,11 +159,22 @@ TEST(ScanHistoryTest, ALookThatFindsEstimatesFasterEndsIt) {
   EXPECT_FALSE(history.LookDeeper());
 }
 
+TEST(ScanHistoryTest, OneLookForNothingIsEnoughWhereThatWasForetold) {
+  ScanHistory history;
+  EXPECT_FALSE(history.ScanNext(0.1f));
+  history.Looked(0.1f, 1.1f, true, /*foretold=*/true);
+  for (int i = 0; i < 64; ++i) EXPECT_TRUE(history.ScanNext(0.1f)) << i;
+  for (int i = 0; i < 9; ++i) {  // one that pays goes on, whatever was foretold
+    EXPECT_FALSE(history.ScanNext(0.1f));
+    history.Looked(0.1f, 0.5f, false, true);
+  }
+}
+
 TEST(ScanHistoryTest, LooksGoOnWhileTheyPayOnAverage) {
   ScanHistory history;
   for (int i = 0; i < 40; ++i) {  // half of them end in a scan
     EXPECT_FALSE(history.ScanNext(0.1f));
-    history.Looked(0.1f, i % 2 == 0 ? 1.1f : 0.5f, i % 2 == 0);
+    history.Looked(0.1f, i % 2 == 0 ? 1.0f : 0.4f, i % 2 == 0);
   }
   // So do these, but the others save less than looks cost, one reading more rows than a scan takes.
   int scanned = 0;
@@ -152,7 +182,7 @@ TEST(ScanHistoryTest, LooksGoOnWhileTheyPayOnAverage) {
     if (history.ScanNext(0.1f)) {
       ++scanned;
     } else {
-      history.Looked(0.1f, i % 2 == 0 ? 1.4f : 0.9f, i % 2 == 0);
+      history.Looked(0.1f, i % 2 == 0 ? 1.4f : 0.8f, i % 2 == 0);
     }
   }
   EXPECT_GT(scanned, 70);
