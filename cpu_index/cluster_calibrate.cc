@@ -366,8 +366,10 @@ void ScaleDoubts(const Sampled& sampled, uint32_t group, ClusterModel* m) {
       needed += static_cast<double>(told[i].rows.needed);
       time += told[i].time;
     }
-    // The smaller the error, the more is read.
-    if (scans_from == 0 && time > ScanHistory::kWorthwhile * static_cast<double>(told.size())) {
+    // The smaller the error, the more is read. Doubts that are not fitted yet read too much.
+    const bool fitted = tolerance < ClusterModel::kTried.front();
+    if (fitted && scans_from == 0 &&
+        time > ScanHistory::kWorthwhile * static_cast<double>(told.size())) {
       scans_from = tolerance;
     }
     factor = FitFactors(observed);

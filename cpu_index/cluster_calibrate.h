@@ -24,13 +24,14 @@ enum class CodeReading {
 struct ClusterChoice {
   CodeReading codes = CodeReading::kAll;
   uint32_t group = 1;  // queries of one position, which will be searched at once
-  // Whether searches attend exactly where estimates are expected to take longer.
+  // Whether searches attend exactly where estimates are not expected to be clearly faster.
   bool scan_if_faster = true;
 };
 
-// Sets the model's doubts, and whether every code is read, by what searches of the indexes, which
-// have this model, miss of the exact answers to sampled queries (scaled as scores are). Without
-// queries doubts stay guesses. Nobody else may use the model meanwhile.
+// Sets the model's doubts, whether every code is read, and how many rows and from which error on
+// scans are expected, by what searches of the indexes, which have this model, miss of the exact
+// answers to sampled queries (scaled as scores are). Without queries doubts stay guesses. Nobody
+// else may use the model meanwhile.
 void CalibrateClusters(std::span<const KvView> runs,
                        std::span<const std::unique_ptr<ClusterIndex>> indexes,
                        std::span<const float> queries, const ClusterChoice& choice,

@@ -222,6 +222,10 @@ absl::StatusOr<ClusterModel> ClusterModel::Read(IndexReader* in) {
     return absl::DataLossError(absl::StrCat("clusters: a share of rows of ", m.needed_rows));
   }
   QUARRY_RETURN_IF_ERROR(in->GetNumber("error from which on scans are faster", 0, &m.scans_from));
+  if (m.scans_from != 0 && std::find(kTried.begin(), kTried.end(), m.scans_from) == kTried.end()) {
+    return absl::DataLossError(
+        absl::StrCat("clusters: an error of ", m.scans_from, " from which on scans are faster"));
+  }
   for (float& number : m.correction) {
     QUARRY_RETURN_IF_ERROR(in->GetNumber("correction", -kMostCorrection, &number));
     if (number > kMostCorrection) {

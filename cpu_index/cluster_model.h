@@ -65,16 +65,16 @@ struct ClusterModel {
   float log_length = 0;  // of a typical answer
   // Whether every code is read, as heads need whose mass lies on single tokens that groups hide.
   bool open_all = false;
-  // Whether searches attend exactly where estimates are expected to take longer; not while it is
-  // calibrated.
+  // Whether searches attend exactly where estimates are not expected to be clearly faster; not
+  // while it is calibrated.
   bool scan_if_faster = false;
   // Of the rows that leaves' centres let expect, how many sampled queries needed: about all where
   // mass is spread. 0: nothing is expected, for it is not known, or mass lies on tokens that
   // centres hide.
   static constexpr float kMostNeededRows = 2;
   float needed_rows = 0;
-  // The largest of kTried at which searches of sampled queries took longer than is worth while; 0:
-  // none.
+  // The largest of kTried, but for the first, at which searches of sampled queries take longer than
+  // is worth while; 0: none.
   float scans_from = 0;
   // The largest variance that a sampled query's scores have over the keys; infinite: not known.
   // Nothing learned tells what estimates are worth for queries that go much further.

@@ -39,8 +39,10 @@ constexpr float kCodesMiss = 3;
 // were heavier by so much is read exactly, as far as few are.
 constexpr float kRowsMiss = 5;
 constexpr uint32_t kBestExact = 64;
-// What a search knows of tokens was learned of queries that have most of their mass among them. Of
-// one that has it elsewhere, in a window, estimates err by e to this power as much.
+// What a search knows of tokens was learned of queries that have most of their mass among them.
+// Where what lies elsewhere counts beside it (Elsewhere), in a window, estimates err by e to this
+// power as much if that is all. Of 41,472 queries on models at work predictions were within a
+// factor of two for 94.97% with 0 and for 95.42% with 0.2, where as many erred above as below.
 constexpr float kDoubtElsewhere = 0.2f;
 // A query whose predicted error would be more than so many times what is tolerated is attended
 // exactly.
@@ -48,7 +50,7 @@ constexpr float kMostOverdrawn = 2;
 // What scoring leaves, reading a token's code, and the row of one that any query of a block reads
 // take, by the time of an exact scan of a token. Of heads of 64 to 128 dimensions, one to four
 // queries a KV head, out of memory: rows 2.3 to 3.0; leaves and codes together 0.27 of heads of 96
-// and 128.
+// and 128. With AVX2, 128 dimensions: 2.2, and 0.22.
 constexpr float kLeavesTime = 0.06f, kCodesTime = 0.25f, kRowTime = 2.9f;
 // What a search takes beside what it reads: of fewer tokens the scan is as fast.
 constexpr uint64_t kFewTokens = 10000;
@@ -378,7 +380,9 @@ void ClusterSearch::NoteLook(bool codes, std::span<const uint64_t> rows) const {
 float ClusterSearch::Time() const {
   std::vector<uint64_t> rows;
   for (const ErrorCut& cut : cuts_) rows.push_back(cut.tokens);
-  return TimeOfLook(true, rows);
+  const bool codes = queries_->every_code;
+  // One that would take longer turns to the scan.
+  return std::min(TimeOfLook(codes, rows), 1 + kLeavesTime + (codes ? kCodesTime : 0));
 }
 
 // Little work: not worth a stage of its own.

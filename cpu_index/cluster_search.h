@@ -28,7 +28,7 @@ struct ClusterRun {
 // (Partial::doubt) is to be at most `tolerance` of the length of what the answer is merged with,
 // the answer itself included. A query is attended exactly, whatever it may read, if it is unlike
 // all that were sampled, or if its error cannot be brought near to what is tolerated; with
-// ClusterModel::scan_if_faster all are where that should take less time.
+// ClusterModel::scan_if_faster all are where estimates should not take clearly less time.
 struct ClusterLimits {
   float tolerance = 0;         // 0: every token's key and value are read
   // [queries] how many tokens are read one by one for each; empty: any number. A query may be
@@ -79,7 +79,8 @@ class ClusterSearch {
     uint64_t expected = 0, needed = 0;
   };
   Rows RowsOf(uint32_t query) const { return {expected_[query], cuts_[query].tokens}; }
-  // Then: how long it took, by the time of an exact scan of the same, as far as that can be told.
+  // Then: how long it would take as a search that turns to the scan if that is faster, by the time
+  // of an exact scan of the same.
   float Time() const;
 
  private:

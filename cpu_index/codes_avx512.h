@@ -63,11 +63,6 @@ inline __m512 BoundedScores(__m512 x) {
                        _mm512_set1_ps(kMostScore));
 }
 
-inline __m512 LoadBf16Lanes(const uint16_t* p) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
 // Of the tile's b-th block, whose codes and scales are given.
 inline __m512 CodedKeyScores(const CodedKeyTile& tile, const UnpackedCodes& codes, __m512 key_scale,
                              uint32_t b, uint32_t query) {
@@ -84,7 +79,7 @@ void ScoreCodesAvx512(const CodedKeyTile& tile) {
     PrefetchCodedKeys(tile, BlockAt(tile, b + kBlocksAhead));
     const size_t at = BlockAt(tile, b);
     const UnpackedCodes codes(tile.codes + at * kCodeBlockBytes);
-    const __m512 key_scale = LoadBf16Lanes(tile.key_scale + at * kCodeBlockKeys);
+    const __m512 key_scale = Vector::LoadBf16(tile.key_scale + at * kCodeBlockKeys);
     for (uint32_t i = 0; i < tile.queries; ++i) {
       _mm512_storeu_ps(tile.out + i * tile.ld_out + size_t{b} * kCodeBlockKeys,
                        CodedKeyScores(tile, codes, key_scale, b, i));
@@ -119,8 +114,8 @@ uint32_t FindCodesAvx512(const CodedKeyTile& tile, const float* least, uint32_t*
     const size_t at[2] = {BlockAt(tile, b), BlockAt(tile, next)};
     const UnpackedCodes first(tile.codes + at[0] * kCodeBlockBytes);
     const UnpackedCodes second(tile.codes + at[1] * kCodeBlockBytes);
-    const __m512 first_scale = LoadBf16Lanes(tile.key_scale + at[0] * kCodeBlockKeys);
-    const __m512 second_scale = LoadBf16Lanes(tile.key_scale + at[1] * kCodeBlockKeys);
+    const __m512 first_scale = Vector::LoadBf16(tile.key_scale + at[0] * kCodeBlockKeys);
+    const __m512 second_scale = Vector::LoadBf16(tile.key_scale + at[1] * kCodeBlockKeys);
     uint32_t hits[2] = {0, 0};
     for (uint32_t i = 0; i < tile.queries; ++i) {
       const TwoSums sums =

@@ -3,7 +3,6 @@
 
 #include "cpu_index/kernels.h"
 
-// Compiled anew for every level: nothing here may be shared between object files.
 namespace quarry::kernels {
 namespace {
 

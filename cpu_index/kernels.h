@@ -129,10 +129,11 @@ struct CodedKeyTile {
 };
 
 // Rows of coded keys. Eight consecutive coordinates are a group of 8 * bits consecutive bits, low
-// first; 64 coordinates, a part, begin at a byte of their own and fill at most 64 bytes. Coordinate c
-// is (the 8 bytes from[c & ~7 .. c | 7] of its part) >> shift[c] & mask[c]; coordinates behind the
-// last have weight 0. A line behind the last row is readable.
-// out[i * ld_out + r] = (scale[i] * (the sum of weights by codes) + offset[i]) * row_scale[which[r]].
+// first; 64 coordinates, a part, begin at a byte of their own and fill at most 64 bytes. Coordinate
+// c is (the 8 bytes from[c & ~7 .. c | 7] of its part, which follow one another) >> shift[c] &
+// mask[c]; coordinates behind the last have weight 0 and mask 0. A line behind the last row is
+// readable. out[i * ld_out + r] = (scale[i] * (the sum of weights by codes) + offset[i]) *
+// row_scale[which[r]].
 struct KeyRowTile {
   const uint8_t* rows;
   size_t stride;              // in bytes
@@ -210,8 +211,9 @@ struct Table {
   void (*sum_codes)(const CodeTile&);
   void (*score_nodes)(const NodeTile&);
   void (*score_codes)(const CodedKeyTile&);
-  // Writes which of the blocks taken have a key whose score for some query i is at least least[i], and
-  // returns how many; the tile's `out` is not used. found: [blocks + 1].
+  // Writes which of the blocks taken have a key whose score for some query i is at least least[i],
+  // before scores are bounded or after, and returns how many; the tile's `out` is not used. found:
+  // [blocks + 1].
   uint32_t (*find_codes)(const CodedKeyTile&, const float* least, uint32_t* found);
   // Writes, rising, which i < n have x[r * ld + i] >= least[r] for some row r, and returns how many.
   // out: [n + 16].

@@ -50,6 +50,7 @@ class ScanHistory {
     s.mean = static_cast<uint16_t>(std::lround(mean));
     const bool pays = s.mean < kUnit * kWorthwhile;
     if (foretold && !pays) {
+      s.tolerance = tolerance;  // of a larger error nothing was foretold
       s.looks = kEnoughLooks;
       s.streak = kLongestStreak;
     }

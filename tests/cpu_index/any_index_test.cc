@@ -230,7 +230,7 @@ TEST(AnyIndexTest, OtherKindsAndVersionsAreRefused) {
     EXPECT_EQ(GraphIndex::Deserialize(bytes).ok(), kind == "graph");
     uint32_t known = 0;
     std::memcpy(&known, bytes.data() + 24, sizeof(known));
-    EXPECT_EQ(known, kind == "clusters" ? 6u : kind == "graph" ? 2u : 1u);
+    EXPECT_EQ(known, kind == "clusters" ? 7u : kind == "graph" ? 2u : 1u);
     for (const uint32_t version : {known - 1, known + 1}) {
       std::memcpy(bytes.data() + 24, &version, sizeof(version));
       Reseal(&bytes);

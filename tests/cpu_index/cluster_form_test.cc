@@ -206,7 +206,7 @@ TEST_F(ClusterFormTest, DoubtsThatNoModelHasAreRefused) {
   ExpectDataLoss(With(doubts_ + 24, -kInfinity), "length");
   ExpectDataLoss(With(doubts_ + 32, -0.1f), "share of rows");
   ExpectDataLoss(With(doubts_ + 32, 1e30f), "share of rows");
-  for (const float from : {-0.1f, kNan}) {
+  for (const float from : {-0.1f, 0.03f, 1e30f, kInfinity, kNan}) {
     ExpectDataLoss(With(doubts_ + 36, from), "scans are faster");
   }
   for (const float correction : {-1.2f, 1.2f, kNan}) {

@@ -196,6 +196,22 @@ TEST(ClusterIndexTest, NoSingleTokenThatHoldsTheMassIsMissedWhenEveryCodeIsRead)
   }
 }
 
+TEST(ClusterIndexTest, EstimatesAreDoubtedMoreBesideWhatLiesElsewhere) {
+  const ClusterHead head(8192, 64, 2);
+  ClusterRuns run(head, {head.tokens});
+  run.Learn();
+  const std::vector<TokenRange> ranges(4, head.all());
+  ClusterLimits limits = Within(1000);  // nothing is read
+  const ClusterAnswer alone = Search(run, head.Queries(0, 4), ranges, limits);
+  const std::vector<float> other(4, 1e3f);  // counts as much as what is found here
+  limits.other_length = other;
+  const ClusterAnswer beside = Search(run, head.Queries(0, 4), ranges, limits);
+  for (uint32_t i = 0; i < 4; ++i) {
+    ASSERT_GT(alone.predicted[i], 0);
+    EXPECT_NEAR(std::log(beside.predicted[i] / alone.predicted[i]), 0.2 / 2, 0.002);
+  }
+}
+
 TEST(ClusterIndexTest, WhatIsMergedWithMakesErrorsMatterLess) {
   const ClusterHead head(8192, 64, 2);
   ClusterRuns run(head, {head.tokens});

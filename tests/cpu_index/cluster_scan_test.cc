@@ -1,4 +1,4 @@
-// Searches attend exactly where that takes less time than estimates and what they read.
+// Searches attend exactly where estimates and what they read do not take clearly less time.
 #include <gtest/gtest.h>
 
 #include <vector>
@@ -168,6 +168,14 @@ TEST(ScanHistoryTest, OneLookForNothingIsEnoughWhereThatWasForetold) {
     EXPECT_FALSE(history.ScanNext(0.1f));
     history.Looked(0.1f, 0.5f, false, true);
   }
+}
+
+TEST(ScanHistoryTest, WhatWasForetoldOfASmallerErrorHoldsNotForALargerOne) {
+  ScanHistory history;
+  for (int i = 0; i < 2; ++i) history.Looked(0.1f, 1.1f, true);
+  history.Looked(0.01f, 1.1f, true, /*foretold=*/true);
+  EXPECT_FALSE(history.ScanNext(0.1f));
+  EXPECT_TRUE(history.ScanNext(0.01f));
 }
 
 TEST(ScanHistoryTest, LooksGoOnWhileTheyPayOnAverage) {

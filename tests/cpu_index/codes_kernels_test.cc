@@ -210,6 +210,22 @@ class CodesKernelsTest : public ::testing::Test {
   std::vector<float> centre_;  // [queries][kStored], by the block's place among those taken
 };
 
+TEST_F(CodesKernelsTest, TheLargestCodesAndWeightsAddUp) {
+  for (const int8_t weight : {int8_t{-128}, int8_t{127}}) {
+    std::fill(codes_.begin(), codes_.end(), uint8_t{255});
+    std::fill(weights_.begin(), weights_.end(), weight);
+    for (const SimdLevel level : SupportedSimdLevels()) {
+      std::vector<int32_t> out(kCodeBlockKeys * kQueries);
+      KernelsOf(level).sum_codes(
+          {codes_.data(), nullptr, 1, weights_.data(), kQueries, out.data(), kCodeBlockKeys});
+      // 16 coordinates of 4 bits and 32 of 2.
+      EXPECT_EQ(out, std::vector<int32_t>(out.size(), (16 * 15 + 32 * 3) * weight))
+          << SimdLevelName(level);
+    }
+    ExpectNodeScores();
+  }
+}
+
 TEST_F(CodesKernelsTest, SumsOfCodedKeysFollowTheLayout) {
   ForTaken([&](const Blocks& blocks, const uint32_t* which) {
     std::vector<int32_t> wanted;

@@ -128,7 +128,7 @@ TEST_F(RowsKernelsTest, WeightedValuesFollowTheLayout) {
 }
 
 TEST_F(RowsKernelsTest, LengthsAreThoseOfWeightedRows) {
-  for (const uint32_t width : {8u, 16u, 48u, 72u, 128u}) {
+  for (const uint32_t width : {1u, 7u, 8u, 13u, 16u, 48u, 72u, 128u}) {
     std::vector<float> x(kRows * width), weight(width);
     for (float& w : weight) w = 0.1f * static_cast<float>(random_() % 20);
     for (float& number : x) number = 0.1f * (static_cast<float>(random_() % 199) - 99.0f);
@@ -155,7 +155,7 @@ TEST_F(RowsKernelsTest, LengthsAreThoseOfWeightedRows) {
 TEST_F(RowsKernelsTest, LevelsAreRoundedDownAndHeldWhereverTheNumbersLie) {
   constexpr float kNoNumber = std::numeric_limits<float>::quiet_NaN();
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  for (const uint32_t width : {8u, 16u, 48u, 72u, 128u}) {
+  for (const uint32_t width : {1u, 7u, 8u, 13u, 16u, 48u, 72u, 128u}) {
     const size_t ld_x = width + 5, ld_out = width + 3;
     std::vector<float> x(kRows * ld_x), inverse_step, half, factor;
     for (uint32_t c = 0; c < width; ++c) {

@@ -62,6 +62,8 @@ TEST(RetrievalBenchTest, RowsHaveTheirFieldsAndComeBackFromJson) {
   row.cache = "cold";
   row.rel_l2 = 0.125;
   row.us_p50 = 7.5;
+  row.scan_us_p50 = 8;
+  row.scan_us_mean = 9;
   const std::string line = RowToJson(row);
   const nlohmann::json json = nlohmann::json::parse(line);
   for (const char* field : {"index",
@@ -96,6 +98,11 @@ TEST(RetrievalBenchTest, RowsHaveTheirFieldsAndComeBackFromJson) {
   const absl::StatusOr<Row> back = RowFromJson(line);
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(RowToJson(*back), line);
+  nlohmann::json before = json;  // as earlier commits wrote it
+  before.erase("scan_us_p50");
+  before.erase("scan_us_mean");
+  ASSERT_TRUE(RowFromJson(before.dump()).ok());
+  EXPECT_FALSE(RowFromJson(before.dump())->scan_us_mean.has_value());
   EXPECT_EQ(RowFromJson("{\"index\":\"x\"}").status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(RowFromJson("no json").status().code(), absl::StatusCode::kInvalidArgument);
 }

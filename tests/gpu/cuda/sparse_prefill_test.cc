@@ -311,6 +311,21 @@ TEST_F(SparsePrefillTest, LayersThatSaveLittleAreDense) {
   EXPECT_TRUE(is_dense(3 * dense_tiles + 1));
 }
 
+TEST_F(SparsePrefillTest, LayersOf32HeadsOf4096TokensAreDenseWithoutAPlan) {
+  const SparseCase c = Made({DType::kBf16, 32, 8, 64, 0, 4096});
+  const AlignedMemory q(std::as_bytes(std::span(c.last_q(), size_t{64} * 32 * 64)));
+  const DeviceKv part = c.layer().kv;
+  const DeviceAttention last = AttentionOf(c, part, q.floats(), c.tokens() - 64, 64);
+  const std::vector<HeadPattern> patterns(32, HeadPattern{BlockScoredPattern{}});
+  for (const bool planned : {false, true}) {
+    SparsePrefill::Options options;
+    if (planned) options.least_saved_tiles = 0;
+    const auto plan = SparsePrefill(&device_, &kernels_, options).Plan(patterns, c.prefill(), last);
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    EXPECT_EQ((*plan)->AllDense(), !planned);
+  }
+}
+
 TEST_F(SparsePrefillTest, SaysWhatItDoesNotTake) {
   const SparseCase c = Made({DType::kFp32, 2, 1, 64, 0, 200});
   const DeviceKv part = c.layer().kv;
