@@ -82,12 +82,13 @@ class Sampled {
         search.RunPart(0);
       } while (search.Next());
       search.Finish(partials);
+      const float time = search.Time();
       for (uint32_t i = 0; i < n; ++i) {
         partials[i].Finish(Row(out, lo + i));
         if (told == nullptr) continue;
         const double square = double{partials[i].RelativeError()} * partials[i].RelativeError();
         const double adds_up = square * search.TogetherShare(i);
-        told->push_back({{square - adds_up, adds_up}, search.RowsOf(i), search.Time()});
+        told->push_back({{square - adds_up, adds_up}, search.RowsOf(i), time});
       }
     }
     return out;
