@@ -1,13 +1,19 @@
 #include "perf/retrieval/head_memory.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <set>
+#include <string>
+#include <system_error>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/strip.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
 
@@ -17,9 +23,28 @@ namespace {
 // What a machine has that does not tell.
 constexpr size_t kUnknownCache = size_t{64} << 20;
 
+std::string FirstLine(const std::filesystem::path& path) {
+  std::ifstream file(path);
+  std::string line;
+  std::getline(file, line);
+  return line;
+}
+
+// Of all processors' together; one that several share counts once. From the system's files: on
+// AMD's processors sysconf() gives what a whole socket has, also to a virtual machine that sees an
+// eighth of it.
 size_t LastLevelCacheBytes() {
-  const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return bytes > 0 ? static_cast<size_t>(bytes) : kUnknownCache;
+  size_t bytes = 0;
+  std::set<std::string> seen;
+  std::error_code error;  // no such directory: nothing to go through
+  for (const auto& cpu : std::filesystem::directory_iterator("/sys/devices/system/cpu", error)) {
+    const std::filesystem::path cache = cpu.path() / "cache/index3";
+    const std::string size = FirstLine(cache / "size");  // "32768K"
+    uint64_t kib = 0;
+    if (!absl::SimpleAtoi(absl::StripSuffix(size, "K"), &kib)) continue;
+    if (seen.insert(FirstLine(cache / "shared_cpu_list")).second) bytes += kib << 10;
+  }
+  return bytes > 0 ? bytes : kUnknownCache;
 }
 
 }  // namespace
@@ -70,7 +95,7 @@ std::vector<KvSegment> HeadMemory::Segments(TokenRange tokens) const {
 }
 
 WorkingSet::WorkingSet(size_t head_bytes, size_t total_bytes)
-    : push_bytes_(LastLevelCacheBytes()),
+    : push_bytes_(2 * LastLevelCacheBytes()),
       memory_(std::max(total_bytes - std::min(total_bytes, head_bytes), push_bytes_)) {
   std::memset(memory_.data(), 1, memory_.size());  // pages of their own, not the zero page
 }

@@ -45,15 +45,15 @@ class HeadMemory {
   Pages pages_;
 };
 
-// Memory beside that of the heads, to read between two answers that are timed: together with the heads, `total`
-// bytes at least, and never less than the last-level cache.
+// Memory beside that of the heads, to read between two answers that are timed: together with the
+// heads, `total` bytes at least, and never less than is read at once.
 class WorkingSet {
  public:
   WorkingSet(size_t head_bytes, size_t total_bytes);
 
-  // Reads this thread's part of as much as the last-level cache holds, the next stretch in every
-  // round. When all `threads` have done so, nothing of the heads is left in a cache. Returns a
-  // number that depends on what was read. Thread-safe.
+  // Reads this thread's part of twice what the last-level caches hold (they do not drop what is
+  // oldest first), the next stretch in every round. When all `threads` have done so, nothing of the
+  // heads is left in a cache. Returns a number that depends on what was read. Thread-safe.
   float PushOut(uint32_t thread, uint32_t threads, uint64_t round) const;
   size_t bytes() const { return memory_.size(); }
 

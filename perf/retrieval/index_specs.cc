@@ -50,6 +50,7 @@ std::vector<SearchSpec> FixedSearches(BaselineKind kind, const BaselineOptions& 
     }
     if (kind == BaselineKind::kHnsw) {
       for (uint32_t factor : {1u, 4u}) {
+        if (factor * k > kCandidates) continue;  // slower than a scan, also of 131,072 tokens
         out.push_back(BaselineSpec(absl::StrCat("ef=", factor * k), FixedK(k),
                                    {.candidates = k, .ef_search = factor * k}));
       }

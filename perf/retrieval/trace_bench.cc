@@ -246,18 +246,19 @@ absl::Status TraceBench::Measure(const IndexSpec& spec, uint32_t runs, const Sin
   if (settings_.beside_scan) scans = BuildAll(ExactSpec(), runs);
   if (!scans.ok()) return scans.status();
   for (const SearchSpec& search : spec.searches) {
-    std::vector<Row> rows;
-    for (uint32_t h = 0; h < heads_.size(); ++h) {
-      (*indexed)[h]->Prepare(search);
-      Row row = RowOf(h);
-      row.index = search.name.empty() ? spec.name : absl::StrCat(spec.name, "/", search.name);
-      row.budget = BudgetName(search.budget);
-      row.runs = runs;
-      row.build_core_s = (*indexed)[h]->build_core_s();
-      row.bytes_per_token = (*indexed)[h]->bytes_per_token();
-      FillQuality(heads_[h], *(*indexed)[h], search, &row);
-      rows.push_back(std::move(row));
-    }
+    std::vector<Row> rows(heads_.size());
+    OnThreads(Processors(), [&](uint32_t thread, uint32_t threads) {
+      for (uint32_t h = thread; h < heads_.size(); h += threads) {
+        (*indexed)[h]->Prepare(search);
+        Row& row = rows[h] = RowOf(h);
+        row.index = search.name.empty() ? spec.name : absl::StrCat(spec.name, "/", search.name);
+        row.budget = BudgetName(search.budget);
+        row.runs = runs;
+        row.build_core_s = (*indexed)[h]->build_core_s();
+        row.bytes_per_token = (*indexed)[h]->bytes_per_token();
+        FillQuality(heads_[h], *(*indexed)[h], search, &row);
+      }
+    });
     if (settings_.samples == 0) {
       for (const Row& row : rows) sink(row);
       continue;
