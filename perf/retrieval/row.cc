@@ -37,6 +37,8 @@ std::string RowToJson(const Row& row) {
                {"rel_l2_max", row.rel_l2_max},
                {"queries", row.queries},
                {"lost", row.lost},
+               {"heavy", row.heavy},
+               {"heavy_missed", row.heavy_missed},
                {"partial_rel_l2", row.partial_rel_l2},
                {"predicted_error", OrNull(row.predicted_error)},
                {"predicted_within_2x", OrNull(row.predicted_within_2x)},
@@ -74,6 +76,8 @@ absl::StatusOr<Row> RowFromJson(const std::string& line) {
     json.at("rel_l2_max").get_to(row.rel_l2_max);
     json.at("queries").get_to(row.queries);
     json.at("lost").get_to(row.lost);
+    row.heavy = json.value("heavy", 0u);  // lines of earlier commits have none
+    row.heavy_missed = json.value("heavy_missed", 0u);
     json.at("partial_rel_l2").get_to(row.partial_rel_l2);
     row.predicted_error = FromNull(json.at("predicted_error"));
     row.predicted_within_2x = FromNull(json.at("predicted_within_2x"));

@@ -28,6 +28,9 @@ struct Row {
   double rel_l2 = 0, partial_rel_l2 = 0;  // after and before the merge with the window
   double rel_l2_p95 = 0, rel_l2_max = 0;
   uint32_t queries = 0, lost = 0;  // query heads answered, and those of an error above 0.5
+  // Tokens with at least a 64th of a query head's softmax mass, the window's included, over all its
+  // queries; and those that were not attended one by one.
+  uint32_t heavy = 0, heavy_missed = 0;
   std::optional<double> predicted_error;  // none: the index makes no prediction
   std::optional<double> predicted_within_2x;  // share of queries whose error is within a factor of 2
   double tokens_retrieved = 0;            // a query head

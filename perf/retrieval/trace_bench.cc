@@ -54,6 +54,8 @@ class QualityMeans {
     mass_ += quality.mass;
     partial_ += quality.partial_rel_l2;
     tokens_ += tokens;
+    heavy_ += quality.heavy;
+    heavy_missed_ += quality.heavy_missed;
     errors_.push_back(quality.rel_l2);
   }
   void Fill(Row* row) {
@@ -67,6 +69,8 @@ class QualityMeans {
     row->rel_l2_p95 = errors_[std::min(errors_.size() - 1, errors_.size() * 95 / 100)];
     row->rel_l2_max = errors_.back();
     row->queries = static_cast<uint32_t>(errors_.size());
+    row->heavy = heavy_;
+    row->heavy_missed = heavy_missed_;
     row->lost = static_cast<uint32_t>(
         errors_.end() - std::upper_bound(errors_.begin(), errors_.end(), kLostError));
   }
@@ -74,6 +78,7 @@ class QualityMeans {
  private:
   static constexpr double kLostError = 0.5;
   double recall_ = 0, mass_ = 0, partial_ = 0, tokens_ = 0;
+  uint32_t heavy_ = 0, heavy_missed_ = 0;
   std::vector<double> errors_;
 };
 

@@ -109,6 +109,20 @@ std::vector<OraclePoint> OracleCurve(const WideHead& head, std::span<const doubl
   return out;
 }
 
+// How many of the best tokens are heavy.
+uint32_t HeavyTokens(const QueryTruth& truth) {
+  if (truth.rest.empty()) return 0;
+  const double largest = std::max(truth.window_lse, truth.rest_lse);
+  const double all =
+      largest + std::log(std::exp(truth.window_lse - largest) + std::exp(truth.rest_lse - largest));
+  const double least = std::log(kHeavyShare) + all - truth.rest_lse;  // of log_share
+  uint32_t heavy = 0;
+  while (heavy < truth.best.size() && truth.log_share[truth.best[heavy] - truth.rest.lo] >= least) {
+    ++heavy;
+  }
+  return heavy;
+}
+
 }  // namespace
 
 QueryTruth ComputeTruth(const WideHead& head, std::span<const float> q, double scale,
@@ -169,8 +183,11 @@ Quality Judge(const QueryTruth& truth, std::span<const uint32_t> attended, std::
   std::sort(sorted.begin(), sorted.end());
   QUARRY_CHECK(std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end());
   size_t hits = 0;
-  for (uint32_t token : truth.best) {
-    hits += std::binary_search(sorted.begin(), sorted.end(), token) ? 1 : 0;
+  quality.heavy = HeavyTokens(truth);
+  for (size_t i = 0; i < truth.best.size(); ++i) {
+    const bool hit = std::binary_search(sorted.begin(), sorted.end(), truth.best[i]);
+    hits += hit ? 1 : 0;
+    quality.heavy_missed += !hit && i < quality.heavy ? 1 : 0;
   }
   quality.recall_at_100 =
       truth.best.empty() ? 1.0 : static_cast<double>(hits) / static_cast<double>(truth.best.size());
@@ -201,6 +218,8 @@ Quality OracleQuality(const QueryTruth& truth, uint32_t tokens) {
     quality.mass += std::exp(double{truth.log_share[truth.order[i] - truth.rest.lo]});
   }
   if (truth.rest.empty()) quality.mass = 1.0;
+  quality.heavy = HeavyTokens(truth);
+  quality.heavy_missed = quality.heavy - std::min(quality.heavy, tokens);
   return quality;
 }
 

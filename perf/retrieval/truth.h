@@ -61,7 +61,11 @@ struct Quality {
   double mass = 0;            // softmax mass over the rest that was attended
   double rel_l2 = 0;          // after the merge with the exact window
   double partial_rel_l2 = 0;  // before it
+  // Tokens of the rest with at least kHeavyShare of all the softmax mass, the window's included,
+  // and those of them that were not attended.
+  uint32_t heavy = 0, heavy_missed = 0;
 };
+inline constexpr double kHeavyShare = 1.0 / 64;
 Quality Judge(const QueryTruth& truth, std::span<const uint32_t> attended, std::span<const float> o,
               float lse);
 

@@ -81,6 +81,8 @@ TEST(RetrievalBenchTest, RowsHaveTheirFieldsAndComeBackFromJson) {
                             "recall_at_100",
                             "mass",
                             "rel_l2",
+                            "heavy",
+                            "heavy_missed",
                             "partial_rel_l2",
                             "predicted_error",
                             "predicted_within_2x",
@@ -184,6 +186,7 @@ TEST(RetrievalBenchTest, BaselinesFillRowsAndTimesAreOfEveryHead) {
       EXPECT_LE(row.rel_l2, row.rel_l2_p95 * 4);
       EXPECT_LE(row.rel_l2_p95, row.rel_l2_max);
       EXPECT_EQ(row.lost > 0, row.rel_l2_max > 0.5);
+      EXPECT_LE(row.heavy_missed, row.heavy);
       EXPECT_LE(row.lost, row.queries);
       ASSERT_TRUE(row.us_p50.has_value() && row.us_p99.has_value());
       EXPECT_GT(*row.us_p50, 0);

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "perf/retrieval/head_class.h"
@@ -60,6 +61,28 @@ TEST(RetrievalTruthTest, OneTokenIsJudgedAsByHand) {
   EXPECT_NEAR(q.partial_rel_l2, std::sqrt(0.3125 / 0.8125), 1e-6);
   // Merged with the window: (1 + 4, 4) / 6 for (0.5, 0.6).
   EXPECT_NEAR(q.rel_l2, std::hypot(5.0 / 6 - 0.5, 4.0 / 6 - 0.6) / std::hypot(0.5, 0.6), 1e-6);
+  EXPECT_EQ(q.heavy, 3u);
+  EXPECT_EQ(q.heavy_missed, 2u);
+}
+
+TEST(RetrievalTruthTest, HeavyTokensAreThoseWithA64thOfTheMass) {
+  // The window's token and 99 others weigh 1 each, token 7 weighs 2: a 51st of all.
+  const uint32_t tokens = 101;
+  std::vector<float> k(tokens, 0), v(tokens, 1), q = {1};
+  k[7] = std::log(2.0f);
+  const QueryTruth truth = ComputeTruth({k.data(), v.data(), 1}, q, 1, tokens, {1, 0});
+  for (const auto& [attended, missed] :
+       {std::pair{std::vector<uint32_t>{3, 7, 50}, 0u}, {std::vector<uint32_t>{3, 50}, 1u}}) {
+    const Quality quality = Judge(truth, attended, std::vector<float>{1}, 0);
+    EXPECT_EQ(quality.heavy, 1u);
+    EXPECT_EQ(quality.heavy_missed, missed);
+  }
+  // A window of all but the mass takes their heaviness.
+  k[0] = std::log(1000.0f);
+  EXPECT_EQ(Judge(ComputeTruth({k.data(), v.data(), 1}, q, 1, tokens, {1, 0}), {},
+                  std::vector<float>{1}, 0)
+                .heavy,
+            0u);
 }
 
 TEST(RetrievalTruthTest, EverythingAttendedHasNoErrorAndNothingTheWindows) {
@@ -91,6 +114,8 @@ TEST(RetrievalTruthTest, OracleNeedsAsManyTokensAsByHand) {
   EXPECT_NEAR(two.rel_l2, 0.25, 1e-6);
   EXPECT_NEAR(two.mass, 0.75, 1e-6);
   EXPECT_NEAR(two.recall_at_100, 2.0 / 3, 1e-9);
+  EXPECT_EQ(two.heavy, 3u);
+  EXPECT_EQ(two.heavy_missed, 1u);
   EXPECT_NEAR(two.partial_rel_l2, std::hypot(4.0 / 6 - 0.5, 1 - 0.75) / std::hypot(0.5, 0.75),
               1e-6);
 }
