@@ -66,14 +66,15 @@ shm::AttendRowPod PodOf(const AttendRow& row) {
 
 absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> rows,
                                                   std::span<const KvShape> shapes,
-                                                  uint64_t payload_bytes, uint16_t version) {
+                                                  uint64_t payload_bytes, uint16_t version,
+                                                  Buffers buffers) {
   if (rows.empty() || rows.size() > shm::kMaxRows) {
     return absl::InvalidArgumentError(
         absl::StrCat("attend of ", rows.size(), " rows, 1 to ", shm::kMaxRows, " are taken"));
   }
   AttendMessage message;
-  message.end_ = Align(shm::kSlotPayload + sizeof(shm::AttendHeader) +
-                       rows.size() * sizeof(shm::AttendRowPod));
+  message.rows_.resize(rows.size());
+  message.end_ = Align(shm::kSlotPayload + message.head_bytes());
   const auto place = [&](uint64_t bytes) {
     const uint64_t at = message.end_;
     message.end_ = Align(at + bytes);
@@ -84,8 +85,10 @@ absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> row
     const KvShape& s = shapes[i];
     QUARRY_RETURN_IF_ERROR(CheckSayable(row, i, version));
     const bool asks = !row.range.empty();  // else q is not sent, and the answer is known
-    if ((asks && row.q == nullptr) || !IsValid(row.q_dtype) ||
-        (row.has_token && (row.k == nullptr || row.v == nullptr))) {
+    const bool has_buffers =
+        buffers == Buffers::kElsewhere ||
+        ((!asks || row.q != nullptr) && (!row.has_token || (row.k != nullptr && row.v != nullptr)));
+    if (!has_buffers || !IsValid(row.q_dtype)) {
       return absl::InvalidArgumentError(absl::StrCat("attend row ", i, " lacks a buffer"));
     }
     if (row.heads == 0 || row.heads > s.heads || row.heads % s.group() != 0) {
@@ -93,7 +96,8 @@ absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> row
                                                      " heads, whole groups of ", s.group(),
                                                      " up to ", s.heads, " are wanted"));
     }
-    Row b{};
+    Row& described = message.rows_[i];
+    Place& b = described.place;
     b.q_bytes = asks ? uint64_t{row.heads} * s.head_dim * DTypeBytes(row.q_dtype) : 0;
     b.kv_bytes = row.has_token ? row.heads / s.group() * s.vector_bytes() : 0;
     b.o_bytes = uint64_t{row.heads} * s.head_dim * sizeof(float);
@@ -103,13 +107,12 @@ absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> row
     b.v = place(b.kv_bytes);
     b.o = asks ? place(b.o_bytes) : kKnown;
     b.lse = asks ? place(b.lse_bytes) : kKnown;
-    b.context = row.context;
-    b.layer = row.layer;
-    b.range = row.range;
+    described.context = row.context;
+    described.layer = row.layer;
+    described.range = row.range;
     if (absl::Status status = CheckRow(row, s); !status.ok()) {
-      b.wrong = absl::StrCat(": ", status.message());
+      described.wrong = absl::StrCat(": ", status.message());
     }
-    message.rows_.push_back(b);
   }
   if (message.request_bytes() > payload_bytes) {
     return absl::InvalidArgumentError(absl::StrCat("attend of ", rows.size(), " rows needs ",
@@ -119,20 +122,30 @@ absl::StatusOr<AttendMessage> AttendMessage::Plan(std::span<const AttendRow> row
   return message;
 }
 
-void AttendMessage::Write(std::span<const AttendRow> rows, std::byte* slot_start) const {
-  std::byte* at = slot_start + shm::kSlotPayload;
+uint64_t AttendMessage::head_bytes() const {
+  return sizeof(shm::AttendHeader) + rows_.size() * sizeof(shm::AttendRowPod);
+}
+
+void AttendMessage::WriteHead(std::span<const AttendRow> rows, std::byte* payload) const {
   const shm::AttendHeader header{static_cast<uint32_t>(rows.size()), 0};
-  std::memcpy(at, &header, sizeof(header));
-  at += sizeof(header);
+  std::memcpy(payload, &header, sizeof(header));
+  payload += sizeof(header);
   for (size_t i = 0; i < rows.size(); ++i) {
-    const Row& b = rows_[i];
+    const Place& b = rows_[i].place;
     shm::AttendRowPod pod = PodOf(rows[i]);
     pod.q_offset = b.q;
     pod.k_offset = b.k;
     pod.v_offset = b.v;
     pod.o_offset = b.o;
     pod.lse_offset = b.lse;
-    std::memcpy(at + i * sizeof(pod), &pod, sizeof(pod));
+    std::memcpy(payload + i * sizeof(pod), &pod, sizeof(pod));
+  }
+}
+
+void AttendMessage::Write(std::span<const AttendRow> rows, std::byte* slot_start) const {
+  WriteHead(rows, slot_start + shm::kSlotPayload);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Place& b = rows_[i].place;
     if (b.q_bytes > 0) std::memcpy(slot_start + b.q, rows[i].q, b.q_bytes);
     if (b.kv_bytes == 0) continue;
     std::memcpy(slot_start + b.k, rows[i].k, b.kv_bytes);
@@ -140,26 +153,22 @@ void AttendMessage::Write(std::span<const AttendRow> rows, std::byte* slot_start
   }
 }
 
-void AttendMessage::ReadAnswers(const std::byte* slot_start, uint32_t generation,
-                                std::span<AttendAnswer> answers) const {
+void AttendMessage::ReadPods(const std::byte* pods, uint32_t generation, uint32_t layers,
+                             std::span<AttendAnswer> answers) const {
   for (size_t i = 0; i < answers.size(); ++i) {
     shm::AttendAnswerPod pod;
-    std::memcpy(&pod, slot_start + shm::kSlotPayload + i * sizeof(pod), sizeof(pod));
+    std::memcpy(&pod, pods + i * sizeof(pod), sizeof(pod));
     AttendAnswer& answer = answers[i];
-    const Row& b = rows_[i];
+    const Row& row = rows_[i];
     if (pod.generation != generation) {
       answer.status = absl::UnavailableError(absl::StrCat("row ", i, " was answered for request ",
                                                           pod.generation, ", not ", generation));
     } else if (pod.status != 0) {
-      answer.status = absl::Status(
-          static_cast<absl::StatusCode>(pod.status),
-          absl::StrCat("attend row ", i, " of context ", b.context.value, ", layer ", b.layer,
-                       ", tokens [", b.range.lo, ", ", b.range.hi,
-                       ") was refused by the daemon", b.wrong));
-    } else if (answer.o.size_bytes() != b.o_bytes || answer.lse.size_bytes() != b.lse_bytes) {
-      answer.status = absl::InvalidArgumentError(absl::StrCat(
-          "attend row ", i, " has ", answer.o.size_bytes(), " and ", answer.lse.size_bytes(),
-          " bytes of room for o and lse, needs ", b.o_bytes, " and ", b.lse_bytes));
+      answer.status =
+          absl::Status(static_cast<absl::StatusCode>(pod.status),
+                       absl::StrCat("attend row ", i, " of context ", row.context.value, ", layer ",
+                                    row.layer + layers, ", tokens [", row.range.lo, ", ",
+                                    row.range.hi, ") was refused by the daemon", row.wrong));
     } else {
       answer.status = absl::OkStatus();
       answer.covered = {pod.covered_lo, pod.covered_hi};
@@ -167,14 +176,30 @@ void AttendMessage::ReadAnswers(const std::byte* slot_start, uint32_t generation
       answer.bytes_touched = pod.bytes_touched;
       answer.error_estimate = pod.error_estimate;
       answer.shifted_tokens = pod.shifted_tokens;
-      if (b.o == kKnown) {
-        std::fill(answer.o.begin(), answer.o.end(), 0.0f);
-        std::fill(answer.lse.begin(), answer.lse.end(), kEmptyLse);
-        continue;
-      }
-      std::memcpy(answer.o.data(), slot_start + b.o, b.o_bytes);
-      std::memcpy(answer.lse.data(), slot_start + b.lse, b.lse_bytes);
     }
+  }
+}
+
+void AttendMessage::ReadAnswers(const std::byte* slot_start, uint32_t generation,
+                                std::span<AttendAnswer> answers) const {
+  ReadPods(slot_start + shm::kSlotPayload, generation, 0, answers);
+  for (size_t i = 0; i < answers.size(); ++i) {
+    AttendAnswer& answer = answers[i];
+    const Place& b = rows_[i].place;
+    if (!answer.status.ok()) continue;
+    if (answer.o.size_bytes() != b.o_bytes || answer.lse.size_bytes() != b.lse_bytes) {
+      answer.status = absl::InvalidArgumentError(absl::StrCat(
+          "attend row ", i, " has ", answer.o.size_bytes(), " and ", answer.lse.size_bytes(),
+          " bytes of room for o and lse, needs ", b.o_bytes, " and ", b.lse_bytes));
+      continue;
+    }
+    if (b.o == kKnown) {
+      std::fill(answer.o.begin(), answer.o.end(), 0.0f);
+      std::fill(answer.lse.begin(), answer.lse.end(), kEmptyLse);
+      continue;
+    }
+    std::memcpy(answer.o.data(), slot_start + b.o, b.o_bytes);
+    std::memcpy(answer.lse.data(), slot_start + b.lse, b.lse_bytes);
   }
 }
 

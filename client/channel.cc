@@ -42,10 +42,6 @@ std::span<std::byte> WritableBytesOf(T& x) {
   return std::as_writable_bytes(std::span(&x, 1));
 }
 
-std::string DeadlineMissed(absl::Duration deadline) {
-  return absl::StrCat("did not answer within ", absl::FormatDuration(deadline));
-}
-
 std::string TextOf(const char* text, size_t size) { return std::string(text, strnlen(text, size)); }
 
 }  // namespace
@@ -153,7 +149,7 @@ absl::StatusOr<ClientChannel::Slot> ClientChannel::Take() {
           abandoned_.begin(), abandoned_.end(), [&](const Slot& s) {
             return s.index == oldest.index && s.generation == oldest.generation;
           });
-      if (held_up) return Lost(DeadlineMissed(deadline_));
+      if (held_up) return MissedDeadline();
       return absl::ResourceExhaustedError(absl::StrCat(
           "all ", slot_count_, " slots have been in use for ", absl::FormatDuration(deadline_)));
     }
@@ -184,6 +180,8 @@ void ClientChannel::Submit(const Slot& slot, shm::Opcode opcode, uint64_t reques
   header_of(slot)->waiting.store(0, std::memory_order_relaxed);
   {
     absl::MutexLock lock(&submit_mutex_);
+    QUARRY_CHECK(lent_by_ != std::this_thread::get_id());
+    AwaitOrder();
     shm::SubmitEntry& entry = ring_[cursor_ % slot_count_];
     entry.slot = slot.index;
     entry.opcode = static_cast<uint16_t>(opcode);
@@ -195,6 +193,37 @@ void ClientChannel::Submit(const Slot& slot, shm::Opcode opcode, uint64_t reques
     entry.sequence.store(++cursor_, std::memory_order_release);
   }
   RingIfParked();
+}
+
+void ClientChannel::AwaitOrder() {
+  const auto mine = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(submit_mutex_) { return !lent_by_; };
+  submit_mutex_.Await(absl::Condition(&mine));
+}
+
+absl::StatusOr<ClientChannel::Loan> ClientChannel::Lend() {
+  {
+    absl::MutexLock lock(&submit_mutex_);
+    if (lent_by_ == std::this_thread::get_id()) {
+      return absl::FailedPreconditionError("this thread has attends that a device rings");
+    }
+  }
+  QUARRY_ASSIGN_OR_RETURN(const Slot slot, Take());
+  absl::MutexLock lock(&submit_mutex_);
+  AwaitOrder();
+  lent_by_ = std::this_thread::get_id();
+  header_of(slot)->waiting.store(0, std::memory_order_relaxed);
+  return Loan{slot, cursor_};
+}
+
+void ClientChannel::TakeBack(const Loan& loan) {
+  {
+    absl::MutexLock lock(&mutex_);
+    generations_[loan.slot.index] = loan.slot.generation;
+  }
+  Abandon(loan.slot);
+  absl::MutexLock lock(&submit_mutex_);
+  cursor_ = loan.submitted;
+  lent_by_.reset();
 }
 
 // The daemon writes `parked`, fences and looks at the rings; we write the ring, fence and look at
@@ -229,6 +258,10 @@ absl::Status ClientChannel::Lost(std::string_view why) {
   return absl::UnavailableError(absl::StrCat("quarryd at ", path_, " ", std::string(why)));
 }
 
+absl::Status ClientChannel::MissedDeadline() {
+  return Lost(absl::StrCat("did not answer within ", absl::FormatDuration(deadline_)));
+}
+
 void ClientChannel::Spin(const Slot& slot) const {
   const absl::Time start = absl::Now();
   while (!Done(slot) && absl::Now() - start < kSpin) {
@@ -259,7 +292,7 @@ absl::Status ClientChannel::Wait(const Slot& slot, uint64_t* bytes) {
     if (lost()) return Lost("is lost");
     const absl::Duration left = end - absl::Now();
     if (left <= absl::ZeroDuration()) {
-      return Lost(DeadlineMissed(deadline_));
+      return MissedDeadline();
     }
     Sleep(slot, std::min(left, kWatchEvery));
   }

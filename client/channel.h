@@ -5,8 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -60,6 +63,25 @@ class ClientChannel {
   std::byte* slot_start(const Slot& slot) const { return slots_ + slot.index * slot_bytes_; }
   std::byte* payload(const Slot& slot) const { return slot_start(slot) + shm::kSlotPayload; }
   void Submit(const Slot& slot, shm::Opcode opcode, uint64_t request_bytes);
+
+  // Lends the submission order, and a slot with a generation that is new to it, to somebody who
+  // writes the channel's memory himself: other threads' Submit waits. `submitted` is how many
+  // requests there were so far. Errors are those of Take; FailedPrecondition if this thread has
+  // lent it.
+  struct Loan {
+    Slot slot;
+    uint64_t submitted = 0;
+  };
+  absl::StatusOr<Loan> Lend();
+  // Now there were `submitted` requests, and the slot's last generation is the loan's.
+  void TakeBack(const Loan& loan);
+  // All of what Connect mapped.
+  std::span<std::byte> memory() const { return {memory_, memory_bytes_}; }
+  // Where the request of this sequence, counted from 1, is submitted.
+  shm::SubmitEntry* entry(uint64_t sequence) const { return ring_ + (sequence - 1) % slot_count_; }
+  shm::SlotHeader* header_of(const Slot& slot) const {
+    return reinterpret_cast<shm::SlotHeader*>(slot_start(slot));
+  }
   bool Done(const Slot& slot) const;
   // Waits for the answer and returns its status (an error's text is its payload); *bytes is the
   // payload's length, checked against the slot. The caller then abandons the slot.
@@ -71,6 +93,14 @@ class ClientChannel {
   void Arm(bool armed);
   bool lost() const { return lost_.load(std::memory_order_acquire); }
 
+  // For who waits without Wait().
+  absl::Duration deadline() const { return deadline_; }
+  void RingIfParked();
+  bool DaemonHungUp() const;
+  // The channel is lost from now on; Unavailable, with what the daemon did.
+  absl::Status Lost(std::string_view why);
+  absl::Status MissedDeadline();
+
   // Asks over the socket for an extent's descriptor.
   absl::StatusOr<OwnedFd> FetchExtent(uint32_t extent, uint64_t* bytes);
 
@@ -78,18 +108,13 @@ class ClientChannel {
   ClientChannel() = default;
 
   absl::Status Map(const shm::HelloReply& reply, OwnedFd memory, OwnedFd doorbell);
-  shm::SlotHeader* header_of(const Slot& slot) const {
-    return reinterpret_cast<shm::SlotHeader*>(slot_start(slot));
-  }
-  void RingIfParked();
+  void AwaitOrder() ABSL_EXCLUSIVE_LOCKS_REQUIRED(submit_mutex_);
   bool TakeFree(Slot* slot) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Until a slot may have come free, for `most` at most.
   void AwaitSlot(absl::Duration most) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Spin(const Slot& slot) const;
   // Sleeps until the slot is answered, or for `most`; may return early.
   void Sleep(const Slot& slot, absl::Duration most) const;
-  bool DaemonHungUp() const;
-  absl::Status Lost(std::string_view why);
 
   // Constant after Connect.
   OwnedFd socket_, doorbell_;
@@ -112,6 +137,7 @@ class ClientChannel {
   std::vector<uint32_t> generations_ ABSL_GUARDED_BY(mutex_);  // last one of each slot
   absl::Mutex submit_mutex_;
   uint64_t cursor_ ABSL_GUARDED_BY(submit_mutex_) = 0;
+  std::optional<std::thread::id> lent_by_ ABSL_GUARDED_BY(submit_mutex_);
   int armed_by_ ABSL_GUARDED_BY(submit_mutex_) = 0;  // threads with a token in flight
 };
 

@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "client/rung_attends.h"
 #include "proto/audit_types.h"
 #include "proto/default_socket.h"
 #include "proto/kv_types.h"
@@ -138,6 +139,12 @@ class Client {
   virtual absl::Status Attend(std::span<const AttendRow> rows, std::span<AttendAnswer> answers) = 0;
   virtual absl::StatusOr<std::unique_ptr<PendingAttend>> AttendAsync(
       std::span<const AttendRow> rows, std::span<AttendAnswer> answers) = 0;
+  // The channel's memory, which a device maps to ring attends itself.
+  virtual std::span<std::byte> channel_memory() = 0;
+  // Attends for a device to ring: `messages` messages of rows that ask for tokens, store one each,
+  // and have fp32 queries and no buffers. The client outlives them.
+  virtual absl::StatusOr<std::unique_ptr<RungAttends>> RingElsewhere(
+      std::span<const AttendRow> rows, uint32_t messages) = 0;
   virtual absl::StatusOr<TopKAnswer> TopK(const AttendRow& row, uint32_t k, bool gather) = 0;
   // One empty request: the protocol's round trip.
   virtual absl::Status Nop() = 0;

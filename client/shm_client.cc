@@ -13,6 +13,7 @@
 #include "client/channel.h"
 #include "client/client.h"
 #include "client/leased_block.h"
+#include "client/shm_rung_attends.h"
 #include "proto/byte_digest.h"
 #include "proto/convert.h"
 #include "proto/status_macros.h"
@@ -380,6 +381,22 @@ class ShmClient final : public Client {
     return std::make_unique<ShmPendingAttend>(home_, slot, std::move(message), answers);
   }
 
+  std::span<std::byte> channel_memory() override { return channel_.memory(); }
+
+  absl::StatusOr<std::unique_ptr<RungAttends>> RingElsewhere(std::span<const AttendRow> rows,
+                                                             uint32_t messages) override {
+    if (rows.empty()) return absl::InvalidArgumentError("no rows for a device to ring");
+    QUARRY_ASSIGN_OR_RETURN(const KvShape shape, Shape(rows[0].context));
+    for (const AttendRow& row : rows) {
+      QUARRY_ASSIGN_OR_RETURN(const KvShape other, Shape(row.context));
+      if (other == shape) continue;
+      return absl::InvalidArgumentError(
+          absl::StrCat("contexts ", rows[0].context.value, " and ", row.context.value,
+                       " have different shapes, a device rings rows of one"));
+    }
+    return ShmRungAttends::Begin(channel_, Watchdog(), rows, shape, messages);
+  }
+
   absl::StatusOr<TopKAnswer> TopK(const AttendRow& row, uint32_t k, bool gather) override {
     QUARRY_ASSIGN_OR_RETURN(KvShape shape, Shape(row.context));
     wire::TopKRequest request;
@@ -405,6 +422,12 @@ class ShmClient final : public Client {
     return status;
   }
 
+  RingWatchdog& Watchdog() {
+    absl::MutexLock lock(&mutex_);
+    if (watchdog_ == nullptr) watchdog_ = std::make_unique<RingWatchdog>(channel_);
+    return *watchdog_;
+  }
+
   void Remember(ContextId context, const KvShape& shape) {
     absl::MutexLock lock(&mutex_);
     shapes_[context.value] = shape;
@@ -414,6 +437,7 @@ class ShmClient final : public Client {
   const std::shared_ptr<LeaseHome> home_;  // shared with the leases and attends it gave out
   ClientChannel& channel_;
   absl::Mutex mutex_;
+  std::unique_ptr<RingWatchdog> watchdog_ ABSL_GUARDED_BY(mutex_);  // once a device rings
   absl::flat_hash_map<uint64_t, KvShape> shapes_ ABSL_GUARDED_BY(mutex_);
 };
 

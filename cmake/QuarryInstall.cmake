@@ -20,8 +20,9 @@ foreach(name ${exported})
 endforeach()
 
 # client/client.h and client/quarry.h, and the plain types that they show; no wire header.
-set(public_headers client/client.h client/quarry.h)
-foreach(name audit_types default_socket kv_types model_spec retrieval_types types identity shm_layout)
+set(public_headers client/client.h client/quarry.h client/rung_attends.h)
+foreach(name audit_types default_socket kv_types model_spec retrieval_types rung_attend types identity
+    shm_layout)
   list(APPEND public_headers proto/${name}.h)
 endforeach()
 foreach(header ${public_headers})

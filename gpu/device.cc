@@ -2,8 +2,11 @@
 #include "gpu/device.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <string>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "gpu/weights/pack_matrix.h"
@@ -46,6 +49,67 @@ absl::StatusOr<std::unique_ptr<SparsePlan>> Device::PlanSparse(std::span<const H
 
 absl::Status Device::AttendSparse(const SparsePlan&, const DeviceAttention&) {
   return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));
+}
+
+absl::StatusOr<HostMapping> Device::MapHost(std::span<std::byte> bytes) {
+  if (bytes.empty()) return absl::InvalidArgumentError("no memory of the host to map");
+  return HostMapping(this, bytes);
+}
+
+void Device::UnmapHost(std::span<std::byte>) {}
+
+void Device::Ring(const DeviceRing& ring) {
+  const RungLayout& layout = ring.layout;
+  const RungMessage& message = ring.message;
+  if (ring.before != nullptr) {
+    RungOutcome before;
+    std::memcpy(&before, ring.before, sizeof(before));
+    if (before.done != ring.before_generation) return;
+  }
+  std::memcpy(message.slot + shm::kSlotPayload, ring.head, layout.head_bytes);
+  const size_t q_bytes = size_t{layout.heads} * layout.head_dim * sizeof(float);
+  for (uint32_t r = 0; r < layout.rows; ++r) {
+    std::byte* const row = message.slot + r * layout.row_stride;
+    std::memcpy(row + layout.q, reinterpret_cast<const std::byte*>(ring.q) + r * q_bytes, q_bytes);
+    std::memcpy(row + layout.k, static_cast<const std::byte*>(ring.k) + r * layout.kv_bytes,
+                layout.kv_bytes);
+    std::memcpy(row + layout.v, static_cast<const std::byte*>(ring.v) + r * layout.kv_bytes,
+                layout.kv_bytes);
+  }
+  shm::SubmitEntry& entry = *message.entry;
+  entry.slot = message.slot_index;
+  entry.opcode = static_cast<uint16_t>(shm::Opcode::kAttend);
+  entry.flags = 0;
+  entry.request_bytes = message.request_bytes;
+  entry.generation = message.generation;
+  entry.reserved = 0;
+  entry.sequence.store(message.sequence, std::memory_order_release);
+}
+
+void Device::TakeAnswer(const DeviceRing& ring) {
+  const RungLayout& layout = ring.layout;
+  const RungMessage& message = ring.message;
+  auto* const header = reinterpret_cast<shm::SlotHeader*>(message.slot);
+  uint32_t done = 0;
+  // Whoever answers may need this core.
+  while (((done = header->done.load(std::memory_order_acquire)) & message.answered_bit) == 0) {
+    std::this_thread::yield();
+  }
+  const RungOutcome outcome{done, header->status};
+  const size_t pod_bytes = RungOutcomeBytes(layout.rows) - sizeof(outcome);
+  auto* const pods = static_cast<std::byte*>(ring.outcome) + sizeof(outcome);
+  std::memcpy(ring.outcome, &outcome, sizeof(outcome));
+  std::memcpy(pods, message.slot + shm::kSlotPayload, pod_bytes);
+  if (done != message.generation || outcome.status != 0) return;
+  for (uint32_t r = 0; r < layout.rows; ++r) {
+    shm::AttendAnswerPod pod;
+    std::memcpy(&pod, pods + r * sizeof(pod), sizeof(pod));
+    if (pod.generation != message.generation || pod.status != 0) continue;
+    const std::byte* const row = message.slot + r * layout.row_stride;
+    Merge(ring.o + size_t{r} * layout.heads * layout.head_dim, ring.lse + size_t{r} * layout.heads,
+          reinterpret_cast<const float*>(row + layout.o),
+          reinterpret_cast<const float*>(row + layout.lse), layout.heads, layout.head_dim);
+  }
 }
 
 }  // namespace quarry

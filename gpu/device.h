@@ -14,6 +14,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "proto/rung_attend.h"
 #include "proto/types.h"
 
 namespace quarry {
@@ -70,6 +71,21 @@ class HostBuffer {
   std::span<std::byte> bytes_;
 };
 
+// Memory of the host that a device's operations read and write while the host does, until it is
+// given back with the object. Move-only; device and memory outlive it.
+class HostMapping {
+ public:
+  HostMapping() = default;
+  HostMapping(Device* device, std::span<std::byte> bytes) : device_(device), bytes_(bytes) {}
+  ~HostMapping();
+  HostMapping(HostMapping&& other) noexcept { *this = std::move(other); }
+  HostMapping& operator=(HostMapping&& other) noexcept;
+
+ private:
+  Device* device_ = nullptr;
+  std::span<std::byte> bytes_;
+};
+
 // How weights are stored: elements as they are, or codes with scales (gpu/weights/matrix_layout.h).
 enum class WeightForm : uint8_t { kPlain, kInt8, kInt4 };
 
@@ -116,6 +132,24 @@ struct DeviceRope {
   uint32_t first_token = 0, rows = 0, heads = 0, head_dim = 0;
   std::span<const float> inv_freq;
   float attention_scale = 1.0f;
+};
+
+// An attend message that a device writes into its slot and submits, and its answer (proto/SHM.md,
+// Devices). The channel's memory is mapped.
+struct DeviceRing {
+  RungLayout layout;
+  RungMessage message;
+  const void* head = nullptr;  // [layout.head_bytes]
+  const float* q = nullptr;    // [rows][heads][head_dim]
+  const void* k = nullptr;     // [rows][layout.kv_bytes]
+  const void* v = nullptr;
+  float* o = nullptr;       // as q
+  float* lse = nullptr;     // [rows][heads]
+  void* outcome = nullptr;  // RungOutcome, AttendAnswerPod[rows]
+  // The outcome and the generation of the message before; null: there is none. If it was given up,
+  // this one is neither written nor submitted.
+  const void* before = nullptr;
+  uint32_t before_generation = 0;
 };
 
 // `count` pieces of `bytes` each, from one place of the device to another.
@@ -211,8 +245,18 @@ class Device {
   virtual void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
                      uint32_t head_dim) = 0;
 
+  // InvalidArgument for no bytes; FailedPrecondition names what the device lacks for Ring and
+  // TakeAnswer.
+  virtual absl::StatusOr<HostMapping> MapHost(std::span<std::byte> bytes);
+  // Writes the message into its slot and submits it, unless an operation has failed.
+  virtual void Ring(const DeviceRing& ring);
+  // Waits for the message's answer, or until it is given up, and fills `outcome`. Rows that count
+  // are merged into o and lse. The host may go on: who waits here is the device.
+  virtual void TakeAnswer(const DeviceRing& ring);
+
   virtual void Release(void* data, size_t bytes) = 0;    // DeviceBuffer's
   virtual void ReleaseHost(std::span<std::byte> bytes);  // HostBuffer's
+  virtual void UnmapHost(std::span<std::byte> bytes);    // HostMapping's
 };
 
 inline DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {
@@ -236,6 +280,16 @@ inline HostBuffer& HostBuffer::operator=(HostBuffer&& other) noexcept {
 
 inline HostBuffer::~HostBuffer() {
   if (!bytes_.empty()) device_->ReleaseHost(bytes_);
+}
+
+inline HostMapping& HostMapping::operator=(HostMapping&& other) noexcept {
+  std::swap(device_, other.device_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+inline HostMapping::~HostMapping() {
+  if (device_ != nullptr) device_->UnmapHost(bytes_);
 }
 
 struct HostDeviceOptions {

@@ -27,6 +27,11 @@ class ClientKvService final : public KvService {
                                                         std::span<AttendAnswer> answers) override {
     return client_->AttendAsync(rows, answers);
   }
+  std::span<std::byte> channel_memory() override { return client_->channel_memory(); }
+  absl::StatusOr<std::unique_ptr<RungAttends>> RingElsewhere(std::span<const AttendRow> rows,
+                                                             uint32_t messages) override {
+    return client_->RingElsewhere(rows, messages);
+  }
   void Arm(bool armed) override { armed ? client_->Arm() : client_->Disarm(); }
 
   absl::StatusOr<uint64_t> HeldBytes(ContextId context) override {
@@ -42,6 +47,11 @@ class ClientKvService final : public KvService {
 };
 
 }  // namespace
+
+absl::StatusOr<std::unique_ptr<RungAttends>> KvService::RingElsewhere(std::span<const AttendRow>,
+                                                                      uint32_t) {
+  return absl::UnimplementedError("this service has no memory for a device to ring in");
+}
 
 std::unique_ptr<KvService> MakeKvService(std::unique_ptr<Client> client) {
   return std::make_unique<ClientKvService>(std::move(client));

@@ -27,6 +27,10 @@ class KvService {
   // Starts an attend; Wait() of what it returns fills the answers.
   virtual absl::StatusOr<std::unique_ptr<PendingAttend>> Attend(
       std::span<const AttendRow> rows, std::span<AttendAnswer> answers) = 0;
+  // As Client's, for a device that rings; a service without shared memory is Unimplemented.
+  virtual std::span<std::byte> channel_memory() { return {}; }
+  virtual absl::StatusOr<std::unique_ptr<RungAttends>> RingElsewhere(
+      std::span<const AttendRow> rows, uint32_t messages);
   virtual void Arm(bool armed) = 0;
   // Bytes of K and V that the service holds for the context, shared ones included.
   virtual absl::StatusOr<uint64_t> HeldBytes(ContextId) = 0;

@@ -40,6 +40,10 @@ struct SequenceOptions {
   // What heads attend in a prefill, but for tokens that attend row by row; outlives the sequence
   // and its forks. Null, or dense heads alone: everything. Its digest is the recipe of the K/V.
   const PatternFile* patterns = nullptr;
+  // The device has mapped the service's channel (Device::MapHost): it sends rows and takes their
+  // answers itself, with no thread of the host on the path, but where a recorder takes queries and
+  // where a token's window holds all it sees.
+  bool device_rings = false;
   // Takes the sequence's queries, not those of its forks; outlives it. Null: nobody.
   QueryRecorder* recorder = nullptr;
 };
@@ -139,9 +143,19 @@ class Sequence {
   absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens, Role role);
   absl::StatusOr<std::vector<float>> RunRows(std::span<const uint32_t> tokens,
                                              const Budget& budget);
+  std::vector<AttendRow> AskedRows(uint32_t layer, uint32_t rows, const Budget& budget) const;
   absl::Status AttendLayer(uint32_t layer, uint32_t rows, const Budget& budget,
                            LayerScratch* scratch);
+  // The window's K/V of the rows is stored here; their attention over it.
+  absl::Status AttendWindow(uint32_t layer, uint32_t rows, LayerScratch* scratch);
   void CountReach(const DeviceAttention& attention);
+  absl::Status TakeAnswers(std::span<const AttendRow> asked, std::span<const AttendAnswer> answers);
+  // The same rows, rung by the device.
+  absl::StatusOr<std::vector<float>> RunRungRows(float* x, std::span<const AttendRow> asked,
+                                                 LayerScratch* scratch);
+  absl::StatusOr<std::vector<float>> LogitsOfLast(const float* x, uint32_t rows);
+  absl::Status RingLayers(const RungAttends& rung, float* x, const DeviceBuffer& heads,
+                          const DeviceBuffer& outcomes, LayerScratch* scratch);
   absl::StatusOr<Budget> SettleBudget(Role role);
   absl::Status ForkContext(const NumericRecipe& recipe);
   absl::Status Recover();

@@ -55,8 +55,10 @@ absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t
   absl::StatusOr<std::vector<float>> logits;
   for (size_t at = 0; at < tokens.size(); at += step) {
     const std::span<const uint32_t> rows = tokens.subspan(at, std::min(step, tokens.size() - at));
+    const AttendCost before = cost_;
     logits = RunRows(rows, budget);
     if (!logits.ok() && !absl::IsUnavailable(logits.status())) {
+      cost_ = before;  // what was voided
       QUARRY_RETURN_IF_ERROR(Recover());
       logits = RunRows(rows, budget);
     }
@@ -87,13 +89,45 @@ absl::StatusOr<std::vector<float>> Sequence::RunRows(std::span<const uint32_t> t
   QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x, Embed(tokens));
   QUARRY_ASSIGN_OR_RETURN(LayerScratch scratch, math_.Allocate(rows, LayerMath::Answers::kFar));
   const Armed armed(service_);
+  if (options_.device_rings && options_.recorder == nullptr) {
+    const std::vector<AttendRow> asked = AskedRows(0, rows, budget);
+    const bool all_ask = std::none_of(asked.begin(), asked.end(),
+                                      [](const AttendRow& row) { return row.range.empty(); });
+    if (all_ask) return RunRungRows(x.floats(), asked, &scratch);
+  }
   for (uint32_t l = 0; l < shape_.layers; ++l) {
     math_.Project(l, x.floats(), tokens_, rows, &scratch);
     QUARRY_RETURN_IF_ERROR(Record(l, tokens_, rows, scratch));
     QUARRY_RETURN_IF_ERROR(AttendLayer(l, rows, budget, &scratch));
     math_.Finish(l, x.floats(), rows, &scratch);
   }
-  return math_.Logits(x.floats() + size_t{rows - 1} * model_.config().hidden, tokens_ + rows - 1);
+  return LogitsOfLast(x.floats(), rows);
+}
+
+absl::StatusOr<std::vector<float>> Sequence::LogitsOfLast(const float* x, uint32_t rows) {
+  return math_.Logits(x + size_t{rows - 1} * model_.config().hidden, tokens_ + rows - 1);
+}
+
+// What the daemon is asked for the next tokens of a layer, without buffers.
+std::vector<AttendRow> Sequence::AskedRows(uint32_t layer, uint32_t rows,
+                                           const Budget& budget) const {
+  const TokenRange elsewhere = local_[layer].Elsewhere(tokens_);
+  DeviceAttention reach;
+  reach.first_token = tokens_;
+  reach.window = model_.config().sliding_window;
+  std::vector<AttendRow> asked(rows);
+  for (uint32_t r = 0; r < rows; ++r) {
+    AttendRow& row = asked[r];
+    row.context = context_;
+    row.layer = layer;
+    row.range = Intersect(elsewhere, reach.Visible(r));
+    row.heads = shape_.heads;
+    row.budget = budget;
+    row.merged = budget.kind == Budget::Kind::kError;  // nothing else makes use of it
+    row.has_token = true;
+    row.token_position = tokens_ + r;
+  }
+  return asked;
 }
 
 absl::Status Sequence::AttendLayer(uint32_t layer, uint32_t rows, const Budget& budget,
@@ -105,51 +139,34 @@ absl::Status Sequence::AttendLayer(uint32_t layer, uint32_t rows, const Budget& 
   QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(q)), scratch->q.raw()));
   QUARRY_RETURN_IF_ERROR(device_.Download(k, scratch->k.raw()));
   QUARRY_RETURN_IF_ERROR(device_.Download(v, scratch->v.raw()));
-  const TokenRange elsewhere = local_[layer].Elsewhere(tokens_);
-  const DeviceAttention reach = math_.Attention(tokens_, rows, {}, *scratch);
-  std::vector<AttendRow> asked(rows);
+  std::vector<AttendRow> asked = AskedRows(layer, rows, budget);
   std::vector<AttendAnswer> answers(rows);
   for (uint32_t r = 0; r < rows; ++r) {
-    AttendRow& row = asked[r];
-    row.context = context_;
-    row.layer = layer;
-    row.range = Intersect(elsewhere, reach.Visible(r));
-    row.heads = shape_.heads;
-    row.budget = budget;
-    row.merged = budget.kind == Budget::Kind::kError;  // nothing else makes use of it
-    row.q = q.data() + r * q_width;
-    row.has_token = true;
-    row.token_position = tokens_ + r;
-    row.k = k.data() + r * kv_bytes;
-    row.v = v.data() + r * kv_bytes;
+    asked[r].q = q.data() + r * q_width;
+    asked[r].k = k.data() + r * kv_bytes;
+    asked[r].v = v.data() + r * kv_bytes;
     answers[r].o = std::span(o).subspan(r * q_width, q_width);
     answers[r].lse = std::span(lse).subspan(size_t{r} * shape_.heads, shape_.heads);
   }
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<PendingAttend> pending, service_->Attend(asked, answers));
   // The window, while the daemon works. Its answers are waited for whatever happens here.
-  const absl::Status local =
-      local_[layer].Append(tokens_, rows, scratch->k.raw(), scratch->v.raw());
-  const std::vector<DeviceKv> parts = local_[layer].Parts();
-  const DeviceAttention window = math_.Attention(tokens_, rows, parts, *scratch);
-  if (local.ok()) device_.Attend(window);
+  const absl::Status local = AttendWindow(layer, rows, scratch);
   QUARRY_RETURN_IF_ERROR(pending->Wait());
   QUARRY_RETURN_IF_ERROR(local);
-  for (uint32_t r = 0; r < rows; ++r) {
-    QUARRY_RETURN_IF_ERROR(answers[r].status);
-    if (answers[r].covered != asked[r].range) {
-      return absl::DataLossError(absl::StrCat(
-          "layer ", layer, ": the daemon covered tokens [", answers[r].covered.lo, ", ",
-          answers[r].covered.hi, ") of [", asked[r].range.lo, ", ", asked[r].range.hi, ")"));
-    }
-    cost_.tokens_daemon += answers[r].tokens_attended;
-    cost_.bytes_touched += answers[r].bytes_touched;
-  }
-  CountReach(window);
-  cost_.bytes_moved += rows * (2 * q_width * 4 + 2 * kv_bytes + shape_.heads * 4);
+  QUARRY_RETURN_IF_ERROR(TakeAnswers(asked, answers));
   QUARRY_RETURN_IF_ERROR(device_.Upload(scratch->far_o.raw(), std::as_bytes(std::span(o))));
   QUARRY_RETURN_IF_ERROR(device_.Upload(scratch->far_lse.raw(), std::as_bytes(std::span(lse))));
   device_.Merge(scratch->o.floats(), scratch->lse.floats(), scratch->far_o.floats(),
                 scratch->far_lse.floats(), lse.size(), shape_.head_dim);
+  return absl::OkStatus();
+}
+
+absl::Status Sequence::AttendWindow(uint32_t layer, uint32_t rows, LayerScratch* scratch) {
+  QUARRY_RETURN_IF_ERROR(local_[layer].Append(tokens_, rows, scratch->k.raw(), scratch->v.raw()));
+  const std::vector<DeviceKv> parts = local_[layer].Parts();
+  const DeviceAttention window = math_.Attention(tokens_, rows, parts, *scratch);
+  device_.Attend(window);
+  CountReach(window);
   return absl::OkStatus();
 }
 
@@ -162,6 +179,79 @@ void Sequence::CountReach(const DeviceAttention& attention) {
       cost_.tokens_local += uint64_t{Intersect(part.tokens, visible).size()} * attention.heads;
     }
   }
+}
+
+// Whether every row was answered in full, and what it cost.
+absl::Status Sequence::TakeAnswers(std::span<const AttendRow> asked,
+                                   std::span<const AttendAnswer> answers) {
+  for (size_t r = 0; r < asked.size(); ++r) {
+    QUARRY_RETURN_IF_ERROR(answers[r].status);
+    if (answers[r].covered != asked[r].range) {
+      return absl::DataLossError(absl::StrCat(
+          "layer ", asked[r].layer, ": the daemon covered tokens [", answers[r].covered.lo, ", ",
+          answers[r].covered.hi, ") of [", asked[r].range.lo, ", ", asked[r].range.hi, ")"));
+    }
+    cost_.tokens_daemon += answers[r].tokens_attended;
+    cost_.bytes_touched += answers[r].bytes_touched;
+  }
+  cost_.bytes_moved +=
+      asked.size() * (2 * size_t{shape_.heads} * shape_.head_dim * 4 +
+                      2 * shape_.kv_heads * shape_.vector_bytes() + shape_.heads * 4);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<float>> Sequence::RunRungRows(float* x, std::span<const AttendRow> asked,
+                                                         LayerScratch* scratch) {
+  const auto rows = static_cast<uint32_t>(asked.size());
+  const size_t outcome_bytes = RungOutcomeBytes(rows);
+  std::vector<std::byte> seen(shape_.layers * outcome_bytes);
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer outcomes, device_.Allocate(seen.size(), "answers' heads"));
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<RungAttends> rung,
+                          service_->RingElsewhere(asked, shape_.layers));
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer heads,
+                          device_.Allocate(rung->heads().size(), "requests' heads"));
+  QUARRY_RETURN_IF_ERROR(device_.Upload(heads.raw(), rung->heads()));
+  const absl::Status rang = RingLayers(*rung, x, heads, outcomes, scratch);
+  // Then the device neither rings nor waits any more, and the messages may go back.
+  const absl::Status drained = device_.Download(seen, outcomes.raw());
+  QUARRY_RETURN_IF_ERROR(rang);
+  QUARRY_RETURN_IF_ERROR(drained);
+  std::vector<AttendRow> of_layer(asked.begin(), asked.end());
+  std::vector<AttendAnswer> answers(rows);
+  for (uint32_t l = 0; l < shape_.layers; ++l) {
+    const auto outcome = std::span(seen).subspan(l * outcome_bytes, outcome_bytes);
+    QUARRY_RETURN_IF_ERROR(rung->Read(l, outcome, answers));
+    for (AttendRow& row : of_layer) row.layer = l;
+    QUARRY_RETURN_IF_ERROR(TakeAnswers(of_layer, answers));
+  }
+  return LogitsOfLast(x, rows);
+}
+
+absl::Status Sequence::RingLayers(const RungAttends& rung, float* x, const DeviceBuffer& heads,
+                                  const DeviceBuffer& outcomes, LayerScratch* scratch) {
+  DeviceRing ring;
+  ring.layout = rung.layout();
+  const uint32_t rows = ring.layout.rows;
+  ring.q = scratch->q.floats();
+  ring.k = scratch->k.raw();
+  ring.v = scratch->v.raw();
+  ring.o = scratch->o.floats();
+  ring.lse = scratch->lse.floats();
+  for (uint32_t l = 0; l < shape_.layers; ++l) {
+    math_.Project(l, x, tokens_, rows, scratch);
+    ring.message = rung.messages()[l];
+    ring.head = heads.raw() + l * ring.layout.head_bytes;
+    ring.outcome = outcomes.raw() + l * RungOutcomeBytes(rows);
+    device_.Ring(ring);
+    // The window, while the daemon works. Its answers are waited for whatever happens here.
+    const absl::Status local = AttendWindow(l, rows, scratch);
+    device_.TakeAnswer(ring);
+    QUARRY_RETURN_IF_ERROR(local);
+    ring.before = ring.outcome;
+    ring.before_generation = ring.message.generation;
+    math_.Finish(l, x, rows, scratch);
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace quarry

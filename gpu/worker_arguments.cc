@@ -86,6 +86,10 @@ void DescribeArguments(CLI::App* app, WorkerArguments* a) {
   app->add_option("--reserve-bytes", a->reserve_bytes,
                   "device memory that --weights auto leaves to activations and K/V; by default "
                   "what a prefill of --max-tokens takes");
+  app->add_option("--rings", a->rings,
+                  "who sends a token's queries to the daemon and waits for its answers: the device "
+                  "itself, the host, or auto: a card that can")
+      ->check(CLI::IsMember({"auto", "device", "host"}));
   CLI::Option* const dump =
       app->add_option("--dump-kv", a->dump_directory,
                       "write layers as traces, to measure retrieval on, to this directory")

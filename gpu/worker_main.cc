@@ -148,6 +148,22 @@ absl::StatusOr<std::unique_ptr<Device>> MakeDevice(const WorkerArguments& a) {
   return MakeCudaDevice({a.device_bytes, ordinal});
 }
 
+// The service's channel on a device that is to ring; nothing where the host is to.
+absl::StatusOr<std::optional<HostMapping>> MapChannel(const WorkerArguments& a, Device* device,
+                                                      KvService* service) {
+  const bool wanted = a.rings == "device" || (a.rings == "auto" && a.device != "host");
+  if (service == nullptr && a.rings == "device") {
+    return absl::InvalidArgumentError("--rings device and --attention full do not go together");
+  }
+  if (service == nullptr || !wanted) return std::nullopt;
+  absl::StatusOr<HostMapping> mapping = device->MapHost(service->channel_memory());
+  if (mapping.ok()) return *std::move(mapping);
+  if (a.rings == "device") return mapping.status();
+  std::fprintf(stderr, "quarry-worker: the host sends what the device would: %s\n",
+               std::string(mapping.status().message()).c_str());
+  return std::nullopt;
+}
+
 absl::Status Run(const WorkerArguments& a) {
   const auto start = std::chrono::steady_clock::now();
   QUARRY_RETURN_IF_ERROR(ChooseSimdLevel().status());
@@ -176,7 +192,10 @@ absl::Status Run(const WorkerArguments& a) {
     service = MakeKvService(std::move(client));
   }
   QUARRY_ASSIGN_OR_RETURN(std::optional<QueryRecorder> recorder, MakeRecorder(a, model->config()));
+  QUARRY_ASSIGN_OR_RETURN(const std::optional<HostMapping> mapping,
+                          MapChannel(a, device.get(), service.get()));
   SequenceOptions sequence_options = SequenceOptionsOf(a, model->config());
+  sequence_options.device_rings = mapping.has_value();
   if (recorder) sequence_options.recorder = &*recorder;
   PatternFile patterns;
   if (!a.patterns.empty()) {

@@ -113,7 +113,8 @@ static_assert(sizeof(SubmitEntry) == 64);
 struct alignas(64) SlotHeader {
   std::atomic<uint32_t> waiting;  // client: 1 while it sleeps on done
   uint32_t reserved0[15];
-  alignas(64) std::atomic<uint32_t> done;  // daemon: generation answered; ~0u is never a generation
+  alignas(64) std::atomic<uint32_t> done;  // daemon: generation answered; client: ~0u, never one,
+                                           // to give up
   uint32_t status;                         // absl::StatusCode of the whole request
   uint64_t response_bytes;                 // from kSlotPayload
 };

@@ -17,6 +17,7 @@
 #include "gpu/cuda/cuda_status.h"
 #include "gpu/cuda/driver.h"
 #include "gpu/cuda/overhead.h"
+#include "gpu/cuda/ring_kernels.h"
 #include "gpu/cuda/row_kernels.h"
 #include "gpu/cuda/sparse_prefill.h"
 #include "gpu/cuda/staging.h"
@@ -79,6 +80,7 @@ class CudaDevice final : public Device {
     products_.reset();
     uploads_.reset();
     staging_.reset();
+    ring_arrived_.Reset();
     arena_.reset();
     cudaStreamDestroy(stream_);
   }
@@ -223,6 +225,36 @@ class CudaDevice final : public Device {
     return on_card.AllDense() ? AttendParts(a) : sparse_->Attend(on_card, a);
   }
 
+  absl::StatusOr<HostMapping> MapHost(std::span<std::byte> bytes) override {
+    if (bytes.empty()) return absl::InvalidArgumentError("no memory of the host to map");
+    absl::StatusOr<HostMapping> mapping = Map(bytes);
+    // A launch would report it as its own.
+    if (!mapping.ok()) (void)cudaGetLastError();
+    return mapping;
+  }
+
+  void UnmapHost(std::span<std::byte> bytes) override {
+    if (!Begin("UnmapHost")) return;
+    cudaStreamSynchronize(stream_);  // an error is the next report's
+    Note(cudaHostUnregister(bytes.data()), "UnmapHost");
+  }
+
+  // Behind a failure nothing is submitted, and nothing is waited for that was not.
+  void Ring(const DeviceRing& ring) override {
+    if (!failure_.ok() || !Begin("Ring")) return;
+    Note(LaunchRing(ring, reinterpret_cast<uint32_t*>(ring_arrived_.raw()), stream_), "Ring");
+  }
+
+  void TakeAnswer(const DeviceRing& ring) override {
+    if (!failure_.ok() || !Begin("TakeAnswer")) return;
+    const auto done =
+        reinterpret_cast<CUdeviceptr>(&reinterpret_cast<shm::SlotHeader*>(ring.message.slot)->done);
+    const CUresult waits =
+        driver_.wait_value(stream_, done, ring.message.answered_bit, CU_STREAM_WAIT_VALUE_AND);
+    if (waits == CUDA_SUCCESS) return Note(LaunchTakeAnswer(ring, stream_), "TakeAnswer");
+    Note(driver_.Check(waits, "waiting for an answer"), "TakeAnswer");
+  }
+
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
              uint32_t head_dim) override {
     if (rows == 0 || !Begin("Merge")) return;
@@ -261,8 +293,8 @@ class CudaDevice final : public Device {
   absl::Status Start() {
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), name_));
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaFree(nullptr), name_));  // makes the context
-    QUARRY_ASSIGN_OR_RETURN(const Driver driver, Driver::Load());
-    const uint64_t context = ContextBytes(driver, options_.ordinal);
+    QUARRY_ASSIGN_OR_RETURN(driver_, Driver::Load());
+    const uint64_t context = ContextBytes(driver_, options_.ordinal);
     const uint64_t before = TakenBytes();
     QUARRY_RETURN_IF_ERROR(
         CudaStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), name_));
@@ -281,7 +313,7 @@ class CudaDevice final : public Device {
           options_.capacity_bytes));
     }
     QUARRY_ASSIGN_OR_RETURN(
-        arena_, Arena::Create(driver, {options_.capacity_bytes, overhead, options_.ordinal}));
+        arena_, Arena::Create(driver_, {options_.capacity_bytes, overhead, options_.ordinal}));
     QUARRY_ASSIGN_OR_RETURN(
         products_, WeightProducts::Create(this, arena_.get(), std::move(products), stream_));
     return absl::OkStatus();
@@ -289,7 +321,7 @@ class CudaDevice final : public Device {
 
   absl::Status LoadKernels() const {
     for (const cudaError_t error : {PrepareRowKernels(), PrepareWeightKernels(), PrepareAttention(),
-                                    PrepareSparseKernels()}) {
+                                    PrepareSparseKernels(), PrepareRingKernels()}) {
       if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
         return absl::FailedPreconditionError(
             absl::StrCat(name_, ": this program has no code for it"));
@@ -316,6 +348,31 @@ class CudaDevice final : public Device {
     if (error != cudaSuccess && failure_.ok()) failure_ = CudaStatus(error, operation);
   }
   absl::Status TakeFailure() { return std::exchange(failure_, absl::OkStatus()); }
+
+  absl::StatusOr<HostMapping> Map(std::span<std::byte> bytes) {
+    QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), "MapHost"));
+    int same_addresses = 0;
+    QUARRY_RETURN_IF_ERROR(CudaStatus(
+        cudaDeviceGetAttribute(&same_addresses, cudaDevAttrCanUseHostPointerForRegisteredMem,
+                               options_.ordinal),
+        "MapHost"));
+    if (same_addresses == 0 || driver_.wait_value == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          name_, same_addresses == 0 ? ": mapped memory of the host has other addresses here"
+                                     : ": the driver has no waits of streams on memory"));
+    }
+    if (ring_arrived_.bytes() == 0) {
+      QUARRY_ASSIGN_OR_RETURN(DeviceBuffer counter,
+                              Allocate(sizeof(uint32_t), "a counter of blocks"));
+      QUARRY_RETURN_IF_ERROR(
+          CudaStatus(cudaMemsetAsync(counter.raw(), 0, sizeof(uint32_t), stream_), "MapHost"));
+      ring_arrived_ = std::move(counter);
+    }
+    QUARRY_RETURN_IF_ERROR(
+        CudaStatus(cudaHostRegister(bytes.data(), bytes.size(), cudaHostRegisterMapped),
+                   absl::StrCat("mapping ", bytes.size(), " bytes of the host's memory")));
+    return HostMapping(this, bytes);
+  }
 
   absl::Status AttendParts(const DeviceAttention& a) {
     const bool tensor = HasTensorAttention(a.dtype, a.head_dim) && IsVectorAligned(a);
@@ -366,7 +423,9 @@ class CudaDevice final : public Device {
   std::string name_;
   uint32_t multiprocessors_ = 1;
   cudaStream_t stream_ = nullptr;
+  Driver driver_;
   std::unique_ptr<Arena> arena_;
+  DeviceBuffer ring_arrived_;  // blocks of a Ring, while it runs
   std::unique_ptr<Staging> staging_;
   std::unique_ptr<UploadStream> uploads_;
   std::unique_ptr<WeightProducts> products_;

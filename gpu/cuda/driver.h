@@ -24,6 +24,7 @@ struct Driver {
   PFN_cuCtxCreate_v3020 create_context = nullptr;
   PFN_cuCtxDestroy_v4000 destroy_context = nullptr;
   PFN_cuGetErrorName_v6000 error_name = nullptr;
+  PFN_cuStreamWaitValue32_v11070 wait_value = nullptr;  // null: the driver has none
 
   // FailedPrecondition names what the driver lacks.
   static absl::StatusOr<Driver> Load();

@@ -4,6 +4,7 @@
 
 #include "gpu/cuda/element.cuh"
 #include "gpu/cuda/kernel_loading.h"
+#include "gpu/cuda/merge.cuh"
 
 namespace quarry::cuda {
 namespace {
@@ -116,22 +117,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A warp for a row. An empty partial's outputs count for nothing, whatever they are.
+// A warp for a row.
 __global__ void __launch_bounds__(kThreads) Merge(const MergeArgs a) {
   const size_t row = blockIdx.x * size_t{kThreads / 32} + threadIdx.x / 32;
   if (row >= a.rows) return;
-  const float lse_a = a.lse_a[row], lse_b = a.lse_b[row];
-  if (lse_b == -INFINITY) return;
-  const float largest = fmaxf(lse_a, lse_b);
-  const float weight_a = lse_a == -INFINITY ? 0.0f : expf(lse_a - largest);
-  const float weight_b = expf(lse_b - largest), total = weight_a + weight_b;
+  const MergeWeights merge(a.lse_a[row], a.lse_b[row]);
+  if (merge.nothing()) return;
   for (uint32_t i = threadIdx.x % 32; i < a.head_dim; i += 32) {
     const size_t at = row * a.head_dim + i;
-    const float o_a = lse_a == -INFINITY ? 0.0f : a.o_a[at];
-    a.o_a[at] = (weight_a * o_a + weight_b * a.o_b[at]) / total;
+    a.o_a[at] = merge.Of(a.o_a[at], a.o_b[at]);
   }
   __syncwarp();  // all lanes have read lse_a
-  if (threadIdx.x % 32 == 0) a.lse_a[row] = largest + logf(total);
+  if (threadIdx.x % 32 == 0) a.lse_a[row] = merge.lse();
 }
 
 // Index is 32 bits wide where the units can be counted so: its divisions are cheaper.

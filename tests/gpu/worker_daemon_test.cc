@@ -40,10 +40,11 @@ class WorkerDaemonTest : public ::testing::Test {
     // The daemon must be there for the sequences to be closed; who is stopped cannot close.
     if (daemon_ != nullptr && daemon_->Running()) daemon_->Signal(SIGCONT);
   }
-  std::unique_ptr<KvService> Connect(absl::Duration deadline) const {
+  std::unique_ptr<KvService> Connect(absl::Duration deadline, uint32_t slots = 0) const {
     ClientOptions options;
     options.socket_path = daemon_->socket_path();
     options.deadline = deadline;
+    options.slots = slots;
     auto client = Client::Connect(options);
     EXPECT_TRUE(client.ok()) << client.status();
     return client.ok() ? MakeKvService(*std::move(client)) : nullptr;
@@ -89,9 +90,20 @@ class WorkerDaemonTest : public ::testing::Test {
   GoldenData golden_;
 };
 
+// Rows sent by the host, or by the device itself.
+class WorkerDaemonRingsTest : public WorkerDaemonTest, public ::testing::WithParamInterface<bool> {
+ protected:
+  void SetUp() override {
+    WorkerDaemonTest::SetUp();
+    options_.device_rings = GetParam();
+  }
+};
+INSTANTIATE_TEST_SUITE_P(By, WorkerDaemonRingsTest, ::testing::Bool(),
+                         [](const auto& info) { return info.param ? "Device" : "Host"; });
+
 // Unlimited attention through the daemon is transformers' attention: default and llama3 rope, both
 // LongRoPE regimes, a sliding window, every head layout.
-TEST_F(WorkerDaemonTest, LogitsAndGreedyTokensAgreeWithTransformers) {
+TEST_P(WorkerDaemonRingsTest, LogitsAndGreedyTokensAgreeWithTransformers) {
   options_.kv_dtype = DType::kFp32;
   for (const Golden& golden :
        {GoldenOf("llama-a", "n1500"), GoldenOf("phi3-b", "n1500"), GoldenOf("phi3-b", "n4500"),
@@ -206,6 +218,79 @@ TEST_F(WorkerDaemonTest, ADocumentReusedAtAnotherPositionIsExactInTheFirstLayer)
   }
 }
 
+// Counts who sends.
+class CountingService final : public KvService {
+ public:
+  explicit CountingService(std::unique_ptr<KvService> inner) : inner_(std::move(inner)) {}
+  int rung = 0, attends = 0;
+
+  absl::StatusOr<OpenResult> Open(const OpenRequest& r) override { return inner_->Open(r); }
+  absl::Status Append(const AppendRequest& r) override { return inner_->Append(r); }
+  absl::StatusOr<ContextId> Fork(const ForkRequest& r) override { return inner_->Fork(r); }
+  absl::Status DeclareTokens(ContextId context, std::span<const uint32_t> ids) override {
+    return inner_->DeclareTokens(context, ids);
+  }
+  absl::Status Close(ContextId context) override { return inner_->Close(context); }
+  absl::Status Read(ContextId context, uint32_t layer, TokenRange range, std::span<std::byte> k,
+                    std::span<std::byte> v) override {
+    return inner_->Read(context, layer, range, k, v);
+  }
+  absl::StatusOr<std::unique_ptr<PendingAttend>> Attend(std::span<const AttendRow> rows,
+                                                        std::span<AttendAnswer> answers) override {
+    ++attends;
+    return inner_->Attend(rows, answers);
+  }
+  absl::StatusOr<std::unique_ptr<RungAttends>> RingElsewhere(std::span<const AttendRow> rows,
+                                                             uint32_t messages) override {
+    ++rung;
+    return inner_->RingElsewhere(rows, messages);
+  }
+  void Arm(bool armed) override { inner_->Arm(armed); }
+  absl::StatusOr<uint64_t> HeldBytes(ContextId context) override {
+    return inner_->HeldBytes(context);
+  }
+
+ private:
+  const std::unique_ptr<KvService> inner_;
+};
+
+TEST_F(WorkerDaemonTest, WhoSendsTheRowsMakesNoDifference) {
+  ASSERT_NO_FATAL_FAILURE(Load(GoldenOf("llama-a", "n1500")));
+  // The model has more layers than the channel slots.
+  auto counting = std::make_unique<CountingService>(Connect(absl::Seconds(60), 4));
+  const CountingService& counted = *counting;
+  service_ = std::move(counting);
+  options_.window = {16, 32, false};
+  options_.budget.share = 0.5;
+  const std::span<const uint32_t> prompt(golden_.prompt);
+  // Both go on from the same prefix.
+  ASSERT_NO_FATAL_FAILURE(Extend(Open(service_.get(), prompt, 2000).get(), prompt));
+  ASSERT_EQ(Reused(prompt, 2000, Whole(prompt)), Whole(prompt));
+  std::vector<std::vector<float>> logits;
+  std::vector<AttendCost> costs;
+  for (const bool device : {false, true}) {
+    options_.device_rings = device;
+    auto sequence = Open(service_.get(), prompt, 2000);
+    ASSERT_EQ(sequence->tokens(), Whole(prompt));
+    for (const uint32_t rows : {1u, 64u, 3u}) {
+      auto answer =
+          sequence->Extend(prompt.subspan(sequence->tokens(), rows), Sequence::Role::kBudgeted);
+      ASSERT_TRUE(answer.ok()) << answer.status();
+      logits.push_back(*std::move(answer));
+    }
+    costs.push_back(sequence->cost());
+  }
+  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(logits[i], logits[3 + i]) << i;
+  EXPECT_EQ(costs[0].tokens_daemon, costs[1].tokens_daemon);
+  EXPECT_EQ(costs[0].tokens_local, costs[1].tokens_local);
+  EXPECT_EQ(costs[0].tokens_in_reach, costs[1].tokens_in_reach);
+  EXPECT_EQ(costs[0].head_steps, costs[1].head_steps);
+  EXPECT_EQ(costs[0].bytes_touched, costs[1].bytes_touched);
+  EXPECT_EQ(costs[0].bytes_moved, costs[1].bytes_moved);
+  EXPECT_EQ(counted.rung, 3);
+  EXPECT_EQ(counted.attends, static_cast<int>(3 * model_->config().layers));
+}
+
 TEST_F(WorkerDaemonTest, RoundedKvGivesTheTokensOfFullAttention) {
   for (const char* model : {"llama-a", "phi3-b"}) {
     golden_ = {};
@@ -267,7 +352,7 @@ TEST_F(WorkerDaemonTest, KvOfABudgetIsNeverReusedAsExact) {
   EXPECT_EQ(Reused(all, 2000, 256), 256u);
 }
 
-TEST_F(WorkerDaemonTest, AKilledDaemonVoidsTheTokenAtOnce) {
+TEST_P(WorkerDaemonRingsTest, AKilledDaemonVoidsTheTokenAtOnce) {
   ASSERT_NO_FATAL_FAILURE(Load(GoldenOf("llama-a", "n1500")));
   auto sequence = Open(service_.get(), golden_.prompt, 4000);
   Extend(sequence.get(), golden_.prompt);
@@ -300,7 +385,7 @@ TEST_F(WorkerDaemonTest, AKilledDaemonVoidsTheTokenAtOnce) {
   }
 }
 
-TEST_F(WorkerDaemonTest, AStoppedDaemonVoidsTheTokenAtItsDeadline) {
+TEST_P(WorkerDaemonRingsTest, AStoppedDaemonVoidsTheTokenAtItsDeadline) {
   ASSERT_NO_FATAL_FAILURE(Load(GoldenOf("llama-a", "n300")));
   auto service = Connect(absl::Milliseconds(700));
   options_.window = {16, 32, false};

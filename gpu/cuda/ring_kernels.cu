@@ -1,0 +1,183 @@
+// The host's memory is reached over the bus: what is written goes out in one piece per warp, and
+// what is read is asked for before any of it is needed.
+#include "gpu/cuda/ring_kernels.h"
+
+#include <cstddef>
+#include <cstring>
+
+#include "gpu/cuda/kernel_loading.h"
+#include "gpu/cuda/merge.cuh"
+#include "proto/shm_layout.h"
+
+namespace quarry::cuda {
+namespace {
+
+constexpr uint32_t kThreads = 256, kWarp = 32;
+// Of a vector's floats per lane, read ahead of what tells whether they count.
+constexpr uint32_t kAhead = 4;
+
+// A submit entry behind its sequence, as words; and what stands where.
+constexpr uint32_t kEntryWords = 3;
+static_assert(offsetof(shm::SubmitEntry, sequence) == 0 && offsetof(shm::SubmitEntry, slot) == 8 &&
+              offsetof(shm::SubmitEntry, reserved) == 28);
+static_assert(offsetof(shm::SlotHeader, done) == 64 && offsetof(shm::SlotHeader, status) == 68);
+constexpr uint32_t kPodWords = sizeof(shm::AttendAnswerPod) / 4;
+static_assert(offsetof(shm::AttendAnswerPod, status) == 0 &&
+              offsetof(shm::AttendAnswerPod, generation) == 4);
+
+struct RingArgs {
+  RungLayout layout;
+  std::byte* slot;
+  uint64_t* entry;
+  uint64_t sequence, words[kEntryWords];
+  const std::byte *head, *q, *k, *v;
+  const uint32_t* before;  // `done` of the message before; null: there is none
+  uint32_t before_generation;
+  uint32_t* arrived;
+};
+
+struct AnswerArgs {
+  RungLayout layout;
+  const std::byte* slot;
+  uint32_t generation;
+  float *o, *lse;
+  uint32_t* outcome;
+};
+
+template <typename Unit>
+__device__ void CopyUnits(std::byte* to, const std::byte* from, uint64_t bytes) {
+  for (uint64_t i = threadIdx.x; i < bytes / sizeof(Unit); i += kThreads) {
+    reinterpret_cast<Unit*>(to)[i] = reinterpret_cast<const Unit*>(from)[i];
+  }
+}
+
+// `to` is a multiple of 16.
+__device__ void CopyBlock(std::byte* to, const std::byte* from, uint64_t bytes) {
+  const uint64_t all = reinterpret_cast<uint64_t>(from) | bytes;
+  if (all % 16 == 0) {
+    CopyUnits<uint4>(to, from, bytes);
+  } else if (all % 4 == 0) {
+    CopyUnits<uint32_t>(to, from, bytes);
+  } else {
+    CopyUnits<char>(to, from, bytes);
+  }
+}
+
+// A block for a row; the last to be done submits.
+__global__ void __launch_bounds__(kThreads) Ring(const __grid_constant__ RingArgs a) {
+  if (a.before != nullptr && *a.before != a.before_generation) return;  // it was given up
+  const RungLayout& layout = a.layout;
+  const uint64_t row = blockIdx.x;
+  const uint64_t q_bytes = uint64_t{layout.heads} * layout.head_dim * sizeof(float);
+  std::byte* const to = a.slot + row * layout.row_stride;
+  if (row == 0) {  // its pieces are multiples of 8 bytes behind a multiple of 64
+    CopyUnits<uint64_t>(a.slot + shm::kSlotPayload, a.head, layout.head_bytes);
+  }
+  CopyBlock(to + layout.q, a.q + row * q_bytes, q_bytes);
+  CopyBlock(to + layout.k, a.k + row * layout.kv_bytes, layout.kv_bytes);
+  CopyBlock(to + layout.v, a.v + row * layout.kv_bytes, layout.kv_bytes);
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x != 0 || atomicInc(a.arrived, gridDim.x - 1) != gridDim.x - 1) return;
+  __threadfence_system();  // what other blocks wrote, too
+  for (uint32_t i = 0; i < kEntryWords; ++i) {
+    *reinterpret_cast<volatile uint64_t*>(a.entry + 1 + i) = a.words[i];
+  }
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(a.entry), "l"(a.sequence) : "memory");
+}
+
+__device__ uint32_t Word(const std::byte* at) {
+  return *reinterpret_cast<const volatile uint32_t*>(at);
+}
+
+// A warp for a row's head. The first block keeps what was answered.
+__global__ void __launch_bounds__(kThreads) TakeAnswer(const __grid_constant__ AnswerArgs a) {
+  const RungLayout& layout = a.layout;
+  const std::byte* const pods = a.slot + shm::kSlotPayload;
+  if (blockIdx.x == 0) {
+    if (threadIdx.x == 0) {
+      a.outcome[0] = Word(a.slot + offsetof(shm::SlotHeader, done));
+      a.outcome[1] = Word(a.slot + offsetof(shm::SlotHeader, status));
+    }
+    for (uint32_t i = threadIdx.x; i < layout.rows * kPodWords; i += kThreads) {
+      a.outcome[2 + i] = Word(pods + i * 4);
+    }
+  }
+  const uint32_t vector = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (vector >= layout.rows * layout.heads) return;
+  const uint32_t row = vector / layout.heads, head = vector % layout.heads;
+  const uint32_t lane = threadIdx.x % kWarp;
+  const std::byte* const from = a.slot + row * layout.row_stride;
+  const auto* const far_o =
+      reinterpret_cast<const volatile float*>(from + layout.o) + head * layout.head_dim;
+  float ahead[kAhead];
+#pragma unroll
+  for (uint32_t i = 0; i < kAhead; ++i) {
+    ahead[i] = lane + i * kWarp < layout.head_dim ? far_o[lane + i * kWarp] : 0.0f;
+  }
+  const float far_lse = reinterpret_cast<const volatile float*>(from + layout.lse)[head];
+  const uint32_t done = Word(a.slot + offsetof(shm::SlotHeader, done));
+  const uint32_t status = Word(a.slot + offsetof(shm::SlotHeader, status));
+  const std::byte* const pod = pods + row * sizeof(shm::AttendAnswerPod);
+  const uint32_t row_status = Word(pod), generation = Word(pod + 4);
+  if (done != a.generation || generation != a.generation || status != 0 || row_status != 0) return;
+  float* const o = a.o + size_t{vector} * layout.head_dim;
+  const MergeWeights merge(a.lse[vector], far_lse);
+  if (merge.nothing()) return;
+#pragma unroll
+  for (uint32_t i = 0; i < kAhead; ++i) {
+    const uint32_t at = lane + i * kWarp;
+    if (at < layout.head_dim) o[at] = merge.Of(o[at], ahead[i]);
+  }
+  for (uint32_t at = lane + kAhead * kWarp; at < layout.head_dim; at += kWarp) {
+    o[at] = merge.Of(o[at], far_o[at]);
+  }
+  __syncwarp();  // all lanes have read lse
+  if (lane == 0) a.lse[vector] = merge.lse();
+}
+
+}  // namespace
+
+cudaError_t PrepareRingKernels() {
+  const cudaError_t error = LoadKernel(Ring);
+  return error != cudaSuccess ? error : LoadKernel(TakeAnswer);
+}
+
+cudaError_t LaunchRing(const DeviceRing& ring, uint32_t* arrived, cudaStream_t stream) {
+  const RungMessage& message = ring.message;
+  RingArgs args = {};
+  args.layout = ring.layout;
+  args.slot = message.slot;
+  args.entry = reinterpret_cast<uint64_t*>(message.entry);
+  args.sequence = message.sequence;
+  const uint32_t first[] = {message.slot_index, static_cast<uint32_t>(shm::Opcode::kAttend)};
+  const uint32_t last[] = {message.generation, 0};
+  std::memcpy(&args.words[0], first, 8);
+  args.words[1] = message.request_bytes;
+  std::memcpy(&args.words[2], last, 8);
+  args.head = static_cast<const std::byte*>(ring.head);
+  args.q = reinterpret_cast<const std::byte*>(ring.q);
+  args.k = static_cast<const std::byte*>(ring.k);
+  args.v = static_cast<const std::byte*>(ring.v);
+  args.before = static_cast<const uint32_t*>(ring.before);
+  args.before_generation = ring.before_generation;
+  args.arrived = arrived;
+  Ring<<<ring.layout.rows, kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchTakeAnswer(const DeviceRing& ring, cudaStream_t stream) {
+  AnswerArgs args = {};
+  args.layout = ring.layout;
+  args.slot = ring.message.slot;
+  args.generation = ring.message.generation;
+  args.o = ring.o;
+  args.lse = ring.lse;
+  args.outcome = static_cast<uint32_t*>(ring.outcome);
+  constexpr uint32_t kVectors = kThreads / kWarp;
+  const uint32_t vectors = ring.layout.rows * ring.layout.heads;
+  TakeAnswer<<<(vectors + kVectors - 1) / kVectors, kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace quarry::cuda
