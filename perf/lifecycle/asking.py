@@ -27,6 +27,25 @@ def methods_of(errors, ks, unlimited):
             *([Method("unlimited", [])] if unlimited else [])]
 
 
+def wait_for_indexes(daemon, before, heads):
+    """Until `heads` heads of runs more than at the statistics `before` have indexes, and nothing is
+    learned again; how many indexes that made."""
+    deadline = time.monotonic() + INDEX_TIMEOUT_S
+    last = None
+    while time.monotonic() < deadline:
+        now = daemon.statistics()
+        built = now["quarry_index_built_total"] - before["quarry_index_built_total"]
+        failed = now["quarry_index_failed_total"] - before["quarry_index_failed_total"]
+        if failed:
+            raise ProcessError(f"{failed:.0f} heads got no index")
+        idle = now["quarry_index_queued_runs_count"] == 0 and built == last
+        if not heads or (idle and built >= heads):
+            return int(built)
+        last = built
+        time.sleep(0.5)
+    raise ProcessError(f"{heads} heads were not indexed in {INDEX_TIMEOUT_S} s")
+
+
 class Asking:
     """The workers of one model on one daemon."""
 
@@ -51,7 +70,7 @@ class Asking:
         try:
             opened = worker.call("open", tokens=context.tokens, max_tokens=max_tokens)
             start = time.monotonic()
-            indexes = self._wait_for_indexes(before, runs)
+            indexes = wait_for_indexes(self.daemon, before, runs * self.heads)
         except BaseException:
             worker.end()
             raise
@@ -62,24 +81,6 @@ class Asking:
             "index_core_s": round((after["quarry_index_build_micros_total"] -
                                    before["quarry_index_build_micros_total"]) / 1e6, 2),
             "index_bytes": after["quarry_index_bytes"], "kv_bytes": opened["daemon_kv_bytes"]}
-
-    def _wait_for_indexes(self, before, runs):
-        """Until all heads of `runs` runs more than before are indexed, and nothing is learned again; how
-        many indexes that made."""
-        deadline = time.monotonic() + INDEX_TIMEOUT_S
-        last = None
-        while time.monotonic() < deadline:
-            now = self.daemon.statistics()
-            built = now["quarry_index_built_total"] - before["quarry_index_built_total"]
-            failed = now["quarry_index_failed_total"] - before["quarry_index_failed_total"]
-            if failed:
-                raise ProcessError(f"{failed:.0f} heads got no index")
-            idle = now["quarry_index_queued_runs_count"] == 0 and built == last
-            if not runs or (idle and built >= runs * self.heads):
-                return int(built)
-            last = built
-            time.sleep(0.5)
-        raise ProcessError(f"{runs} runs were not indexed in {INDEX_TIMEOUT_S} s")
 
     def ask(self, method, context, plan, max_tokens):
         """A row with all cells. Conversations and requests each have a worker process that has never
