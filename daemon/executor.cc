@@ -74,11 +74,9 @@ Executor::Claimed Executor::ClaimNext() {
 
 bool Executor::RunOne() {
   if (queued_.load(std::memory_order_acquire) == 0) return false;
-  Claimed next;
-  {
-    absl::MutexLock lock(&mutex_);
-    next = ClaimNext();
-  }
+  if (!mutex_.TryLock()) return false;  // others are at it
+  const Claimed next = ClaimNext();
+  mutex_.Unlock();
   if (next.job == nullptr) return false;
   next.job->RunTask(next.task);
   return true;
@@ -103,13 +101,24 @@ void Executor::SpinForWork() const {
 Executor::Claimed Executor::Take() {
   for (;;) {
     SpinForWork();
-    absl::MutexLock lock(&mutex_);
-    if (Claimed next = ClaimNext(); next.job != nullptr) return next;
-    if (stopping_.load(std::memory_order_relaxed)) return {};
-    if (armed_.load(std::memory_order_relaxed)) continue;
-    ++parked_;
-    wake_.Wait(&mutex_);
-    --parked_;
+    if (!mutex_.TryLock()) {
+      // All that spin see a new job at once. While a token is in work none of them sleeps for the
+      // lock: a wake across CPUs takes longer than a task.
+      if (armed_.load(std::memory_order_relaxed)) {
+        CpuRelax();
+        continue;
+      }
+      mutex_.Lock();
+    }
+    Claimed next = ClaimNext();
+    const bool ends = next.job != nullptr || stopping_.load(std::memory_order_relaxed);
+    if (!ends && !armed_.load(std::memory_order_relaxed)) {
+      ++parked_;
+      wake_.Wait(&mutex_);
+      --parked_;
+    }
+    mutex_.Unlock();
+    if (ends) return next;
   }
 }
 

@@ -145,6 +145,7 @@ struct DeviceRing {
   const void* v = nullptr;
   float* o = nullptr;       // as q
   float* lse = nullptr;     // [rows][heads]
+  float* far_lse = nullptr;  // the same: room for the answer's
   void* outcome = nullptr;  // RungOutcome, AttendAnswerPod[rows]
   // The outcome and the generation of the message before; null: there is none. If it was given up,
   // this one is neither written nor submitted.

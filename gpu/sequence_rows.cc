@@ -237,6 +237,7 @@ absl::Status Sequence::RingLayers(const RungAttends& rung, float* x, const Devic
   ring.v = scratch->v.raw();
   ring.o = scratch->o.floats();
   ring.lse = scratch->lse.floats();
+  ring.far_lse = scratch->far_lse.floats();
   for (uint32_t l = 0; l < shape_.layers; ++l) {
     math_.Project(l, x, tokens_, rows, scratch);
     ring.message = rung.messages()[l];

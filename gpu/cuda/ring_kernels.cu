@@ -13,7 +13,7 @@ namespace quarry::cuda {
 namespace {
 
 constexpr uint32_t kThreads = 256, kWarp = 32;
-// Of a vector's floats per lane, read ahead of what tells whether they count.
+// Of a vector's floats per lane, read at once.
 constexpr uint32_t kAhead = 4;
 
 // A submit entry behind its sequence, as words; and what stands where.
@@ -40,8 +40,8 @@ struct AnswerArgs {
   RungLayout layout;
   const std::byte* slot;
   uint32_t generation;
-  float *o, *lse;
-  uint32_t* outcome;
+  float *o, *lse, *far_lse;
+  uint32_t* outcome;  // `done`, the message's status, the rows' pods
 };
 
 template <typename Unit>
@@ -86,26 +86,31 @@ __global__ void __launch_bounds__(kThreads) Ring(const __grid_constant__ RingArg
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(a.entry), "l"(a.sequence) : "memory");
 }
 
-__device__ uint32_t Word(const std::byte* at) {
-  return *reinterpret_cast<const volatile uint32_t*>(at);
+// Keeps what was answered, but for the vectors. One block: reads of one line of the host by many
+// warps come one after the other, a microsecond or more each.
+__global__ void __launch_bounds__(kThreads) SeeAnswer(const __grid_constant__ AnswerArgs a) {
+  const auto* const header = reinterpret_cast<const volatile uint32_t*>(a.slot);
+  const auto* const pods = reinterpret_cast<const volatile uint32_t*>(a.slot + shm::kSlotPayload);
+  for (uint32_t i = threadIdx.x; i < 2 + a.layout.rows * kPodWords; i += kThreads) {
+    a.outcome[i] = i < 2 ? header[offsetof(shm::SlotHeader, done) / 4 + i] : pods[i - 2];
+  }
+  for (uint32_t i = threadIdx.x; i < a.layout.rows * a.layout.heads; i += kThreads) {
+    const uint32_t row = i / a.layout.heads, head = i % a.layout.heads;
+    const std::byte* const lse = a.slot + row * a.layout.row_stride + a.layout.lse;
+    a.far_lse[i] = reinterpret_cast<const volatile float*>(lse)[head];
+  }
 }
 
-// A warp for a row's head. The first block keeps what was answered.
+// A warp for a row's head.
 __global__ void __launch_bounds__(kThreads) TakeAnswer(const __grid_constant__ AnswerArgs a) {
   const RungLayout& layout = a.layout;
-  const std::byte* const pods = a.slot + shm::kSlotPayload;
-  if (blockIdx.x == 0) {
-    if (threadIdx.x == 0) {
-      a.outcome[0] = Word(a.slot + offsetof(shm::SlotHeader, done));
-      a.outcome[1] = Word(a.slot + offsetof(shm::SlotHeader, status));
-    }
-    for (uint32_t i = threadIdx.x; i < layout.rows * kPodWords; i += kThreads) {
-      a.outcome[2 + i] = Word(pods + i * 4);
-    }
-  }
   const uint32_t vector = blockIdx.x * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (vector >= layout.rows * layout.heads) return;
   const uint32_t row = vector / layout.heads, head = vector % layout.heads;
+  const uint32_t* const pod = a.outcome + 2 + row * kPodWords;
+  if (a.outcome[0] != a.generation || pod[1] != a.generation || a.outcome[1] != 0 || pod[0] != 0) {
+    return;
+  }
   const uint32_t lane = threadIdx.x % kWarp;
   const std::byte* const from = a.slot + row * layout.row_stride;
   const auto* const far_o =
@@ -115,14 +120,8 @@ __global__ void __launch_bounds__(kThreads) TakeAnswer(const __grid_constant__ A
   for (uint32_t i = 0; i < kAhead; ++i) {
     ahead[i] = lane + i * kWarp < layout.head_dim ? far_o[lane + i * kWarp] : 0.0f;
   }
-  const float far_lse = reinterpret_cast<const volatile float*>(from + layout.lse)[head];
-  const uint32_t done = Word(a.slot + offsetof(shm::SlotHeader, done));
-  const uint32_t status = Word(a.slot + offsetof(shm::SlotHeader, status));
-  const std::byte* const pod = pods + row * sizeof(shm::AttendAnswerPod);
-  const uint32_t row_status = Word(pod), generation = Word(pod + 4);
-  if (done != a.generation || generation != a.generation || status != 0 || row_status != 0) return;
   float* const o = a.o + size_t{vector} * layout.head_dim;
-  const MergeWeights merge(a.lse[vector], far_lse);
+  const MergeWeights merge(a.lse[vector], a.far_lse[vector]);
   if (merge.nothing()) return;
 #pragma unroll
   for (uint32_t i = 0; i < kAhead; ++i) {
@@ -139,8 +138,11 @@ __global__ void __launch_bounds__(kThreads) TakeAnswer(const __grid_constant__ A
 }  // namespace
 
 cudaError_t PrepareRingKernels() {
-  const cudaError_t error = LoadKernel(Ring);
-  return error != cudaSuccess ? error : LoadKernel(TakeAnswer);
+  for (const cudaError_t error :
+       {LoadKernel(Ring), LoadKernel(SeeAnswer), LoadKernel(TakeAnswer)}) {
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t LaunchRing(const DeviceRing& ring, uint32_t* arrived, cudaStream_t stream) {
@@ -173,9 +175,11 @@ cudaError_t LaunchTakeAnswer(const DeviceRing& ring, cudaStream_t stream) {
   args.generation = ring.message.generation;
   args.o = ring.o;
   args.lse = ring.lse;
+  args.far_lse = ring.far_lse;
   args.outcome = static_cast<uint32_t*>(ring.outcome);
   constexpr uint32_t kVectors = kThreads / kWarp;
   const uint32_t vectors = ring.layout.rows * ring.layout.heads;
+  SeeAnswer<<<1, kThreads, 0, stream>>>(args);
   TakeAnswer<<<(vectors + kVectors - 1) / kVectors, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }

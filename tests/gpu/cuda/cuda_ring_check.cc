@@ -86,6 +86,7 @@ class CudaRingCheck : public CudaDeviceCheck {
     k_device_ = Put(k_);
     v_device_ = Put(v_);
     heads_device_ = Put(heads_);
+    far_lse_device_ = Allocate(size_t{shape.rows} * shape.heads * sizeof(float));
     outcomes_ = Put(std::vector<std::byte>(messages * RungOutcomeBytes(shape.rows), kPoison));
   }
   void TearDown() override {
@@ -104,6 +105,7 @@ class CudaRingCheck : public CudaDeviceCheck {
     ring.v = v_device_.raw();
     ring.o = o;
     ring.lse = lse;
+    ring.far_lse = far_lse_device_.floats();
     ring.outcome = outcomes_.raw() + i * RungOutcomeBytes(shape_.rows);
     if (i > 0) {
       ring.before = outcomes_.raw() + (i - 1) * RungOutcomeBytes(shape_.rows);
@@ -171,7 +173,7 @@ class CudaRingCheck : public CudaDeviceCheck {
   HostMapping mapping_;
   std::vector<float> q_;
   std::vector<std::byte> k_, v_, heads_;
-  DeviceBuffer q_device_, k_device_, v_device_, heads_device_, outcomes_;
+  DeviceBuffer q_device_, k_device_, v_device_, heads_device_, outcomes_, far_lse_device_;
 };
 
 TEST_F(CudaRingCheck, AnswersAreMergedWhereTheyCount) {
