@@ -17,6 +17,7 @@
 #include "client/socket.h"
 #include "proto/check.h"
 #include "proto/status_macros.h"
+#include "proto/submit_entry.h"
 
 namespace quarry {
 namespace {
@@ -142,7 +143,7 @@ absl::StatusOr<ClientChannel::Slot> ClientChannel::Take() {
   const Slot oldest = abandoned_.empty() ? Slot{} : abandoned_.front();  // generation 0: none
   do {
     if (lost()) return absl::UnavailableError(absl::StrCat("quarryd at ", path_, " is lost"));
-    if (DaemonHungUp()) return Lost("has gone: its socket is closed");
+    if (DaemonHungUp()) return Gone();
     const absl::Duration left = end - absl::Now();
     if (left <= absl::ZeroDuration()) {
       const bool held_up = oldest.generation != 0 && std::any_of(
@@ -182,15 +183,8 @@ void ClientChannel::Submit(const Slot& slot, shm::Opcode opcode, uint64_t reques
     absl::MutexLock lock(&submit_mutex_);
     QUARRY_CHECK(lent_by_ != std::this_thread::get_id());
     AwaitOrder();
-    shm::SubmitEntry& entry = ring_[cursor_ % slot_count_];
-    entry.slot = slot.index;
-    entry.opcode = static_cast<uint16_t>(opcode);
-    entry.flags = 0;
-    entry.request_bytes = request_bytes;
-    entry.generation = slot.generation;
-    entry.reserved = 0;
-    // Last: the entry and the slot's payload are whole when the daemon sees it.
-    entry.sequence.store(++cursor_, std::memory_order_release);
+    ++cursor_;
+    shm::SubmitTo(entry(cursor_), cursor_, slot.index, opcode, request_bytes, slot.generation);
   }
   RingIfParked();
 }
@@ -258,6 +252,8 @@ absl::Status ClientChannel::Lost(std::string_view why) {
   return absl::UnavailableError(absl::StrCat("quarryd at ", path_, " ", std::string(why)));
 }
 
+absl::Status ClientChannel::Gone() { return Lost("has gone: its socket is closed"); }
+
 absl::Status ClientChannel::MissedDeadline() {
   return Lost(absl::StrCat("did not answer within ", absl::FormatDuration(deadline_)));
 }
@@ -286,7 +282,7 @@ absl::Status ClientChannel::Wait(const Slot& slot, uint64_t* bytes) {
   while (!Done(slot)) {
     if (DaemonHungUp()) {
       if (Done(slot)) break;  // answered before it went
-      return Lost("has gone: its socket is closed");
+      return Gone();
     }
     // Another thread's deadline has passed: the session is over for all of them.
     if (lost()) return Lost("is lost");

@@ -98,7 +98,7 @@ class ClientChannel {
   void RingIfParked();
   bool DaemonHungUp() const;
   // The channel is lost from now on; Unavailable, with what the daemon did.
-  absl::Status Lost(std::string_view why);
+  absl::Status Gone();
   absl::Status MissedDeadline();
 
   // Asks over the socket for an extent's descriptor.
@@ -115,6 +115,7 @@ class ClientChannel {
   void Spin(const Slot& slot) const;
   // Sleeps until the slot is answered, or for `most`; may return early.
   void Sleep(const Slot& slot, absl::Duration most) const;
+  absl::Status Lost(std::string_view why);
 
   // Constant after Connect.
   OwnedFd socket_, doorbell_;

@@ -98,11 +98,7 @@ void RingWatchdog::Look() {
     if (answered()) return;  // before it went
     given_up_ = rung - 1;
     // Who uses the channel next gets the error.
-    if (gone) {
-      (void)channel_.Lost("has gone: its socket is closed");
-    } else {
-      (void)channel_.MissedDeadline();
-    }
+    (void)(gone ? channel_.Gone() : channel_.MissedDeadline());
   }
   // Again and again: a daemon that was stopped may go on, and write over it.
   done.store(kGivenUp, std::memory_order_release);

@@ -53,8 +53,8 @@ class Executor {
 
   // False when the queue is full: nothing was queued.
   bool Submit(std::shared_ptr<Job> job);
-  // Runs one task, the next in turn, on the calling thread; false if there is none. For threads
-  // with other duties, which look to them between tasks.
+  // Runs one task, the next in turn, on the calling thread; false if there is none, or others are
+  // about to take theirs. For threads with other duties, which look to them between tasks.
   bool RunOne();
   void SetArmed(bool armed);
 

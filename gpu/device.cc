@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "gpu/weights/pack_matrix.h"
 #include "proto/status_macros.h"
+#include "proto/submit_entry.h"
 
 namespace quarry {
 
@@ -76,14 +77,8 @@ void Device::Ring(const DeviceRing& ring) {
     std::memcpy(row + layout.v, static_cast<const std::byte*>(ring.v) + r * layout.kv_bytes,
                 layout.kv_bytes);
   }
-  shm::SubmitEntry& entry = *message.entry;
-  entry.slot = message.slot_index;
-  entry.opcode = static_cast<uint16_t>(shm::Opcode::kAttend);
-  entry.flags = 0;
-  entry.request_bytes = message.request_bytes;
-  entry.generation = message.generation;
-  entry.reserved = 0;
-  entry.sequence.store(message.sequence, std::memory_order_release);
+  shm::SubmitTo(message.entry, message.sequence, message.slot_index, shm::Opcode::kAttend,
+                message.request_bytes, message.generation);
 }
 
 void Device::TakeAnswer(const DeviceRing& ring) {

@@ -143,7 +143,8 @@ class Sequence {
   absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens, Role role);
   absl::StatusOr<std::vector<float>> RunRows(std::span<const uint32_t> tokens,
                                              const Budget& budget);
-  std::vector<AttendRow> AskedRows(uint32_t layer, uint32_t rows, const Budget& budget) const;
+  std::vector<AttendRow> AskedRows(uint32_t layer, uint32_t rows, const Budget& budget,
+                                   const LayerScratch& scratch) const;
   absl::Status AttendLayer(uint32_t layer, uint32_t rows, const Budget& budget,
                            LayerScratch* scratch);
   // The window's K/V of the rows is stored here; their attention over it.

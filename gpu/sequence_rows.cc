@@ -90,7 +90,7 @@ absl::StatusOr<std::vector<float>> Sequence::RunRows(std::span<const uint32_t> t
   QUARRY_ASSIGN_OR_RETURN(LayerScratch scratch, math_.Allocate(rows, LayerMath::Answers::kFar));
   const Armed armed(service_);
   if (options_.device_rings && options_.recorder == nullptr) {
-    const std::vector<AttendRow> asked = AskedRows(0, rows, budget);
+    const std::vector<AttendRow> asked = AskedRows(0, rows, budget, scratch);
     const bool all_ask = std::none_of(asked.begin(), asked.end(),
                                       [](const AttendRow& row) { return row.range.empty(); });
     if (all_ask) return RunRungRows(x.floats(), asked, &scratch);
@@ -109,12 +109,10 @@ absl::StatusOr<std::vector<float>> Sequence::LogitsOfLast(const float* x, uint32
 }
 
 // What the daemon is asked for the next tokens of a layer, without buffers.
-std::vector<AttendRow> Sequence::AskedRows(uint32_t layer, uint32_t rows,
-                                           const Budget& budget) const {
+std::vector<AttendRow> Sequence::AskedRows(uint32_t layer, uint32_t rows, const Budget& budget,
+                                           const LayerScratch& scratch) const {
   const TokenRange elsewhere = local_[layer].Elsewhere(tokens_);
-  DeviceAttention reach;
-  reach.first_token = tokens_;
-  reach.window = model_.config().sliding_window;
+  const DeviceAttention reach = math_.Attention(tokens_, rows, {}, scratch);
   std::vector<AttendRow> asked(rows);
   for (uint32_t r = 0; r < rows; ++r) {
     AttendRow& row = asked[r];
@@ -139,7 +137,7 @@ absl::Status Sequence::AttendLayer(uint32_t layer, uint32_t rows, const Budget& 
   QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(q)), scratch->q.raw()));
   QUARRY_RETURN_IF_ERROR(device_.Download(k, scratch->k.raw()));
   QUARRY_RETURN_IF_ERROR(device_.Download(v, scratch->v.raw()));
-  std::vector<AttendRow> asked = AskedRows(layer, rows, budget);
+  std::vector<AttendRow> asked = AskedRows(layer, rows, budget, *scratch);
   std::vector<AttendAnswer> answers(rows);
   for (uint32_t r = 0; r < rows; ++r) {
     asked[r].q = q.data() + r * q_width;

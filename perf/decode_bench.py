@@ -19,11 +19,11 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path += [os.path.join(ROOT, "deploy"), os.path.join(ROOT, "perf")]
 # pylint: disable=wrong-import-position
-from decode.random_model import SHAPES, write_model
-from lifecycle.asking import EVERYTHING, wait_for_indexes
+from decode.random_model import SHAPES, head_dim_of, write_model
+from lifecycle.asking import EVERYTHING, runs_of, wait_for_indexes
 from processes import Daemon, ProcessError, Worker
 
-FIRST_RUN_TOKEN, RUN_TOKENS = 128, 8192
+RUN_TOKENS = 8192  # the daemon's default
 WARM_UP = 4  # tokens of a method that are not timed
 METHODS = {"full": ["--window-first", str(EVERYTHING)], "device": ["--rings", "device"], "host": ["--rings", "host"]}
 
@@ -58,8 +58,8 @@ class Bench:
 
     def run(self, tokens):
         settings, config = self.settings, self.config
-        head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
-        kv_bytes = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * (tokens + settings.room)
+        heads = config["num_hidden_layers"] * config["num_key_value_heads"]  # of a run, each with an index
+        kv_bytes = 4 * heads * head_dim_of(config) * (tokens + settings.room)
         draw = random.Random(settings.seed)
         prompt = [draw.randrange(3, config["vocab_size"]) for _ in range(tokens)]
         with Daemon(settings.build, f"{int(1.1 * kv_bytes) + (1 << 30)}B",
@@ -69,9 +69,7 @@ class Bench:
             with self.worker(daemon, "host") as worker:
                 opened = worker.call("open", tokens=prompt, max_tokens=tokens + settings.room)
                 start = time.monotonic()
-                runs = max(0, tokens - FIRST_RUN_TOKEN) // RUN_TOKENS
-                heads = config["num_hidden_layers"] * config["num_key_value_heads"]
-                wait_for_indexes(daemon, before, runs * heads)
+                wait_for_indexes(daemon, before, runs_of(tokens, RUN_TOKENS) * heads)
                 self.print(tokens, {"method": "prefill", "s": round(opened["ttft_ms"] / 1e3, 2),
                                     "indexes_wait_s": round(time.monotonic() - start, 2)}, worker)
                 for method in settings.methods:

@@ -20,14 +20,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path += [os.path.join(ROOT, "deploy"), os.path.join(ROOT, "perf")]
 # pylint: disable=wrong-import-position
 from demo_text import Vocabulary
-from lifecycle.asking import Asking, methods_of
+from lifecycle.asking import FIRST_RUN_TOKEN, Asking, methods_of, runs_of
 from lifecycle.cells import SETTINGS, ForeignFile, Results, read
 from lifecycle.table import Outcome
 from lifecycle.text import TASKS, make_context, make_plan
 from processes import Daemon, ProcessError
 
 MODELS = os.path.join(ROOT, "tests", "models")
-FIRST_RUN_TOKEN = 128
 TURN_ROOM = 512  # tokens that a conversation may add to its context
 
 
@@ -80,7 +79,7 @@ class Bench:
         model, task, length, number = where
         names = {"model": model, "task": task, "length": length, "context": number}
         max_tokens = length + TURN_ROOM
-        runs = max(0, length - FIRST_RUN_TOKEN) // self.settings.run_tokens
+        runs = runs_of(length, self.settings.run_tokens)
         if self.settings.index == "exact":
             runs = 0  # that are indexed
         with Daemon(self.settings.build, f"{self.settings.arena_mib}MiB", self.configuration()) as daemon:

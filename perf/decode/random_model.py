@@ -35,10 +35,13 @@ def config_of(shape, layers, max_tokens):
     return config
 
 
+def head_dim_of(config):
+    return config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+
+
 def matrices_of(config):
     """(name, rows, width) of every matrix, and (name, None, width) of every norm."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim", hidden // heads)
+    hidden, heads, head_dim = config["hidden_size"], config["num_attention_heads"], head_dim_of(config)
     kv, inner = config["num_key_value_heads"] * head_dim, config["intermediate_size"]
     yield "model.embed_tokens.weight", config["vocab_size"], hidden
     for layer in range(config["num_hidden_layers"]):

@@ -8,6 +8,7 @@ from lifecycle.cells import FULL
 from processes import ProcessError, Worker
 
 INDEX_TIMEOUT_S = 600
+FIRST_RUN_TOKEN = 128  # where the daemon's first run begins
 BLOCK_TOKENS = 256
 EVERYTHING = 1 << 30  # tokens of a window that holds any context
 
@@ -25,6 +26,11 @@ def methods_of(errors, ks, unlimited):
             *(Method(f"error-{error:g}", ["--budget-error", f"{error:g}"]) for error in errors),
             *(Method(f"k-{k}", ["--budget-k", str(k)]) for k in ks),
             *([Method("unlimited", [])] if unlimited else [])]
+
+
+def runs_of(tokens, run_tokens):
+    """Whole runs of a context."""
+    return max(0, tokens - FIRST_RUN_TOKEN) // run_tokens
 
 
 def wait_for_indexes(daemon, before, heads):
