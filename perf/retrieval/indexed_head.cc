@@ -71,6 +71,11 @@ void IndexedHead::Prepare(const SearchSpec& search) {
   for (const std::unique_ptr<KeyIndex>& index : own_) search.prepare(index.get());
 }
 
+bool IndexedHead::has_clusters() const {
+  return std::any_of(units_.begin(), units_.end(),
+                     [](const Unit& unit) { return unit.clusters != nullptr; });
+}
+
 void HeadAnswer::Reset(const QueryBlock& queries, size_t units) {
   acc_.assign(size_t{queries.queries} * queries.head_dim, 0.0f);
   partials_.assign(queries.queries, Partial{});
@@ -110,7 +115,7 @@ void HeadAnswer::AnswerWithin(const IndexedHead& head, const QueryBlock& queries
   ClusterLimits limits;
   limits.tolerance = error;
   limits.other_length = other;
-  if (!runs.empty()) limits.history = &runs.front().index->model()->history;
+  limits.history = head.history();
   refined_.clear();
   SearchClusters(runs, queries, limits, partials_, lists_ ? &refined_ : nullptr);
 }

@@ -13,7 +13,8 @@
 
 namespace quarry::perf {
 
-// Immutable but for Prepare; what it was built from outlives it.
+// Immutable but for Prepare, and for what its answers teach its history; what it was built from
+// outlives it.
 class IndexedHead {
  public:
   struct Unit {
@@ -32,6 +33,10 @@ class IndexedHead {
                                                             uint32_t runs, BuildInput input);
 
   void Prepare(const SearchSpec& search);  // not while answers are made
+  // The history of answers under a tolerated error begins anew. Not while answers are made.
+  void Forget() { history_ = std::make_unique<ScanHistory>(); }
+  ScanHistory* history() const { return history_.get(); }
+  bool has_clusters() const;
   std::span<const Unit> units() const { return units_; }
   double build_core_s() const { return build_core_s_; }  // of all threads that worked on it
   double bytes_per_token() const { return bytes_per_token_; }
@@ -39,6 +44,7 @@ class IndexedHead {
  private:
   std::vector<Unit> units_;
   std::vector<std::unique_ptr<KeyIndex>> own_;
+  std::unique_ptr<ScanHistory> history_ = std::make_unique<ScanHistory>();
   double build_core_s_ = 0;
   double bytes_per_token_ = 0;
 };

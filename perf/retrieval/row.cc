@@ -39,6 +39,7 @@ std::string RowToJson(const Row& row) {
                {"lost", row.lost},
                {"heavy", row.heavy},
                {"heavy_missed", row.heavy_missed},
+               {"missed_share", row.missed_share},
                {"partial_rel_l2", row.partial_rel_l2},
                {"predicted_error", OrNull(row.predicted_error)},
                {"predicted_within_2x", OrNull(row.predicted_within_2x)},
@@ -78,6 +79,7 @@ absl::StatusOr<Row> RowFromJson(const std::string& line) {
     json.at("lost").get_to(row.lost);
     row.heavy = json.value("heavy", 0u);  // lines of earlier commits have none
     row.heavy_missed = json.value("heavy_missed", 0u);
+    row.missed_share = json.value("missed_share", 0.0);
     json.at("partial_rel_l2").get_to(row.partial_rel_l2);
     row.predicted_error = FromNull(json.at("predicted_error"));
     row.predicted_within_2x = FromNull(json.at("predicted_within_2x"));

@@ -31,6 +31,8 @@ struct Row {
   // Tokens with at least a 64th of a query head's softmax mass, the window's included, over all its
   // queries; and those that were not attended one by one.
   uint32_t heavy = 0, heavy_missed = 0;
+  // Of a query head's mass: the heaviest of its 100 best tokens that was not, over all queries.
+  double missed_share = 0;
   std::optional<double> predicted_error;  // none: the index makes no prediction
   std::optional<double> predicted_within_2x;  // share of queries whose error is within a factor of 2
   double tokens_retrieved = 0;            // a query head

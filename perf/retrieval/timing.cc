@@ -19,7 +19,7 @@ TraceBench::Timed TraceBench::Time(const Heads& heads, const Heads& scans, const
     const auto answer_all = [&](const Heads& some, const Budget& within, uint32_t round,
                                 Times* times) {
       sinks[thread] += working_set_->PushOut(thread, threads, turn++);
-      const uint32_t query = round % static_cast<uint32_t>(chosen_.size());
+      const uint32_t query = round % tests_;
       const std::vector<TokenRange> ranges = Ranges(query);
       for (uint32_t first = 0; first < count; first += threads) {
         together.arrive_and_wait();

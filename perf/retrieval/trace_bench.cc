@@ -56,6 +56,7 @@ class QualityMeans {
     tokens_ += tokens;
     heavy_ += quality.heavy;
     heavy_missed_ += quality.heavy_missed;
+    missed_share_ = std::max(missed_share_, quality.missed_share);
     errors_.push_back(quality.rel_l2);
   }
   void Fill(Row* row) {
@@ -71,6 +72,7 @@ class QualityMeans {
     row->queries = static_cast<uint32_t>(errors_.size());
     row->heavy = heavy_;
     row->heavy_missed = heavy_missed_;
+    row->missed_share = missed_share_;
     row->lost = static_cast<uint32_t>(
         errors_.end() - std::upper_bound(errors_.begin(), errors_.end(), kLostError));
   }
@@ -79,6 +81,7 @@ class QualityMeans {
   static constexpr double kLostError = 0.5;
   double recall_ = 0, mass_ = 0, partial_ = 0, tokens_ = 0;
   uint32_t heavy_ = 0, heavy_missed_ = 0;
+  double missed_share_ = 0;
   std::vector<double> errors_;
 };
 
@@ -110,14 +113,22 @@ void TraceBench::ChooseQueries() {
   for (uint32_t i = 0; i < trace_.q_pos.size(); ++i) {
     if (!settings_.window.Rest(trace_.q_pos[i] + 1).empty()) usable.push_back(i);
   }
-  const size_t count = std::min<size_t>(settings_.queries, usable.size());
-  indexed_ = {settings_.window.first, count > 0 ? trace_.tokens : 0};
-  for (size_t i = 0; i < count; ++i) {
-    chosen_.push_back(usable[i * usable.size() / count]);
-    const TokenRange rest = settings_.window.Rest(trace_.q_pos[chosen_.back()] + 1);
+  const auto choose = [this](const std::vector<uint32_t>& from) {
+    const size_t count = std::min<size_t>(settings_.queries, from.size());
+    for (size_t i = 0; i < count; ++i) chosen_.push_back(from[i * from.size() / count]);
+    return static_cast<uint32_t>(count);
+  };
+  tests_ = choose(usable);
+  indexed_ = {settings_.window.first, tests_ > 0 ? trace_.tokens : 0};
+  for (uint32_t i = 0; i < tests_; ++i) {
+    const TokenRange rest = settings_.window.Rest(trace_.q_pos[chosen_[i]] + 1);
     indexed_.hi = std::min(indexed_.hi, rest.hi);
     end_ = std::max(end_, rest.hi);
   }
+  std::vector<uint32_t> others;
+  std::set_difference(usable.begin(), usable.end(), chosen_.begin(), chosen_.end(),
+                      std::back_inserter(others));
+  choose(others);
 }
 
 void TraceBench::AddHead(uint32_t kv_head) {
@@ -136,16 +147,17 @@ void TraceBench::ComputeTruths(uint32_t kv_head, Head* head) const {
   const std::vector<float> k = Widen(trace_.Keys(kv_head), trace_.dtype);
   const std::vector<float> v = Widen(trace_.Values(kv_head), trace_.dtype);
   const WideHead wide{k.data(), v.data(), trace_.head_dim};
-  head->truth.resize(chosen_.size() * trace_.group());
+  head->truth.resize(tests_ * trace_.group());
+  head->window.resize(chosen_.size() * trace_.group());
   OnThreads(Processors(), [&](uint32_t thread, uint32_t threads) {
-    for (size_t i = thread; i < head->truth.size(); i += threads) {
+    for (size_t i = thread; i < head->window.size(); i += threads) {
       const uint32_t visible = trace_.q_pos[chosen_[i / trace_.group()]] + 1;
-      head->truth[i] = ComputeTruth(
-          wide, std::span(head->q).subspan(i * trace_.head_dim, trace_.head_dim), trace_.scale,
-          visible, settings_.window);
+      const auto q = std::span(head->q).subspan(i * trace_.head_dim, trace_.head_dim);
+      head->window[i] = WindowLength(wide, q, trace_.scale, visible, settings_.window);
+      if (i >= head->truth.size()) continue;
+      head->truth[i] = ComputeTruth(wide, q, trace_.scale, visible, settings_.window);
     }
   });
-  for (const QueryTruth& truth : head->truth) head->window.push_back(WindowLength(truth));
 }
 
 absl::StatusOr<std::unique_ptr<IndexedHead>> TraceBench::BuildHead(const IndexSpec& spec,
@@ -183,7 +195,7 @@ absl::StatusOr<TraceBench::Heads> TraceBench::BuildAll(const IndexSpec& spec,
 
 std::vector<TokenRange> TraceBench::Ranges(uint32_t query) const {
   const TokenRange rest = settings_.window.Rest(trace_.q_pos[chosen_[query]] + 1);
-  return std::vector<TokenRange>(trace_.group(), rest);
+  return std::vector<TokenRange>(trace_.group(), {rest.lo, std::min(rest.hi, end_)});
 }
 
 QueryBlock TraceBench::Queries(const Head& head, uint32_t query,
@@ -208,13 +220,23 @@ Row TraceBench::RowOf(uint32_t kv_head) const {
   return row;
 }
 
+void TraceBench::Teach(const Head& head, IndexedHead* indexed, const Budget& budget) const {
+  if (!indexed->has_clusters()) return;
+  indexed->Forget();
+  HeadAnswer answer(/*lists=*/false);
+  for (uint32_t i = tests_; i < chosen_.size(); ++i) {
+    const std::vector<TokenRange> ranges = Ranges(i);
+    answer.Answer(*indexed, Queries(head, i, ranges), Elsewhere(head, i), budget);
+  }
+}
+
 void TraceBench::FillQuality(const Head& head, const IndexedHead& indexed, const SearchSpec& search,
                              Row* row) const {
   QualityMeans means;
   HeadAnswer answer;
   std::vector<float> o(trace_.head_dim);
   double predicted = 0, within = 0, bytes = 0;
-  for (uint32_t i = 0; i < chosen_.size(); ++i) {
+  for (uint32_t i = 0; i < tests_; ++i) {
     const std::vector<TokenRange> ranges = Ranges(i);
     const QueryBlock queries = Queries(head, i, ranges);
     answer.Answer(indexed, queries, Elsewhere(head, i), search.budget);
@@ -234,7 +256,7 @@ void TraceBench::FillQuality(const Head& head, const IndexedHead& indexed, const
     }
   }
   means.Fill(row);
-  row->bytes_read = bytes / static_cast<double>(chosen_.size());
+  row->bytes_read = bytes / static_cast<double>(tests_);
   if (search.predicts) {
     row->predicted_error = predicted / static_cast<double>(head.truth.size());
     row->predicted_within_2x = within / static_cast<double>(head.truth.size());
@@ -261,6 +283,7 @@ absl::Status TraceBench::Measure(const IndexSpec& spec, uint32_t runs, const Sin
         row.runs = runs;
         row.build_core_s = (*indexed)[h]->build_core_s();
         row.bytes_per_token = (*indexed)[h]->bytes_per_token();
+        Teach(heads_[h], (*indexed)[h].get(), search.budget);
         FillQuality(heads_[h], *(*indexed)[h], search, &row);
       }
     });
@@ -273,6 +296,9 @@ absl::Status TraceBench::Measure(const IndexSpec& spec, uint32_t runs, const Sin
       // Two answers at once must not share what they read.
       threads = std::clamp<uint32_t>(threads, 1, static_cast<uint32_t>(heads_.size()));
       if (!done.insert(threads).second) continue;
+      for (uint32_t h = 0; h < heads_.size(); ++h) {
+        Teach(heads_[h], (*indexed)[h].get(), search.budget);
+      }
       Timed times = Time(*indexed, *scans, search.budget, threads);
       for (uint32_t h = 0; h < heads_.size(); ++h) {
         std::vector<double>& us = times.answers[h];
@@ -300,7 +326,7 @@ void TraceBench::MeasureOracle(const Sink& sink) const {
       const Head& head = heads_[h];
       QualityMeans means;
       double bytes = 0;
-      for (uint32_t i = 0; i < chosen_.size(); ++i) {
+      for (uint32_t i = 0; i < tests_; ++i) {
         std::set<uint32_t> shared;  // by the group
         for (uint32_t g = 0; g < trace_.group(); ++g) {
           const QueryTruth& truth = head.truth[i * trace_.group() + g];
@@ -315,7 +341,7 @@ void TraceBench::MeasureOracle(const Sink& sink) const {
       row.budget = absl::StrCat("error-", error);
       means.Fill(&row);
       row.oracle_tokens = row.tokens_retrieved;
-      row.bytes_read = bytes / static_cast<double>(chosen_.size());
+      row.bytes_read = bytes / static_cast<double>(tests_);
       sink(row);
     }
   }

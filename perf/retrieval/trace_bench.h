@@ -20,7 +20,10 @@ namespace quarry::perf {
 
 struct BenchSettings {
   Window window;
-  uint32_t queries = 12;   // test queries a head, evenly chosen, each with the whole group
+  // Test queries a head, evenly chosen, each with the whole group. Of the trace's others as many,
+  // if there are, come before them and are neither judged nor timed: they teach what answers learn
+  // from live queries, as decoding would have.
+  uint32_t queries = 12;
   uint32_t samples = 8;    // timed answers a head; 0: no timing
   std::vector<uint32_t> threads = {1};
   bool beside_scan = false;  // each answer timed in turns with an exact scan of the same
@@ -49,9 +52,10 @@ class TraceBench {
   struct Head {
     HeadMemory memory;
     HeadClass head_class;
-    std::vector<float> q;           // [queries][group][head_dim], rounded to the trace's dtype
+    std::vector<float>
+        q;  // [queries + earlier ones][group][head_dim], rounded to the trace's dtype
     std::vector<QueryTruth> truth;  // [queries][group]
-    std::vector<float> window;      // [queries][group] log lengths: QueryBlock::other_length
+    std::vector<float> window;      // as q, without head_dim: log lengths of what the window holds
   };
   using Heads = std::vector<std::unique_ptr<IndexedHead>>;
   using Times = std::vector<std::vector<double>>;  // microseconds by head
@@ -71,6 +75,8 @@ class TraceBench {
   std::span<const float> Elsewhere(const Head& head, uint32_t query) const;
   std::vector<TokenRange> Ranges(uint32_t query) const;
   Row RowOf(uint32_t kv_head) const;
+  // What the head's answers have learned is what earlier queries taught under that budget.
+  void Teach(const Head& head, IndexedHead* indexed, const Budget& budget) const;
   void FillQuality(const Head& head, const IndexedHead& indexed, const SearchSpec& search,
                    Row* row) const;
   // scans: the exact index of every head, or none.
@@ -78,7 +84,8 @@ class TraceBench {
 
   const Trace& trace_;
   const BenchSettings settings_;
-  std::vector<uint32_t> chosen_;  // test queries, as indexes into the trace's
+  std::vector<uint32_t> chosen_;  // test queries, as indexes into the trace's; earlier ones behind
+  uint32_t tests_ = 0;            // of them
   TokenRange indexed_;            // what every chosen query sees beside its window
   uint32_t end_ = 0;              // one past the last token that some query retrieves from
   std::vector<Head> heads_;

@@ -109,18 +109,24 @@ std::vector<OraclePoint> OracleCurve(const WideHead& head, std::span<const doubl
   return out;
 }
 
-// How many of the best tokens are heavy.
-uint32_t HeavyTokens(const QueryTruth& truth) {
-  if (truth.rest.empty()) return 0;
+// Of all the softmax mass, what a token of the rest holds.
+double ShareOf(const QueryTruth& truth, uint32_t token) {
   const double largest = std::max(truth.window_lse, truth.rest_lse);
   const double all =
       largest + std::log(std::exp(truth.window_lse - largest) + std::exp(truth.rest_lse - largest));
-  const double least = std::log(kHeavyShare) + all - truth.rest_lse;  // of log_share
-  uint32_t heavy = 0;
-  while (heavy < truth.best.size() && truth.log_share[truth.best[heavy] - truth.rest.lo] >= least) {
-    ++heavy;
+  return std::exp(truth.log_share[token - truth.rest.lo] + truth.rest_lse - all);
+}
+
+// `attended(token, i)`: whether the i-th best token was.
+template <typename Attended>
+void JudgeHeavy(const QueryTruth& truth, const Attended& attended, Quality* quality) {
+  for (uint32_t i = 0; i < truth.best.size(); ++i) {
+    const double share = ShareOf(truth, truth.best[i]);
+    const bool heavy = share >= kHeavyShare, missed = !attended(truth.best[i], i);
+    quality->heavy += heavy ? 1 : 0;
+    quality->heavy_missed += heavy && missed ? 1 : 0;
+    if (missed) quality->missed_share = std::max(quality->missed_share, share);
   }
-  return heavy;
 }
 
 }  // namespace
@@ -162,8 +168,21 @@ QueryTruth ComputeTruth(const WideHead& head, std::span<const float> q, double s
   return truth;
 }
 
-float WindowLength(const QueryTruth& truth) {
-  return static_cast<float>(truth.window_lse + std::log(Length(truth.window_o)));
+float WindowLength(const WideHead& head, std::span<const float> q, double scale, uint32_t visible,
+                   const Window& window) {
+  const TokenRange rest = window.Rest(visible);
+  std::vector<std::pair<uint32_t, double>> scores;
+  double largest = kNothing;
+  for (uint32_t t = 0; t < visible; ++t) {
+    if (t >= rest.lo && t < rest.hi) continue;
+    const double z = Dot(q.data(), head.k + size_t{t} * head.head_dim, head.head_dim) * scale;
+    scores.emplace_back(t, z);
+    largest = std::max(largest, z);
+  }
+  Accumulator sum(head, largest);
+  for (const auto& [token, z] : scores) sum.Add(token, z);
+  const Sum in_window = sum.Finish();
+  return static_cast<float>(in_window.lse + std::log(Length(in_window.o)));
 }
 
 double ShareOfMerged(const QueryTruth& truth, std::span<const float> o, float lse) {
@@ -182,13 +201,12 @@ Quality Judge(const QueryTruth& truth, std::span<const uint32_t> attended, std::
   std::vector<uint32_t> sorted(attended.begin(), attended.end());
   std::sort(sorted.begin(), sorted.end());
   QUARRY_CHECK(std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end());
-  size_t hits = 0;
-  quality.heavy = HeavyTokens(truth);
-  for (size_t i = 0; i < truth.best.size(); ++i) {
-    const bool hit = std::binary_search(sorted.begin(), sorted.end(), truth.best[i]);
-    hits += hit ? 1 : 0;
-    quality.heavy_missed += !hit && i < quality.heavy ? 1 : 0;
-  }
+  const auto was_attended = [&sorted](uint32_t token, uint32_t) {
+    return std::binary_search(sorted.begin(), sorted.end(), token);
+  };
+  const auto hits = std::count_if(truth.best.begin(), truth.best.end(),
+                                  [&](uint32_t token) { return was_attended(token, 0); });
+  JudgeHeavy(truth, was_attended, &quality);
   quality.recall_at_100 =
       truth.best.empty() ? 1.0 : static_cast<double>(hits) / static_cast<double>(truth.best.size());
   for (uint32_t token : sorted) {
@@ -218,8 +236,8 @@ Quality OracleQuality(const QueryTruth& truth, uint32_t tokens) {
     quality.mass += std::exp(double{truth.log_share[truth.order[i] - truth.rest.lo]});
   }
   if (truth.rest.empty()) quality.mass = 1.0;
-  quality.heavy = HeavyTokens(truth);
-  quality.heavy_missed = quality.heavy - std::min(quality.heavy, tokens);
+  JudgeHeavy(
+      truth, [tokens](uint32_t, uint32_t i) { return i < tokens; }, &quality);
   return quality;
 }
 

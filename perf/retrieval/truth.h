@@ -51,7 +51,8 @@ QueryTruth ComputeTruth(const WideHead& head, std::span<const float> q, double s
                         uint32_t visible, const Window& window);
 
 // Log of the length of the sum of e^score * value over the window's tokens; -infinity for none.
-float WindowLength(const QueryTruth& truth);
+float WindowLength(const WideHead& head, std::span<const float> q, double scale, uint32_t visible,
+                   const Window& window);
 // By what an answer's relative error is multiplied when the answer is merged with the window.
 double ShareOfMerged(const QueryTruth& truth, std::span<const float> o, float lse);
 
@@ -64,6 +65,7 @@ struct Quality {
   // Tokens of the rest with at least kHeavyShare of all the softmax mass, the window's included,
   // and those of them that were not attended.
   uint32_t heavy = 0, heavy_missed = 0;
+  double missed_share = 0;  // of all the softmax mass: the heaviest of `best` that was not attended
 };
 inline constexpr double kHeavyShare = 1.0 / 64;
 Quality Judge(const QueryTruth& truth, std::span<const uint32_t> attended, std::span<const float> o,

@@ -83,6 +83,7 @@ TEST(RetrievalBenchTest, RowsHaveTheirFieldsAndComeBackFromJson) {
                             "rel_l2",
                             "heavy",
                             "heavy_missed",
+                            "missed_share",
                             "partial_rel_l2",
                             "predicted_error",
                             "predicted_within_2x",
@@ -240,11 +241,11 @@ TEST(RetrievalBenchTest, BudgetsOfCandidatesAreKeptByWhateverFindsThem) {
   }
 }
 
-IndexSpec ClusterSpec() {
+IndexSpec OwnSpec(const std::string& name) {
   for (IndexSpec& spec : OwnSpecs()) {
-    if (spec.name == "clusters") return std::move(spec);
+    if (spec.name == name) return std::move(spec);
   }
-  ADD_FAILURE() << "no clusters";
+  ADD_FAILURE() << "no " << name;
   return {};
 }
 
@@ -256,7 +257,7 @@ TEST(RetrievalBenchTest, ClustersOfAnyRunsStayNearTheirErrorsAndPredictThem) {
   settings.queries = 12;
   const auto bench = TraceBench::Create(trace, settings);
   ASSERT_TRUE(bench.ok()) << bench.status();
-  const IndexSpec spec = ClusterSpec();
+  const IndexSpec spec = OwnSpec("clusters");
   for (uint32_t runs : {1u, 6u}) {
     const std::vector<Row> rows = RowsOf(**bench, spec, runs);
     EXPECT_EQ(rows.size(), spec.searches.size() * trace.kv_heads);
@@ -274,14 +275,17 @@ TEST(RetrievalBenchTest, ClustersOfAnyRunsStayNearTheirErrorsAndPredictThem) {
 
 // One head in three runs, the last of which is no cluster's, and its last queries.
 struct Tolerant {
-  explicit Tolerant(const Trace& trace)
+  explicit Tolerant(const Trace& trace, const std::string& index = "clusters",
+                    uint32_t indexed = 4000)
       : memory(trace, 1),
-        head(*IndexedHead::Build(ClusterSpec(), memory, {0, 4000}, 5000, 2, BuildInput{})) {
+        ranges(2, TokenRange{0, indexed + 1000}),
+        head(*IndexedHead::Build(OwnSpec(index), memory, {0, indexed}, indexed + 1000, 2,
+                                 BuildInput{})) {
     q.assign(trace.q.end() - 2 * 32, trace.q.end());
     queries = {q.data(), DType::kFp32, 2, 32, 1 / std::sqrt(32.0f), ranges};
   }
   HeadMemory memory;
-  const std::vector<TokenRange> ranges = std::vector<TokenRange>(2, TokenRange{0, 5000});
+  const std::vector<TokenRange> ranges;
   std::unique_ptr<IndexedHead> head;
   std::vector<float> q;
   QueryBlock queries;
@@ -307,6 +311,37 @@ TEST(HeadAnswerTest, WhatIsMergedElsewhereMakesErrorsMatterLess) {
               1000);
     EXPECT_EQ(std::set<uint32_t>(attended.begin(), attended.end()).size(), attended.size());
     EXPECT_LE(attended.size(), alone.Attended(*c.head, c.queries, i).size());
+  }
+}
+
+TEST(HeadAnswerTest, AnswersTeachTheHeadsHistoryUntilItForgets) {
+  RandomTraceOptions options = Small();
+  options.tokens = 24000;  // fewer are scanned at once
+  const Trace trace = RandomTrace(options);
+  const Tolerant c(trace, "auto", 20000);
+  constexpr float kLearned = 1e6f;  // rows for each that is expected: what history knows is less
+  EXPECT_EQ(c.head->history()->NeededRows(kLearned), kLearned);
+  HeadAnswer answer;
+  answer.Answer(*c.head, c.queries, {}, Budget{.kind = Budget::Kind::kError, .error = 0.05f});
+  EXPECT_LT(c.head->history()->NeededRows(kLearned), kLearned);
+  c.head->Forget();
+  EXPECT_EQ(c.head->history()->NeededRows(kLearned), kLearned);
+}
+
+TEST(RetrievalBenchTest, QueriesThatAreNotTestedTeachAndAreNotJudged) {
+  RandomTraceOptions options = Small();
+  options.queries = 7;
+  const Trace trace = RandomTrace(options);
+  BenchSettings settings = Quick();
+  IndexSpec spec = OwnSpec("clusters");
+  spec.searches.resize(1);
+  for (uint32_t queries : {4u, 7u}) {
+    settings.queries = queries;
+    const auto bench = TraceBench::Create(trace, settings);
+    ASSERT_TRUE(bench.ok()) << bench.status();
+    for (const Row& row : RowsOf(**bench, spec, 2)) {
+      EXPECT_EQ(row.queries, queries * trace.group());
+    }
   }
 }
 

@@ -76,6 +76,7 @@ TEST(RetrievalTruthTest, HeavyTokensAreThoseWithA64thOfTheMass) {
     const Quality quality = Judge(truth, attended, std::vector<float>{1}, 0);
     EXPECT_EQ(quality.heavy, 1u);
     EXPECT_EQ(quality.heavy_missed, missed);
+    EXPECT_NEAR(quality.missed_share, (1.0 + missed) / 102, 1e-6);
   }
   // A window of all but the mass takes their heaviness.
   k[0] = std::log(1000.0f);
@@ -116,6 +117,7 @@ TEST(RetrievalTruthTest, OracleNeedsAsManyTokensAsByHand) {
   EXPECT_NEAR(two.recall_at_100, 2.0 / 3, 1e-9);
   EXPECT_EQ(two.heavy, 3u);
   EXPECT_EQ(two.heavy_missed, 1u);
+  EXPECT_NEAR(two.missed_share, 0.2, 1e-6);
   EXPECT_NEAR(two.partial_rel_l2, std::hypot(4.0 / 6 - 0.5, 1 - 0.75) / std::hypot(0.5, 0.75),
               1e-6);
 }
