@@ -37,6 +37,9 @@ void DescribeArguments(CLI::App* app, WorkerArguments* a) {
       ->check(CLI::IsMember({"bf16", "fp16", "fp32"}));
   app->add_option("--window-first", a->window_first, "first tokens that stay in the worker");
   app->add_option("--window-last", a->window_last, "last tokens that stay in the worker");
+  app->add_option("--query-samples", a->query_samples,
+                  "positions of a prefill whose queries the daemon gets, to learn indexes from")
+      ->check(CLI::Range(0, 4096));
   app->add_option("--budget-k", a->budget_k,
                   "tokens the daemon attends; with --budget-mass, -error or -beta a cap");
   app->add_option("--budget-share", a->budget_share, "share of its tokens the daemon attends")
@@ -133,6 +136,7 @@ SequenceOptions SequenceOptionsOf(const WorkerArguments& a, const ModelConfig& c
   }
   options.budget.share = a.budget_share;
   options.reuse_shifted = a.reuse_shifted;
+  options.query_samples = a.query_samples;
   return options;
 }
 

@@ -24,6 +24,7 @@ struct WorkerArguments {
   bool serve = false, json = false, ignore_end = false, reuse_shifted = false;
   uint32_t max_tokens = 0, max_new_tokens = 16, threads = 0, deadline_ms = 10000;
   uint32_t window_first = 128, window_last = 512;
+  uint32_t query_samples = SequenceOptions().query_samples;
   uint32_t budget_k = 0;
   double budget_share = 0, budget_mass = 0, budget_error = 0, budget_beta = -1;
   uint32_t budget_lift = 0, budget_seed = 0;

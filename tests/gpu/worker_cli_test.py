@@ -210,7 +210,7 @@ class WorkerTest(unittest.TestCase):
         failed = self.run_worker(*full, "--json", "--prompt-ids", "1,2,3", "--max-tokens", "2")
         self.assert_fails(failed, "quarry-worker: FAILED_PRECONDITION: ")
         self.assertEqual(json.loads(failed.stdout)["status"], "FAILED_PRECONDITION")
-        for arguments in (("--attention", "some"), ("--kv-dtype", "int4"), ("--budget-share", "2"),
+        for arguments in (("--attention", "some"), ("--kv-dtype", "int4"), ("--budget-share", "2"), ("--query-samples", "4097"),
                           ("--temperature", "-1"), ("--weights", "some"),
                           ("--weights-dtype", "int3"),
                           ("--no-such-option",), ("--dump-kv", ""), ("--dump-queries", "5"),
