@@ -38,7 +38,8 @@ Context::Context(const ContextServices& services, ContextParams params, ContextS
       table_(std::make_shared<const BlockTable>(std::move(start.table))),
       token_ids_(std::move(start.token_ids)),
       claimed_(frontier_.size()),
-      full_strips_(table_->blocks.size()) {
+      full_strips_(table_->blocks.size()),
+      settled_runs_(shape().layers) {
   const uint32_t next = BehindPlaced(start.tokens);
   for (auto& frontier : frontier_) frontier.store(next, std::memory_order_relaxed);
 }
@@ -248,6 +249,7 @@ absl::Status Context::Commit(const KvInput& input, absl::Status outcome) {
       frontier_[first + i].store(next, std::memory_order_release);
     }
     maintain = CountFullBlocks(input);
+    maintain |= SettleBefore(input.layer);
   }
   const uint64_t tokens = input.range.size();
   services_.counters->append_tokens.fetch_add(tokens, std::memory_order_relaxed);

@@ -132,6 +132,8 @@ class Context : public BackgroundWorker::Client,
   absl::Status Commit(const KvInput& input, absl::Status outcome);
   absl::Status CheckIds(const KvInput& input, std::span<const uint32_t>* fresh) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Takes note of which layer is appended to; true if the one before has more runs to be indexed.
+  bool SettleBefore(uint32_t layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Counts blocks that became full; true if one is full in all layers and heads.
   bool CountFullBlocks(const KvInput& input) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -143,12 +145,21 @@ class Context : public BackgroundWorker::Client,
   absl::StatusOr<BlockId> PublishBlock(const BlockTable& table, uint32_t block,
                                        std::span<const uint32_t> ids)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
-  // The parent's id for what follows this published block of the table.
-  BlockId IdHere(const BlockTable& table, uint32_t block, std::span<const uint32_t> ids) const
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  // The parent's id for what follows this block of the table; before it is published, the id that
+  // it will have.
+  BlockId IdOf(const BlockTable& table, uint32_t block, const BlockId& parent,
+               std::span<const uint32_t> ids) const;
   // Still, in the store.
   bool ArePublished(std::span<const std::shared_ptr<HeldBlock>> blocks) const;
   void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  // Into the table's runs, those whose blocks are published now; true if there are any.
+  bool AttachPublished(const BlockTable& table, std::vector<RunUse>* runs)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  // The same for those that only some layers have.
+  bool OpenRuns(const BlockTable& table, std::vector<RunUse>* runs)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
+  uint32_t SettledRuns(uint32_t layer) const;
+  uint32_t MostSettledRuns() const;
   void IndexRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   std::shared_ptr<const BlockTable> TableOrRemains() const;
 
@@ -174,7 +185,9 @@ class Context : public BackgroundWorker::Client,
   uint32_t published_blocks_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;  // from token 0
   BlockId last_id_ ABSL_GUARDED_BY(maintenance_mutex_);                // the next block's parent
   bool publishing_failed_ ABSL_GUARDED_BY(maintenance_mutex_) = false;
-  uint32_t next_run_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;
+  uint32_t next_run_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;  // to be attached
+  uint32_t opened_runs_ ABSL_GUARDED_BY(maintenance_mutex_) =
+      0;  // those below were opened, or passed
 
   // Held for bookkeeping only, never during a copy or a scan.
   mutable absl::Mutex mutex_;
@@ -182,6 +195,9 @@ class Context : public BackgroundWorker::Client,
   std::vector<uint32_t> token_ids_ ABSL_GUARDED_BY(mutex_);
   std::vector<bool> claimed_ ABSL_GUARDED_BY(mutex_);          // [layer][kv_head]
   std::vector<uint32_t> full_strips_ ABSL_GUARDED_BY(mutex_);  // per block, of layers * kv_heads
+  uint32_t appended_layer_ ABSL_GUARDED_BY(mutex_) = 0;        // last
+  // [layer] of the grid, that all its KV heads have, when it was last left for another layer.
+  std::vector<uint32_t> settled_runs_ ABSL_GUARDED_BY(mutex_);
   bool sealed_ ABSL_GUARDED_BY(mutex_) = false;
   bool retired_ ABSL_GUARDED_BY(mutex_) = false;
 };

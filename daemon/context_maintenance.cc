@@ -1,6 +1,5 @@
 // What a context does in the background: publishing full blocks, attaching runs, and what audits
 // need.
-#include <algorithm>
 #include <utility>
 
 #include <spdlog/spdlog.h>
@@ -29,7 +28,7 @@ void Context::PublishFullBlocks() {
     if (published_blocks_ >= table->blocks.size()) return;  // closed
     const std::shared_ptr<HeldBlock>& block = table->blocks[published_blocks_];
     if (block->published()) {
-      last_id_ = IdHere(*table, published_blocks_, ids);
+      last_id_ = IdOf(*table, published_blocks_, last_id_, ids);
       continue;
     }
     if (!block->origin().publishable) return;
@@ -48,17 +47,17 @@ void Context::PublishFullBlocks() {
   }
 }
 
-BlockId Context::IdHere(const BlockTable& table, uint32_t index,
-                        std::span<const uint32_t> ids) const {
+BlockId Context::IdOf(const BlockTable& table, uint32_t index, const BlockId& parent,
+                      std::span<const uint32_t> ids) const {
   const HeldBlock& block = *table.blocks[index];
   const PlacedStretch* const stretch = table.PlacedAt(index * kBlockTokens);
-  if (stretch == nullptr) return block.id();
+  if (block.published() && stretch == nullptr) return block.id();
   // What was computed behind the same placed blocks before has its own id here.
-  const BlockId own = BlockIdOf(last_id_, block.origin().name_space,
+  const BlockId own = BlockIdOf(parent, block.origin().name_space,
                                 ids.subspan(size_t{index} * kBlockTokens, kBlockTokens),
                                 InputsOfBlock(params_.inputs, index));
-  if (own == block.id()) return own;
-  return PlacedBlockIdOf(last_id_, block.id(), stretch->turn->distance());
+  if (stretch == nullptr || own == block.id()) return own;
+  return PlacedBlockIdOf(parent, block.id(), stretch->turn->distance());
 }
 
 absl::StatusOr<BlockId> Context::PublishBlock(const BlockTable& table, uint32_t index,
@@ -82,62 +81,6 @@ absl::StatusOr<BlockId> Context::PublishBlock(const BlockTable& table, uint32_t 
   next->blocks[index] = std::move(winner);
   old = std::exchange(table_, std::move(next));
   return key.id;
-}
-
-bool Context::ArePublished(std::span<const std::shared_ptr<HeldBlock>> blocks) const {
-  std::vector<BlockId> ids;
-  uint64_t bytes = 0;
-  for (const auto& block : blocks) {
-    ids.push_back(block->id());
-    bytes += block->bytes();
-  }
-  return services_.store->PublishedBytes(params_.tenant, ids) == bytes;
-}
-
-void Context::AttachRuns() {
-  const RunGridOptions& grid = services_.runs->grid();
-  if (grid.RunTokens(next_run_).hi > published_blocks_ * kBlockTokens) return;
-  const absl::StatusOr<std::shared_ptr<const BlockTable>> held = Table();
-  if (!held.ok()) return;  // closed
-  const std::shared_ptr<const BlockTable>& table = *held;
-  std::vector<RunUse> runs = table->runs;
-  for (;; ++next_run_) {
-    const TokenRange tokens = grid.RunTokens(next_run_);
-    if (tokens.hi > published_blocks_ * kBlockTokens) break;
-    const auto use = std::find_if(runs.begin(), runs.end(),
-                                  [&](const RunUse& u) { return u.tokens.lo >= tokens.lo; });
-    if (use != runs.end() && use->tokens == tokens) continue;  // came with a fork
-    // A run's keys are all at the positions that it says; placed blocks are scanned without one.
-    if (table->PlacedTokens(tokens) > 0) continue;
-    const uint32_t first = tokens.lo / kBlockTokens;
-    const uint32_t last = (tokens.hi - 1) / kBlockTokens;
-    const auto blocks = std::span(table->blocks).subspan(first, last - first + 1);
-    RunUse own{services_.runs->GetOrMake(params_.tenant, next_run_, shape(), blocks), tokens};
-    // What was purged before a run was made of it serves who still has it, and nobody later.
-    if (!ArePublished(blocks)) services_.runs->Forget(*own.run);
-    // What a fork searched under a bound gives way to the fork's own run.
-    if (use != runs.end() && use->tokens.lo == tokens.lo) {
-      *use = std::move(own);
-    } else {
-      runs.insert(use, std::move(own));
-    }
-  }
-  std::shared_ptr<const BlockTable> old;  // as above
-  absl::MutexLock lock(&mutex_);
-  if (retired_) return;
-  auto next = std::make_shared<BlockTable>();
-  next->blocks = table_->blocks;
-  next->placed = table_->placed;
-  next->runs = std::move(runs);
-  old = std::exchange(table_, std::move(next));
-}
-
-void Context::IndexRuns() {
-  if (samples_ == nullptr) return;
-  const absl::StatusOr<std::shared_ptr<const BlockTable>> table = Table();
-  if (!table.ok()) return;  // closed
-  considered_renewal_.store(samples_->renewal(), std::memory_order_relaxed);
-  services_.indexer->Consider((*table)->runs, shape(), samples_);
 }
 
 std::shared_ptr<const BlockTable> Context::Memory() const {

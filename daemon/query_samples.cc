@@ -81,13 +81,18 @@ bool QuerySamples::IsRenewed() const {
   return true;
 }
 
-uint32_t QuerySamples::LeastKept() const {
+uint32_t QuerySamples::LeastKept(uint32_t layer) const {
   absl::MutexLock lock(&mutex_);
-  uint32_t least = capacity_;
-  for (const Head& head : heads_) {
-    if (!Lags(head)) least = std::min(least, Kept(head));
+  uint32_t least = capacity_, of_all = capacity_;
+  bool all_lag = true;
+  for (uint32_t h = 0; h < shape_.kv_heads; ++h) {
+    const Head& head = heads_[size_t{layer} * shape_.kv_heads + h];
+    of_all = std::min(of_all, Kept(head));
+    if (Lags(head)) continue;
+    all_lag = false;
+    least = std::min(least, Kept(head));
   }
-  return least;
+  return all_lag ? of_all : least;
 }
 
 std::vector<float> QuerySamples::Scaled(uint32_t layer, uint32_t kv_head) const {

@@ -38,8 +38,9 @@ class QuerySamples {
   // samples they are of, for contexts with samples of their own may share runs.
   uint64_t renewal() const { return renewal_.load(std::memory_order_acquire); }
 
-  // Positions kept of the layer and KV head that has fewest, of those that do not lag.
-  uint32_t LeastKept() const;
+  // Positions kept of the layer's KV head that has fewest, of those that do not lag, if any does
+  // not.
+  uint32_t LeastKept(uint32_t layer) const;
   // [positions * group][head_dim] fp32, multiplied by 1 / sqrt(head_dim) as scores are.
   std::vector<float> Scaled(uint32_t layer, uint32_t kv_head) const;
 

@@ -18,17 +18,17 @@
 
 namespace quarry {
 
-// All heads of some runs. Ends what RunIndexes::Begin began.
+// All heads of one layer of some runs. Ends what RunIndexes::Begin began.
 struct RunIndexer::Job {
-  explicit Job(std::atomic<uint64_t>* queued) : queued_runs(*queued) {}
+  Job(uint32_t of_layer, const KvShape& of_shape, RunCounts* of_runs)
+      : layer(of_layer), shape(of_shape), counts(of_runs) {}
   ~Job() {
     for (const auto& part : parts) {
-      part.indexes->End(part.built == heads() ? std::optional(learning) : std::nullopt);
+      part.indexes->End(layer, part.built == heads() ? std::optional(learning) : std::nullopt,
+                        counts);
     }
-    // Release: who sees that none is queued sees what was learned.
-    queued_runs.fetch_sub(parts.size(), std::memory_order_release);
   }
-  uint32_t heads() const { return shape.layers * shape.kv_heads; }
+  uint32_t heads() const { return shape.kv_heads; }
 
   struct Part {
     explicit Part(const std::shared_ptr<const Run>& of)
@@ -39,8 +39,9 @@ struct RunIndexer::Job {
     std::atomic<uint32_t> built{0};  // heads, or known to have none
   };
 
-  std::atomic<uint64_t>& queued_runs;  // counts `parts`
-  KvShape shape;
+  const uint32_t layer;
+  const KvShape shape;
+  RunCounts* const counts;
   std::list<Part> parts;  // in token order
   // Of a run whose indexes have learned what these are to be made with; null: they learn themselves.
   std::shared_ptr<RunIndexes> neighbour;
@@ -72,26 +73,23 @@ RunIndexer::~RunIndexer() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void RunIndexer::Consider(std::span<const RunUse> runs, const KvShape& shape,
+void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                           const std::shared_ptr<const QuerySamples>& samples) {
   if (!enabled() || runs.empty()) return;
-  auto job = std::make_shared<Job>(&queued_runs_);
-  job->shape = shape;
+  auto job = std::make_shared<Job>(layer, shape, &counts_);
   job->samples = samples;
   job->learning.renewal = samples->renewal();  // first: what is looked at later may only be newer
-  job->learning.samples = samples->LeastKept();
+  job->learning.samples = samples->LeastKept(layer);
   for (const RunUse& use : runs) job->learning.tokens += use.run->tokens().size();
   for (const RunUse& use : runs) {
     const std::shared_ptr<RunIndexes>& indexes = use.run->indexes();
-    const RunIndexes::Due due = indexes->Begin(job->learning);
+    const RunIndexes::Due due = indexes->Begin(layer, job->learning, &counts_);
     if (due == RunIndexes::Due::kNo) {
       job->others.push_back(indexes);
       continue;
     }
-    if (due == RunIndexes::Due::kAgain) relearned_.fetch_add(1, std::memory_order_relaxed);
     job->again |= due == RunIndexes::Due::kAgain;
     job->parts.emplace_back(use.run);
-    queued_runs_.fetch_add(1, std::memory_order_relaxed);
   }
   if (job->parts.empty()) return;
   absl::MutexLock lock(&mutex_);
@@ -116,8 +114,8 @@ std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
 void RunIndexer::Prepare(Job* job) {
   if (!job->again) TakeLater(job);
   for (const std::shared_ptr<RunIndexes>& other : job->others) {
-    if (other->empty()) continue;
-    const std::optional<RunIndexes::Learning> learned = other->learned();
+    if (other->empty(job->layer)) continue;
+    const std::optional<RunIndexes::Learning> learned = other->learned(job->layer);
     // Where runs are learned again, another may have been before, by a fork that shares it.
     if (job->again && (!learned.has_value() || learned->OutdatedBy(job->learning))) continue;
     job->neighbour = other;
@@ -128,7 +126,7 @@ void RunIndexer::Prepare(Job* job) {
 void RunIndexer::TakeLater(Job* job) {
   for (auto later = queue_.begin() + 1; later != queue_.end();) {
     Job& other = **later;
-    if (other.samples != job->samples || other.again) {
+    if (other.samples != job->samples || other.layer != job->layer || other.again) {
       ++later;
       continue;
     }
@@ -147,11 +145,11 @@ void RunIndexer::Loop() {
   while (const std::shared_ptr<Job> job = NextHead(&head)) BuildHead(*job, head);
 }
 
-absl::StatusOr<std::vector<MadeIndex>> RunIndexer::MakeHead(
-    const Job& job, uint32_t layer, uint32_t kv_head, std::span<const KvView> views) const {
-  const std::vector<float> queries = job.samples->Scaled(layer, kv_head);
+absl::StatusOr<std::vector<MadeIndex>> RunIndexer::MakeHead(const Job& job, uint32_t kv_head,
+                                                            std::span<const KvView> views) const {
+  const std::vector<float> queries = job.samples->Scaled(job.layer, kv_head);
   const std::shared_ptr<const KeyIndex> like =
-      job.neighbour == nullptr ? nullptr : job.neighbour->Get(layer, kv_head);
+      job.neighbour == nullptr ? nullptr : job.neighbour->Get(job.layer, kv_head);
   IndexChoice choice = options_.choice;
   choice.group = job.shape.group();
   if (like == nullptr) return MakeIndexes(choice, views, queries);
@@ -164,8 +162,7 @@ absl::StatusOr<std::vector<MadeIndex>> RunIndexer::MakeHead(
   return made;
 }
 
-void RunIndexer::BuildHead(Job& job, uint32_t head) {
-  const uint32_t layer = head / job.shape.kv_heads, kv_head = head % job.shape.kv_heads;
+void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
   std::vector<std::shared_ptr<const Run>> runs;  // that some context still wants
   std::vector<Job::Part*> parts;
   std::deque<KvSegments> segments;
@@ -173,7 +170,7 @@ void RunIndexer::BuildHead(Job& job, uint32_t head) {
   for (Job::Part& part : job.parts) {
     std::shared_ptr<const Run> run = part.run.lock();
     if (run == nullptr) continue;
-    segments.emplace_back(job.shape, layer, kv_head, run->tokens(), run->blocks().data(),
+    segments.emplace_back(job.shape, job.layer, kv_head, run->tokens(), run->blocks().data(),
                           run->tokens().lo / kBlockTokens);
     views.push_back(segments.back().view());
     parts.push_back(&part);
@@ -182,21 +179,21 @@ void RunIndexer::BuildHead(Job& job, uint32_t head) {
   if (runs.empty()) return;
   const OfferingProcessor offering;
   const auto start = std::chrono::steady_clock::now();
-  absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, layer, kv_head, views);
+  absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, kv_head, views);
   absl::Status status = made.status();
   for (size_t r = 0; status.ok() && r < runs.size(); ++r) {
     if ((*made)[r].index == nullptr) continue;
     status = MakeRoom((*made)[r].bytes);
     if (!status.ok()) break;
-    parts[r]->indexes->Set(layer, kv_head, Account(std::move((*made)[r])));
+    parts[r]->indexes->Set(job.layer, kv_head, Account(std::move((*made)[r])));
     built_.fetch_add(1, std::memory_order_relaxed);
   }
   if (!status.ok()) {
     failed_.fetch_add(1, std::memory_order_relaxed);
-    // The other heads of the runs will say the same.
+    // The other heads of the layer will say the same.
     if (!job.warned.exchange(true)) {
       spdlog::warn("runs not indexed tokens=[{}, {}) layer={} kv_head={} error=\"{}\"",
-                   runs.front()->tokens().lo, runs.back()->tokens().hi, layer, kv_head,
+                   runs.front()->tokens().lo, runs.back()->tokens().hi, job.layer, kv_head,
                    std::string(status.message()));
     }
   }
@@ -228,10 +225,10 @@ std::shared_ptr<const KeyIndex> RunIndexer::Account(MadeIndex made) {
 
 IndexStats RunIndexer::stats() const {
   IndexStats stats;
-  stats.queued_runs = queued_runs_.load(std::memory_order_acquire);
+  stats.queued_runs = counts_.busy.load(std::memory_order_acquire);
   stats.indexed_runs = runs_->indexed();
   stats.built = built_.load(std::memory_order_relaxed);
-  stats.relearned = relearned_.load(std::memory_order_relaxed);
+  stats.relearned = counts_.relearned.load(std::memory_order_relaxed);
   stats.failed = failed_.load(std::memory_order_relaxed);
   stats.build_micros = build_micros_.load(std::memory_order_relaxed);
   stats.bytes = bytes_->load(std::memory_order_relaxed);

@@ -19,10 +19,11 @@
 
 namespace quarry {
 
-// Head by head, of runs in the order in which they came; each head is used as soon as it is built.
-// Runs of one context that are due together are learned from together; a run that comes later gets
-// its first indexes with what its neighbours' have learned, until so much more is known that all are
-// learned anew. Runs that no context uses any more are left where they stand. Thread-safe.
+// Layer by layer and head by head, of runs in the order in which they came; each head is used as
+// soon as it is built. Of each layer, runs of one context that are due together are learned from
+// together; a run that comes later gets its first indexes with what its neighbours' have learned,
+// until so much more is known that all are learned anew. Runs that no context uses any more are
+// left where they stand. Thread-safe.
 class RunIndexer {
  public:
   // Where there is no room, indexes that no context uses are dropped from `runs`, which outlives it.
@@ -32,10 +33,10 @@ class RunIndexer {
   RunIndexer(const RunIndexer&) = delete;
   RunIndexer& operator=(const RunIndexer&) = delete;
 
-  // Has the runs of a context, in token order, indexed, or indexed anew if many more queries or
-  // tokens are known than when they were, or queries were renewed since. Runs that are being
-  // indexed are left.
-  void Consider(std::span<const RunUse> runs, const KvShape& shape,
+  // Has one layer of the runs of a context, in token order, indexed, or indexed anew if many more
+  // queries or tokens are known than when it was, or queries were renewed since. The layer's K and
+  // V of these runs are there. Runs of which it is being indexed are left.
+  void Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                 const std::shared_ptr<const QuerySamples>& samples);
 
   bool enabled() const { return options_.choice.kind != IndexKind::kExact; }
@@ -46,14 +47,14 @@ class RunIndexer {
   struct Job;
 
   void Loop();
-  // The next head of a run; null: stop.
+  // The next KV head of a job's layer; null: stop.
   std::shared_ptr<Job> NextHead(uint32_t* head);
   // When a job begins: it takes what is queued behind it that can be learned from together, and finds
   // a neighbour.
   void Prepare(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void TakeLater(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void BuildHead(Job& job, uint32_t head);
-  absl::StatusOr<std::vector<MadeIndex>> MakeHead(const Job& job, uint32_t layer, uint32_t kv_head,
+  void BuildHead(Job& job, uint32_t kv_head);
+  absl::StatusOr<std::vector<MadeIndex>> MakeHead(const Job& job, uint32_t kv_head,
                                                   std::span<const KvView> views) const;
   absl::Status MakeRoom(uint64_t bytes);
   std::shared_ptr<const KeyIndex> Account(MadeIndex made);
@@ -62,9 +63,10 @@ class RunIndexer {
   RunRegistry* const runs_;
   // Shared with the indexes' deleters: an index may outlive the indexer.
   const std::shared_ptr<std::atomic<uint64_t>> bytes_ = std::make_shared<std::atomic<uint64_t>>(0);
-  std::atomic<uint64_t> queued_runs_{0}, built_{0}, relearned_{0}, failed_{0}, build_micros_{0};
+  RunCounts counts_;
+  std::atomic<uint64_t> built_{0}, failed_{0}, build_micros_{0};
   mutable absl::Mutex mutex_;
-  std::deque<std::shared_ptr<Job>> queue_ ABSL_GUARDED_BY(mutex_);  // runs with heads to begin
+  std::deque<std::shared_ptr<Job>> queue_ ABSL_GUARDED_BY(mutex_);  // with heads to begin
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<std::thread> threads_;  // last
 };

@@ -16,29 +16,52 @@ bool RunIndexes::empty() const {
   return std::all_of(heads_.begin(), heads_.end(), [](const auto& head) { return !head; });
 }
 
+bool RunIndexes::empty(uint32_t layer) const {
+  absl::ReaderMutexLock lock(&mutex_);
+  const auto first = heads_.begin() + static_cast<ptrdiff_t>(Head(layer, 0));
+  return std::all_of(first, first + kv_heads_, [](const auto& head) { return !head; });
+}
+
 bool RunIndexes::Learning::OutdatedBy(const Learning& now) const {
   return now.renewal > renewal ||
          (now.samples >= kLeastSamples && now.samples / kTimesMoreSamples >= samples) ||
          (now.tokens / kTimesMoreTokens >= tokens && now.samples >= samples);
 }
 
-RunIndexes::Due RunIndexes::Begin(const Learning& now) {
-  absl::MutexLock lock(&mutex_);
-  if (busy_ || (learned_.has_value() && !learned_->OutdatedBy(now))) return Due::kNo;
-  busy_ = true;
-  return learned_.has_value() ? Due::kAgain : Due::kFirst;
+bool RunIndexes::all_learned() const {
+  absl::ReaderMutexLock lock(&mutex_);
+  return std::all_of(layers_.begin(), layers_.end(),
+                     [](const Layer& layer) { return layer.learned.has_value(); });
 }
 
-void RunIndexes::End(std::optional<Learning> learned) {
+RunIndexes::Due RunIndexes::Begin(uint32_t number, const Learning& now, RunCounts* counts) {
   absl::MutexLock lock(&mutex_);
-  busy_ = false;
-  if (!learned.has_value()) return;
-  if (learned_.has_value()) {
-    // What was learned from other queries is not undone by fewer of the old ones, nor twice.
-    learned->samples = std::max(learned->samples, learned_->samples);
-    learned->renewal = std::max(learned->renewal, learned_->renewal);
+  Layer& layer = layers_[number];
+  if (layer.busy || (layer.learned.has_value() && !layer.learned->OutdatedBy(now))) {
+    return Due::kNo;
   }
-  learned_ = learned;
+  layer.busy = true;
+  if (busy_layers_++ == 0) counts->busy.fetch_add(1, std::memory_order_relaxed);
+  if (!layer.learned.has_value()) return Due::kFirst;
+  if (++layer.again > most_again_) {
+    most_again_ = layer.again;
+    counts->relearned.fetch_add(1, std::memory_order_relaxed);
+  }
+  return Due::kAgain;
+}
+
+void RunIndexes::End(uint32_t number, std::optional<Learning> learned, RunCounts* counts) {
+  absl::MutexLock lock(&mutex_);
+  Layer& layer = layers_[number];
+  layer.busy = false;
+  if (learned.has_value() && layer.learned.has_value()) {
+    // What was learned from other queries is not undone by fewer of the old ones, nor twice.
+    learned->samples = std::max(learned->samples, layer.learned->samples);
+    learned->renewal = std::max(learned->renewal, layer.learned->renewal);
+  }
+  if (learned.has_value()) layer.learned = learned;
+  // Release: who sees that none is busy sees what was learned.
+  if (--busy_layers_ == 0) counts->busy.fetch_sub(1, std::memory_order_release);
 }
 
 }  // namespace quarry

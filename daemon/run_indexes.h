@@ -1,6 +1,7 @@
 // RunIndexes: the indexes of one run, which come while it is searched.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -13,12 +14,21 @@
 
 namespace quarry {
 
+// Runs, however many of their layers.
+struct RunCounts {
+  std::atomic<uint64_t> busy{0};       // of which some layer is to be indexed, or is being indexed
+  std::atomic<uint64_t> relearned{0};  // begun again, as often as the layer that was most often
+};
+
+// Each layer is learned by itself, for a prefill may bring one after another.
 // Holds no block: it outlives the run's contexts in the registry, and serves the next context with
 // the same tokens. Thread-safe; its lock is held for the copy of a pointer only.
 class RunIndexes {
  public:
   explicit RunIndexes(const KvShape& shape)
-      : kv_heads_(shape.kv_heads), heads_(size_t{shape.layers} * shape.kv_heads) {}
+      : kv_heads_(shape.kv_heads),
+        heads_(size_t{shape.layers} * shape.kv_heads),
+        layers_(shape.layers) {}
 
   // Null: none yet, the run is scanned. Whoever searches an index keeps it, so that another may take
   // its place at any time.
@@ -32,8 +42,9 @@ class RunIndexes {
   }
 
   bool empty() const;
+  bool empty(uint32_t layer) const;
 
-  // What indexes were learned from.
+  // What a layer's indexes were learned from.
   struct Learning {
     uint32_t samples = 0;  // positions whose queries were known
     uint32_t tokens = 0;   // of the runs that were learned from together
@@ -42,20 +53,26 @@ class RunIndexes {
     bool OutdatedBy(const Learning& now) const;
   };
 
-  // Whether all heads are to be indexed now, if that much can be learned from: for the first time,
-  // or again since what was learned is outdated. The caller who is told so is the one who does it,
-  // until End.
+  // Whether all heads of a layer are to be indexed now, if that much can be learned from: for the
+  // first time, or again since what was learned is outdated. The caller who is told so is the one
+  // who does it, until End. counts: of the one indexer of all runs.
   enum class Due { kNo, kFirst, kAgain };
-  Due Begin(const Learning& now);
+  Due Begin(uint32_t layer, const Learning& now, RunCounts* counts);
   // learned: what was learned from; none if it was given up, as if Begin had not been called.
-  void End(std::optional<Learning> learned);
+  void End(uint32_t layer, std::optional<Learning> learned, RunCounts* counts);
   // None: never indexed.
-  std::optional<Learning> learned() const {
+  std::optional<Learning> learned(uint32_t layer) const {
     absl::ReaderMutexLock lock(&mutex_);
-    return learned_;
+    return layers_[layer].learned;
   }
+  bool all_learned() const;  // of all layers
 
  private:
+  struct Layer {
+    bool busy = false;
+    uint32_t again = 0;  // times begun again
+    std::optional<Learning> learned;
+  };
   size_t Head(uint32_t layer, uint32_t kv_head) const {
     return size_t{layer} * kv_heads_ + kv_head;
   }
@@ -63,8 +80,9 @@ class RunIndexes {
   const uint32_t kv_heads_;
   mutable absl::Mutex mutex_;
   std::vector<std::shared_ptr<const KeyIndex>> heads_ ABSL_GUARDED_BY(mutex_);
-  bool busy_ ABSL_GUARDED_BY(mutex_) = false;
-  std::optional<Learning> learned_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Layer> layers_ ABSL_GUARDED_BY(mutex_);
+  uint32_t busy_layers_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint32_t most_again_ ABSL_GUARDED_BY(mutex_) = 0;  // of the layers
 };
 
 }  // namespace quarry

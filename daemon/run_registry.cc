@@ -9,27 +9,50 @@ namespace quarry {
 
 std::shared_ptr<const Run> RunRegistry::GetOrMake(
     std::string_view tenant, uint32_t i, const KvShape& shape,
-    std::span<const std::shared_ptr<HeldBlock>> blocks) {
+    std::span<const std::shared_ptr<HeldBlock>> blocks, std::shared_ptr<const Run> open) {
   QUARRY_CHECK(!blocks.empty() && blocks.back()->published());
   const Key key{blocks.back()->id(), i, shape};
   absl::MutexLock lock(&mutex_);
   Entry& entry = runs_[key];
   entry.asked = ++asks_;
   if (std::shared_ptr<const Run> run = entry.run.lock()) return run;
+  if (open != nullptr && !std::ranges::equal(open->blocks(), blocks)) open = nullptr;
   if (entry.indexes == nullptr) {
-    entry.indexes = std::make_shared<RunIndexes>(shape);
+    entry.indexes = open != nullptr ? open->indexes() : std::make_shared<RunIndexes>(shape);
     entry.tenant = tenant;
     for (const auto& block : blocks) {
       entry.sources.push_back({block->id(), block->origin().name_space});
     }
   }
-  auto made = std::make_shared<const Run>(
-      grid_.RunTokens(i), std::vector<std::shared_ptr<HeldBlock>>(blocks.begin(), blocks.end()),
-      entry.indexes);
+  std::shared_ptr<const Run> made = open != nullptr && open->indexes() == entry.indexes
+                                        ? std::move(open)
+                                        : Make(i, blocks, entry.indexes);
   entry.run = made;
   made_.fetch_add(1, std::memory_order_relaxed);
   SweepExpired();  // `entry` may move
   return made;
+}
+
+std::shared_ptr<const Run> RunRegistry::Open(uint32_t i, const KvShape& shape,
+                                             std::span<const std::shared_ptr<HeldBlock>> blocks,
+                                             const BlockId& last_block) {
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto known = runs_.find(Key{last_block, i, shape});
+    if (known != runs_.end()) {
+      known->second.asked = ++asks_;
+      return nullptr;
+    }
+  }
+  return Make(i, blocks, std::make_shared<RunIndexes>(shape));
+}
+
+std::shared_ptr<const Run> RunRegistry::Make(uint32_t i,
+                                             std::span<const std::shared_ptr<HeldBlock>> blocks,
+                                             std::shared_ptr<RunIndexes> indexes) const {
+  return std::make_shared<const Run>(
+      grid_.RunTokens(i), std::vector<std::shared_ptr<HeldBlock>>(blocks.begin(), blocks.end()),
+      std::move(indexes));
 }
 
 bool RunRegistry::DropIdle() {
@@ -85,7 +108,7 @@ uint64_t RunRegistry::indexed() const {
   absl::MutexLock lock(&mutex_);
   uint64_t indexed = 0;
   for (const auto& [key, entry] : runs_) {
-    indexed += !entry.run.expired() && entry.indexes->learned().has_value();
+    indexed += !entry.run.expired() && entry.indexes->all_learned();
   }
   return indexed;
 }

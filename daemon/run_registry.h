@@ -22,6 +22,10 @@ namespace quarry {
 
 // One run's tokens, of all layers and KV heads. Immutable but for its indexes; keeps its blocks
 // leased.
+//
+// While a prefill goes layer by layer, the run is open: it is known to one context and its forks
+// alone, its first layers are there and may be indexed and searched, and others are still to come.
+// Once its blocks are published the registry knows it.
 class Run {
  public:
   Run(TokenRange tokens, std::vector<std::shared_ptr<HeldBlock>> blocks,
@@ -32,6 +36,7 @@ class Run {
   // From the block of token tokens().lo.
   std::span<const std::shared_ptr<HeldBlock>> blocks() const { return blocks_; }
   const std::shared_ptr<RunIndexes>& indexes() const { return indexes_; }
+  bool open() const { return !blocks_.back()->published(); }  // they are published in order
 
  private:
   const TokenRange tokens_;
@@ -48,6 +53,10 @@ struct RunGridOptions {
     const uint32_t lo = first_run_token + i * run_tokens;
     return {lo, lo + run_tokens};
   }
+  // That lie in [0, tokens).
+  uint32_t RunsIn(uint32_t tokens) const {
+    return tokens < first_run_token ? 0 : (tokens - first_run_token) / run_tokens;
+  }
 };
 
 // Finds a run by what it contains, or makes it. Weak references: a run lives as long as a context
@@ -61,9 +70,17 @@ class RunRegistry {
   const RunGridOptions& grid() const { return grid_; }
 
   // `blocks`: the published blocks of the tenant that hold run `i`, in order. The last one's id
-  // names the tenant and all tokens up to the run's end, so equal ids mean equal runs.
+  // names the tenant and all tokens up to the run's end, so equal ids mean equal runs. `open`: the
+  // caller's own of these tokens, or null; it is taken in with its indexes, unless there are others
+  // of the same tokens, or an earlier writer's blocks have taken the places of its own.
   std::shared_ptr<const Run> GetOrMake(std::string_view tenant, uint32_t i, const KvShape& shape,
-                                       std::span<const std::shared_ptr<HeldBlock>> blocks);
+                                       std::span<const std::shared_ptr<HeldBlock>> blocks,
+                                       std::shared_ptr<const Run> open = nullptr);
+  // Run `i` for the context that is writing its blocks, the last of which will have this id. Null:
+  // there is one of the same tokens, whose indexes it will have when its blocks are published.
+  std::shared_ptr<const Run> Open(uint32_t i, const KvShape& shape,
+                                  std::span<const std::shared_ptr<HeldBlock>> blocks,
+                                  const BlockId& last_block);
 
   // Drops the indexes of the run that no context uses and that was longest not asked for; false if
   // there is none.
@@ -79,7 +96,7 @@ class RunRegistry {
   uint64_t made() const { return made_.load(std::memory_order_relaxed); }
   // Of those that are not forgotten.
   uint64_t live() const;
-  uint64_t indexed() const;  // of those that live, indexed at least once
+  uint64_t indexed() const;  // of those that live, all layers at least once
 
  private:
   struct Key {
@@ -108,6 +125,8 @@ class RunRegistry {
     uint64_t asked = 0;  // when, by asks_
   };
 
+  std::shared_ptr<const Run> Make(uint32_t i, std::span<const std::shared_ptr<HeldBlock>> blocks,
+                                  std::shared_ptr<RunIndexes> indexes) const;
   template <typename Predicate>
   void ForgetIf(Predicate predicate);
 

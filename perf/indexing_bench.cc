@@ -13,14 +13,15 @@
 //   indexed        nothing is being indexed
 //   other first    another context has just been prefilled: its runs get their first indexes
 //   indexed
-// then the other context is closed, and one more is prefilled and indexed with nobody
-// decoding. A phase of indexing lasts until all is indexed, and has the steps that ended before.
-// `disturbed` compares the steps of all rounds with those of the phases `indexed`, `own first` with
-// those of `scanned`, since a step ends up shorter than it began.
+// then the other context is closed, and two more are prefilled and indexed, one after another, with
+// nobody decoding: one as fast as its K and V are taken, one that computes each layer for
+// --layer-seconds, as a model does. A phase of indexing lasts until all is indexed, and has the
+// steps that ended before. `disturbed` compares the steps of all rounds with those of the phases
+// `indexed`, `own first` with those of `scanned`, since a step ends up shorter than it began.
 // `build`: seconds from the end of the prefill (own first: from the ids) until all runs are
 // indexed, and the processor time of the index threads since the beginning of the prefill, also by
-// GiB of the runs' K and V. The own runs are all there at once; those of a prefill come one after
-// another. Floor of a step: K and V, or of runs with an index its codes and what is read exactly,
+// GiB of the runs' K and V. The own runs are all there at once; those of a prefill come layer by
+// layer. Floor of a step: K and V, or of runs with an index its codes and what is read exactly,
 // over the machine's read bandwidth (kernel_bench, retrieval_bench).
 //
 // Prints a table; --json prints JSON lines.
@@ -69,6 +70,7 @@ struct Settings {
   std::vector<std::string> families = {"rope", "mass-300"};
   float error = 0.05f;
   uint32_t samples = 64;  // of a prefill
+  double layer_seconds = 2;  // of the one that computes
   uint32_t executor_threads = 0, index_threads = 1;
   uint32_t steps = 512;  // of a phase in which nothing is indexed
   uint32_t rounds = 1;
@@ -88,6 +90,7 @@ struct Settings {
     head_dim = 64;
     families = {"rope"};
     samples = 32;
+    layer_seconds = 0.1;
     steps = 32;
     limit_seconds = 30;
   }
@@ -114,7 +117,7 @@ class Bench {
   void DecodeWhileIndexing(const char* name, MadeContext* context, const Reached& reached);
   // DeadlineExceeded after the limit.
   IndexState WaitUntil(const char* what, const Reached& reached) const;
-  void PrefillAndWait(const MadeContext::Options& options);
+  void PrefillAndWait(const char* name, const MadeContext::Options& options);
   IndexBuild BeginBuild(const char* name) const;
   void EndBuild(IndexBuild build);
   static bool AllIndexed(const IndexState& s) {
@@ -234,11 +237,11 @@ IndexState Bench::WaitUntil(const char* what, const Reached& reached) const {
   }
 }
 
-void Bench::PrefillAndWait(const MadeContext::Options& options) {
-  IndexBuild build = BeginBuild("nobody decoding");
+void Bench::PrefillAndWait(const char* name, const MadeContext::Options& options) {
+  IndexBuild build = BeginBuild(name);
   const MadeContext context(client_.get(), model_, options);
   build.start = absl::Now();
-  WaitUntil("indexing with nobody decoding", AllOf(2));
+  WaitUntil(name, AllOf(2));
   EndBuild(std::move(build));
 }
 
@@ -303,7 +306,10 @@ void Bench::RunRound() {
     EndBuild(std::move(build));
     DecodeQuietly("indexed", &own);
   }
-  PrefillAndWait(made(MadeContext::Ids::kAtOpen));
+  PrefillAndWait("nobody decoding", made(MadeContext::Ids::kAtOpen));
+  MadeContext::Options computed = made(MadeContext::Ids::kAtOpen);
+  computed.layer_seconds = settings_.layer_seconds;
+  PrefillAndWait("behind its prefill", computed);
 }
 
 absl::Status Check(const Settings& s) {
@@ -367,6 +373,8 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(0.001, 0.9));
   app.add_option("--samples", settings.samples, "sampled queries of a prefill")
       ->check(CLI::Range(32, 4096));
+  app.add_option("--layer-seconds", settings.layer_seconds, "of the prefill that computes")
+      ->check(CLI::Range(0.0, 3600.0));
   app.add_option("--executor-threads", settings.executor_threads, "0: the daemon's default")
       ->check(CLI::Range(0, 1024));
   app.add_option("--index-threads", settings.index_threads, "of the daemon")

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "perf/bench_daemon.h"
 #include "perf/retrieval/synthetic_trace.h"
 #include "perf/retrieval/truth.h"
@@ -104,6 +105,7 @@ MadeContext::MadeContext(Client* client, const MadeModel& model, const Options& 
   }
   tokens_ = model_.prompt_tokens();
   for (uint32_t layer = 0; layer < model_.shape().layers; ++layer) {
+    absl::SleepFor(absl::Seconds(options_.layer_seconds));
     for (uint32_t lo = 0; lo < tokens_; lo += kAppendTokens) {
       const TokenRange range{lo, std::min(lo + kAppendTokens, tokens_)};
       std::vector<uint32_t> samples;

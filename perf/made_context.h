@@ -72,13 +72,16 @@ class MadeModel {
 class MadeContext {
  public:
   enum class Ids {
-    kAtOpen,  // as engines do: blocks are published, and runs indexed, as soon as they are full
+    kAtOpen,  // as engines do: runs are indexed layer by layer, and blocks published when they are
+              // full
     kLater,   // with DeclarePrompt: until then no run is there
   };
   struct Options {
     uint32_t first_id = 0;  // of the prompt's tokens: other ids, other blocks
     Ids ids = Ids::kAtOpen;
     uint32_t samples = 0;  // the first so many of the model's are sent with the prompt
+    double layer_seconds =
+        0;                 // of the prefill: it computes so long before each layer's K and V come
     float error = 0.05f;   // tolerated when decoding
   };
 

@@ -23,7 +23,8 @@ bool Add(QuerySamples& samples, uint32_t layer, float value) {
 TEST(QuerySamplesTest, KeepsWhatComesOfEachHeadUntilItIsFull) {
   QuerySamples samples(kShape, 100);
   for (int i = 0; i < 10; ++i) Add(samples, 0, static_cast<float>(i));
-  EXPECT_EQ(samples.LeastKept(), 0u);  // layer 1 has none
+  EXPECT_EQ(samples.LeastKept(0), 10u);  // whatever layer 1 has
+  EXPECT_EQ(samples.LeastKept(1), 0u);
   const std::vector<float> q = samples.Scaled(0, 1);
   ASSERT_EQ(q.size(), size_t{10} * kShape.group() * kShape.head_dim);
   EXPECT_EQ(q.front(), 0.0f);
@@ -59,16 +60,26 @@ TEST(QuerySamplesTest, SaysWhenThereAreEnoughToLookAgain) {
 TEST(QuerySamplesTest, AHeadThatIsNotAskedIsWaitedForUntilAnotherHasMoreThanAreKept) {
   constexpr uint32_t kCapacity = 64;
   QuerySamples samples(kShape, kCapacity);
-  for (uint32_t i = 0; i < kCapacity; ++i) Add(samples, 0, 1.0f);
-  EXPECT_EQ(samples.LeastKept(), 0u);  // as a prefill leaves it behind the first layer
-  EXPECT_TRUE(Add(samples, 0, 1.0f));
-  EXPECT_EQ(samples.LeastKept(), kCapacity);
-  for (int i = 0; i < 32; ++i) Add(samples, 1, 1.0f);
-  EXPECT_EQ(samples.LeastKept(), kCapacity);  // less than half of 65
-  Add(samples, 1, 1.0f);
-  EXPECT_EQ(samples.LeastKept(), 33u);
-  for (int i = 0; i < 2; ++i) Add(samples, 0, 1.0f);
-  EXPECT_EQ(samples.LeastKept(), kCapacity);  // it falls behind again
+  const std::vector<float> q(size_t{kShape.group()} * kShape.head_dim, 1.0f);
+  const auto add = [&](uint32_t kv_head) { return samples.Add(0, kv_head, 1, q.data()); };
+  for (uint32_t i = 0; i < kCapacity; ++i) add(0);
+  EXPECT_EQ(samples.LeastKept(0), 0u);  // as a writer of some heads leaves it before the next one
+  EXPECT_TRUE(add(0));
+  EXPECT_EQ(samples.LeastKept(0), kCapacity);
+  for (int i = 0; i < 32; ++i) add(1);
+  EXPECT_EQ(samples.LeastKept(0), kCapacity);  // less than half of 65
+  add(1);
+  EXPECT_EQ(samples.LeastKept(0), 33u);
+  for (int i = 0; i < 2; ++i) add(0);
+  EXPECT_EQ(samples.LeastKept(0), kCapacity);  // it falls behind again
+}
+
+TEST(QuerySamplesTest, OfALayerThatIsAskedLessThanOthersWhatItHasCounts) {
+  constexpr uint32_t kCapacity = 64;
+  QuerySamples samples(kShape, kCapacity);
+  for (int i = 0; i < 10; ++i) Add(samples, 1, 1.0f);
+  for (uint32_t i = 0; i < 2 * kCapacity; ++i) Add(samples, 0, 1.0f);
+  EXPECT_EQ(samples.LeastKept(1), 10u);
 }
 
 TEST(QuerySamplesTest, AfterADriftNewQueriesTakeThePlacesOfTheOld) {
@@ -90,7 +101,7 @@ TEST(QuerySamplesTest, AfterADriftNewQueriesTakeThePlacesOfTheOld) {
   }
   const uint64_t renewal = samples.renewal();
   EXPECT_GT(renewal, 0u);
-  EXPECT_EQ(samples.LeastKept(), kCapacity);
+  EXPECT_EQ(samples.LeastKept(0), kCapacity);
   const std::vector<float> q = samples.Scaled(0, 0);
   EXPECT_EQ(std::count(q.begin(), q.end(), 2 * kScale), static_cast<ptrdiff_t>(q.size() / 2));
   for (uint32_t i = 0; i < kCapacity / 2; ++i) add(0, 2.0f);
@@ -115,60 +126,88 @@ TEST(QuerySamplesTest, AfterADriftAHeadThatIsNotAskedAnyMoreIsNotWaitedForLong) 
     EXPECT_TRUE(Add(samples, 0, 2.0f));
     EXPECT_GT(samples.renewal(), last);
     last = samples.renewal();
-    EXPECT_EQ(samples.LeastKept(), kCapacity);
+    EXPECT_EQ(samples.LeastKept(0), kCapacity);
   }
 }
 
 TEST(RunIndexesTest, AreLearnedAgainOnceFromRenewedSamplesHoweverFew) {
   using Due = RunIndexes::Due;
   RunIndexes indexes(kShape);
-  EXPECT_EQ(indexes.Begin({100, 1000, 3}), Due::kFirst);
-  indexes.End(RunIndexes::Learning{100, 1000, 3});
-  EXPECT_EQ(indexes.Begin({40, 1000, 3}), Due::kNo);
-  EXPECT_EQ(indexes.Begin({40, 1000, 5}), Due::kAgain);
-  EXPECT_EQ(indexes.Begin({40, 1000, 5}), Due::kNo);  // somebody is at it
-  indexes.End(std::nullopt);
-  EXPECT_EQ(indexes.Begin({40, 1000, 5}), Due::kAgain);  // it was given up
-  indexes.End(RunIndexes::Learning{40, 1000, 5});
-  EXPECT_EQ(indexes.Begin({40, 1000, 5}), Due::kNo);   // a fork
-  EXPECT_EQ(indexes.Begin({40, 1000, 4}), Due::kNo);   // another context's, renewed before
-  EXPECT_EQ(indexes.Begin({170, 1000, 0}), Due::kNo);  // not undone by the old ones of another
-  EXPECT_EQ(indexes.Begin({400, 1000, 0}), Due::kAgain);
-  indexes.End(RunIndexes::Learning{400, 1000, 0});
-  EXPECT_EQ(indexes.Begin({400, 1000, 5}), Due::kNo);
+  RunCounts counts;
+  EXPECT_EQ(indexes.Begin(0, {100, 1000, 3}, &counts), Due::kFirst);
+  indexes.End(0, RunIndexes::Learning{100, 1000, 3}, &counts);
+  EXPECT_EQ(indexes.Begin(0, {40, 1000, 3}, &counts), Due::kNo);
+  EXPECT_EQ(indexes.Begin(0, {40, 1000, 5}, &counts), Due::kAgain);
+  EXPECT_EQ(indexes.Begin(0, {40, 1000, 5}, &counts), Due::kNo);  // somebody is at it
+  indexes.End(0, std::nullopt, &counts);
+  EXPECT_EQ(indexes.Begin(0, {40, 1000, 5}, &counts), Due::kAgain);  // it was given up
+  indexes.End(0, RunIndexes::Learning{40, 1000, 5}, &counts);
+  EXPECT_EQ(indexes.Begin(0, {40, 1000, 5}, &counts), Due::kNo);  // a fork
+  EXPECT_EQ(indexes.Begin(0, {40, 1000, 4}, &counts),
+            Due::kNo);  // another context's, renewed before
+  EXPECT_EQ(indexes.Begin(0, {170, 1000, 0}, &counts),
+            Due::kNo);  // not undone by the old ones of another
+  EXPECT_EQ(indexes.Begin(0, {400, 1000, 0}, &counts), Due::kAgain);
+  indexes.End(0, RunIndexes::Learning{400, 1000, 0}, &counts);
+  EXPECT_EQ(indexes.Begin(0, {400, 1000, 5}, &counts), Due::kNo);
 }
 
 TEST(RunIndexesTest, AreLearnedOnceAndAgainWithTwiceTheSamples) {
   using Due = RunIndexes::Due;
   RunIndexes indexes(kShape);
-  EXPECT_EQ(indexes.Begin({3, 1000}), Due::kFirst);
-  EXPECT_EQ(indexes.Begin({100, 1000}), Due::kNo);  // somebody is at it
-  indexes.End(std::nullopt);
-  EXPECT_FALSE(indexes.learned().has_value());
-  EXPECT_EQ(indexes.Begin({10, 1000}), Due::kFirst);  // it was given up
-  indexes.End(RunIndexes::Learning{10, 1000});
-  EXPECT_EQ(indexes.learned()->samples, 10u);
-  EXPECT_EQ(indexes.Begin({31, 1000}), Due::kNo);  // too few
-  EXPECT_EQ(indexes.Begin({32, 1000}), Due::kAgain);
-  indexes.End(RunIndexes::Learning{32, 1000});
-  EXPECT_EQ(indexes.Begin({63, 1000}), Due::kNo);  // less than twice as many
-  EXPECT_EQ(indexes.Begin({64, 1000}), Due::kAgain);
+  RunCounts counts;
+  EXPECT_EQ(indexes.Begin(0, {3, 1000}, &counts), Due::kFirst);
+  EXPECT_EQ(indexes.Begin(0, {100, 1000}, &counts), Due::kNo);  // somebody is at it
+  indexes.End(0, std::nullopt, &counts);
+  EXPECT_FALSE(indexes.learned(0).has_value());
+  EXPECT_EQ(indexes.Begin(0, {10, 1000}, &counts), Due::kFirst);  // it was given up
+  indexes.End(0, RunIndexes::Learning{10, 1000}, &counts);
+  EXPECT_EQ(indexes.learned(0)->samples, 10u);
+  EXPECT_EQ(indexes.Begin(0, {31, 1000}, &counts), Due::kNo);  // too few
+  EXPECT_EQ(indexes.Begin(0, {32, 1000}, &counts), Due::kAgain);
+  indexes.End(0, RunIndexes::Learning{32, 1000}, &counts);
+  EXPECT_EQ(indexes.Begin(0, {63, 1000}, &counts), Due::kNo);  // less than twice as many
+  EXPECT_EQ(indexes.Begin(0, {64, 1000}, &counts), Due::kAgain);
 }
 
 TEST(RunIndexesTest, AreLearnedAgainFromFourTimesTheTokensUnlessTheSamplesAreFewer) {
   using Due = RunIndexes::Due;
   RunIndexes indexes(kShape);
-  EXPECT_EQ(indexes.Begin({10, 1000}), Due::kFirst);
-  indexes.End(RunIndexes::Learning{10, 1000});
-  EXPECT_EQ(indexes.Begin({10, 3999}), Due::kNo);
-  EXPECT_EQ(indexes.Begin({9, 4000}), Due::kNo);
-  EXPECT_EQ(indexes.Begin({10, 4000}), Due::kAgain);
-  indexes.End(std::nullopt);  // what was learned before still stands
-  EXPECT_EQ(indexes.learned()->tokens, 1000u);
-  EXPECT_EQ(indexes.Begin({10, 4000}), Due::kAgain);
-  indexes.End(RunIndexes::Learning{10, 4000});
-  EXPECT_EQ(indexes.learned()->tokens, 4000u);
-  EXPECT_EQ(indexes.Begin({10, 15999}), Due::kNo);
+  RunCounts counts;
+  EXPECT_EQ(indexes.Begin(0, {10, 1000}, &counts), Due::kFirst);
+  indexes.End(0, RunIndexes::Learning{10, 1000}, &counts);
+  EXPECT_EQ(indexes.Begin(0, {10, 3999}, &counts), Due::kNo);
+  EXPECT_EQ(indexes.Begin(0, {9, 4000}, &counts), Due::kNo);
+  EXPECT_EQ(indexes.Begin(0, {10, 4000}, &counts), Due::kAgain);
+  indexes.End(0, std::nullopt, &counts);  // what was learned before still stands
+  EXPECT_EQ(indexes.learned(0)->tokens, 1000u);
+  EXPECT_EQ(indexes.Begin(0, {10, 4000}, &counts), Due::kAgain);
+  indexes.End(0, RunIndexes::Learning{10, 4000}, &counts);
+  EXPECT_EQ(indexes.learned(0)->tokens, 4000u);
+  EXPECT_EQ(indexes.Begin(0, {10, 15999}, &counts), Due::kNo);
+}
+
+TEST(RunIndexesTest, EachLayerIsLearnedByItselfAndARunCountsOnce) {
+  using Due = RunIndexes::Due;
+  RunIndexes indexes(kShape);
+  RunCounts counts;
+  EXPECT_EQ(indexes.Begin(0, {10, 1000}, &counts), Due::kFirst);
+  EXPECT_EQ(indexes.Begin(1, {10, 1000}, &counts), Due::kFirst);
+  EXPECT_EQ(counts.busy, 1u);
+  indexes.End(0, RunIndexes::Learning{10, 1000}, &counts);
+  EXPECT_EQ(counts.busy, 1u);
+  EXPECT_FALSE(indexes.all_learned());
+  EXPECT_FALSE(indexes.learned(1).has_value());
+  indexes.End(1, RunIndexes::Learning{10, 1000}, &counts);
+  EXPECT_EQ(counts.busy, 0u);
+  EXPECT_TRUE(indexes.all_learned());
+  for (uint32_t layer : {0, 1}) {
+    EXPECT_EQ(indexes.Begin(layer, {40, 1000}, &counts), Due::kAgain);
+    indexes.End(layer, RunIndexes::Learning{40, 1000}, &counts);
+  }
+  EXPECT_EQ(counts.relearned, 1u);
+  EXPECT_EQ(indexes.Begin(1, {80, 1000}, &counts), Due::kAgain);
+  EXPECT_EQ(counts.relearned, 2u);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ class RunIndexerTest : public ::testing::Test {
     for (uint64_t before = samples_->renewal(); samples_->renewal() == before;) Sample(1);
   }
   void Consider(size_t runs) {
-    indexer_->Consider(std::span(uses_).first(runs), kShape, samples_);
+    indexer_->Consider(0, std::span(uses_).first(runs), kShape, samples_);
   }
   // Until the background has come that far.
   void WaitFor(const std::function<bool(const IndexStats&)>& reached) {
@@ -54,7 +54,7 @@ class RunIndexerTest : public ::testing::Test {
   void WaitForLearned(size_t run, uint32_t tokens, uint32_t samples) {
     const RunIndexes& indexes = *uses_[run].run->indexes();
     const auto there = [&] {
-      const auto learned = indexes.learned();
+      const auto learned = indexes.learned(0);
       return learned.has_value() && learned->tokens == tokens && learned->samples == samples;
     };
     for (int ms = 0; !there() && ms < 60000; ++ms) absl::SleepFor(absl::Milliseconds(1));
@@ -113,7 +113,7 @@ TEST_F(RunIndexerTest, RunsThatBecomeDueFasterThanTheyAreIndexedAreLearnedFromTo
   for (size_t r = 0; r < kRuns; ++r) models.insert(ModelOf(r).get());
   EXPECT_EQ(models.count(nullptr), 0u);
   EXPECT_LE(models.size(), 3u);
-  for (size_t r = 1; r < kRuns; ++r) EXPECT_TRUE(uses_[r].run->indexes()->learned().has_value());
+  for (size_t r = 1; r < kRuns; ++r) EXPECT_TRUE(uses_[r].run->indexes()->learned(0).has_value());
 }
 
 TEST_F(RunIndexerTest, FourTimesTheTokensAreLearnedFromAnewByAll) {
@@ -158,7 +158,7 @@ TEST_F(RunIndexerTest, RenewedSamplesAreLearnedFromAnewByTheRunsOfEveryFork) {
   Renew();
   // One fork has the first two runs and one that is new, another all but that one.
   std::vector<RunUse> one = {uses_[0], uses_[1], uses_[4]};
-  indexer_->Consider(one, kShape, samples_);
+  indexer_->Consider(0, one, kShape, samples_);
   WaitFor([](const IndexStats& stats) { return stats.queued_runs == 0; });
   EXPECT_EQ(indexer_->stats().relearned, 2u);
   EXPECT_EQ(ModelOf(2), model);
@@ -167,7 +167,7 @@ TEST_F(RunIndexerTest, RenewedSamplesAreLearnedFromAnewByTheRunsOfEveryFork) {
   EXPECT_EQ(indexer_->stats().relearned, 4u);
   EXPECT_NE(ModelOf(0), model);
   for (size_t r = 1; r < 5; ++r) EXPECT_EQ(ModelOf(r), ModelOf(0)) << r;
-  EXPECT_EQ(uses_[3].run->indexes()->learned()->renewal, samples_->renewal());
+  EXPECT_EQ(uses_[3].run->indexes()->learned(0)->renewal, samples_->renewal());
   Consider(5);  // once
   EXPECT_EQ(indexer_->stats().queued_runs, 0u);
 }
@@ -180,16 +180,17 @@ TEST_F(RunIndexerTest, RunsThatAreLostMeanwhileAreLeftOut) {
   const std::shared_ptr<RunIndexes> lost = uses_[1].run->indexes();
   uses_[1].run = nullptr;
   indexer_ = nullptr;  // given up: as if nobody had asked
-  EXPECT_FALSE(lost->learned().has_value());
-  EXPECT_EQ(uses_[0].run->indexes()->Begin({}), RunIndexes::Due::kFirst);
-  uses_[0].run->indexes()->End(std::nullopt);
+  EXPECT_FALSE(lost->learned(0).has_value());
+  RunCounts counts;
+  EXPECT_EQ(uses_[0].run->indexes()->Begin(0, {}, &counts), RunIndexes::Due::kFirst);
+  uses_[0].run->indexes()->End(0, std::nullopt, &counts);
 
   // One job keeps the only thread, the next one's second run is gone when its turn comes.
   options_.threads = 1;
   Start();
   Consider(1);
   std::vector<RunUse> next = {uses_[2], uses_[3], uses_[4]};
-  indexer_->Consider(next, kShape, samples_);
+  indexer_->Consider(0, next, kShape, samples_);
   next[1].run = nullptr;
   uses_[3].run = nullptr;
   WaitForLearned(2, 3 * kRunTokens, 0);

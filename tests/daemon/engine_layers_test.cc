@@ -1,0 +1,267 @@
+// A prefill that goes layer by layer has its first layers indexed before the last one has come.
+#include <atomic>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "tests/daemon/engine_fixture.h"
+#include "tests/support/seed.h"
+
+namespace quarry {
+namespace {
+
+constexpr uint32_t kRunTokens = 2048, kRuns = 3, kFirst = 128, kLayers = 3, kKvHeads = 2;
+constexpr uint32_t kTokens = kFirst + kRuns * kRunTokens + 600;  // the last run is published
+constexpr TokenRange kRange = {kFirst, kTokens - 512};
+constexpr Budget kWithinError = {.kind = Budget::Kind::kError, .error = 0.05f};
+constexpr uint64_t kLayerHeads = kKvHeads * kRuns;  // indexes of one layer
+constexpr uint32_t kSamples = 64;
+
+constexpr KvShape kShape = {
+    .layers = kLayers, .heads = 4, .kv_heads = kKvHeads, .head_dim = 64, .dtype = DType::kBf16};
+
+class EngineLayersTest : public EngineTest {
+ protected:
+  void SetUp() override {
+    EngineOptions options = SmallOptions();
+    options.run_tokens = kRunTokens;
+    options.first_run_token = kFirst;
+    options.index.choice.kind = IndexKind::kClusters;
+    Start(options);
+  }
+  ContextId Open(std::vector<uint32_t> ids = Tokens(kTokens)) {
+    const auto opened =
+        engine_->Open(session_, OpenFor(SmallModel(kShape), std::move(ids), kTokens + 1024));
+    EXPECT_OK(opened.status());
+    return opened.ok() ? opened->context : ContextId{};
+  }
+  // With sampled queries of the layer, as a prefill brings them.
+  absl::Status AppendLayer(ContextId context, uint32_t layer, TokenRange tokens = {0, kTokens}) {
+    std::mt19937_64 random(Seed() + layer);
+    std::normal_distribution<float> normal;
+    std::vector<float> q(size_t{kSamples} * kShape.heads * kShape.head_dim);
+    for (float& x : q) x = normal(random);
+    std::vector<uint32_t> positions(kSamples);
+    for (uint32_t i = 0; i < kSamples; ++i) positions[i] = (i + 1) * (kTokens / kSamples) - 1;
+    AppendRequest request;
+    request.context = context;
+    request.layer = layer;
+    request.kv_heads = kKvHeads;
+    request.range = tokens;
+    request.k = data_.k(layer, tokens.lo);
+    request.v = data_.v(layer, tokens.lo);
+    request.query_samples = q.data();
+    request.query_positions = positions;
+    return engine_->Append(session_, request);
+  }
+  // Of some KV heads, as one of several writers has them.
+  absl::Status AppendHead(ContextId context, uint32_t layer, uint32_t kv_head) {
+    const size_t bytes = kShape.vector_bytes();
+    std::vector<char> k(kTokens * bytes), v(k.size());
+    for (uint32_t t = 0; t < kTokens; ++t) {
+      std::memcpy(k.data() + t * bytes, data_.k(layer, t) + kv_head * bytes, bytes);
+      std::memcpy(v.data() + t * bytes, data_.v(layer, t) + kv_head * bytes, bytes);
+    }
+    AppendRequest request;
+    request.context = context;
+    request.layer = layer;
+    request.first_kv_head = kv_head;
+    request.kv_heads = 1;
+    request.range = {0, kTokens};
+    request.k = k.data();
+    request.v = v.data();
+    return engine_->Append(session_, request);
+  }
+  IndexStats Index() const { return engine_->Stats().index; }
+  void WaitFor(const std::function<bool(const EngineStats&)>& reached) {
+    for (int ms = 0; !reached(engine_->Stats()) && ms < 60000; ++ms) {
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+    ASSERT_TRUE(reached(engine_->Stats())) << Index().built << " built";
+  }
+  void WaitForBuilt(uint64_t heads) {
+    WaitFor(
+        [&](const EngineStats& s) { return s.index.built == heads && s.index.queued_runs == 0; });
+  }
+  std::unique_ptr<OwnedRow> Ask(ContextId context, uint32_t layer, TokenRange range = kRange) {
+    auto row =
+        AttendOne(*engine_, session_, kShape, context, layer, range, Seed() + 9, kWithinError);
+    EXPECT_OK(row->answer.status);
+    return row;
+  }
+  // An index answered: it says how far it may be off.
+  static bool Indexed(const OwnedRow& row) { return row.answer.error_estimate > 0; }
+
+  const KvData data_{kShape, kTokens, Seed()};
+};
+
+TEST_F(EngineLayersTest, ALayerIsIndexedAndSearchedBeforeTheLastOneHasCome) {
+  const ContextId context = Open();
+  ASSERT_OK(AppendLayer(context, 0));
+  ASSERT_OK(AppendLayer(context, 1));  // the first one has come as far as it will
+  WaitForBuilt(kLayerHeads);
+  EXPECT_EQ(engine_->Stats().runs_live, 0u);  // nobody else is to find them yet
+  EXPECT_EQ(Index().indexed_runs, 0u);
+  EXPECT_TRUE(Indexed(*Ask(context, 0)));
+  EXPECT_FALSE(Indexed(*Ask(context, 1)));
+  ASSERT_OK(AppendLayer(context, 2));
+  WaitForBuilt(kLayers * kLayerHeads);
+  WaitFor([](const EngineStats& s) { return s.index.indexed_runs == kRuns; });
+  EXPECT_EQ(engine_->Stats().runs_live, kRuns);
+  EXPECT_EQ(Index().relearned, 0u);
+  for (uint32_t layer = 0; layer < kLayers; ++layer) EXPECT_TRUE(Indexed(*Ask(context, layer)));
+}
+
+TEST_F(EngineLayersTest, AnswersAreThoseOfIndexesThatAreMadeAtTheEnd) {
+  const auto answers = [&](ContextId context) {
+    WaitForBuilt(kLayers * kLayerHeads);
+    std::vector<std::vector<float>> out;
+    for (uint32_t layer = 0; layer < kLayers; ++layer) out.push_back(Ask(context, layer)->o);
+    return out;
+  };
+  const ContextId by_layer = Open();
+  for (uint32_t layer = 0; layer < kLayers; ++layer) ASSERT_OK(AppendLayer(by_layer, layer));
+  const auto first = answers(by_layer);
+  SetUp();
+  const ContextId at_end = Open({});
+  for (uint32_t layer = 0; layer < kLayers; ++layer) ASSERT_OK(AppendLayer(at_end, layer));
+  ASSERT_OK(engine_->Seal(session_, at_end).status());
+  EXPECT_EQ(Index().built, 0u);  // what it will be called is not known
+  ASSERT_OK(engine_->DeclareTokens(session_, at_end, Tokens(kTokens)));
+  EXPECT_EQ(answers(at_end), first);
+}
+
+TEST_F(EngineLayersTest, WhatAnotherContextOfTheSameTokensHasIsNotBuiltTwice) {
+  const ContextId first = Open(), second = Open();
+  for (uint32_t layer = 0; layer < kLayers; ++layer) ASSERT_OK(AppendLayer(first, layer));
+  WaitForBuilt(kLayers * kLayerHeads);
+  const uint64_t made = engine_->Stats().runs_made;
+  for (uint32_t layer = 0; layer < kLayers; ++layer) ASSERT_OK(AppendLayer(second, layer));
+  ASSERT_OK(engine_->Seal(session_, second).status());
+  EXPECT_EQ(Ask(second, 0)->o, Ask(first, 0)->o);
+  EXPECT_TRUE(Indexed(*Ask(second, 0)));
+  WaitFor([](const EngineStats& s) { return s.index.queued_runs == 0; });
+  EXPECT_EQ(Index().built, kLayers * kLayerHeads);
+  EXPECT_EQ(engine_->Stats().runs_made, made);
+}
+
+TEST_F(EngineLayersTest, OfTwoContextsThatPrefillTheSameTokensAtOnceOneHasItsIndexesKept) {
+  const ContextId first = Open(), second = Open();
+  for (uint32_t layer = 0; layer < kLayers; ++layer) {
+    ASSERT_OK(AppendLayer(first, layer));
+    ASSERT_OK(AppendLayer(second, layer));
+  }
+  ASSERT_OK(engine_->Seal(session_, first).status());
+  ASSERT_OK(engine_->Seal(session_, second).status());
+  WaitFor([](const EngineStats& s) {
+    return s.index.indexed_runs == kRuns && s.index.queued_runs == 0;
+  });
+  EXPECT_EQ(engine_->Stats().runs_live, kRuns);
+  EXPECT_EQ(Ask(second, 0)->o, Ask(first, 0)->o);
+  EXPECT_OK(engine_->Close(session_, first));
+  EXPECT_OK(engine_->Close(session_, second));
+  WaitUntilUnleased();
+  ASSERT_OK(engine_->Purge(session_, {.whole_tenant = true}).status());
+  EXPECT_EQ(Index().bytes, 0u);
+}
+
+TEST_F(EngineLayersTest, AContextThatClosesMidwayLeavesNothing) {
+  const ContextId context = Open();
+  ASSERT_OK(AppendLayer(context, 0));
+  ASSERT_OK(AppendLayer(context, 1));
+  WaitForBuilt(kLayerHeads);
+  EXPECT_GT(Index().bytes, 0u);
+  EXPECT_OK(engine_->Close(session_, context));
+  WaitUntilUnleased();
+  WaitFor([](const EngineStats& s) { return s.index.bytes == 0 && s.store.blocks == 0; });
+}
+
+TEST_F(EngineLayersTest, AForkSearchesTheIndexedLayersOfARunThatItCuts) {
+  constexpr uint32_t kShared = kFirst + 1500;
+  const ContextId context = Open();
+  for (uint32_t layer = 0; layer < kLayers; ++layer) {
+    ASSERT_OK(AppendLayer(context, layer, {0, kShared}));
+  }
+  ASSERT_OK(AppendLayer(context, 0, {kShared, kTokens}));
+  ASSERT_OK(AppendLayer(context, 1, {kShared, kTokens}));
+  WaitForBuilt(kLayerHeads);
+  const auto fork = engine_->Fork(session_, {context, kShared - 100, kTokens, {}});
+  ASSERT_OK(fork.status());
+  EXPECT_OK(engine_->Close(session_, context));
+  const TokenRange shared{kFirst, kShared - 200};
+  EXPECT_TRUE(Indexed(*Ask(*fork, 0, shared)));
+  EXPECT_FALSE(Indexed(*Ask(*fork, 1, shared)));
+  EXPECT_OK(engine_->Close(session_, *fork));
+  WaitUntilUnleased();
+  WaitFor([](const EngineStats& s) { return s.index.bytes == 0; });
+}
+
+TEST_F(EngineLayersTest, WritersOfOneLayersHeadsAreWaitedFor) {
+  const ContextId context = Open();
+  ASSERT_OK(AppendHead(context, 0, 0));
+  ASSERT_OK(AppendHead(context, 1, 0));  // the other writer is still at the layer before
+  ASSERT_OK(AppendHead(context, 0, 1));
+  ASSERT_OK(AppendHead(context, 1, 1));
+  WaitForBuilt(kLayerHeads);
+  EXPECT_TRUE(Indexed(*Ask(context, 0)));
+  EXPECT_FALSE(Indexed(*Ask(context, 1)));
+}
+
+// Layers come, are indexed and searched while contexts are closed midway or completed and forked.
+TEST_F(EngineLayersTest, AnswersStayRightWhileLayersComeAndAreIndexed) {
+  constexpr uint32_t kPrompts = 4;
+  std::atomic<uint64_t> current{0};  // the context
+  std::atomic<uint32_t> there{0};    // layers of it
+  std::atomic<bool> done{false};
+  std::thread writer([&] {
+    for (uint32_t prompt = 0; prompt < kPrompts; ++prompt) {
+      const ContextId context = Open(Tokens(kTokens, 1000000 * (prompt + 1)));
+      there.store(0);
+      current.store(context.value);
+      const uint32_t layers = prompt % 2 == 0 ? kLayers : kLayers - 1;
+      for (uint32_t layer = 0; layer < layers; ++layer) {
+        ASSERT_OK(AppendLayer(context, layer));
+        there.store(layer + 1);
+        if (layer > 0) WaitFor([&](const EngineStats& s) { return s.index.queued_runs == 0; });
+      }
+      if (layers == kLayers) {
+        const auto fork = engine_->Fork(session_, {context, kTokens - 700, kTokens, {}});
+        ASSERT_OK(fork.status());
+        Ask(*fork, 0, {kFirst, kTokens - 1000});
+        EXPECT_OK(engine_->Close(session_, *fork));
+      }
+      EXPECT_OK(engine_->Close(session_, context));
+    }
+    done.store(true);
+  });
+  std::atomic<uint32_t> indexed{0};
+  const auto attend = [&](uint64_t seed) {
+    std::mt19937_64 random(seed);
+    while (!done.load()) {
+      const ContextId context{current.load()};
+      const uint32_t layers = there.load();
+      if (layers == 0) continue;
+      const auto layer = static_cast<uint32_t>(random() % layers);
+      const auto row =
+          AttendOne(*engine_, session_, kShape, context, layer, kRange, random(), kWithinError);
+      // Between the two loads another prompt may have begun, or this one may have ended.
+      if (absl::IsNotFound(row->answer.status) || absl::IsInvalidArgument(row->answer.status)) {
+        continue;
+      }
+      ASSERT_OK(row->answer.status);
+      indexed += Indexed(*row);
+      ASSERT_LT(OutputError(data_, *row, 0.5), 0.5);
+    }
+  };
+  std::thread reader([&] { attend(Seed() + 1); });
+  attend(Seed() + 2);
+  reader.join();
+  writer.join();
+  EXPECT_GT(indexed.load(), 0u);
+  EXPECT_EQ(Index().failed, 0u);
+  WaitUntilUnleased();
+  EXPECT_EQ(engine_->Stats().runs_live, 0u);
+}
+
+}  // namespace
+}  // namespace quarry
