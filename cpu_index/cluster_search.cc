@@ -90,15 +90,6 @@ ScoreHistogram TokensAround(const ScoreHistogram& centres, float deviation) {
   return tokens;
 }
 
-// How many of them score at least `least`.
-uint64_t CountFrom(const ScoreHistogram& tokens, float least) {
-  uint64_t count = 0;
-  for (int b = 0; b < ScoreHistogram::kBins - 1 && tokens.Below(b + 1) >= least; ++b) {
-    count += tokens.count[b];
-  }
-  return count;
-}
-
 // The score that about `count` of them have at least.
 float BestOf(const ScoreHistogram& tokens, uint32_t count) {
   constexpr int kSeen = ScoreHistogram::kBins - 1;
@@ -413,14 +404,14 @@ void ClusterSearch::DecideLeaves() {
     top_[i] = tokens[i].top;
     const float mass = Mass(i, &ClusterFindings::mass);
     mass_[i] = std::exp(mass - top_[i]);
-    expected_[i] = CutOf(i, tokens[i]).tokens;
+    expected_[i] = CutOf(i, tokens[i], q.MostTokens(i)).tokens;
     const float needed =
         UsesHistory() ? q.limits.history->NeededRows(q.model.needed_rows) : q.model.needed_rows;
     rows[i] = static_cast<uint64_t>(needed * static_cast<float>(expected_[i]));
     ranked[i] = BestOf(tokens[i], kRankedTokens);
     heavy[i] = mass + std::log(q.tolerance) + 0.5f * q.code_variance[i];
     const float usual = heavy[i] - q.code_miss[i];  // of a token of scale 1
-    if (usual < ranked[i]) rows[i] = std::max(rows[i], CountFrom(tokens[i], usual));
+    if (usual < ranked[i]) rows[i] = std::max(rows[i], tokens[i].CountFrom(usual));
   }
   if (q.every_code && !(UsesHistory() && q.limits.history->LookDeeper())) ScanIfFaster(rows);
   if (ScansAll()) return NoteLook(false, rows);
@@ -451,12 +442,12 @@ float ClusterSearch::LeafFloor(uint32_t query) const {
   return OpenedFrom(query, kLeafShare, kLogLeaf, q.model.leaf_doubt * q.unrest[query].leaf);
 }
 
-void ClusterSearch::DecideTokens() {
+// What all tokens weigh, now that those of opened leaves are scored.
+void ClusterSearch::WeighTokens() {
   const ClusterQueries& q = *queries_;
-  std::vector<uint64_t> rows(q.count());
-  for (const auto& part : parts_) leaves_ += part->leaf_row();
+  tokens_by_score_.resize(q.count());
   for (uint32_t i = 0; i < q.count(); ++i) {
-    ScoreHistogram tokens;
+    ScoreHistogram& tokens = tokens_by_score_[i];
     for (const auto& part : parts_) tokens.top = std::max(tokens.top, part->findings()[i].max);
     tokens.top = std::ceil(tokens.top * ScoreHistogram::kPerNat) / ScoreHistogram::kPerNat;
     tokens.Add(Together(i, &ClusterFindings::weights));
@@ -465,12 +456,32 @@ void ClusterSearch::DecideTokens() {
                  Sum(i, &ClusterFindings::by_super) * q.model.super_doubt * q.unrest[i].super;
     mass_[i] = Sum(i, &ClusterFindings::by_code) + Sum(i, &ClusterFindings::by_leaf) +
                Sum(i, &ClusterFindings::by_super);
+  }
+}
+
+ScoreHistogram ClusterSearch::WantedTokens(uint32_t query) {
+  if (tokens_by_score_.empty()) WeighTokens();
+  if (scanned_[query] || !std::isfinite(mass_[query])) return {};
+  ScoreHistogram wanted = tokens_by_score_[query];
+  const float least = CutOf(query, wanted, ~0u).refine;
+  for (int b = 0; b < ScoreHistogram::kBins; ++b) {
+    if (b == ScoreHistogram::kBins - 1 || wanted.Below(b + 1) < least) wanted.count[b] = 0;
+  }
+  return wanted;
+}
+
+void ClusterSearch::DecideTokens() {
+  const ClusterQueries& q = *queries_;
+  if (tokens_by_score_.empty()) WeighTokens();
+  std::vector<uint64_t> rows(q.count());
+  for (const auto& part : parts_) leaves_ += part->leaf_row();
+  for (uint32_t i = 0; i < q.count(); ++i) {
     if (scanned_[i]) continue;
     if (q.limits.depth != Depth::kAsNeeded) {
       cuts_[i] = ForcedCut(i);
       continue;
     }
-    cuts_[i] = CutOf(i, tokens);
+    cuts_[i] = CutOf(i, tokens_by_score_[i], q.MostTokens(i));
     rows[i] = cuts_[i].tokens;
     scanned_[i] = !std::isfinite(mass_[i]) ||
                   (cuts_[i].error > kMostOverdrawn * Allowed(i) && q.MostTokens(i) == ~0u);
@@ -499,7 +510,8 @@ float ClusterSearch::Correction(uint32_t query, float allowed) const {
   return queries_->model.CorrectionAt(own) * std::exp(kDoubtElsewhere * (1 - share));
 }
 
-ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) const {
+ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens,
+                              uint32_t most_tokens) const {
   const ClusterQueries& q = *queries_;
   if (tokens.top == kNone) return kNothing;
   const float allowed = Allowed(query), correction = Correction(query, allowed);
@@ -510,7 +522,7 @@ ErrorCut ClusterSearch::CutOf(uint32_t query, const ScoreHistogram& tokens) cons
   in.refined_part = q.model.row_doubt / q.model.token_doubt;
   in.closed = correction * closed_[query];
   in.allowed = allowed;
-  in.most_tokens = q.MostTokens(query);
+  in.most_tokens = most_tokens;
   in.surely_from = tokens.top + std::log(in.allowed) - kRowsMiss;
   in.surely_most = kBestExact;
   return FindErrorCut(in);
@@ -604,6 +616,13 @@ void ClusterSearch::Finish(std::span<Partial> acc, std::vector<uint32_t>* refine
   }
   if (refined == nullptr) return;
   for (const auto& part : parts_) part->ListRead(refined);
+}
+
+void ShareCap(std::span<const CappedQuery> searches, uint32_t most) {
+  std::vector<ScoreHistogram> wanted;
+  for (const CappedQuery& one : searches) wanted.push_back(one.search->WantedTokens(one.query));
+  const std::vector<uint32_t> shares = ShareTokens(wanted, most);
+  for (size_t i = 0; i < searches.size(); ++i) *searches[i].most_tokens = shares[i];
 }
 
 void SearchClusters(std::span<const ClusterRun> runs, const QueryBlock& queries,

@@ -32,7 +32,8 @@ struct ClusterRun {
 struct ClusterLimits {
   float tolerance = 0;         // 0: every token's key and value are read
   // [queries] how many tokens are read one by one for each; empty: any number. A query may be
-  // answered by what is read for another one beside its own.
+  // answered by what is read for another one beside its own. Looked at when tokens are decided on,
+  // so that it may be shared out over several searches until then.
   std::span<const uint32_t> most_tokens;
   // [queries] log of the length of the sum of e^score * value over what the answer will be merged
   // with, as far as it is known: it makes errors here matter less, but no more than
@@ -66,6 +67,13 @@ class ClusterSearch {
   void RunPart(uint32_t part);
   // When all parts of a stage have been run. False after the last one.
   bool Next();
+
+  // Whether tokens were scored in the stage whose parts have been run, so that Next decides which
+  // of them are read.
+  bool ScoredTokens() const { return stage_ == Stage::kTokens; }
+  // Then, before Next: by their scores, the tokens that would be read one by one for the query if
+  // their number were not bounded; none if it is attended exactly.
+  ScoreHistogram WantedTokens(uint32_t query);
 
   // After the last stage: merges the answers into acc [queries]; the bytes of all of it go to
   // acc[0]. refined: may be null; the tokens that are attended by their rows, or by their keys and
@@ -101,10 +109,11 @@ class ClusterSearch {
   void DecideSupers();
   void DecideLeaves();
   float LeafFloor(uint32_t query) const;
+  void WeighTokens();
   void DecideTokens();
   float Allowed(uint32_t query) const;
   float Correction(uint32_t query, float allowed) const;
-  ErrorCut CutOf(uint32_t query, const ScoreHistogram& tokens) const;
+  ErrorCut CutOf(uint32_t query, const ScoreHistogram& tokens, uint32_t most_tokens) const;
   ErrorCut ForcedCut(uint32_t query) const;
   void Attend(uint32_t part);
   ErrorCut Left(uint32_t query) const;
@@ -122,8 +131,19 @@ class ClusterSearch {
   // Expected once leaves are scored, known once tokens are: near their largest score; by e^top_,
   // the error that closed groups may make, and what all that is estimated weighs.
   std::vector<float> top_, closed_, mass_;
+  std::vector<ScoreHistogram> tokens_by_score_;  // known once tokens are
   size_t leaves_ = 0;  // that were scored
 };
+
+// One query in one of the searches that answer it, and where that search's limit for it stands.
+struct CappedQuery {
+  ClusterSearch* search = nullptr;  // whose tokens are scored
+  uint32_t query = 0;
+  uint32_t* most_tokens = nullptr;  // of ClusterLimits::most_tokens
+};
+// Shares out how many tokens may be read one by one for a query over all of its searches, before
+// their Next: those of the highest scores, whichever search found them, of what each wants.
+void ShareCap(std::span<const CappedQuery> searches, uint32_t most);
 
 // All of it on the calling thread.
 void SearchClusters(std::span<const ClusterRun> runs, const QueryBlock& queries,

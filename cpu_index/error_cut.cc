@@ -63,6 +63,25 @@ float ScoreHistogram::Below(int bins) const {
   return bins == 0 ? kAll : std::nextafter(top - static_cast<float>(bins) / kPerNat, kAll);
 }
 
+uint64_t ScoreHistogram::CountFrom(float least) const {
+  uint64_t from = 0;
+  for (int b = 0; b < kBins - 1 && Below(b + 1) >= least; ++b) from += count[b];
+  return from;
+}
+
+std::vector<uint32_t> ShareTokens(std::span<const ScoreHistogram> wanted, uint32_t most) {
+  ScoreHistogram all;
+  for (const ScoreHistogram& one : wanted) all.Add(one);
+  uint64_t tokens = 0;
+  int cut = 0;  // the first bin of which none is read
+  while (cut < kBins - 1 && tokens + all.count[cut] <= most) tokens += all.count[cut++];
+  std::vector<uint32_t> shares;
+  for (const ScoreHistogram& one : wanted) {
+    shares.push_back(static_cast<uint32_t>(one.CountFrom(all.Below(cut))));
+  }
+  return shares;
+}
+
 ErrorCut FindErrorCut(const ErrorCutInput& in) {
   const std::array<float, kBins>& mass = MassOfBin();
   const std::array<uint32_t, kBins>& count = in.tokens.count;

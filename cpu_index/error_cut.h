@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <vector>
 
 #include "cpu_index/kernels.h"
 
@@ -23,6 +24,9 @@ struct ScoreHistogram {
   void Add(const ScoreHistogram& other);
   // The least score in the `bins` highest, whose lower edges are the next ones'; infinity for none.
   float Below(int bins) const;
+  // How many of the scores are at least that, a Below of this or of another one; none of the last
+  // bin.
+  uint64_t CountFrom(float least) const;
 };
 
 // What one query's tokens and groups of tokens weigh, by their scores. Errors are by e^tokens.top and
@@ -51,6 +55,10 @@ struct ErrorCut {
   uint64_t tokens = 0;  // that are read by their rows or exactly
 };
 ErrorCut FindErrorCut(const ErrorCutInput& in);
+
+// Of tokens that several searches want to read for one query, those of the highest scores, together
+// no more than `most`: how many of each.
+std::vector<uint32_t> ShareTokens(std::span<const ScoreHistogram> wanted, uint32_t most);
 
 // The least weight (a log) that has to be opened, so that the weights below it sum up to at most
 // e^allowed.

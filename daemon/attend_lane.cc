@@ -107,6 +107,8 @@ class AttendLane::FamilySearch {
 
   uint32_t parts() const { return search_->parts(); }
   void RunPart(uint32_t part) { search_->RunPart(part); }
+  bool ScoredTokens() const { return search_->ScoredTokens(); }
+  CappedQuery Capped(uint32_t query) { return {&*search_, query, &most_tokens_[query]}; }
   // False when the answers are there.
   bool Next() {
     if (search_->Next()) return true;
@@ -148,6 +150,9 @@ AttendLane::AttendLane(const LaneKey& key, std::span<const LaneMember> members,
   }
   PickIndexes(indexes);
   searches_.resize(families_.size());
+  shares_caps_ = families_.size() > 1 &&
+                 std::any_of(members_.begin(), members_.end(),
+                             [](const LaneMember& member) { return member.budget.k > 0; });
   size_t slots = 0;
   for (uint32_t u = 0; u < indexes_.size(); ++u) {
     first_slot_.push_back(static_cast<uint32_t>(slots));
@@ -300,11 +305,28 @@ bool AttendLane::NextPhase() {
 }
 
 bool AttendLane::NextStage() {
+  if (shares_caps_ && phase_ == Phase::kSearchPart) ShareCaps();
   for (auto& search : searches_) {
     if (phase_ == Phase::kSearchPart && search != nullptr && !search->Next()) search.reset();
   }
   EnterPhase(Phase::kSearchPart);
   return tasks() > 0;
+}
+
+// All searches that score tokens do so in the same phase: they have the same stages before it.
+void AttendLane::ShareCaps() {
+  std::vector<std::vector<CappedQuery>> queries(members_.size() * group_);
+  for (size_t f = 0; f < families_.size(); ++f) {
+    if (searches_[f] == nullptr || !searches_[f]->ScoredTokens()) continue;
+    const std::vector<uint32_t>& members = units_[families_[f].front()].members;
+    for (uint32_t i = 0; i < members.size() * group_; ++i) {
+      queries[members[i / group_] * group_ + i % group_].push_back(searches_[f]->Capped(i));
+    }
+  }
+  for (size_t i = 0; i < queries.size(); ++i) {
+    const uint32_t most = members_[i / group_].budget.k;
+    if (most > 0 && queries[i].size() > 1) ShareCap(queries[i], most);
+  }
 }
 
 // The lengths of the sums over what has been attended whole.
@@ -381,7 +403,7 @@ void AttendLane::Refine(uint32_t u) {
 
 void AttendLane::Search(uint32_t f) {
   auto search = std::make_unique<FamilySearch>(*this, families_[f]);
-  if (search->parts() > 1) {
+  if (search->parts() > 1 || shares_caps_) {
     searches_[f] = std::move(search);
     return;
   }

@@ -47,7 +47,8 @@ struct LaneResult {
 // indexed one scores its units, shares each query's budget out over them, then refines them. One
 // with a tolerance first attends the units that no index estimates, and the `rest`, tokens that the
 // answers will be merged with elsewhere: beside a long sum of these errors matter less. Then it
-// searches the others, all at once that have the same members and the same model, in parts.
+// searches the others, all at once that have the same members and the same model, in parts; how
+// many tokens may be read one by one is shared out over all searches of a query.
 class AttendLane {
  public:
   // `units` and `rest` are PlanScan's answers for these members; indexes[u] may answer for unit u
@@ -98,6 +99,7 @@ class AttendLane {
   void Search(uint32_t family);
   void SearchPart(uint32_t task);
   bool NextStage();
+  void ShareCaps();
   void AddToFamily(uint32_t unit, const ClusterIndex* clusters);
   float ErrorOf(const Partial& total, uint32_t query) const;
   std::span<Partial> UnitPartials(uint32_t unit);
@@ -113,6 +115,7 @@ class AttendLane {
   std::vector<const ClusterIndex*> clusters_;  // per unit; null: indexes_ has what is used
   std::vector<uint32_t> whole_, searched_;  // units, and of the rest, that are attended; searched
   std::vector<Family> families_;            // of the others
+  bool shares_caps_ = false;                // several families read for a member with a cap
   const uint32_t search_parts_;
   std::vector<std::unique_ptr<FamilySearch>> searches_;  // per family; null: not in parts, or over
   std::vector<LaneMember> members_;

@@ -2,14 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <deque>
 #include <span>
 #include <utility>
 
 #include "cpu_index/budget.h"
-#include "cpu_index/cluster_search.h"
+#include "cpu_index/cluster_index.h"
 #include "cpu_index/key_index.h"
 #include "cpu_index/partial.h"
+#include "daemon/audit_search.h"
 #include "daemon/kv_segments.h"
 #include "daemon/run_registry.h"
 #include "daemon/scan_plan.h"
@@ -249,62 +249,29 @@ class Measuring {
   bool FindRead() {
     read_.assign(query_.range.size(), false);
     Sums beside(query_.lse.size(), shape_.head_dim);
-    std::vector<const ClusterModel*> models;
+    std::vector<AuditedRun> runs;
     for (const Piece& piece : pieces_) {
       if (piece.clusters != nullptr) {
-        const ClusterModel* const model = piece.clusters->model().get();
-        if (std::find(models.begin(), models.end(), model) == models.end()) models.push_back(model);
+        runs.push_back({piece.clusters, piece.run, piece.range});
         continue;
       }
       if (!Add(piece.range, beside.partials)) return false;
       for (uint32_t t = piece.range.lo; t < piece.range.hi; ++t) MarkRead(t);
     }
-    if (models.empty()) return true;
+    if (runs.empty()) return true;
     for (const TokenRange& rest : RestBeside(query_.range, query_.rest_hi)) {
       if (query_.merged && !Add(rest, beside.partials)) return false;
     }
     std::vector<float> lengths;
     for (const Partial& sum : beside.partials) lengths.push_back(sum.LogLength());
-    // Without the history of live searches: where these scan there is nothing to measure.
-    ClusterLimits limits{.tolerance = query_.budget.error, .other_length = lengths};
-    const std::vector<uint32_t> most(query_.lse.size(), query_.budget.k);
-    if (query_.budget.k > 0) limits.most_tokens = most;
-    return std::all_of(models.begin(), models.end(),
-                       [&](const ClusterModel* model) { return SearchRunsOf(model, limits); });
+    std::vector<uint32_t> read;
+    if (!SearchAgain(query_, shape_, runs, lengths, stop_, &read)) return false;
+    for (uint32_t token : read) MarkRead(token);
+    return true;
   }
 
   void MarkRead(uint32_t token) {
     if (token >= query_.range.lo && token < query_.range.hi) read_[token - query_.range.lo] = true;
-  }
-
-  // A part is a run, for a look at stop_ between them; answers do not depend on parts.
-  bool SearchRunsOf(const ClusterModel* model, const ClusterLimits& limits) {
-    std::deque<KvSegments> segments;
-    std::deque<KvView> views;
-    std::deque<std::vector<TokenRange>> ranges;
-    std::vector<ClusterRun> runs;
-    for (const Piece& piece : pieces_) {
-      if (piece.clusters == nullptr || piece.clusters->model().get() != model) continue;
-      const TokenRange run = piece.run->tokens();
-      segments.emplace_back(shape_, query_.layer, query_.kv_head, run, piece.run->blocks().data(),
-                            run.lo / kBlockTokens);
-      views.push_back(segments.back().view());
-      ranges.emplace_back(query_.lse.size(), piece.range);
-      runs.push_back({piece.clusters, &views.back(), ranges.back()});
-    }
-    const QueryBlock queries = Queries(ranges.front().front());  // no run's keys are turned
-    ClusterSearch search(runs, queries, limits, static_cast<uint32_t>(runs.size()));
-    do {
-      for (uint32_t part = 0; part < search.parts(); ++part) {
-        if (stop_()) return false;
-        search.RunPart(part);
-      }
-    } while (search.Next());
-    Sums answers(query_.lse.size(), shape_.head_dim);
-    std::vector<uint32_t> read;
-    search.Finish(answers.partials, &read);
-    for (uint32_t token : read) MarkRead(token);
-    return true;
   }
 
   // What the tokens that are read weigh, and how many of the best they are; false: stopped.

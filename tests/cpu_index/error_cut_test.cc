@@ -262,6 +262,23 @@ double MassBelow(const std::vector<float>& weights, double least) {
   return mass;
 }
 
+TEST(ShareTokensTest, TheBestOfAllSearchesAreReadAndNoMoreThanTheCap) {
+  const ScoreHistogram wanted[] = {ScoreHistogram::Of(std::vector<float>{9.0f, 7.0f, 5.0f, 1.0f}),
+                                   ScoreHistogram::Of(std::vector<float>{8.0f, 6.0f, 2.0f}),
+                                   ScoreHistogram{}};
+  using Shares = std::vector<uint32_t>;
+  EXPECT_EQ(ShareTokens(wanted, 0), (Shares{0, 0, 0}));
+  EXPECT_EQ(ShareTokens(wanted, 1), (Shares{1, 0, 0}));
+  EXPECT_EQ(ShareTokens(wanted, 4), (Shares{2, 2, 0}));
+  EXPECT_EQ(ShareTokens(wanted, 5), (Shares{3, 2, 0}));
+  EXPECT_EQ(ShareTokens(wanted, ~0u), (Shares{4, 3, 0}));
+  // Equal ones are read together or not at all.
+  const ScoreHistogram alike[] = {ScoreHistogram::Of(std::vector<float>{3.0f, 3.0f, 1.0f}),
+                                  ScoreHistogram::Of(std::vector<float>{4.0f, 3.0f})};
+  EXPECT_EQ(ShareTokens(alike, 3), (Shares{0, 1}));
+  EXPECT_EQ(ShareTokens(alike, 4), (Shares{2, 2}));
+}
+
 TEST(OpenFromTest, WhatStaysClosedWeighsWhatIsAllowedAndHardlyLess) {
   std::mt19937 random(static_cast<uint32_t>(Seed()));
   for (const size_t n : {1u, 20u, 3000u}) {

@@ -277,6 +277,52 @@ TEST_F(AttendLaneTest, ACapBoundsWhatIsReadOneByOne) {
   EXPECT_GT(capped.results[0].error_estimate, free.results[0].error_estimate);
 }
 
+// Families are searched one by one; what may be read is of all of them.
+TEST_F(AttendLaneTest, ACapIsOfAllFamiliesTogether) {
+  LearnedClusters other =
+      *LearnClusters({&cuts_[1].segments->view(), 1}, sampled_, {.scan_if_faster = false});
+  cuts_[1].index = std::move(other.indexes[0]);
+  units_.pop_back();
+  constexpr uint32_t kMost = 100;
+  Budget strict = kTolerant;
+  strict.error = 1e-3f;
+  Budget capped = strict;
+  capped.k = kMost;
+  for (const uint32_t parts : {1, 2}) {
+    search_parts_ = parts;
+    const Answer both = Ask(capped);
+    // Heads of a group share what either of them wants.
+    EXPECT_LE(both.results[0].tokens, uint64_t{kGroup} * kGroup * kMost);
+    EXPECT_GT(both.results[0].tokens, uint64_t{kGroup} * kMost * 3 / 4);
+    EXPECT_GT(both.results[0].error_estimate, Ask(strict).results[0].error_estimate);
+  }
+}
+
+TEST_F(AttendLaneTest, BudgetsOfTokensSpanRunsOfDifferentModelsAndTheTail) {
+  LearnedClusters other =
+      *LearnClusters({&cuts_[1].segments->view(), 1}, sampled_, {.scan_if_faster = false});
+  cuts_[1].index = std::move(other.indexes[0]);
+  const std::vector<ScanUnit> cut = units_;
+  const std::vector<ScanUnit> whole = {UnitOf({kFirst.lo, kTail.hi})};
+  for (const Budget& budget : {Budget{.kind = Budget::Kind::kFixedK, .k = 300},
+                               Budget{.kind = Budget::Kind::kTopP, .mass = 0.5f},
+                               Budget{.kind = Budget::Kind::kTopP, .k = 40, .mass = 0.5f},
+                               Budget{.kind = Budget::Kind::kDipr, .beta = 2},
+                               Budget{.kind = Budget::Kind::kSoftmaxLift, .k = 300}}) {
+    units_ = cut;
+    const Answer answer = Ask(budget);
+    units_ = whole;
+    const Answer want = Ask(budget);
+    EXPECT_EQ(answer.results[0].tokens, want.results[0].tokens);
+    if (budget.kind == Budget::Kind::kFixedK) {
+      EXPECT_EQ(answer.results[0].tokens, uint64_t{kGroup} * 300);
+    }
+    EXPECT_NEAR(answer.results[0].error_estimate, want.results[0].error_estimate, 1e-5);
+    for (size_t i = 0; i < want.o.size(); ++i) EXPECT_NEAR(answer.o[i], want.o[i], 1e-4);
+    for (size_t h = 0; h < kGroup; ++h) EXPECT_NEAR(answer.lse[h], want.lse[h], 1e-4);
+  }
+}
+
 TEST_F(AttendLaneTest, AMembersCapTakesNothingFromAnother) {
   Budget strict = kTolerant;
   strict.error = 1e-3f;
