@@ -12,6 +12,11 @@
 #include "daemon/run_registry.h"
 
 namespace quarry {
+namespace {
+
+int32_t Shift(const ScanUnit& unit) { return unit.turn == nullptr ? 0 : unit.turn->distance(); }
+
+}  // namespace
 
 // What one unit scans, and by which index.
 class AttendLane::View {
@@ -20,9 +25,8 @@ class AttendLane::View {
       : index(*lane.indexes_[u]),
         // The exact scan reads no more than is asked; another index wants its whole run.
         segments(*lane.key_.shape, lane.key_.layer, lane.key_.kv_head,
-                 &index == &ExactScan() && lane.clusters_[u] == nullptr
-                     ? lane.unit(u).tokens
-                     : lane.unit(u).run->tokens(),
+                 &index == &ExactScan() && lane.clusters_[u] == nullptr ? lane.unit(u).tokens
+                                                                        : lane.unit(u).run_tokens,
                  lane.unit(u).blocks, lane.unit(u).first_block) {}
   const TokenIndex& index;
   const KvSegments segments;
@@ -197,12 +201,13 @@ void AttendLane::PickIndexes(std::span<const KeyIndex* const> indexes) {
   }
 }
 
-// The queries are the same for all units of a family: none of them has a turn, for they are runs.
+// The queries are the same for all units of a family.
 void AttendLane::AddToFamily(uint32_t u, const ClusterIndex* clusters) {
   clusters_[u] = clusters;
   const auto same = std::find_if(families_.begin(), families_.end(), [&](const Family& family) {
     return clusters_[family.front()]->model() == clusters->model() &&
-           units_[family.front()].members == units_[u].members;
+           units_[family.front()].members == units_[u].members &&
+           Shift(units_[family.front()]) == Shift(units_[u]);
   });
   if (same != families_.end()) return same->push_back(u);
   families_.push_back({u});

@@ -47,7 +47,7 @@ struct LaneResult {
 // indexed one scores its units, shares each query's budget out over them, then refines them. One
 // with a tolerance first attends the units that no index estimates, and the `rest`, tokens that the
 // answers will be merged with elsewhere: beside a long sum of these errors matter less. Then it
-// searches the others, all at once that have the same members and the same model, in parts; how
+// searches the others, all at once that have the same members, turn and model, in parts; how
 // many tokens may be read one by one is shared out over all searches of a query.
 class AttendLane {
  public:

@@ -67,7 +67,7 @@ double WorstError(const Answer& a, const Answer& b, size_t head_dim) {
 // Part of the range: of a run, or of what no run covers.
 struct Piece {
   TokenRange range;
-  const Run* run = nullptr;
+  const RunUse* use = nullptr;
   std::shared_ptr<const KeyIndex> index;  // of the run, that answers; null: the exact scan
   const TokenIndex* tokens = nullptr;     // the same where the budget chooses among tokens
   const ClusterIndex* clusters = nullptr;  // the same where it tolerates an error
@@ -217,7 +217,7 @@ class Measuring {
       if (estimates == (tokens != nullptr)) index = nullptr;  // it was passed by
       const auto* const clusters = dynamic_cast<const ClusterIndex*>(index.get());
       pieces.push_back({.range = part,
-                        .run = use.run.get(),
+                        .use = &use,
                         .index = std::move(index),
                         .tokens = estimates ? nullptr : tokens,
                         .clusters = clusters});
@@ -236,9 +236,9 @@ class Measuring {
       ExactScan().Score(segments.view(), queries, &piece.exact);
       if (piece.tokens == nullptr) continue;
       if (stop_()) return false;
-      const TokenRange run = piece.run->tokens();
-      const KvSegments all(shape_, query_.layer, query_.kv_head, run, piece.run->blocks().data(),
-                           run.lo / kBlockTokens);
+      const TokenRange run = TokensHere(*piece.use->run, piece.use->turn.get());
+      const KvSegments all(shape_, query_.layer, query_.kv_head, run,
+                           piece.use->run->blocks().data(), run.lo / kBlockTokens);
       piece.tokens->Score(all.view(), queries, &piece.found);
     }
     return true;
@@ -252,7 +252,7 @@ class Measuring {
     std::vector<AuditedRun> runs;
     for (const Piece& piece : pieces_) {
       if (piece.clusters != nullptr) {
-        runs.push_back({piece.clusters, piece.run, piece.range});
+        runs.push_back({piece.clusters, piece.use, piece.range});
         continue;
       }
       if (!Add(piece.range, beside.partials)) return false;

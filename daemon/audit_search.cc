@@ -7,16 +7,19 @@
 
 #include "cpu_index/cluster_search.h"
 #include "daemon/kv_segments.h"
+#include "daemon/run_registry.h"
 
 namespace quarry {
 namespace {
 
-// The runs of one model.
+// The runs of one model whose keys are turned alike.
 class Family {
  public:
-  Family(const AuditedQuery& query, const KvShape& shape, std::span<const float> other_length)
+  Family(const AuditedQuery& query, const KvShape& shape, std::span<const float> other_length,
+         const Rotation* turn)
       : query_(query),
         shape_(shape),
+        turn_(turn),
         most_tokens_(query.lse.size(), query.budget.k > 0 ? query.budget.k : ~0u) {
     block_ = {.q = query.q.data(),
               .q_dtype = query.q_dtype,
@@ -25,16 +28,21 @@ class Family {
               .scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim))};
     limits_ = {
         .tolerance = query.budget.error, .most_tokens = most_tokens_, .other_length = other_length};
+    if (turn == nullptr) return;
+    turned_ = query.q;
+    turn->TurnQueries(turned_.data(), block_.queries, block_.head_dim);
+    block_.q = turned_.data();
+    block_.q_dtype = DType::kFp32;
   }
   Family(const Family&) = delete;
 
   bool Takes(const AuditedRun& run) const {
-    return runs_.empty() || runs_.front().index->model() == run.clusters->model();
+    return runs_.front().index->model() == run.clusters->model() && turn_ == run.use->turn.get();
   }
   void Add(const AuditedRun& run) {
-    const TokenRange tokens = run.run->tokens();
-    segments_.emplace_back(shape_, query_.layer, query_.kv_head, tokens, run.run->blocks().data(),
-                           tokens.lo / kBlockTokens);
+    const TokenRange tokens = TokensHere(*run.use->run, turn_);
+    segments_.emplace_back(shape_, query_.layer, query_.kv_head, tokens,
+                           run.use->run->blocks().data(), tokens.lo / kBlockTokens);
     views_.push_back(segments_.back().view());
     ranges_.emplace_back(most_tokens_.size(), run.range);
     runs_.push_back({run.clusters, &views_.back(), ranges_.back()});
@@ -57,7 +65,9 @@ class Family {
  private:
   const AuditedQuery& query_;
   const KvShape& shape_;
+  const Rotation* const turn_;
   std::vector<uint32_t> most_tokens_;
+  std::vector<float> turned_;
   QueryBlock block_;
   ClusterLimits limits_;
   std::deque<KvSegments> segments_;
@@ -87,7 +97,7 @@ bool SearchAgain(const AuditedQuery& query, const KvShape& shape, std::span<cons
     auto family = std::find_if(families.begin(), families.end(),
                                [&](const Family& one) { return one.Takes(run); });
     if (family == families.end()) {
-      families.emplace_back(query, shape, other_length);
+      families.emplace_back(query, shape, other_length, run.use->turn.get());
       family = families.end() - 1;
     }
     family->Add(run);

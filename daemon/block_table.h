@@ -17,7 +17,10 @@ class Run;
 // The part of a run that a context searches: all of it, or up to where a fork left it.
 struct RunUse {
   std::shared_ptr<const Run> run;
-  TokenRange tokens;
+  TokenRange tokens;  // as the context counts them
+  // From the run's own position to the context's, for which queries are turned back; null: it is at
+  // its own.
+  std::shared_ptr<const Rotation> turn = nullptr;
 };
 
 // Tokens that were computed at another position or behind other text: whole blocks, whose keys are
@@ -32,7 +35,7 @@ struct PlacedStretch {
 // the next one (a block won by an earlier writer, a run built in the background).
 struct BlockTable {
   std::vector<std::shared_ptr<HeldBlock>> blocks;  // of max_tokens, from token 0
-  std::vector<RunUse> runs;           // disjoint, in token order; none has placed tokens
+  std::vector<RunUse> runs;  // disjoint, in token order; each in a placed stretch, or in none
   std::vector<PlacedStretch> placed;  // disjoint, in token order
 
   // The stretch that holds the token; null: it is the context's own or of its prefix.

@@ -113,14 +113,39 @@ std::vector<PlacedStretch> PlacedBelow(const RopeSpec& rope,
   return kept;
 }
 
-// The runs that a fork at `tokens` keeps; the one it cuts is searched up to there.
+// The runs that a fork at `tokens` keeps; the one it cuts is searched up to there, or up to the
+// block of which the fork has a copy with turned keys.
 std::vector<RunUse> RunsBelow(const std::vector<RunUse>& runs, uint32_t tokens) {
+  const uint32_t cut = tokens / kBlockTokens * kBlockTokens;
   std::vector<RunUse> kept;
   for (const RunUse& use : runs) {
-    const TokenRange below = Intersect(use.tokens, {0, tokens});
-    if (!below.empty()) kept.push_back({use.run, below});
+    const uint32_t end = use.turn == nullptr ? tokens : cut;
+    const TokenRange below = Intersect(use.tokens, {0, end});
+    if (!below.empty()) kept.push_back({use.run, below, use.turn});
   }
   return kept;
+}
+
+// The indexed runs that lie in placed stretches, each whole.
+std::vector<RunUse> RunsOfPlaced(RunRegistry* registry, const KvShape& shape,
+                                 const BlockTable& table) {
+  const RunGridOptions& grid = registry->grid();
+  std::vector<RunUse> runs;
+  for (const PlacedStretch& stretch : table.placed) {
+    const int32_t shift = stretch.turn->distance();
+    const TokenRange stored{stretch.tokens.lo - shift, stretch.tokens.hi - shift};
+    for (uint32_t i = grid.RunsIn(stored.lo); grid.RunTokens(i).hi <= stored.hi; ++i) {
+      if (grid.RunTokens(i).lo < stored.lo) continue;
+      const uint32_t lo = grid.RunTokens(i).lo + shift, hi = grid.RunTokens(i).hi + shift;
+      const uint32_t first = lo / kBlockTokens, last = (hi - 1) / kBlockTokens;
+      std::shared_ptr<const Run> run =
+          registry->FindIndexed(i, shape, std::span(table.blocks).subspan(first, last - first + 1));
+      if (run != nullptr) {
+        runs.push_back({std::move(run), {lo, hi}, shift == 0 ? nullptr : stretch.turn});
+      }
+    }
+  }
+  return runs;
 }
 
 }  // namespace
@@ -220,6 +245,7 @@ absl::Status ContextFactory::FillTable(const Session& session, const OpenRequest
     std::move(stretch.blocks.begin(), stretch.blocks.end(),
               table->blocks.begin() + stretch.first_block);
   }
+  table->runs = RunsOfPlaced(services_.runs, request.spec.shape, *table);
   const std::string& tenant = session.tenant();
   PrivateBlocks wanted{tenant, request.spec.shape.block_bytes(),
                        OriginOf(tenant, request.spec, request.recipe),

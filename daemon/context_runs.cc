@@ -60,7 +60,7 @@ bool Context::AttachPublished(const BlockTable& table, std::vector<RunUse>* runs
   for (;; ++next_run_) {
     const TokenRange tokens = grid.RunTokens(next_run_);
     if (tokens.hi > published_blocks_ * kBlockTokens) break;
-    // A run's keys are all at the positions that it says; placed blocks are scanned without one.
+    // Runs of placed blocks are where these were computed.
     if (table.PlacedTokens(tokens) > 0) continue;
     const auto use = PlaceOf(tokens, runs);
     const bool stands = use != runs->end() && use->tokens.lo == tokens.lo;
@@ -143,6 +143,7 @@ void Context::IndexRuns() {
     const TokenRange settled{0, services_.runs->grid().RunTokens(SettledRuns(layer)).lo};
     std::vector<RunUse> there;
     for (const RunUse& use : (*table)->runs) {
+      if (use.turn != nullptr) continue;  // its queries come from elsewhere
       // Of an open run that it shares up to a bound, a fork does not know how far it has come.
       const bool own = use.tokens == use.run->tokens() && use.tokens.hi <= settled.hi;
       if (own || !use.run->open()) there.push_back(use);

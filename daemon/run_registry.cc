@@ -14,8 +14,6 @@ std::shared_ptr<const Run> RunRegistry::GetOrMake(
   const Key key{blocks.back()->id(), i, shape};
   absl::MutexLock lock(&mutex_);
   Entry& entry = runs_[key];
-  entry.asked = ++asks_;
-  if (std::shared_ptr<const Run> run = entry.run.lock()) return run;
   if (open != nullptr && !std::ranges::equal(open->blocks(), blocks)) open = nullptr;
   if (entry.indexes == nullptr) {
     entry.indexes = open != nullptr ? open->indexes() : std::make_shared<RunIndexes>(shape);
@@ -24,13 +22,32 @@ std::shared_ptr<const Run> RunRegistry::GetOrMake(
       entry.sources.push_back({block->id(), block->origin().name_space});
     }
   }
-  std::shared_ptr<const Run> made = open != nullptr && open->indexes() == entry.indexes
-                                        ? std::move(open)
-                                        : Make(i, blocks, entry.indexes);
-  entry.run = made;
-  made_.fetch_add(1, std::memory_order_relaxed);
+  std::shared_ptr<const Run> run = Use(i, blocks, std::move(open), &entry);
   SweepExpired();  // `entry` may move
-  return made;
+  return run;
+}
+
+std::shared_ptr<const Run> RunRegistry::Use(uint32_t i,
+                                            std::span<const std::shared_ptr<HeldBlock>> blocks,
+                                            std::shared_ptr<const Run> open, Entry* entry) {
+  entry->asked = ++asks_;
+  std::shared_ptr<const Run> run = entry->run.lock();
+  if (run != nullptr) return run;
+  const bool takes = open != nullptr && open->indexes() == entry->indexes;
+  run = takes ? std::move(open) : Make(i, blocks, entry->indexes);
+  entry->run = run;
+  made_.fetch_add(1, std::memory_order_relaxed);
+  return run;
+}
+
+std::shared_ptr<const Run> RunRegistry::FindIndexed(
+    uint32_t i, const KvShape& shape, std::span<const std::shared_ptr<HeldBlock>> blocks) {
+  absl::MutexLock lock(&mutex_);
+  const auto known = runs_.find(Key{blocks.back()->id(), i, shape});
+  if (known == runs_.end()) return nullptr;
+  Entry& entry = known->second;
+  if (entry.run.expired() && entry.indexes->empty()) return nullptr;
+  return Use(i, blocks, nullptr, &entry);
 }
 
 std::shared_ptr<const Run> RunRegistry::Open(uint32_t i, const KvShape& shape,

@@ -15,6 +15,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/synchronization/mutex.h"
 #include "daemon/held_block.h"
+#include "daemon/rotation.h"
 #include "daemon/run_indexes.h"
 #include "proto/types.h"
 
@@ -43,6 +44,12 @@ class Run {
   const std::vector<std::shared_ptr<HeldBlock>> blocks_;
   const std::shared_ptr<RunIndexes> indexes_;
 };
+
+// All of the run that is used, as its user counts tokens.
+inline TokenRange TokensHere(const Run& run, const Rotation* turn) {
+  const auto shift = static_cast<uint32_t>(turn == nullptr ? 0 : turn->distance());
+  return {run.tokens().lo + shift, run.tokens().hi + shift};
+}
 
 // The grid of runs, the same for every context whatever the timing: run i is
 // [first_run_token + i * run_tokens, first_run_token + (i + 1) * run_tokens).
@@ -76,6 +83,10 @@ class RunRegistry {
   std::shared_ptr<const Run> GetOrMake(std::string_view tenant, uint32_t i, const KvShape& shape,
                                        std::span<const std::shared_ptr<HeldBlock>> blocks,
                                        std::shared_ptr<const Run> open = nullptr);
+  // The run that its user has elsewhere, in the published `blocks` of its tokens; null: there is
+  // none with indexes, made or to be made.
+  std::shared_ptr<const Run> FindIndexed(uint32_t i, const KvShape& shape,
+                                         std::span<const std::shared_ptr<HeldBlock>> blocks);
   // Run `i` for the context that is writing its blocks, the last of which will have this id. Null:
   // there is one of the same tokens, whose indexes it will have when its blocks are published.
   std::shared_ptr<const Run> Open(uint32_t i, const KvShape& shape,
@@ -127,6 +138,10 @@ class RunRegistry {
 
   std::shared_ptr<const Run> Make(uint32_t i, std::span<const std::shared_ptr<HeldBlock>> blocks,
                                   std::shared_ptr<RunIndexes> indexes) const;
+  // The entry's, or a new one; blocks are as in GetOrMake.
+  std::shared_ptr<const Run> Use(uint32_t i, std::span<const std::shared_ptr<HeldBlock>> blocks,
+                                 std::shared_ptr<const Run> open, Entry* entry)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   template <typename Predicate>
   void ForgetIf(Predicate predicate);
 

@@ -135,7 +135,8 @@ class BlockPlanner {
 // Units of whole runs; what no run covers is left in `tail`.
 void PlanRuns(std::span<const ScanMember> members, std::vector<ScanUnit>* units,
               std::vector<Stretch>* tail) {
-  absl::flat_hash_map<const Run*, size_t> unit_of;
+  absl::flat_hash_map<std::pair<const Run*, int32_t>, size_t>
+      unit_of;  // by run and where it is used
   for (uint32_t m = 0; m < members.size(); ++m) {
     const ScanMember& member = members[m];
     uint32_t next = member.range.lo;
@@ -144,11 +145,14 @@ void PlanRuns(std::span<const ScanMember> members, std::vector<ScanUnit>* units,
       if (range.empty()) continue;
       if (next < range.lo) tail->push_back({m, member.table, {next, range.lo}});
       next = range.hi;
-      auto [it, fresh] = unit_of.try_emplace(use.run.get(), units->size());
+      const int32_t shift = use.turn == nullptr ? 0 : use.turn->distance();
+      auto [it, fresh] = unit_of.try_emplace(std::pair(use.run.get(), shift), units->size());
       if (fresh) {
         ScanUnit& unit = units->emplace_back();
         unit.run = use.run.get();
-        unit.first_block = use.run->tokens().lo / kBlockTokens;
+        unit.turn = use.turn.get();
+        unit.run_tokens = TokensHere(*use.run, unit.turn);
+        unit.first_block = unit.run_tokens.lo / kBlockTokens;
         unit.blocks = use.run->blocks().data();
       }
       AddToUnit(m, range, &(*units)[it->second]);

@@ -24,8 +24,9 @@ struct ScanUnit {
   const std::shared_ptr<HeldBlock>* blocks = nullptr;
   uint32_t first_block = 0;
   const Run* run = nullptr;  // whose index may answer; null: no index covers the tokens
+  TokenRange run_tokens;     // all of the run's, as the members count them
   // From where the keys were stored to where the members use them: queries are turned back by it.
-  // One for the whole unit; null: none, as wherever there is a run.
+  // One for the whole unit; null: none.
   const Rotation* turn = nullptr;
   // Rising; a member with two stretches of tail in one unit is there twice.
   std::vector<uint32_t> members;

@@ -53,7 +53,8 @@ class AttendLaneTest : public ::testing::Test {
     unit.ranges = {tokens};
     if (run >= 0) {
       unit.run = cuts_[run].run.get();
-      unit.first_block = unit.run->tokens().lo / kBlockTokens;
+      unit.run_tokens = unit.run->tokens();
+      unit.first_block = unit.run_tokens.lo / kBlockTokens;
       unit.blocks = unit.run->blocks().data();
     } else {
       unit.first_block = tokens.lo / kBlockTokens;

@@ -6,43 +6,12 @@
 namespace quarry {
 namespace {
 
-struct RopeCase {
-  const char* name;
-  RopeSpec rope;
-};
-
-std::vector<RopeCase> Ropes() {
-  const RopeSpec plain = SmallModel().rope;
-  RopeSpec partial = plain, longrope = plain, llama3 = plain;
-  partial.inv_freq.resize(plain.inv_freq.size() * 3 / 4);
-  partial.rotary_dim = 2 * static_cast<uint32_t>(partial.inv_freq.size());
-  for (size_t i = 0; i < plain.inv_freq.size(); ++i) {
-    longrope.inv_freq[i] /= 1.0f + 1.5f * static_cast<float>(i);
-    if (plain.inv_freq[i] < 0.01f) llama3.inv_freq[i] /= 8;
-  }
-  longrope.attention_scale = 1.19024f;
-  longrope.regime = RopeRegime::kLong;
-  RopeSpec longrope_short = plain;
-  longrope_short.attention_scale = 1.19024f;
-  longrope_short.regime = RopeRegime::kShort;
-  longrope_short.regime_max_tokens = 4096;
-  RopeSpec interleaved = plain, partial_interleaved = partial;
-  interleaved.interleaved = partial_interleaved.interleaved = true;
-  return {{"default", plain},
-          {"llama3", llama3},
-          {"longrope long", longrope},
-          {"longrope short", longrope_short},
-          {"partial", partial},
-          {"interleaved", interleaved},
-          {"partial interleaved", partial_interleaved}};
-}
-
 using EngineShiftTest = ShiftTest;
 
 // The whole feature in one: the answer is the exact one over keys computed at the new position.
 TEST_F(EngineShiftTest, AnswersAreThoseOverKeysTurnedToTheNewPosition) {
   for (const DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
-    for (const RopeCase& c : Ropes()) {
+    for (const RopeCase& c : Ropes(spec_.rope)) {
       SCOPED_TRACE(c.name);
       ModelSpec spec = SmallModel(SmallShape(dtype));
       spec.weights.bytes[1] = static_cast<uint8_t>(dtype);

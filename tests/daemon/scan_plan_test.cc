@@ -49,7 +49,8 @@ class TableMaker {
     return fork;
   }
   const BlockTable& root() const { return root_; }
-  // The same blocks without runs, some of them placed from elsewhere.
+  // The same blocks without runs of their own, some of them placed from elsewhere, where they may
+  // be in a run.
   BlockTable WithPlaced(BlockTable table) {
     table.runs.clear();
     RopeSpec rope;
@@ -58,8 +59,13 @@ class TableMaker {
     for (uint32_t block = Random(8); block < kBlocks;) {
       const uint32_t end = std::min(kBlocks, block + 1 + Random(8));
       const int32_t distance = kBlockTokens * (static_cast<int32_t>(Random(3)) - 1);
-      table.placed.push_back({{block * kBlockTokens, end * kBlockTokens},
-                              std::make_shared<const Rotation>(rope, distance)});
+      const auto turn = std::make_shared<const Rotation>(rope, distance);
+      table.placed.push_back({{block * kBlockTokens, end * kBlockTokens}, turn});
+      const uint32_t lo = block * kBlockTokens + kGrid.first_run_token;
+      const TokenRange here{lo, lo + kGrid.run_tokens};
+      if (distance <= static_cast<int32_t>(lo) && here.hi <= end * kBlockTokens && Random(2) == 0) {
+        table.runs.push_back({RunOf(table, here, distance), here, distance == 0 ? nullptr : turn});
+      }
       block = end + Random(4);
     }
     return table;
@@ -80,13 +86,17 @@ class TableMaker {
     const uint32_t places = (kBlocks * kBlockTokens - kGrid.first_run_token) / kGrid.run_tokens;
     for (uint32_t i = first; i < places && Random(8) != 0; ++i) {
       const TokenRange tokens = kGrid.RunTokens(i);
-      const auto begin = table->blocks.begin() + tokens.lo / kBlockTokens;
-      const auto end = table->blocks.begin() + (tokens.hi - 1) / kBlockTokens + 1;
-      table->runs.push_back(
-          {std::make_shared<const Run>(tokens, std::vector<std::shared_ptr<HeldBlock>>(begin, end),
-                                       nullptr),
-           tokens});
+      table->runs.push_back({RunOf(*table, tokens, 0), tokens});
     }
+  }
+  // Of the table's blocks of these tokens, which come from `distance` before.
+  static std::shared_ptr<const Run> RunOf(const BlockTable& table, TokenRange here,
+                                          int32_t distance) {
+    const auto begin = table.blocks.begin() + here.lo / kBlockTokens;
+    const auto end = table.blocks.begin() + (here.hi - 1) / kBlockTokens + 1;
+    return std::make_shared<const Run>(TokenRange{here.lo - distance, here.hi - distance},
+                                       std::vector<std::shared_ptr<HeldBlock>>(begin, end),
+                                       nullptr);
   }
 
   static constexpr uint64_t kBlockBytes = 4096;
@@ -122,10 +132,14 @@ void ExpectEachTokenOnce(std::span<const ScanMember> members, std::span<const Sc
           // A run's own block: the member's, or, where a fork cut it, the one it was copied from.
           const bool used = std::any_of(
               member.table->runs.begin(), member.table->runs.end(), [&](const RunUse& use) {
-                return use.run.get() == unit.run && Intersect(use.tokens, range) == range;
+                return use.run.get() == unit.run && Intersect(use.tokens, range) == range &&
+                       use.turn.get() == unit.turn;
               });
           ASSERT_TRUE(used);
-          ASSERT_EQ(scanned, unit.run->blocks()[b - unit.run->tokens().lo / kBlockTokens]);
+          ASSERT_EQ(Intersect(unit.run_tokens, range), range);
+          ASSERT_EQ(unit.run_tokens.lo - unit.run->tokens().lo,
+                    static_cast<uint32_t>(DistanceOf(unit.turn)));
+          ASSERT_EQ(scanned, unit.run->blocks()[b - unit.run_tokens.lo / kBlockTokens]);
         }
       }
     }

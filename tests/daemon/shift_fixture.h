@@ -20,6 +20,37 @@ inline std::vector<uint32_t> Prompt(uint32_t text, uint32_t text_tokens, uint32_
   return tokens;
 }
 
+struct RopeCase {
+  const char* name;
+  RopeSpec rope;
+};
+
+// The kinds of ropes that models have, with about the frequencies of `plain`.
+inline std::vector<RopeCase> Ropes(const RopeSpec& plain) {
+  RopeSpec partial = plain, longrope = plain, llama3 = plain;
+  partial.inv_freq.resize(plain.inv_freq.size() * 3 / 4);
+  partial.rotary_dim = 2 * static_cast<uint32_t>(partial.inv_freq.size());
+  for (size_t i = 0; i < plain.inv_freq.size(); ++i) {
+    longrope.inv_freq[i] /= 1.0f + 1.5f * static_cast<float>(i);
+    if (plain.inv_freq[i] < 0.01f) llama3.inv_freq[i] /= 8;
+  }
+  longrope.attention_scale = 1.19024f;
+  longrope.regime = RopeRegime::kLong;
+  RopeSpec longrope_short = plain;
+  longrope_short.attention_scale = 1.19024f;
+  longrope_short.regime = RopeRegime::kShort;
+  longrope_short.regime_max_tokens = 4096;
+  RopeSpec interleaved = plain, partial_interleaved = partial;
+  interleaved.interleaved = partial_interleaved.interleaved = true;
+  return {{"default", plain},
+          {"llama3", llama3},
+          {"longrope long", longrope},
+          {"longrope short", longrope_short},
+          {"partial", partial},
+          {"interleaved", interleaved},
+          {"partial interleaved", partial_interleaved}};
+}
+
 // The data in fp32, [0, tokens) of them.
 inline KvData Widened(const KvData& data, uint32_t tokens) {
   KvShape shape = data.shape();
