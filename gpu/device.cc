@@ -59,13 +59,20 @@ absl::StatusOr<HostMapping> Device::MapHost(std::span<std::byte> bytes) {
 
 void Device::UnmapHost(std::span<std::byte>) {}
 
+absl::StatusOr<std::unique_ptr<DeviceRecording>> Device::Record(const std::function<void()>&) {
+  return absl::UnimplementedError(absl::StrCat("no recordings on ", std::string(name())));
+}
+
+void Device::Replay(const DeviceRecording&) {}
+
 void Device::Ring(const DeviceRing& ring) {
   const RungLayout& layout = ring.layout;
-  const RungMessage& message = ring.message;
+  const RungMessage& message = ring.at != nullptr ? *ring.at : ring.message;
   if (ring.before != nullptr) {
     RungOutcome before;
     std::memcpy(&before, ring.before, sizeof(before));
-    if (before.done != ring.before_generation) return;
+    const uint32_t expected = ring.at != nullptr ? ring.at[-1].generation : ring.before_generation;
+    if (before.done != expected) return;
   }
   std::memcpy(message.slot + shm::kSlotPayload, ring.head, layout.head_bytes);
   const size_t q_bytes = size_t{layout.heads} * layout.head_dim * sizeof(float);
@@ -83,7 +90,7 @@ void Device::Ring(const DeviceRing& ring) {
 
 void Device::TakeAnswer(const DeviceRing& ring) {
   const RungLayout& layout = ring.layout;
-  const RungMessage& message = ring.message;
+  const RungMessage& message = ring.at != nullptr ? *ring.at : ring.message;
   auto* const header = reinterpret_cast<shm::SlotHeader*>(message.slot);
   uint32_t done = 0;
   // Whoever answers may need this core.

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string_view>
@@ -104,6 +105,28 @@ struct DeviceKv {
   const void* v = nullptr;
   size_t head_stride = 0;
   TokenRange tokens;
+  bool operator==(const DeviceKv&) const = default;
+};
+
+// Where an operation's rows stand, and what the part of K and V that grows by them holds. It lies
+// on the device and is read when the operation runs, so that the same operation serves other
+// tokens, as a recorded one does (Device::Record).
+struct DevicePlace {
+  uint32_t first_token = 0;  // of the rows
+  uint32_t kv_lo = 0;        // the growing part's first token,
+  uint32_t kv_slot = 0;      // and how many vectors behind its k and v that one lies
+};
+
+// K and V of consecutive tokens, from as a layer makes them to as attention reads them.
+struct DeviceKvStore {
+  const void* k = nullptr;  // [rows][kv_heads][vector_bytes]
+  const void* v = nullptr;
+  void* to_k = nullptr;  // [kv_heads][...][vector_bytes], head h h * head_stride bytes behind
+  void* to_v = nullptr;
+  size_t head_stride = 0, vector_bytes = 0;
+  uint32_t rows = 0, kv_heads = 0;
+  uint32_t slot = 0;                   // how many vectors behind to_k and to_v the first row goes
+  const DevicePlace* place = nullptr;  // not null: to kv_slot + first_token - kv_lo instead
 };
 
 // Attention of consecutive tokens over parts of one layer's K and V, causal: row r is token
@@ -117,6 +140,10 @@ struct DeviceAttention {
   const float* q = nullptr;  // [rows][heads][head_dim]
   float* o = nullptr;        // the same
   float* lse = nullptr;      // [rows][heads]
+  // Not null: in place of first_token, and of what the last part holds: [kv_lo, first_token +
+  // rows), kv_slot vectors behind its k and v. How the work is cut up still follows from what is
+  // said here.
+  const DevicePlace* place = nullptr;
 
   // What row r sees, in all parts and between them.
   TokenRange Visible(uint32_t r) const {
@@ -132,6 +159,7 @@ struct DeviceRope {
   uint32_t first_token = 0, rows = 0, heads = 0, head_dim = 0;
   std::span<const float> inv_freq;
   float attention_scale = 1.0f;
+  const DevicePlace* place = nullptr;  // not null: its first_token instead
 };
 
 // An attend message that a device writes into its slot and submits, and its answer (proto/SHM.md,
@@ -151,6 +179,9 @@ struct DeviceRing {
   // this one is neither written nor submitted.
   const void* before = nullptr;
   uint32_t before_generation = 0;
+  // Not null: the message on the device, behind the one before it. What these say when an operation
+  // runs takes the place of `message`, but for slot and answered_bit, and of before_generation.
+  const RungMessage* at = nullptr;
 };
 
 // `count` pieces of `bytes` each, from one place of the device to another.
@@ -169,6 +200,12 @@ class SparsePlan {
   virtual ~SparsePlan() = default;
   // The same on the host, [heads]. Waits for the device.
   virtual absl::StatusOr<std::vector<HeadPlan>> Heads() const = 0;
+};
+
+// Operations that a device keeps, with the memory that they take while they run; which outlives it.
+class DeviceRecording {
+ public:
+  virtual ~DeviceRecording() = default;
 };
 
 struct DeviceStats {
@@ -231,6 +268,7 @@ class Device {
   virtual void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) = 0;
   // to[i] = from[i] rounded to nearest even.
   virtual void Round(const float* from, DType dtype, void* to, size_t elements) = 0;
+  virtual void StoreKv(const DeviceKvStore& store) = 0;
   virtual void Attend(const DeviceAttention& attention) = 0;
 
   // Sparse prefill, if the device has it; else Unimplemented. `attention` has one part, of all
@@ -254,6 +292,15 @@ class Device {
   // Waits for the message's answer, or until it is given up, and fills `outcome`. Rows that count
   // are merged into o and lse. The host may go on: who waits here is the device.
   virtual void TakeAnswer(const DeviceRing& ring);
+
+  // Keeps the operations that `call` calls instead of running them: those that return nothing, but
+  // for uploads beside. The device memory and the matrices that they name are there whenever they
+  // are replayed; what spans hold is kept with them. Unimplemented if the device keeps none; errors
+  // are of what cannot be kept, or of the memory for it.
+  virtual absl::StatusOr<std::unique_ptr<DeviceRecording>> Record(
+      const std::function<void()>& call);
+  // As if they were called, in their order; but none of them, if an operation before has failed.
+  virtual void Replay(const DeviceRecording& recording);
 
   virtual void Release(void* data, size_t bytes) = 0;    // DeviceBuffer's
   virtual void ReleaseHost(std::span<std::byte> bytes);  // HostBuffer's

@@ -7,7 +7,10 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "cpu_index/partial.h"
@@ -32,6 +35,10 @@ constexpr uint32_t kQueriesPerTask = 64;
 constexpr size_t kFlopsPerTask = 8 << 20;
 // Weights decoded at a time by a thread: 1 MiB stays in its L2 cache.
 constexpr size_t kDecodedFloats = 256 << 10;
+
+struct HostRecording final : DeviceRecording {
+  std::vector<std::function<void()>> operations;
+};
 
 struct HostPlan final : SparsePlan {
   explicit HostPlan(std::vector<HeadPlan> plans) : heads(std::move(plans)) {}
@@ -85,6 +92,7 @@ class HostDevice final : public Device {
   }
 
   void Copy(const DeviceCopy& c) override {
+    if (Keeps([=, this] { Copy(c); })) return;
     auto* to = static_cast<std::byte*>(c.to);
     auto* from = static_cast<const std::byte*>(c.from);
     for (size_t i = 0; i < c.count; ++i) {
@@ -94,6 +102,7 @@ class HostDevice final : public Device {
 
   void MatMul(const float* x, const DeviceMatrix& w, float* y, size_t rows,
               Output output) override {
+    if (Keeps([=, this, &w] { MatMul(x, w, y, rows, output); })) return;
     const size_t tasks = std::clamp<size_t>(2 * rows * w.rows * w.width / kFlopsPerTask, 1,
                                             size_t{4} * team_.threads());
     if (rows >= 64 * tasks) {
@@ -113,6 +122,7 @@ class HostDevice final : public Device {
 
   void RmsNorm(const float* x, const DeviceMatrix& weight, float eps, float* y,
                size_t rows) override {
+    if (Keeps([=, this, &weight] { RmsNorm(x, weight, eps, y, rows); })) return;
     const size_t width = weight.width;
     ForRows(rows, width * 4, [&](size_t r) {
       const float* in = x + r * width;
@@ -126,11 +136,20 @@ class HostDevice final : public Device {
   }
 
   void Rope(const DeviceRope& rope) override {
+    if (recording_ != nullptr) {
+      const std::vector<float> inv_freq(rope.inv_freq.begin(), rope.inv_freq.end());
+      Keeps([this, kept = rope, inv_freq]() mutable {
+        kept.inv_freq = inv_freq;
+        Rope(kept);
+      });
+      return;
+    }
     const size_t half = rope.inv_freq.size();
+    const uint32_t first = rope.place != nullptr ? rope.place->first_token : rope.first_token;
     ForRows(rope.rows, half * (40 + 6 * rope.heads), [&](size_t r) {
       thread_local std::vector<float> turn;  // cosines, then sines
       turn.resize(2 * half);
-      const float position = static_cast<float>(rope.first_token + r);
+      const float position = static_cast<float>(first + r);
       for (size_t i = 0; i < half; ++i) {
         const float angle = position * rope.inv_freq[i];
         turn[i] = std::cos(angle) * rope.attention_scale;
@@ -148,6 +167,7 @@ class HostDevice final : public Device {
   }
 
   void SwiGlu(const float* gate_up, float* y, size_t rows, size_t width) override {
+    if (Keeps([=, this] { SwiGlu(gate_up, y, rows, width); })) return;
     ForRows(rows, width * 20, [&](size_t r) {
       const float* gate = gate_up + r * 2 * width;
       const float* up = gate + width;
@@ -158,6 +178,8 @@ class HostDevice final : public Device {
   }
 
   void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) override {
+    const std::vector<uint32_t> kept(tokens.begin(), tokens.end());
+    if (Keeps([=, this, &table] { Embed(table, kept, y); })) return;
     for (size_t r = 0; r < tokens.size(); ++r) {
       std::memcpy(y + r * table.width, table.data.floats() + size_t{tokens[r]} * table.width,
                   table.width * sizeof(float));
@@ -165,25 +187,45 @@ class HostDevice final : public Device {
   }
 
   void Round(const float* from, DType dtype, void* to, size_t elements) override {
+    if (Keeps([=, this] { Round(from, dtype, to, elements); })) return;
     for (size_t i = 0; i < elements; ++i) StoreFromFloat(to, i, dtype, from[i]);
   }
 
-  void Attend(const DeviceAttention& a) override {
-    const uint32_t step = std::max(1u, kQueriesPerTask / (a.heads / a.kv_heads));
-    const size_t blocks = (a.rows + step - 1) / step;
-    // The last rows see the most: they come first, so that no thread is left alone with them.
-    const auto run = [&](size_t task) {
-      const auto block = static_cast<uint32_t>(blocks - 1 - task / a.kv_heads);
-      HostAttend(a, static_cast<uint32_t>(task % a.kv_heads), block * step,
-                 std::min(a.rows, (block + 1) * step));
-    };
-    size_t flops = 0;
-    for (const DeviceKv& part : a.parts) {
-      flops += size_t{4} * a.rows * a.heads * a.head_dim * part.tokens.size();
+  void StoreKv(const DeviceKvStore& store) override {
+    if (Keeps([=, this] { StoreKv(store); })) return;
+    const DevicePlace* const place = store.place;
+    const size_t slot =
+        place != nullptr ? place->kv_slot + place->first_token - place->kv_lo : store.slot;
+    for (const auto& [to, from] : {std::pair{store.to_k, store.k}, {store.to_v, store.v}}) {
+      for (size_t i = 0; i < size_t{store.rows} * store.kv_heads; ++i) {
+        const size_t row = i / store.kv_heads, head = i % store.kv_heads;
+        std::memcpy(static_cast<std::byte*>(to) + head * store.head_stride +
+                        (slot + row) * store.vector_bytes,
+                    static_cast<const std::byte*>(from) + i * store.vector_bytes,
+                    store.vector_bytes);
+      }
     }
-    const size_t tasks = blocks * a.kv_heads;
-    if (flops >= 2 * kFlopsPerTask) return team_.For(tasks, run);
-    for (size_t task = 0; task < tasks; ++task) run(task);
+  }
+
+  void Attend(const DeviceAttention& attention) override {
+    DeviceAttention a = attention;
+    std::vector<DeviceKv> parts(a.parts.begin(), a.parts.end());
+    if (Keeps([this, a, parts]() mutable {
+          a.parts = parts;
+          Attend(a);
+        })) {
+      return;
+    }
+    if (a.place != nullptr) {
+      a.first_token = a.place->first_token;
+      DeviceKv& last = parts.back();
+      const size_t skip = a.place->kv_slot * a.head_dim * DTypeBytes(a.dtype);
+      last.k = static_cast<const std::byte*>(last.k) + skip;
+      last.v = static_cast<const std::byte*>(last.v) + skip;
+      last.tokens = {a.place->kv_lo, a.first_token + a.rows};
+      a.parts = parts;
+    }
+    AttendParts(a);
   }
 
   absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
@@ -203,13 +245,61 @@ class HostDevice final : public Device {
 
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
              uint32_t head_dim) override {
+    if (Keeps([=, this] { Merge(o_a, lse_a, o_b, lse_b, rows, head_dim); })) return;
     for (size_t r = 0; r < rows; ++r) {
       MergeFinished(std::span(o_a + r * head_dim, head_dim), lse_a + r,
                     std::span(o_b + r * head_dim, head_dim), lse_b[r]);
     }
   }
 
+  void Ring(const DeviceRing& ring) override {
+    if (!Keeps([=, this] { Ring(ring); })) Device::Ring(ring);
+  }
+  void TakeAnswer(const DeviceRing& ring) override {
+    if (!Keeps([=, this] { TakeAnswer(ring); })) Device::TakeAnswer(ring);
+  }
+
+  absl::StatusOr<std::unique_ptr<DeviceRecording>> Record(
+      const std::function<void()>& call) override {
+    auto recording = std::make_unique<HostRecording>();
+    recording_ = recording.get();
+    call();
+    recording_ = nullptr;
+    return std::unique_ptr<DeviceRecording>(std::move(recording));
+  }
+  void Replay(const DeviceRecording& recording) override {
+    for (const auto& operation : static_cast<const HostRecording&>(recording).operations) {
+      operation();
+    }
+  }
+
  private:
+  // Whether operations are kept: then this is one more.
+  template <typename F>
+  bool Keeps(F&& operation) {
+    if (recording_ == nullptr) return false;
+    recording_->operations.emplace_back(std::forward<F>(operation));
+    return true;
+  }
+
+  void AttendParts(const DeviceAttention& a) {
+    const uint32_t step = std::max(1u, kQueriesPerTask / (a.heads / a.kv_heads));
+    const size_t blocks = (a.rows + step - 1) / step;
+    // The last rows see the most: they come first, so that no thread is left alone with them.
+    const auto run = [&](size_t task) {
+      const auto block = static_cast<uint32_t>(blocks - 1 - task / a.kv_heads);
+      HostAttend(a, static_cast<uint32_t>(task % a.kv_heads), block * step,
+                 std::min(a.rows, (block + 1) * step));
+    };
+    size_t flops = 0;
+    for (const DeviceKv& part : a.parts) {
+      flops += size_t{4} * a.rows * a.heads * a.head_dim * part.tokens.size();
+    }
+    const size_t tasks = blocks * a.kv_heads;
+    if (flops >= 2 * kFlopsPerTask) return team_.For(tasks, run);
+    for (size_t task = 0; task < tasks; ++task) run(task);
+  }
+
   static LayerKv LayerOf(const DeviceAttention& a) {
     QUARRY_CHECK(a.parts.size() == 1 && a.window == 0);
     return {a.parts[0], a.dtype, a.heads, a.kv_heads, a.head_dim};
@@ -263,6 +353,7 @@ class HostDevice final : public Device {
   const uint64_t capacity_;
   ThreadTeam team_;
   uint64_t used_ = 0, peak_ = 0;
+  HostRecording* recording_ = nullptr;  // while one is made
 };
 
 }  // namespace

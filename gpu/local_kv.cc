@@ -25,31 +25,59 @@ absl::Status TokenSpan::Grow(uint32_t capacity) {
   return absl::OkStatus();
 }
 
+absl::Status TokenSpan::Compact() {
+  const size_t bytes = tokens_.size() * shape_.vector_bytes();  // of a head
+  QUARRY_ASSIGN_OR_RETURN(const DeviceBuffer between,
+                          device_->Allocate(bytes * shape_.kv_heads, "local K and V on the move"));
+  for (const DeviceBuffer* part : {&k_, &v_}) {
+    device_->Copy({between.raw(), bytes, part->raw() + at(tokens_.lo), head_stride(), bytes,
+                   shape_.kv_heads});
+    device_->Copy({part->raw(), head_stride(), between.raw(), bytes, bytes, shape_.kv_heads});
+  }
+  start_ = 0;
+  return absl::OkStatus();
+}
+
 absl::Status TokenSpan::Reserve(uint32_t tokens) {
   const uint32_t held = tokens_.size();
   if (start_ + held + tokens <= capacity_) return absl::OkStatus();
   // A window slides in place: where most of the room lies free before it, it moves to the front.
   // Else an eighth more than is needed keeps the copying of single tokens in proportion.
   const uint64_t needed = uint64_t{held} + tokens;
-  if (needed + std::max<uint64_t>(64, held / 8) <= capacity_) return Grow(capacity_);
+  if (needed + std::max<uint64_t>(64, held / 8) <= capacity_) return Compact();
   return Grow(static_cast<uint32_t>(held == 0 ? needed : needed + std::max(64u, held / 8)));
 }
 
 absl::Status TokenSpan::Append(uint32_t first, uint32_t count, const void* k, const void* v) {
-  if (tokens_.empty()) Clear();
-  if (tokens_.empty()) tokens_ = {first, first};
+  QUARRY_RETURN_IF_ERROR(Extend(first, count));
+  device_->StoreKv(StoreOf(first, count, k, v));
+  return absl::OkStatus();
+}
+
+absl::Status TokenSpan::Extend(uint32_t first, uint32_t count) {
+  if (tokens_.empty()) {
+    Clear();
+    tokens_ = {first, first};
+  }
   QUARRY_CHECK(first == tokens_.hi);
   QUARRY_RETURN_IF_ERROR(Reserve(count));
-  const size_t vector = shape_.vector_bytes();
-  for (uint32_t h = 0; h < shape_.kv_heads; ++h) {
-    const size_t to = h * head_stride() + at(first);
-    for (const auto& [part, from] : {std::pair{&k_, k}, {&v_, v}}) {
-      device_->Copy({part->raw() + to, vector, static_cast<const std::byte*>(from) + h * vector,
-                     token_bytes(), vector, count});
-    }
-  }
   tokens_.hi += count;
   return absl::OkStatus();
+}
+
+DeviceKvStore TokenSpan::StoreOf(uint32_t first, uint32_t count, const void* k,
+                                 const void* v) const {
+  DeviceKvStore store;
+  store.k = k;
+  store.v = v;
+  store.to_k = k_.raw();
+  store.to_v = v_.raw();
+  store.head_stride = head_stride();
+  store.vector_bytes = shape_.vector_bytes();
+  store.rows = count;
+  store.kv_heads = shape_.kv_heads;
+  store.slot = start_ + first - tokens_.lo;
+  return store;
 }
 
 absl::Status TokenSpan::AppendFrom(const TokenSpan& other, TokenRange range) {
@@ -102,6 +130,18 @@ absl::Status LocalKv::Append(uint32_t first, uint32_t count, const void* k, cons
   const size_t skip = size_t{head} * last_.token_bytes();
   return last_.Append(first + head, count - head, static_cast<const std::byte*>(k) + skip,
                       static_cast<const std::byte*>(v) + skip);
+}
+
+absl::Status LocalKv::Extend(uint32_t first, uint32_t count) {
+  QUARRY_CHECK(window_.everything || first >= window_.first);
+  return last_.Extend(first, count);
+}
+
+std::vector<DeviceKv> LocalKv::PlacedParts() const {
+  std::vector<DeviceKv> out;
+  if (!first_.tokens().empty()) out.push_back(first_.View());
+  out.push_back(last_.FromStart());
+  return out;
 }
 
 absl::Status LocalKv::Assign(const TokenSpan& all, uint32_t tokens) {

@@ -22,20 +22,30 @@ class TokenSpan {
   size_t token_bytes() const { return shape_.kv_heads * shape_.vector_bytes(); }  // of K or V
   TokenSpan Empty() const { return TokenSpan(device_, shape_); }
 
-  // Room for `tokens` more, so that appending them moves nothing.
+  // Room for `tokens` more, so that appending them moves nothing. The memory stays the same, unless
+  // it is too small.
   absl::Status Reserve(uint32_t tokens);
   // Appends tokens [first, first + count), which lie on the device as [token][kv_head][head_dim].
   // They follow what is held; an empty span starts anywhere.
   absl::Status Append(uint32_t first, uint32_t count, const void* k, const void* v);
+  // The same, but for the vectors themselves: by StoreOf.
+  absl::Status Extend(uint32_t first, uint32_t count);
+  // Of tokens that are held, which lie as Append's.
+  DeviceKvStore StoreOf(uint32_t first, uint32_t count, const void* k, const void* v) const;
   absl::Status AppendFrom(const TokenSpan& other, TokenRange range);
   void DropBefore(uint32_t token);
   void Truncate(uint32_t hi);
   // Holds nothing, keeps its memory.
   void Clear();
   DeviceKv View() const;
+  // The view, but from the memory's beginning: the first token is slot() vectors behind it.
+  DeviceKv FromStart() const { return {k_.raw(), v_.raw(), head_stride(), tokens_}; }
+  uint32_t slot() const { return start_; }
 
  private:
   absl::Status Grow(uint32_t capacity);
+  // Moves what is held to the memory's beginning.
+  absl::Status Compact();
   size_t head_stride() const { return size_t{capacity_} * shape_.vector_bytes(); }
   // Of a token of head 0.
   size_t at(uint32_t token) const {
@@ -68,6 +78,16 @@ class LocalKv {
   // Tokens that follow what is held, or that begin the window's last part; on the device as
   // [token][kv_head][head_dim].
   absl::Status Append(uint32_t first, uint32_t count, const void* k, const void* v);
+  // The same of tokens behind the window's first part, but for the vectors themselves: those are
+  // stored by StoreOf, where Place says.
+  absl::Status Extend(uint32_t first, uint32_t count);
+  DeviceKvStore StoreOf(uint32_t first, uint32_t count, const void* k, const void* v) const {
+    return last_.StoreOf(first, count, k, v);
+  }
+  // Of rows from `first` on, which have been stored or are about to be.
+  DevicePlace Place(uint32_t first) const { return {first, last_.tokens().lo, last_.slot()}; }
+  // As Parts, of which the last one is the growing part, from the beginning of its memory.
+  std::vector<DeviceKv> PlacedParts() const;
   // The window of a context of `tokens` tokens, all of which are in `all`.
   absl::Status Assign(const TokenSpan& all, uint32_t tokens);
   // Forgets what a context of `tokens` tokens does not keep.

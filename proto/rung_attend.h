@@ -19,6 +19,7 @@ struct RungLayout {
   uint64_t q = 0, k = 0, v = 0, o = 0, lse = 0, row_stride = 0;
   // What stands at the payload's start: AttendHeader, AttendRowPod[rows].
   uint64_t head_bytes = 0;
+  bool operator==(const RungLayout&) const = default;
 };
 
 // One message. The slot is free for it once the message before it has been answered.

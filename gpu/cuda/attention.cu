@@ -5,6 +5,7 @@
 #include "gpu/cuda/element.cuh"
 #include "gpu/cuda/hopper_launch.h"
 #include "gpu/cuda/kernel_loading.h"
+#include "gpu/cuda/placed_attention.cuh"
 
 namespace quarry::cuda {
 namespace {
@@ -15,8 +16,7 @@ constexpr uint32_t kMaxHeadDim = 512;
 // One block for a query head of a row; its warps take every fourth token. A lane has kPerLane
 // dimensions: lane, lane + 32, ...
 template <typename T, int kPerLane>
-__global__ void __launch_bounds__(32 * kWarps)
-    PlainAttention(const __grid_constant__ AttentionArgs a) {
+__device__ void AttendPlainly(const AttentionArgs& a) {
   const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t row = blockIdx.x / a.heads, head = blockIdx.x % a.heads;
   const uint32_t kv_head = head / a.group, d = a.head_dim;
@@ -83,6 +83,19 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (threadIdx.x == 0) a.lse[vector] = seen ? all * kLn2 + logf(total) : -INFINITY;
 }
 
+template <typename T, int kPerLane>
+__global__ void __launch_bounds__(32 * kWarps)
+    PlainAttention(const __grid_constant__ AttentionArgs a) {
+  AttendPlainly<T, kPerLane>(a);
+}
+
+// The same of rows whose place is read on the card.
+template <typename T, int kPerLane>
+__global__ void __launch_bounds__(32 * kWarps)
+    PlacedPlainAttention(const __grid_constant__ AttentionArgs a) {
+  AttendPlainly<T, kPerLane>(Placed(a));
+}
+
 // A warp for a vector.
 __global__ void __launch_bounds__(128) MergeSplits(const SplitMerge m) {
   const size_t vector = blockIdx.x * size_t{4} + threadIdx.x / 32;
@@ -110,22 +123,35 @@ __global__ void __launch_bounds__(128) MergeSplits(const SplitMerge m) {
   if (lane == 0) m.lse[vector] = seen ? largest + logf(total) : -INFINITY;
 }
 
+template <typename T, int kPerLane>
+cudaError_t LaunchPlain(const AttentionArgs& args, cudaStream_t stream) {
+  const auto kernel =
+      args.place != nullptr ? PlacedPlainAttention<T, kPerLane> : PlainAttention<T, kPerLane>;
+  kernel<<<args.rows * args.heads, 32 * kWarps, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
 template <typename T>
 cudaError_t LaunchPlain(const AttentionArgs& args, cudaStream_t stream) {
-  const uint32_t blocks = args.rows * args.heads;
-  if (args.head_dim <= 128) {
-    PlainAttention<T, 4><<<blocks, 32 * kWarps, 0, stream>>>(args);
-  } else {
-    PlainAttention<T, 16><<<blocks, 32 * kWarps, 0, stream>>>(args);
+  return args.head_dim <= 128 ? LaunchPlain<T, 4>(args, stream) : LaunchPlain<T, 16>(args, stream);
+}
+
+template <typename T>
+cudaError_t PreparePlain() {
+  for (const auto kernel : {PlainAttention<T, 4>, PlainAttention<T, 16>, PlacedPlainAttention<T, 4>,
+                            PlacedPlainAttention<T, 16>}) {
+    const cudaError_t error = LoadKernel(kernel);
+    if (error != cudaSuccess) return error;
   }
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 // Whether the launch is what a sparse prefill's dense heads are: rows that fill row tiles see all
 // tokens before them, in one part, and nobody splits them.
 bool IsDensePrefill(const AttentionArgs& args) {
-  return args.part_count == 1 && args.parts[0].lo == 0 && args.window == 0 && args.splits == 1 &&
-         args.rows >= kRowTile && args.parts[0].hi >= args.first_token + args.rows;
+  return args.place == nullptr && args.part_count == 1 && args.parts[0].lo == 0 &&
+         args.window == 0 && args.splits == 1 && args.rows >= kRowTile &&
+         args.parts[0].hi >= args.first_token + args.rows;
 }
 
 SparseArgs DenseArgsOf(const AttentionArgs& args, DType dtype) {
@@ -153,11 +179,9 @@ cudaError_t PrepareAttention() {
   for (const auto prepare : {PrepareAttention64, PrepareAttention96, PrepareAttention128}) {
     if (const cudaError_t error = prepare(); error != cudaSuccess) return error;
   }
-  for (const auto kernel : {PlainAttention<float, 4>, PlainAttention<float, 16>,
-                            PlainAttention<__half, 4>, PlainAttention<__half, 16>,
-                            PlainAttention<__nv_bfloat16, 4>, PlainAttention<__nv_bfloat16, 16>}) {
-    const cudaError_t error = LoadKernel(kernel);
-    if (error != cudaSuccess) return error;
+  for (const auto prepare :
+       {PreparePlain<float>, PreparePlain<__half>, PreparePlain<__nv_bfloat16>}) {
+    if (const cudaError_t error = prepare(); error != cudaSuccess) return error;
   }
   return LoadKernel(MergeSplits);
 }

@@ -4,6 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+namespace quarry {
+struct DevicePlace;
+}
+
 namespace quarry::cuda {
 
 // K and V of tokens [lo, hi) of every KV head, as DeviceKv.
@@ -29,7 +33,11 @@ struct AttentionArgs {
   uint32_t splits, part_count;
   float scale_log2;  // of scores: log2(e) / sqrt(head_dim)
   AttentionPart parts[kMaxAttentionParts];
+  // As DeviceAttention's; not null: at most kMaxPlacedParts parts.
+  const DevicePlace* place;
+  size_t vector_bytes;  // of K's and V's
 };
+inline constexpr uint32_t kMaxPlacedParts = 2;
 
 // Keys of one step of the kernel.
 inline constexpr uint32_t kAttentionKeys = 64;

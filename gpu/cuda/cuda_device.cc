@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <numbers>
 #include <string>
 #include <utility>
@@ -17,6 +18,7 @@
 #include "gpu/cuda/cuda_status.h"
 #include "gpu/cuda/driver.h"
 #include "gpu/cuda/overhead.h"
+#include "gpu/cuda/recording.h"
 #include "gpu/cuda/ring_kernels.h"
 #include "gpu/cuda/row_kernels.h"
 #include "gpu/cuda/sparse_prefill.h"
@@ -52,6 +54,8 @@ AttentionArgs ArgsOf(const DeviceAttention& a, std::span<const DeviceKv> parts) 
   args.rows = a.rows;
   args.first_token = a.first_token;
   args.window = a.window;
+  args.place = a.place;
+  args.vector_bytes = a.head_dim * DTypeBytes(a.dtype);
   args.splits = 1;
   args.part_count = static_cast<uint32_t>(parts.size());
   args.scale_log2 =
@@ -89,12 +93,16 @@ class CudaDevice final : public Device {
 
   absl::StatusOr<DeviceBuffer> Allocate(size_t bytes, std::string_view what) override {
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), what));
-    QUARRY_ASSIGN_OR_RETURN(void* const data, arena_->Allocate(bytes, what));
+    QUARRY_ASSIGN_OR_RETURN(void* const data, recorded_ != nullptr
+                                                  ? recorded_->Allocate(bytes, what)
+                                                  : arena_->Allocate(bytes, what));
     return DeviceBuffer(this, data, bytes);
   }
 
   // What is still to run on this memory runs before whatever its next owner asks for.
-  void Release(void* data, size_t bytes) override { arena_->Release(data, bytes); }
+  void Release(void* data, size_t bytes) override {
+    if (recorded_ == nullptr || !recorded_->Release(data)) arena_->Release(data, bytes);
+  }
 
   DeviceStats Stats() const override {
     DeviceStats stats;
@@ -177,6 +185,7 @@ class CudaDevice final : public Device {
     args.head_dim = rope.head_dim;
     args.pairs = static_cast<uint32_t>(rope.inv_freq.size());
     args.attention_scale = rope.attention_scale;
+    args.place = rope.place;
     std::copy(rope.inv_freq.begin(), rope.inv_freq.end(), args.inv_freq);
     Note(LaunchRope(args, stream_), "Rope");
   }
@@ -204,6 +213,11 @@ class CudaDevice final : public Device {
   void Round(const float* from, DType dtype, void* to, size_t elements) override {
     if (elements == 0 || !Begin("Round")) return;
     Note(LaunchRound(from, dtype, to, elements, stream_), "Round");
+  }
+
+  void StoreKv(const DeviceKvStore& store) override {
+    if (store.rows == 0 || store.vector_bytes == 0 || !Begin("StoreKv")) return;
+    Note(LaunchStoreKv(store, stream_), "StoreKv");
   }
 
   void Attend(const DeviceAttention& attention) override {
@@ -253,6 +267,26 @@ class CudaDevice final : public Device {
         driver_.wait_value(stream_, done, ring.message.answered_bit, CU_STREAM_WAIT_VALUE_AND);
     if (waits == CUDA_SUCCESS) return Note(LaunchTakeAnswer(ring, stream_), "TakeAnswer");
     Note(driver_.Check(waits, "waiting for an answer"), "TakeAnswer");
+  }
+
+  // A failure meanwhile is the recording's; what failed before keeps it from being made.
+  absl::StatusOr<std::unique_ptr<DeviceRecording>> Record(
+      const std::function<void()>& call) override {
+    QUARRY_RETURN_IF_ERROR(failure_);
+    QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), "Record"));
+    auto recording = Recording::Make(stream_, arena_.get(), [&](RecordedMemory* memory) {
+      recorded_ = memory;
+      call();
+      recorded_ = nullptr;
+    });
+    if (!recording.ok()) (void)cudaGetLastError();  // a launch would report it as its own
+    QUARRY_RETURN_IF_ERROR(TakeFailure());          // says more than what it makes of the graph
+    QUARRY_RETURN_IF_ERROR(recording.status());
+    return std::unique_ptr<DeviceRecording>(*std::move(recording));
+  }
+  void Replay(const DeviceRecording& recording) override {
+    if (!failure_.ok() || !Begin("Replay")) return;
+    Note(static_cast<const Recording&>(recording).Replay(stream_), "Replay");
   }
 
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
@@ -375,6 +409,10 @@ class CudaDevice final : public Device {
   }
 
   absl::Status AttendParts(const DeviceAttention& a) {
+    if (a.place != nullptr && (a.parts.empty() || a.parts.size() > kMaxPlacedParts)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(a.parts.size(), " parts with a place, of 1 to ", kMaxPlacedParts));
+    }
     const bool tensor = HasTensorAttention(a.dtype, a.head_dim) && IsVectorAligned(a);
     struct Launch {
       AttentionPlan plan;
@@ -431,6 +469,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<WeightProducts> products_;
   std::unique_ptr<CudaSparseKernels> sparse_kernels_;
   std::unique_ptr<SparsePrefill> sparse_;
+  RecordedMemory* recorded_ = nullptr;  // while a recording is made
   absl::Status failure_;  // the first since the last report
 };
 

@@ -23,4 +23,9 @@ uint64_t ContextBytes(const Driver& driver, int device) {
   return during - std::min(before, during);
 }
 
+void CountOverhead(uint64_t before, Arena* arena) {
+  const uint64_t after = TakenBytes();
+  if (after > before) arena->SetOverhead(arena->map().overhead() + after - before);
+}
+
 }  // namespace quarry::cuda

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "gpu/cuda/arena.h"
 #include "gpu/cuda/driver.h"
 
 namespace quarry::cuda {
@@ -16,5 +17,9 @@ uint64_t TakenBytes();
 // there before anything could be asked. Where none can be made (a card may be set so), everything
 // that is taken of the card.
 uint64_t ContextBytes(const Driver& driver, int device);
+
+// What is taken by now beyond `before` becomes overhead of the arena's budget, for good: CUDA keeps
+// what it took.
+void CountOverhead(uint64_t before, Arena* arena);
 
 }  // namespace quarry::cuda

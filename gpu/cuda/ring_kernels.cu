@@ -3,7 +3,6 @@
 #include "gpu/cuda/ring_kernels.h"
 
 #include <cstddef>
-#include <cstring>
 
 #include "gpu/cuda/kernel_loading.h"
 #include "gpu/cuda/merge.cuh"
@@ -16,9 +15,11 @@ constexpr uint32_t kThreads = 256, kWarp = 32;
 // Of a vector's floats per lane, read at once.
 constexpr uint32_t kAhead = 4;
 
-// A submit entry behind its sequence, as words; and what stands where.
-constexpr uint32_t kEntryWords = 3;
+// A submit entry is written as words; what stands where.
 static_assert(offsetof(shm::SubmitEntry, sequence) == 0 && offsetof(shm::SubmitEntry, slot) == 8 &&
+              offsetof(shm::SubmitEntry, opcode) == 12 && offsetof(shm::SubmitEntry, flags) == 14 &&
+              offsetof(shm::SubmitEntry, request_bytes) == 16 &&
+              offsetof(shm::SubmitEntry, generation) == 24 &&
               offsetof(shm::SubmitEntry, reserved) == 28);
 static_assert(offsetof(shm::SlotHeader, done) == 64 && offsetof(shm::SlotHeader, status) == 68);
 constexpr uint32_t kPodWords = sizeof(shm::AttendAnswerPod) / 4;
@@ -27,9 +28,8 @@ static_assert(offsetof(shm::AttendAnswerPod, status) == 0 &&
 
 struct RingArgs {
   RungLayout layout;
-  std::byte* slot;
-  uint64_t* entry;
-  uint64_t sequence, words[kEntryWords];
+  RungMessage message;
+  const RungMessage* at;  // null: `message` and `before_generation` count
   const std::byte *head, *q, *k, *v;
   const uint32_t* before;  // `done` of the message before; null: there is none
   uint32_t before_generation;
@@ -39,6 +39,7 @@ struct RingArgs {
 struct AnswerArgs {
   RungLayout layout;
   const std::byte* slot;
+  const RungMessage* at;  // null: `generation` counts
   uint32_t generation;
   float *o, *lse, *far_lse;
   uint32_t* outcome;  // `done`, the message's status, the rows' pods
@@ -63,15 +64,26 @@ __device__ void CopyBlock(std::byte* to, const std::byte* from, uint64_t bytes) 
   }
 }
 
+__device__ void Submit(const RungMessage& m) {
+  auto* const entry = reinterpret_cast<volatile uint64_t*>(m.entry);
+  entry[1] = m.slot_index | uint64_t{static_cast<uint16_t>(shm::Opcode::kAttend)} << 32;
+  entry[2] = m.request_bytes;
+  entry[3] = m.generation;
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(m.entry), "l"(m.sequence) : "memory");
+}
+
 // A block for a row; the last to be done submits.
 __global__ void __launch_bounds__(kThreads) Ring(const __grid_constant__ RingArgs a) {
-  if (a.before != nullptr && *a.before != a.before_generation) return;  // it was given up
+  if (a.before != nullptr) {
+    const uint32_t answered = a.at != nullptr ? a.at[-1].generation : a.before_generation;
+    if (*a.before != answered) return;  // it was given up
+  }
   const RungLayout& layout = a.layout;
   const uint64_t row = blockIdx.x;
   const uint64_t q_bytes = uint64_t{layout.heads} * layout.head_dim * sizeof(float);
-  std::byte* const to = a.slot + row * layout.row_stride;
+  std::byte* const to = a.message.slot + row * layout.row_stride;
   if (row == 0) {  // its pieces are multiples of 8 bytes behind a multiple of 64
-    CopyUnits<uint64_t>(a.slot + shm::kSlotPayload, a.head, layout.head_bytes);
+    CopyUnits<uint64_t>(a.message.slot + shm::kSlotPayload, a.head, layout.head_bytes);
   }
   CopyBlock(to + layout.q, a.q + row * q_bytes, q_bytes);
   CopyBlock(to + layout.k, a.k + row * layout.kv_bytes, layout.kv_bytes);
@@ -80,10 +92,7 @@ __global__ void __launch_bounds__(kThreads) Ring(const __grid_constant__ RingArg
   __syncthreads();
   if (threadIdx.x != 0 || atomicInc(a.arrived, gridDim.x - 1) != gridDim.x - 1) return;
   __threadfence_system();  // what other blocks wrote, too
-  for (uint32_t i = 0; i < kEntryWords; ++i) {
-    *reinterpret_cast<volatile uint64_t*>(a.entry + 1 + i) = a.words[i];
-  }
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(a.entry), "l"(a.sequence) : "memory");
+  Submit(a.at != nullptr ? *a.at : a.message);
 }
 
 // Keeps what was answered, but for the vectors. One block: reads of one line of the host by many
@@ -108,7 +117,8 @@ __global__ void __launch_bounds__(kThreads) TakeAnswer(const __grid_constant__ A
   if (vector >= layout.rows * layout.heads) return;
   const uint32_t row = vector / layout.heads, head = vector % layout.heads;
   const uint32_t* const pod = a.outcome + 2 + row * kPodWords;
-  if (a.outcome[0] != a.generation || pod[1] != a.generation || a.outcome[1] != 0 || pod[0] != 0) {
+  const uint32_t generation = a.at != nullptr ? a.at->generation : a.generation;
+  if (a.outcome[0] != generation || pod[1] != generation || a.outcome[1] != 0 || pod[0] != 0) {
     return;
   }
   const uint32_t lane = threadIdx.x % kWarp;
@@ -146,17 +156,10 @@ cudaError_t PrepareRingKernels() {
 }
 
 cudaError_t LaunchRing(const DeviceRing& ring, uint32_t* arrived, cudaStream_t stream) {
-  const RungMessage& message = ring.message;
   RingArgs args = {};
   args.layout = ring.layout;
-  args.slot = message.slot;
-  args.entry = reinterpret_cast<uint64_t*>(message.entry);
-  args.sequence = message.sequence;
-  const uint32_t first[] = {message.slot_index, static_cast<uint32_t>(shm::Opcode::kAttend)};
-  const uint32_t last[] = {message.generation, 0};
-  std::memcpy(&args.words[0], first, 8);
-  args.words[1] = message.request_bytes;
-  std::memcpy(&args.words[2], last, 8);
+  args.message = ring.message;
+  args.at = ring.at;
   args.head = static_cast<const std::byte*>(ring.head);
   args.q = reinterpret_cast<const std::byte*>(ring.q);
   args.k = static_cast<const std::byte*>(ring.k);
@@ -172,6 +175,7 @@ cudaError_t LaunchTakeAnswer(const DeviceRing& ring, cudaStream_t stream) {
   AnswerArgs args = {};
   args.layout = ring.layout;
   args.slot = ring.message.slot;
+  args.at = ring.at;
   args.generation = ring.message.generation;
   args.o = ring.o;
   args.lse = ring.lse;

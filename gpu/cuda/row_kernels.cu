@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) Rope(const __grid_constant__ RopeArg
   const uint64_t row = i / a.pairs;
   const uint32_t pair = i % a.pairs;
   if (row >= a.rows) return;
-  const float position = static_cast<float>(a.first_token + static_cast<uint32_t>(row));
+  const uint32_t first_token = a.place != nullptr ? a.place->first_token : a.first_token;
+  const float position = static_cast<float>(first_token + static_cast<uint32_t>(row));
   float sine, cosine;
   sincosf(__fmul_rn(position, a.inv_freq[pair]), &sine, &cosine);
   sine *= a.attention_scale;
@@ -159,6 +160,31 @@ cudaError_t LaunchCopyOf(const CopyArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+// A thread for a unit of a vector; grid.y: K, V.
+template <typename Unit>
+__global__ void __launch_bounds__(kThreads) StoreKv(const DeviceKvStore s) {
+  const uint64_t i = blockIdx.x * uint64_t{kThreads} + threadIdx.x;
+  const auto per_vector = static_cast<uint32_t>(s.vector_bytes / sizeof(Unit));
+  const uint64_t vector = i / per_vector;
+  if (vector >= uint64_t{s.rows} * s.kv_heads) return;
+  const uint64_t row = vector / s.kv_heads, head = vector % s.kv_heads;
+  uint64_t slot = s.slot;
+  if (s.place != nullptr) slot = s.place->kv_slot + s.place->first_token - s.place->kv_lo;
+  const void* const from = blockIdx.y == 0 ? s.k : s.v;
+  void* const to = blockIdx.y == 0 ? s.to_k : s.to_v;
+  auto* const there = reinterpret_cast<Unit*>(static_cast<char*>(to) + head * s.head_stride +
+                                              (slot + row) * s.vector_bytes);
+  there[i % per_vector] = static_cast<const Unit*>(from)[i];
+}
+
+template <typename Unit>
+cudaError_t LaunchStoreOf(const DeviceKvStore& s, cudaStream_t stream) {
+  const size_t units = size_t{s.rows} * s.kv_heads * (s.vector_bytes / sizeof(Unit));
+  const dim3 grid(static_cast<uint32_t>((units + kThreads - 1) / kThreads), 2);
+  StoreKv<Unit><<<grid, kThreads, 0, stream>>>(s);
+  return cudaGetLastError();
+}
+
 template <typename T>
 cudaError_t LoadKernelsOf() {
   for (const cudaError_t error : {LoadKernel(RmsNorm<T>), LoadKernel(Embed<T>),
@@ -180,7 +206,8 @@ bool Aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p
 
 cudaError_t PrepareRowKernels() {
   for (const cudaError_t error :
-       {LoadKernel(Rope), LoadKernel(SwiGlu), LoadKernel(Merge), LoadKernelsOf<float>(),
+       {LoadKernel(Rope), LoadKernel(SwiGlu), LoadKernel(Merge), LoadKernel(StoreKv<uint4>),
+        LoadKernel(StoreKv<uint32_t>), LoadKernel(StoreKv<char>), LoadKernelsOf<float>(),
         LoadKernelsOf<__half>(), LoadKernelsOf<__nv_bfloat16>(), LoadCopyOf<uint4>(),
         LoadCopyOf<uint32_t>(), LoadCopyOf<char>()}) {
     if (error != cudaSuccess) return error;
@@ -213,6 +240,15 @@ cudaError_t LaunchEmbed(const EmbedArgs& args, cudaStream_t stream) {
   return WithElement(args.dtype, [&](auto element) {
     Embed<decltype(element)><<<args.count, kThreads, 0, stream>>>(args);
   });
+}
+
+cudaError_t LaunchStoreKv(const DeviceKvStore& s, cudaStream_t stream) {
+  const auto all = reinterpret_cast<uintptr_t>(s.k) | reinterpret_cast<uintptr_t>(s.v) |
+                   reinterpret_cast<uintptr_t>(s.to_k) | reinterpret_cast<uintptr_t>(s.to_v) |
+                   s.head_stride | s.vector_bytes;
+  if (all % 16 == 0) return LaunchStoreOf<uint4>(s, stream);
+  if (all % 4 == 0) return LaunchStoreOf<uint32_t>(s, stream);
+  return LaunchStoreOf<char>(s, stream);
 }
 
 cudaError_t LaunchRound(const float* from, DType dtype, void* to, size_t elements,

@@ -31,6 +31,7 @@ struct RopeArgs {
   float* x;  // [rows][heads][head_dim]
   uint32_t first_token, rows, heads, head_dim, pairs;
   float attention_scale;
+  const DevicePlace* place;  // null: first_token counts
   float inv_freq[kMaxRopePairs];
 };
 cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream);
@@ -49,6 +50,9 @@ struct EmbedArgs {
   uint32_t tokens[kMaxEmbedTokens];
 };
 cudaError_t LaunchEmbed(const EmbedArgs& args, cudaStream_t stream);
+
+// Any alignment; 16 bytes at a time where all is a multiple of 16, else 4 or 1.
+cudaError_t LaunchStoreKv(const DeviceKvStore& store, cudaStream_t stream);
 
 // to is aligned to its elements.
 cudaError_t LaunchRound(const float* from, DType dtype, void* to, size_t elements,

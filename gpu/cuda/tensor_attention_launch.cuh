@@ -3,6 +3,7 @@
 
 #include "gpu/cuda/attention.h"
 #include "gpu/cuda/kernel_loading.h"
+#include "gpu/cuda/placed_attention.cuh"
 #include "gpu/cuda/warp_ops.cuh"
 // After the operations that it uses.
 #include "gpu/cuda/tensor_attention.cuh"
@@ -18,9 +19,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 2)
   AttendTile<T, Tile>(args, shared);
 }
 
+// The same of rows whose place is read on the card.
+template <typename T, typename Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 2)
+    PlacedTensorAttention(const __grid_constant__ AttentionArgs args) {
+  extern __shared__ __align__(128) char shared[];
+  AttendTile<T, Tile>(Placed(args), shared);
+}
+
 template <typename T, typename Tile>
 cudaError_t PrepareTile() {
-  return LoadKernel(TensorAttention<T, Tile>, Tile::kSharedBytes);
+  const cudaError_t error = LoadKernel(TensorAttention<T, Tile>, Tile::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  return LoadKernel(PlacedTensorAttention<T, Tile>, Tile::kSharedBytes);
 }
 
 template <int kHeadDim>
@@ -38,7 +49,9 @@ cudaError_t LaunchTile(const AttentionArgs& args, cudaStream_t stream) {
   const uint32_t queries = args.rows * args.group;
   const dim3 grid((queries + Tile::kQueries - 1) / Tile::kQueries, args.heads / args.group,
                   args.splits);
-  TensorAttention<T, Tile><<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(args);
+  const auto kernel =
+      args.place != nullptr ? PlacedTensorAttention<T, Tile> : TensorAttention<T, Tile>;
+  kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -115,8 +115,7 @@ absl::Status WeightProducts::Run(const Product& product) {
   if (!products_->IsNew(product)) return products_->Run(product, workspace, stream_);
   const uint64_t before = TakenBytes();
   QUARRY_RETURN_IF_ERROR(products_->Run(product, workspace, stream_));
-  const uint64_t after = TakenBytes();
-  if (after > before) arena_->SetOverhead(arena_->map().overhead() + after - before);
+  CountOverhead(before, arena_);
   return absl::OkStatus();
 }
 

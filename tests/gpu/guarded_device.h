@@ -82,6 +82,9 @@ class GuardedDevice final : public Device {
   void Round(const float* from, DType dtype, void* to, size_t elements) override {
     Run([&] { inner_->Round(from, dtype, to, elements); });
   }
+  void StoreKv(const DeviceKvStore& store) override {
+    Run([&] { inner_->StoreKv(store); });
+  }
   void Attend(const DeviceAttention& attention) override {
     Run([&] { inner_->Attend(attention); });
   }

@@ -47,6 +47,61 @@ class HostDeviceTest : public ::testing::Test {
   std::unique_ptr<Device> device_ = MakeHostDevice({.threads = 3});
 };
 
+// What a layer of decode does with a place, called one by one with the numbers themselves, and
+// recorded once and replayed with the place written anew.
+TEST_F(HostDeviceTest, ReplaysAreTheOperationsForOtherTokens) {
+  constexpr uint32_t kHeads = 4, kKvHeads = 2, kDim = 16, kRows = 2, kRoom = 40;
+  constexpr size_t kQ = size_t{kRows} * kHeads * kDim, kKv = size_t{kRows} * kKvHeads * kDim;
+  const std::vector<float> inv_freq = {1.0f, 0.3f, 0.01f};
+  const DeviceMatrix w = Load(Random(kKv * kQ), kKv);
+  const std::vector<float> first_k = Random(kKvHeads * 5 * kDim), first_v = Random(first_k.size());
+  struct Layer {
+    std::vector<float> x, k, v, room_k, room_v, o, lse, y;
+  };
+  const Layer start{Random(kQ),
+                    Random(kKv),
+                    Random(kKv),
+                    Random(kKvHeads * kRoom * kDim),
+                    Random(kKvHeads * kRoom * kDim),
+                    std::vector<float>(kQ),
+                    std::vector<float>(kRows * kHeads),
+                    std::vector<float>(kKv)};
+  DevicePlace place;
+  const auto call = [&](Layer* l, const DevicePlace& at, const DevicePlace* placed) {
+    // Without a place the operations are told where things lie.
+    const size_t skip = placed != nullptr ? 0 : size_t{at.kv_slot} * kDim;
+    const std::vector<DeviceKv> parts = {{first_k.data(), first_v.data(), 5 * kDim * 4, {0, 5}},
+                                         {l->room_k.data() + skip,
+                                          l->room_v.data() + skip,
+                                          kRoom * kDim * 4,
+                                          {at.kv_lo, at.first_token + kRows}}};
+    device_->Rope({l->x.data(), at.first_token, kRows, kHeads, kDim, inv_freq, 1.5f, placed});
+    device_->StoreKv({l->k.data(), l->v.data(), l->room_k.data(), l->room_v.data(),
+                      kRoom * kDim * 4, kDim * 4, kRows, kKvHeads,
+                      at.kv_slot + at.first_token - at.kv_lo, placed});
+    DeviceAttention a{parts, DType::kFp32, kHeads,      kKvHeads,     kDim, at.first_token, kRows,
+                      0,     l->x.data(),  l->o.data(), l->lse.data()};
+    a.place = placed;
+    device_->Attend(a);
+    device_->MatMul(l->o.data(), w, l->y.data(), 1, Device::Output::kAccumulate);
+  };
+  Layer replayed = start, called = start;
+  const DevicePlace recorded_for{20, 10, 3};
+  auto recording = device_->Record([&] { call(&replayed, recorded_for, &place); });
+  ASSERT_TRUE(recording.ok()) << recording.status();
+  EXPECT_EQ(replayed.y, start.y) << "run while it was recorded";
+  for (const DevicePlace& at : {recorded_for, {22, 11, 4}, {24, 24, 0}, {26, 7, 19}, {5, 5, 38}}) {
+    place = at;
+    device_->Replay(**recording);
+    call(&called, at, nullptr);
+    EXPECT_EQ(replayed.x, called.x);
+    EXPECT_EQ(replayed.room_k, called.room_k);
+    EXPECT_EQ(replayed.room_v, called.room_v);
+    EXPECT_EQ(replayed.lse, called.lse);
+    EXPECT_EQ(replayed.y, called.y);
+  }
+}
+
 TEST_F(HostDeviceTest, BudgetIsKeptAndThePeakRemembered) {
   auto small = MakeHostDevice({.capacity_bytes = 1000});
   auto first = small->Allocate(600, "first");

@@ -55,6 +55,18 @@ void ExpectWhole(const LocalKv& kv, uint32_t tokens) {
   for (uint32_t t = 0; t < tokens; ++t) ASSERT_EQ(seen[t], 1) << "token " << t << " of " << tokens;
 }
 
+// The same by way of what a step is told.
+void ExpectPlaced(const LocalKv& kv, uint32_t tokens) {
+  std::vector<DeviceKv> parts = kv.PlacedParts();
+  const DevicePlace place = kv.Place(tokens);
+  DeviceKv& last = parts.back();
+  last.k = static_cast<const std::byte*>(last.k) + place.kv_slot * 32;
+  last.v = static_cast<const std::byte*>(last.v) + place.kv_slot * 32;
+  EXPECT_EQ(last.tokens.lo, place.kv_lo);
+  EXPECT_EQ(last.tokens.hi, tokens);
+  EXPECT_EQ(parts, kv.Parts());
+}
+
 TEST(LocalKvTest, EveryTokenIsHeldOrElsewhereOnceDuringSlidesTruncationsAndClones) {
   std::mt19937 random(Seed());
   const auto device = MakeHostDevice({});
@@ -97,13 +109,20 @@ TEST(LocalKvTest, EveryTokenIsHeldOrElsewhereOnceDuringSlidesTruncationsAndClone
   EXPECT_EQ(device->Stats().used_bytes, 0u);
 }
 
-TEST(LocalKvTest, SlidingHoldsLittleMoreThanTheWindow) {
+TEST(LocalKvTest, SlidingHoldsLittleMoreThanTheWindowAndStaysWhereItIs) {
   const auto device = MakeHostDevice({});
   LocalKv kv(device.get(), kShape, {128, 512, false});
+  const void* memory = nullptr;
   for (uint32_t t = 0; t < 5000; ++t) {
     ASSERT_TRUE(Append(&kv, t, 1).ok());
+    if (t >= 128) ExpectPlaced(kv, t + 1);
     kv.Slide(t + 1);
+    if (t == 1000) memory = kv.PlacedParts().back().k;
+    if (t > 1000) {
+      ASSERT_EQ(kv.PlacedParts().back().k, memory) << t;
+    }
   }
+  ExpectWhole(kv, 5000);
   EXPECT_LE(kv.bytes(), (128 + 512) * 2 * kTokenBytes * 5 / 4);
   EXPECT_EQ(kv.bytes(), device->Stats().used_bytes);
 }

@@ -64,6 +64,7 @@ class WatchedDevice final : public Device {
   void Round(const float* from, DType dtype, void* to, size_t elements) override {
     inner_->Round(from, dtype, to, elements);
   }
+  void StoreKv(const DeviceKvStore& store) override { inner_->StoreKv(store); }
   void Merge(float* o_a, float* lse_a, const float* o_b, const float* lse_b, size_t rows,
              uint32_t head_dim) override {
     inner_->Merge(o_a, lse_a, o_b, lse_b, rows, head_dim);

@@ -54,7 +54,7 @@ class Channel {
     m.request_bytes = 12345 + i;
     m.slot_index = 3;
     m.answered_bit = 1 + i % 2;
-    m.generation = (77 << 2) | m.answered_bit;
+    m.generation = (77 + i / 4) << 2 | m.answered_bit;
     return m;
   }
 
@@ -88,6 +88,7 @@ class CudaRingCheck : public CudaDeviceCheck {
     heads_device_ = Put(heads_);
     far_lse_device_ = Allocate(size_t{shape.rows} * shape.heads * sizeof(float));
     outcomes_ = Put(std::vector<std::byte>(messages * RungOutcomeBytes(shape.rows), kPoison));
+    told_ = Allocate(messages * sizeof(RungMessage));
   }
   void TearDown() override {
     if (channel_ != nullptr) channel_->header()->done.store(~0u);  // whatever still waits
@@ -113,6 +114,27 @@ class CudaRingCheck : public CudaDeviceCheck {
     }
     return ring;
   }
+  // All messages, each into an o and lse of its own, to be replayed for those that Tell tells.
+  std::unique_ptr<DeviceRecording> Record(std::span<const DeviceBuffer> o,
+                                          std::span<const DeviceBuffer> lse) {
+    auto recording = device_->Record([&] {
+      for (uint32_t i = 0; i < messages_; ++i) {
+        DeviceRing ring = Ring(i, o[i % o.size()].floats(), lse[i % lse.size()].floats());
+        ring.at = reinterpret_cast<const RungMessage*>(told_.raw()) + i;
+        device_->Ring(ring);
+        device_->TakeAnswer(ring);
+      }
+    });
+    EXPECT_TRUE(recording.ok()) << recording.status();
+    return recording.ok() ? *std::move(recording) : nullptr;
+  }
+  // The messages of the token whose first one is `first`, a multiple of their number.
+  void Tell(uint32_t first) {
+    std::vector<RungMessage> messages;
+    for (uint32_t i = 0; i < messages_; ++i) messages.push_back(channel_->Message(first + i));
+    ASSERT_TRUE(device_->Upload(told_.raw(), std::as_bytes(std::span(messages))).ok());
+    channel_->header()->done.store(0);
+  }
   // As a daemon's poller: whether message i came before `deadline`.
   bool Await(uint32_t i, absl::Duration deadline = absl::Seconds(20)) const {
     const RungMessage message = channel_->Message(i);
@@ -133,7 +155,7 @@ class CudaRingCheck : public CudaDeviceCheck {
     EXPECT_EQ(message.entry->generation, message.generation);
     EXPECT_EQ(message.entry->reserved, 0u);
     EXPECT_EQ(std::memcmp(channel_->slot() + shm::kSlotPayload,
-                          heads_.data() + i * layout.head_bytes, layout.head_bytes),
+                          heads_.data() + i % messages_ * layout.head_bytes, layout.head_bytes),
               0);
     const size_t q_bytes = size_t{layout.heads} * layout.head_dim * 4;
     for (uint32_t r = 0; r < layout.rows; ++r) {
@@ -173,7 +195,7 @@ class CudaRingCheck : public CudaDeviceCheck {
   HostMapping mapping_;
   std::vector<float> q_;
   std::vector<std::byte> k_, v_, heads_;
-  DeviceBuffer q_device_, k_device_, v_device_, heads_device_, outcomes_, far_lse_device_;
+  DeviceBuffer q_device_, k_device_, v_device_, heads_device_, outcomes_, far_lse_device_, told_;
 };
 
 TEST_F(CudaRingCheck, AnswersAreMergedWhereTheyCount) {
@@ -276,8 +298,63 @@ TEST_F(CudaRingCheck, AWaitThatIsGivenUpEnds) {
   EXPECT_EQ(got, o);
 }
 
+TEST_F(CudaRingCheck, ReplaysSendTheNextTokensMessagesUntilOneIsGivenUp) {
+  for (const Shape& shape : {Shape{1, 32, 8, 128}, Shape{5, 6, 3, 96}}) {
+    constexpr uint32_t kMessages = 4;
+    ASSERT_NO_FATAL_FAILURE(Prepare(shape, kMessages));
+    const size_t vectors = size_t{shape.rows} * shape.heads, n = vectors * shape.head_dim;
+    const std::vector<float> same(vectors, 0.5f), window = Random(n);
+    std::vector<DeviceBuffer> o, lse;
+    for (uint32_t i = 0; i < kMessages; ++i) {
+      o.push_back(Put(window));
+      lse.push_back(Put(same));
+    }
+    const std::unique_ptr<DeviceRecording> recording = Record(o, lse);
+    ASSERT_NE(recording, nullptr);
+    EXPECT_FALSE(Await(0, absl::Milliseconds(20))) << "rung while it was recorded";
+    const auto expect = [&](uint32_t i, const std::vector<float>& want) {
+      std::vector<float> got(n);
+      ASSERT_TRUE(device_->Download(std::as_writable_bytes(std::span(got)), o[i].raw()).ok());
+      EXPECT_LT(Error<float>(got, want), 1e-6);
+    };
+    for (uint32_t token = 0; token < 4; ++token) {
+      const bool answers = token < 3;
+      for (uint32_t i = 0; i < kMessages; ++i) {
+        ASSERT_TRUE(device_->Upload(o[i].raw(), std::as_bytes(std::span(window))).ok());
+        ASSERT_TRUE(device_->Upload(lse[i].raw(), std::as_bytes(std::span(same))).ok());
+      }
+      ASSERT_NO_FATAL_FAILURE(Tell(token * kMessages));
+      device_->Replay(*recording);
+      const std::vector<float> far = Random(n);
+      for (uint32_t i = 0; i < (answers ? kMessages : 1); ++i) {
+        ASSERT_TRUE(Await(token * kMessages + i));
+        ExpectSent(token * kMessages + i);
+        if (answers) Answer(token * kMessages + i, far, same, nullptr);
+      }
+      if (!answers) {
+        EXPECT_FALSE(Await(token * kMessages + 1, absl::Milliseconds(50))) << "it waits";
+        channel_->header()->done.store(~0u);
+      }
+      std::vector<std::byte> seen(kMessages * RungOutcomeBytes(shape.rows));
+      ASSERT_TRUE(device_->Download(seen, outcomes_.raw()).ok());
+      std::vector<float> merged(n);
+      for (size_t i = 0; i < n; ++i) merged[i] = (window[i] + far[i]) / 2;
+      for (uint32_t i = 0; i < kMessages; ++i) {
+        RungOutcome head;
+        std::memcpy(&head, seen.data() + i * RungOutcomeBytes(shape.rows), sizeof(head));
+        const uint32_t generation = channel_->Message(token * kMessages + i).generation;
+        EXPECT_EQ(head.done, answers ? generation : ~0u);
+        expect(i, answers ? merged : window);
+      }
+      EXPECT_FALSE(Await(token * kMessages + kMessages, absl::ZeroDuration()));
+    }
+    EXPECT_FALSE(Await(3 * kMessages + 1, absl::ZeroDuration())) << "behind what was given up";
+  }
+}
+
 // What a layer's round trip takes beside the daemon's work, which is nothing here: the card's
-// message, the wait, the answer, the merge. In turns with as many empty merges.
+// message, the wait, the answer, the merge; called one by one, and replayed. In turns with as many
+// empty merges.
 TEST_F(CudaRingCheck, DISABLED_RoundTripTiming) {
   for (const Shape& shape : {Shape{1, 32, 8, 128}, Shape{1, 32, 32, 96}, Shape{8, 32, 8, 128}}) {
     constexpr uint32_t kMessages = 64;
@@ -286,41 +363,52 @@ TEST_F(CudaRingCheck, DISABLED_RoundTripTiming) {
     const std::vector<float> far_o = Random(n), far_lse = Random(vectors);
     const DeviceBuffer o = Put(Random(n)), lse = Put(Random(vectors));
     const DeviceBuffer other_o = Put(far_o), other_lse = Put(far_lse);
-    std::vector<double> rings, merges;
-    for (int round = 0; round < 20; ++round) {
-      channel_->header()->done.store(0);
+    const std::unique_ptr<DeviceRecording> recording = Record(std::span(&o, 1), std::span(&lse, 1));
+    ASSERT_NE(recording, nullptr);
+    // Microseconds of each of kMessages, until the last one has been done.
+    const auto time = [&](const auto& call) {
+      const absl::Time begun = absl::Now();
+      call();
+      float back;
+      EXPECT_TRUE(device_->Download(std::as_writable_bytes(std::span(&back, 1)), lse.raw()).ok());
+      return absl::ToDoubleMicroseconds(absl::Now() - begun) / kMessages;
+    };
+    const auto time_rings = [&](const auto& call) {
+      Tell(0);
       std::thread daemon([&] {
         for (uint32_t i = 0; i < kMessages; ++i) {
           if (!Await(i)) return;
           Answer(i, far_o, far_lse, nullptr);
         }
       });
-      const absl::Time begun = absl::Now();
-      for (uint32_t i = 0; i < kMessages; ++i) {
-        device_->Ring(Ring(i, o.floats(), lse.floats()));
-        device_->TakeAnswer(Ring(i, o.floats(), lse.floats()));
-      }
-      float back;
-      EXPECT_TRUE(device_->Download(std::as_writable_bytes(std::span(&back, 1)), lse.raw()).ok());
-      rings.push_back(absl::ToDoubleMicroseconds(absl::Now() - begun) / kMessages);
+      const double us = time(call);
       daemon.join();
       // The next round's entries begin as these did.
       std::memset(channel_->memory().data(), 0, kSlots * sizeof(shm::SubmitEntry));
-      const absl::Time merging = absl::Now();
-      for (uint32_t i = 0; i < kMessages; ++i) {
-        device_->Merge(o.floats(), lse.floats(), other_o.floats(), other_lse.floats(), vectors,
-                       shape.head_dim);
-      }
-      ASSERT_TRUE(device_->Download(std::as_writable_bytes(std::span(&back, 1)), lse.raw()).ok());
-      merges.push_back(absl::ToDoubleMicroseconds(absl::Now() - merging) / kMessages);
+      return us;
+    };
+    std::vector<double> called, replayed, merges;
+    for (int round = 0; round < 20; ++round) {
+      called.push_back(time_rings([&] {
+        for (uint32_t i = 0; i < kMessages; ++i) {
+          device_->Ring(Ring(i, o.floats(), lse.floats()));
+          device_->TakeAnswer(Ring(i, o.floats(), lse.floats()));
+        }
+      }));
+      replayed.push_back(time_rings([&] { device_->Replay(*recording); }));
+      merges.push_back(time([&] {
+        for (uint32_t i = 0; i < kMessages; ++i) {
+          device_->Merge(o.floats(), lse.floats(), other_o.floats(), other_lse.floats(), vectors,
+                         shape.head_dim);
+        }
+      }));
     }
-    std::sort(rings.begin(), rings.end());
-    std::sort(merges.begin(), merges.end());
+    for (std::vector<double>* us : {&called, &replayed, &merges}) std::ranges::sort(*us);
     std::printf(
-        "%u rows of %u heads of %u: a round trip %.1f us (least %.1f, most %.1f), a merge "
-        "alone %.1f\n",
-        shape.rows, shape.heads, shape.head_dim, rings[rings.size() / 2], rings.front(),
-        rings.back(), merges[merges.size() / 2]);
+        "%u rows of %u heads of %u: a round trip %.1f us (least %.1f, most %.1f), replayed %.1f us "
+        "(least %.1f, most %.1f), a merge alone %.1f\n",
+        shape.rows, shape.heads, shape.head_dim, called[10], called.front(), called.back(),
+        replayed[10], replayed.front(), replayed.back(), merges[10]);
   }
 }
 

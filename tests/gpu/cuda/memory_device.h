@@ -53,6 +53,7 @@ class MemoryDevice : public Device {
     QUARRY_CHECK(false);
   }
   void Round(const float*, DType, void*, size_t) override { QUARRY_CHECK(false); }
+  void StoreKv(const DeviceKvStore&) override { QUARRY_CHECK(false); }
   void Attend(const DeviceAttention&) override { QUARRY_CHECK(false); }
   void Merge(float*, float*, const float*, const float*, size_t, uint32_t) override {
     QUARRY_CHECK(false);

@@ -1,0 +1,148 @@
+// Operations that the card keeps and replays: they do as when they are called, for tokens that it
+// is told by its memory, and what they take while they run stays theirs.
+#include "absl/strings/str_cat.h"
+#include "tests/gpu/cuda/device_fixture.h"
+
+namespace quarry {
+namespace {
+
+// What a layer of decode does between its products, and one of these.
+struct Layer {
+  uint32_t rows, heads, kv_heads, head_dim, first;  // tokens of the first part
+  DType dtype;
+};
+constexpr uint32_t kRoom = 400;
+
+class CudaRecordingCheck : public CudaDeviceCheck {
+ protected:
+  struct Memory {
+    DeviceBuffer x, k, v, room_k, room_v, o, lse, y;
+  };
+  Memory Fill(const Layer& l) {
+    const size_t q = size_t{l.rows} * l.heads * l.head_dim;
+    const size_t kv = size_t{l.rows} * l.kv_heads * l.head_dim;
+    const size_t room = size_t{l.kv_heads} * kRoom * l.head_dim;
+    Memory m{Put(x_),
+             Put(Stored(kv_, l.dtype)),
+             Put(Stored(kv_, l.dtype)),
+             Put(Stored(room_, l.dtype)),
+             Put(Stored(room_, l.dtype)),
+             Output(q),
+             Output(size_t{l.rows} * l.heads),
+             Put(std::vector<float>(size_t{l.rows} * kOut))};
+    EXPECT_EQ(room_.size(), room);
+    EXPECT_EQ(kv_.size(), kv);
+    return m;
+  }
+  // Without `placed` the operations are told where things lie.
+  void Call(const Layer& l, const Memory& m, const DeviceMatrix& w, const DevicePlace& at,
+            const DevicePlace* placed) {
+    const size_t vector = l.head_dim * DTypeBytes(l.dtype);
+    const size_t skip = placed != nullptr ? 0 : at.kv_slot * vector;
+    std::vector<DeviceKv> parts;
+    if (l.first > 0) {
+      parts.push_back({first_k_.raw(), first_v_.raw(), l.first * vector, {0, l.first}});
+    }
+    parts.push_back({m.room_k.raw() + skip,
+                     m.room_v.raw() + skip,
+                     kRoom * vector,
+                     {at.kv_lo, at.first_token + l.rows}});
+    device_->Rope(
+        {m.x.floats(), at.first_token, l.rows, l.heads, l.head_dim, inv_freq_, 1.5f, placed});
+    device_->StoreKv({m.k.raw(), m.v.raw(), m.room_k.raw(), m.room_v.raw(), kRoom * vector, vector,
+                      l.rows, l.kv_heads, at.kv_slot + at.first_token - at.kv_lo, placed});
+    DeviceAttention a;
+    a.parts = parts;
+    a.dtype = l.dtype;
+    a.heads = l.heads;
+    a.kv_heads = l.kv_heads;
+    a.head_dim = l.head_dim;
+    a.first_token = at.first_token;
+    a.rows = l.rows;
+    a.q = m.x.floats();
+    a.o = m.o.floats();
+    a.lse = m.lse.floats();
+    a.place = placed;
+    device_->Attend(a);
+    device_->MatMul(m.o.floats(), w, m.y.floats(), l.rows, Device::Output::kAccumulate);
+  }
+  std::vector<float> Floats(const DeviceBuffer& from) {
+    std::vector<float> out(from.bytes() / 4);
+    EXPECT_TRUE(device_->Download(std::as_writable_bytes(std::span(out)), from.raw()).ok());
+    return out;
+  }
+
+  static constexpr size_t kOut = 64;
+  std::vector<float> x_, kv_, room_, inv_freq_;
+  DeviceBuffer first_k_, first_v_;
+};
+
+TEST_F(CudaRecordingCheck, ReplaysAreTheOperationsForOtherTokens) {
+  for (const Layer& l :
+       {Layer{1, 32, 8, 128, 128, DType::kBf16}, Layer{4, 6, 2, 64, 0, DType::kFp16},
+        Layer{1, 4, 4, 96, 5, DType::kBf16}, Layer{2, 6, 3, 10, 7, DType::kBf16},
+        Layer{1, 80, 1, 64, 16, DType::kBf16}, Layer{3, 4, 2, 256, 9, DType::kFp32}}) {
+    SCOPED_TRACE(absl::StrCat(l.rows, " rows, ", l.heads, " heads of ", l.head_dim));
+    const size_t width = size_t{l.heads} * l.head_dim;
+    x_ = Random(l.rows * width);
+    kv_ = Random(size_t{l.rows} * l.kv_heads * l.head_dim);
+    room_ = Random(size_t{l.kv_heads} * kRoom * l.head_dim);
+    inv_freq_ = Random(l.head_dim / 2);
+    first_k_ = Put(Stored(Random(size_t{l.kv_heads} * l.first * l.head_dim + 1), l.dtype));
+    first_v_ = Put(Stored(Random(size_t{l.kv_heads} * l.first * l.head_dim + 1), l.dtype));
+    const DeviceMatrix w = Load(Random(kOut * width), kOut, DType::kBf16);
+    const Memory replayed = Fill(l), called = Fill(l);
+    const DevicePlace first{320, 20, 3};
+    // Also loads what is loaded late.
+    Call(l, replayed, w, first, nullptr);
+    Call(l, called, w, first, nullptr);
+    const DeviceBuffer place = Allocate(sizeof(DevicePlace));
+    const uint64_t used = device_->Stats().used_bytes;
+    auto recording = device_->Record(
+        [&] { Call(l, replayed, w, first, reinterpret_cast<const DevicePlace*>(place.raw())); });
+    ASSERT_TRUE(recording.ok()) << recording.status();
+    EXPECT_EQ(Floats(replayed.x), Floats(called.x)) << "run while it was recorded";
+    // As long a window, so that the work is cut up in the same way.
+    for (const uint32_t moved : {0u, 1u, 7u, 50u}) {
+      const DevicePlace at{first.first_token + moved, first.kv_lo + moved, moved % 40};
+      ASSERT_TRUE(device_->Upload(place.raw(), std::as_bytes(std::span(&at, 1))).ok());
+      device_->Replay(**recording);
+      // Whoever takes memory now must not get what the next replay writes to.
+      const DeviceBuffer others = Put(std::vector<std::byte>(1 << 20, kPoison));
+      device_->Replay(**recording);
+      Call(l, called, w, at, nullptr);
+      Call(l, called, w, at, nullptr);
+      std::vector<std::byte> kept(others.bytes());
+      ASSERT_TRUE(device_->Download(kept, others.raw()).ok());
+      EXPECT_TRUE(std::ranges::all_of(kept, [](std::byte b) { return b == kPoison; }));
+      EXPECT_EQ(Floats(replayed.x), Floats(called.x));
+      EXPECT_EQ(Floats(replayed.room_k), Floats(called.room_k));
+      EXPECT_EQ(Get(replayed.lse), Get(called.lse));
+      EXPECT_EQ(Get(replayed.o), Get(called.o));
+      EXPECT_EQ(Floats(replayed.y), Floats(called.y));
+    }
+    recording->reset();
+    EXPECT_EQ(device_->Stats().used_bytes, used) << "the recording's memory";
+  }
+}
+
+TEST_F(CudaRecordingCheck, WhatCannotBeRecordedIsNamedAndLeavesTheDeviceAsItWas) {
+  const DeviceBuffer o = Output(1024), lse = Output(8);
+  DeviceAttention a;  // no parts to find the place in
+  a.heads = a.kv_heads = 1;
+  a.head_dim = 64;
+  a.rows = 1;
+  a.q = a.o = o.floats();
+  a.lse = lse.floats();
+  a.place = reinterpret_cast<const DevicePlace*>(o.raw());
+  const absl::Status refused = device_->Record([&] { device_->Attend(a); }).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(refused)) << refused;
+  EXPECT_NE(std::string(refused.message()).find("Attend: 0 parts"), std::string::npos) << refused;
+  const std::vector<float> from = Random(1024);
+  const DeviceBuffer in = Put(from), out = Output(1024);
+  device_->Copy({out.raw(), 0, in.raw(), 0, 4096, 1});
+  EXPECT_EQ(Get(out), from);
+}
+
+}  // namespace
+}  // namespace quarry
