@@ -57,7 +57,7 @@ absl::StatusOr<LayerScratch> LayerMath::Allocate(uint32_t max_rows, Answers answ
 }
 
 void LayerMath::Project(uint32_t layer, const float* x, uint32_t first, uint32_t rows,
-                        LayerScratch* s) {
+                        LayerScratch* s, const DevicePlace* place) {
   const ModelConfig& c = model_.config();
   const LayerWeights& w = model_.Layer(layer);
   device_.RmsNorm(x, w.attention_norm, c.norm_eps, s->norm.floats(), rows);
@@ -66,8 +66,8 @@ void LayerMath::Project(uint32_t layer, const float* x, uint32_t first, uint32_t
     device_.MatMul(s->norm.floats(), *weight, out->floats(), rows, Device::Output::kOverwrite);
   }
   for (const auto& [turned, heads] : {std::pair{&s->q, c.heads}, {&s->k_wide, c.kv_heads}}) {
-    device_.Rope(
-        {turned->floats(), first, rows, heads, c.head_dim, rope_.inv_freq, rope_.attention_scale});
+    device_.Rope({turned->floats(), first, rows, heads, c.head_dim, rope_.inv_freq,
+                  rope_.attention_scale, place});
   }
   const size_t elements = size_t{rows} * c.kv_heads * c.head_dim;
   device_.Round(s->k_wide.floats(), shape_.dtype, s->k.raw(), elements);
@@ -89,18 +89,17 @@ void LayerMath::Finish(uint32_t layer, float* x, uint32_t rows, LayerScratch* s)
   }
 }
 
-absl::StatusOr<std::vector<float>> LayerMath::Logits(const float* x, uint32_t token) {
-  const ModelConfig& c = model_.config();
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer norm, device_.Allocate(size_t{c.hidden} * 4, "last state"));
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer logits, device_.Allocate(size_t{c.vocab} * 4, "logits"));
-  device_.RmsNorm(x, model_.final_norm(), c.norm_eps, norm.floats(), 1);
+void LayerMath::Head(const float* x, float* norm, float* logits) {
+  device_.RmsNorm(x, model_.final_norm(), model_.config().norm_eps, norm, 1);
   for (size_t t = 0; t < model_.head_tiles(); ++t) {
     const HeadTile& tile = model_.Head(t);
-    device_.MatMul(norm.floats(), tile.weight, logits.floats() + tile.first, 1,
-                   Device::Output::kOverwrite);
+    device_.MatMul(norm, tile.weight, logits + tile.first, 1, Device::Output::kOverwrite);
   }
-  std::vector<float> out(c.vocab);
-  QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(out)), logits.raw()));
+}
+
+absl::StatusOr<std::vector<float>> LayerMath::ReadLogits(const float* logits, uint32_t token) {
+  std::vector<float> out(model_.config().vocab);
+  QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(out)), logits));
   for (size_t id = 0; id < out.size(); ++id) {
     if (!std::isfinite(out[id])) {
       return absl::InternalError(
@@ -108,6 +107,14 @@ absl::StatusOr<std::vector<float>> LayerMath::Logits(const float* x, uint32_t to
     }
   }
   return out;
+}
+
+absl::StatusOr<std::vector<float>> LayerMath::Logits(const float* x, uint32_t token) {
+  const ModelConfig& c = model_.config();
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer norm, device_.Allocate(size_t{c.hidden} * 4, "last state"));
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer logits, device_.Allocate(size_t{c.vocab} * 4, "logits"));
+  Head(x, norm.floats(), logits.floats());
+  return ReadLogits(logits.floats(), token);
 }
 
 DeviceAttention LayerMath::Attention(uint32_t first, uint32_t rows, std::span<const DeviceKv> parts,

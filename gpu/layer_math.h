@@ -40,12 +40,16 @@ class LayerMath {
 
   // q, k and v of tokens [first, first + rows) from their hidden states x [rows][hidden]. k and v
   // are rounded to the context's dtype before anybody attends them, so that local attention
-  // and the daemon's see the same.
-  void Project(uint32_t layer, const float* x, uint32_t first, uint32_t rows, LayerScratch* s);
+  // and the daemon's see the same. `place`, if not null, says on the device what `first` is.
+  void Project(uint32_t layer, const float* x, uint32_t first, uint32_t rows, LayerScratch* s,
+               const DevicePlace* place = nullptr);
   // Adds the output projection of s->o, then the MLP, to x.
   void Finish(uint32_t layer, float* x, uint32_t rows, LayerScratch* s);
-  // Of one token's hidden state. Internal names the token if they are not finite: no token
-  // is to be chosen from such.
+  // Of one token's hidden state x [hidden]; norm [hidden] is working memory, logits [vocab].
+  void Head(const float* x, float* norm, float* logits);
+  // Internal names the token if they are not finite: no token is to be chosen from such.
+  absl::StatusOr<std::vector<float>> ReadLogits(const float* logits, uint32_t token);
+  // Both, with memory of their own.
   absl::StatusOr<std::vector<float>> Logits(const float* x, uint32_t token);
 
   // What attention of tokens [first, first + rows) needs to know beside its parts.

@@ -164,7 +164,7 @@ absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> to
 }
 
 absl::StatusOr<std::vector<float>> Sequence::Run(std::span<const uint32_t> tokens, Role role) {
-  if (service_ == nullptr) return Prefill(tokens);
+  if (service_ == nullptr) return IsOwnStep(tokens) ? RunOwnRows(tokens) : Prefill(tokens);
   QUARRY_RETURN_IF_ERROR(DeclareNew(tokens));
   absl::StatusOr<std::vector<float>> logits;
   do {

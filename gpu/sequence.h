@@ -13,6 +13,7 @@
 #include "gpu/local_kv.h"
 #include "gpu/model.h"
 #include "gpu/query_recorder.h"
+#include "gpu/row_step.h"
 #include "gpu/sparse/pattern.h"
 #include "proto/retrieval_types.h"
 
@@ -44,6 +45,9 @@ struct SequenceOptions {
   // answers itself, with no thread of the host on the path, but where a recorder takes queries and
   // where a token's window holds all it sees.
   bool device_rings = false;
+  // Whether steps of a few tokens that need no thread of the host are recorded (gpu/row_step.h),
+  // where the device can; their memory stays then. Answers are the same.
+  RowStep::Recording recording = RowStep::Recording::kOn;
   // Takes the sequence's queries, not those of its forks; outlives it. Null: nobody.
   QueryRecorder* recorder = nullptr;
 };
@@ -103,6 +107,8 @@ class Sequence {
   uint32_t max_tokens() const { return max_tokens_; }
   ContextId context() const { return context_; }
   uint64_t local_kv_bytes() const;
+  // Of the step that is kept: rows of the number that came last.
+  uint64_t replayed_steps() const { return step_ != nullptr ? step_->replays() : 0; }
   const AttendCost& cost() const { return cost_; }
 
  private:
@@ -143,20 +149,25 @@ class Sequence {
   absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens, Role role);
   absl::StatusOr<std::vector<float>> RunRows(std::span<const uint32_t> tokens,
                                              const Budget& budget);
-  std::vector<AttendRow> AskedRows(uint32_t layer, uint32_t rows, const Budget& budget,
-                                   const LayerScratch& scratch) const;
+  std::vector<AttendRow> AskedRows(uint32_t layer, uint32_t rows, const Budget& budget) const;
+  // The host sends them, layer by layer.
+  absl::StatusOr<std::vector<float>> RunSentRows(std::span<const uint32_t> tokens,
+                                                 const Budget& budget);
   absl::Status AttendLayer(uint32_t layer, uint32_t rows, const Budget& budget,
                            LayerScratch* scratch);
   // The window's K/V of the rows is stored here; their attention over it.
   absl::Status AttendWindow(uint32_t layer, uint32_t rows, LayerScratch* scratch);
   void CountReach(const DeviceAttention& attention);
   absl::Status TakeAnswers(std::span<const AttendRow> asked, std::span<const AttendAnswer> answers);
-  // The same rows, rung by the device.
-  absl::StatusOr<std::vector<float>> RunRungRows(float* x, std::span<const AttendRow> asked,
-                                                 LayerScratch* scratch);
-  absl::StatusOr<std::vector<float>> LogitsOfLast(const float* x, uint32_t rows);
-  absl::Status RingLayers(const RungAttends& rung, float* x, const DeviceBuffer& heads,
-                          const DeviceBuffer& outcomes, LayerScratch* scratch);
+
+  // sequence_steps.cc: the same rows without the host on the path, or without a daemon.
+  bool IsOwnStep(std::span<const uint32_t> tokens) const;
+  absl::StatusOr<std::vector<float>> RunOwnRows(std::span<const uint32_t> tokens);
+  absl::StatusOr<std::vector<float>> RunRungRows(std::span<const uint32_t> tokens,
+                                                 std::span<const AttendRow> asked);
+  absl::Status PrepareStep(uint32_t rows);
+  void CountStep();
+
   absl::StatusOr<Budget> SettleBudget(Role role);
   absl::Status ForkContext(const NumericRecipe& recipe);
   absl::Status Recover();
@@ -180,6 +191,7 @@ class Sequence {
   bool window_loaded_ = true;  // false: a reused prefix whose window is still to be read
   bool broken_ = false;
   std::vector<LocalKv> local_;  // by layer
+  std::unique_ptr<RowStep> step_;  // of the latest rows; null: none, or it was of no more use
   AttendCost cost_;
 };
 

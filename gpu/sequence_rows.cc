@@ -86,33 +86,35 @@ absl::StatusOr<std::vector<float>> Sequence::RunRows(std::span<const uint32_t> t
     KvService* const service;
   };
   const auto rows = static_cast<uint32_t>(tokens.size());
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x, Embed(tokens));
-  QUARRY_ASSIGN_OR_RETURN(LayerScratch scratch, math_.Allocate(rows, LayerMath::Answers::kFar));
   const Armed armed(service_);
   if (options_.device_rings && options_.recorder == nullptr) {
-    const std::vector<AttendRow> asked = AskedRows(0, rows, budget, scratch);
+    const std::vector<AttendRow> asked = AskedRows(0, rows, budget);
     const bool all_ask = std::none_of(asked.begin(), asked.end(),
                                       [](const AttendRow& row) { return row.range.empty(); });
-    if (all_ask) return RunRungRows(x.floats(), asked, &scratch);
+    if (all_ask) return RunRungRows(tokens, asked);
   }
+  return RunSentRows(tokens, budget);
+}
+
+absl::StatusOr<std::vector<float>> Sequence::RunSentRows(std::span<const uint32_t> tokens,
+                                                         const Budget& budget) {
+  const auto rows = static_cast<uint32_t>(tokens.size());
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x, Embed(tokens));
+  QUARRY_ASSIGN_OR_RETURN(LayerScratch scratch, math_.Allocate(rows, LayerMath::Answers::kFar));
   for (uint32_t l = 0; l < shape_.layers; ++l) {
     math_.Project(l, x.floats(), tokens_, rows, &scratch);
     QUARRY_RETURN_IF_ERROR(Record(l, tokens_, rows, scratch));
     QUARRY_RETURN_IF_ERROR(AttendLayer(l, rows, budget, &scratch));
     math_.Finish(l, x.floats(), rows, &scratch);
   }
-  return LogitsOfLast(x.floats(), rows);
-}
-
-absl::StatusOr<std::vector<float>> Sequence::LogitsOfLast(const float* x, uint32_t rows) {
-  return math_.Logits(x + size_t{rows - 1} * model_.config().hidden, tokens_ + rows - 1);
+  return math_.Logits(x.floats() + size_t{rows - 1} * model_.config().hidden, tokens_ + rows - 1);
 }
 
 // What the daemon is asked for the next tokens of a layer, without buffers.
-std::vector<AttendRow> Sequence::AskedRows(uint32_t layer, uint32_t rows, const Budget& budget,
-                                           const LayerScratch& scratch) const {
+std::vector<AttendRow> Sequence::AskedRows(uint32_t layer, uint32_t rows,
+                                           const Budget& budget) const {
   const TokenRange elsewhere = local_[layer].Elsewhere(tokens_);
-  const DeviceAttention reach = math_.Attention(tokens_, rows, {}, scratch);
+  const DeviceAttention reach = math_.Attention(tokens_, rows, {}, {});
   std::vector<AttendRow> asked(rows);
   for (uint32_t r = 0; r < rows; ++r) {
     AttendRow& row = asked[r];
@@ -137,7 +139,7 @@ absl::Status Sequence::AttendLayer(uint32_t layer, uint32_t rows, const Budget& 
   QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(q)), scratch->q.raw()));
   QUARRY_RETURN_IF_ERROR(device_.Download(k, scratch->k.raw()));
   QUARRY_RETURN_IF_ERROR(device_.Download(v, scratch->v.raw()));
-  std::vector<AttendRow> asked = AskedRows(layer, rows, budget, *scratch);
+  std::vector<AttendRow> asked = AskedRows(layer, rows, budget);
   std::vector<AttendAnswer> answers(rows);
   for (uint32_t r = 0; r < rows; ++r) {
     asked[r].q = q.data() + r * q_width;
@@ -195,61 +197,6 @@ absl::Status Sequence::TakeAnswers(std::span<const AttendRow> asked,
   cost_.bytes_moved +=
       asked.size() * (2 * size_t{shape_.heads} * shape_.head_dim * 4 +
                       2 * shape_.kv_heads * shape_.vector_bytes() + shape_.heads * 4);
-  return absl::OkStatus();
-}
-
-absl::StatusOr<std::vector<float>> Sequence::RunRungRows(float* x, std::span<const AttendRow> asked,
-                                                         LayerScratch* scratch) {
-  const auto rows = static_cast<uint32_t>(asked.size());
-  const size_t outcome_bytes = RungOutcomeBytes(rows);
-  std::vector<std::byte> seen(shape_.layers * outcome_bytes);
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer outcomes, device_.Allocate(seen.size(), "answers' heads"));
-  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<RungAttends> rung,
-                          service_->RingElsewhere(asked, shape_.layers));
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer heads,
-                          device_.Allocate(rung->heads().size(), "requests' heads"));
-  QUARRY_RETURN_IF_ERROR(device_.Upload(heads.raw(), rung->heads()));
-  const absl::Status rang = RingLayers(*rung, x, heads, outcomes, scratch);
-  // Then the device neither rings nor waits any more, and the messages may go back.
-  const absl::Status drained = device_.Download(seen, outcomes.raw());
-  QUARRY_RETURN_IF_ERROR(rang);
-  QUARRY_RETURN_IF_ERROR(drained);
-  std::vector<AttendRow> of_layer(asked.begin(), asked.end());
-  std::vector<AttendAnswer> answers(rows);
-  for (uint32_t l = 0; l < shape_.layers; ++l) {
-    const auto outcome = std::span(seen).subspan(l * outcome_bytes, outcome_bytes);
-    QUARRY_RETURN_IF_ERROR(rung->Read(l, outcome, answers));
-    for (AttendRow& row : of_layer) row.layer = l;
-    QUARRY_RETURN_IF_ERROR(TakeAnswers(of_layer, answers));
-  }
-  return LogitsOfLast(x, rows);
-}
-
-absl::Status Sequence::RingLayers(const RungAttends& rung, float* x, const DeviceBuffer& heads,
-                                  const DeviceBuffer& outcomes, LayerScratch* scratch) {
-  DeviceRing ring;
-  ring.layout = rung.layout();
-  const uint32_t rows = ring.layout.rows;
-  ring.q = scratch->q.floats();
-  ring.k = scratch->k.raw();
-  ring.v = scratch->v.raw();
-  ring.o = scratch->o.floats();
-  ring.lse = scratch->lse.floats();
-  ring.far_lse = scratch->far_lse.floats();
-  for (uint32_t l = 0; l < shape_.layers; ++l) {
-    math_.Project(l, x, tokens_, rows, scratch);
-    ring.message = rung.messages()[l];
-    ring.head = heads.raw() + l * ring.layout.head_bytes;
-    ring.outcome = outcomes.raw() + l * RungOutcomeBytes(rows);
-    device_.Ring(ring);
-    // The window, while the daemon works. Its answers are waited for whatever happens here.
-    const absl::Status local = AttendWindow(l, rows, scratch);
-    device_.TakeAnswer(ring);
-    QUARRY_RETURN_IF_ERROR(local);
-    ring.before = ring.outcome;
-    ring.before_generation = ring.message.generation;
-    math_.Finish(l, x, rows, scratch);
-  }
   return absl::OkStatus();
 }
 

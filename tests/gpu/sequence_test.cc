@@ -86,6 +86,39 @@ TEST_P(SequenceTest, ServiceWithUnlimitedBudgetEqualsFullAttention) {
   EXPECT_TRUE(service.contexts.empty()) << "the context was not closed";
 }
 
+// Through places where the K/V's memory grows, so that steps are recorded again, and other shapes.
+TEST_P(SequenceTest, RecordedStepsGiveTheSameTokens) {
+  std::vector<std::vector<std::vector<float>>> logits;
+  std::vector<AttendCost> costs;
+  for (const auto recording : {RowStep::Recording::kOff, RowStep::Recording::kOn}) {
+    options_.recording = recording;
+    auto sequence = Open(nullptr);
+    logits.push_back(Run(sequence.get()));
+    EXPECT_EQ(sequence->replayed_steps(), recording == RowStep::Recording::kOn ? 19u : 0u);
+    uint64_t replayed = 0;
+    for (const uint32_t rows : {3u, 3u, 3u, 1u, 1u, 1u, 9u, 1u}) {
+      auto answer = sequence->Extend(std::span(tokens_).subspan(sequence->tokens(), rows),
+                                     Sequence::Role::kBudgeted);
+      ASSERT_TRUE(answer.ok()) << answer.status();
+      logits.back().push_back(*std::move(answer));
+      replayed += sequence->replayed_steps();
+    }
+    // 3, 3, 3: 0, 1, 2; single ones again: 0, 1, 2; 9 are a prefill, behind which it goes on.
+    EXPECT_EQ(replayed, recording == RowStep::Recording::kOn ? 1 + 2 + 1 + 2 + 2 + 3u : 0u);
+    while (sequence->tokens() < tokens_.size()) {
+      auto answer = sequence->Extend(std::span(tokens_).subspan(sequence->tokens(), 1),
+                                     Sequence::Role::kBudgeted);
+      ASSERT_TRUE(answer.ok()) << answer.status();
+      logits.back().push_back(*std::move(answer));
+    }
+    costs.push_back(sequence->cost());
+  }
+  EXPECT_EQ(logits[0], logits[1]);
+  EXPECT_EQ(costs[0].tokens_local, costs[1].tokens_local);
+  EXPECT_EQ(costs[0].tokens_in_reach, costs[1].tokens_in_reach);
+  EXPECT_EQ(costs[0].head_steps, costs[1].head_steps);
+}
+
 TEST_P(SequenceTest, ReusedPrefixGivesTheSameTokens) {
   auto full = Run(Open(nullptr).get());
   FakeService first, second;

@@ -3,7 +3,9 @@
 #include <signal.h>
 
 #include <atomic>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/time/clock.h"
 #include "client/client.h"
@@ -90,16 +92,28 @@ class WorkerDaemonTest : public ::testing::Test {
   GoldenData golden_;
 };
 
-// Rows sent by the host, or by the device itself.
-class WorkerDaemonRingsTest : public WorkerDaemonTest, public ::testing::WithParamInterface<bool> {
+// Rows sent by the host, or by the device itself, in steps called anew or recorded.
+enum class Sender { kHost, kDevice, kRecording };
+class WorkerDaemonRingsTest : public WorkerDaemonTest,
+                              public ::testing::WithParamInterface<Sender> {
  protected:
   void SetUp() override {
     WorkerDaemonTest::SetUp();
-    options_.device_rings = GetParam();
+    options_.device_rings = GetParam() != Sender::kHost;
+    options_.recording =
+        GetParam() == Sender::kRecording ? RowStep::Recording::kOn : RowStep::Recording::kOff;
+  }
+  void ExpectReplayed(const Sequence& sequence) const {
+    EXPECT_EQ(sequence.replayed_steps() > 0, GetParam() == Sender::kRecording);
   }
 };
-INSTANTIATE_TEST_SUITE_P(By, WorkerDaemonRingsTest, ::testing::Bool(),
-                         [](const auto& info) { return info.param ? "Device" : "Host"; });
+std::string SenderName(const ::testing::TestParamInfo<Sender>& info) {
+  if (info.param == Sender::kHost) return "Host";
+  return info.param == Sender::kDevice ? "Device" : "Recording";
+}
+INSTANTIATE_TEST_SUITE_P(By, WorkerDaemonRingsTest,
+                         ::testing::Values(Sender::kHost, Sender::kDevice, Sender::kRecording),
+                         SenderName);
 
 // Unlimited attention through the daemon is transformers' attention: default and llama3 rope, both
 // LongRoPE regimes, a sliding window, every head layout.
@@ -266,29 +280,39 @@ TEST_F(WorkerDaemonTest, WhoSendsTheRowsMakesNoDifference) {
   // Both go on from the same prefix.
   ASSERT_NO_FATAL_FAILURE(Extend(Open(service_.get(), prompt, 2000).get(), prompt));
   ASSERT_EQ(Reused(prompt, 2000, Whole(prompt)), Whole(prompt));
-  std::vector<std::vector<float>> logits;
+  std::vector<uint32_t> steps = {1, 64, 3};
+  steps.insert(steps.end(), 150, 1);
+  std::vector<std::vector<std::vector<float>>> logits;
   std::vector<AttendCost> costs;
-  for (const bool device : {false, true}) {
-    options_.device_rings = device;
+  for (const Sender sender : {Sender::kHost, Sender::kDevice, Sender::kRecording}) {
+    options_.device_rings = sender != Sender::kHost;
+    options_.recording =
+        sender == Sender::kRecording ? RowStep::Recording::kOn : RowStep::Recording::kOff;
     auto sequence = Open(service_.get(), prompt, 2000);
     ASSERT_EQ(sequence->tokens(), Whole(prompt));
-    for (const uint32_t rows : {1u, 64u, 3u}) {
+    logits.emplace_back();
+    // The window's memory is full more than once: what it holds moves there.
+    for (const uint32_t rows : steps) {
       auto answer =
           sequence->Extend(prompt.subspan(sequence->tokens(), rows), Sequence::Role::kBudgeted);
       ASSERT_TRUE(answer.ok()) << answer.status();
-      logits.push_back(*std::move(answer));
+      logits.back().push_back(*std::move(answer));
     }
+    EXPECT_EQ(sequence->replayed_steps(), sender == Sender::kRecording ? 149u : 0u);
     costs.push_back(sequence->cost());
   }
-  for (size_t i = 0; i < 3; ++i) EXPECT_EQ(logits[i], logits[3 + i]) << i;
-  EXPECT_EQ(costs[0].tokens_daemon, costs[1].tokens_daemon);
-  EXPECT_EQ(costs[0].tokens_local, costs[1].tokens_local);
-  EXPECT_EQ(costs[0].tokens_in_reach, costs[1].tokens_in_reach);
-  EXPECT_EQ(costs[0].head_steps, costs[1].head_steps);
-  EXPECT_EQ(costs[0].bytes_touched, costs[1].bytes_touched);
-  EXPECT_EQ(costs[0].bytes_moved, costs[1].bytes_moved);
-  EXPECT_EQ(counted.rung, 3);
-  EXPECT_EQ(counted.attends, static_cast<int>(3 * model_->config().layers));
+  for (const size_t other : {1, 2}) {
+    SCOPED_TRACE(other);
+    for (size_t i = 0; i < steps.size(); ++i) EXPECT_EQ(logits[0][i], logits[other][i]) << i;
+    EXPECT_EQ(costs[0].tokens_daemon, costs[other].tokens_daemon);
+    EXPECT_EQ(costs[0].tokens_local, costs[other].tokens_local);
+    EXPECT_EQ(costs[0].tokens_in_reach, costs[other].tokens_in_reach);
+    EXPECT_EQ(costs[0].head_steps, costs[other].head_steps);
+    EXPECT_EQ(costs[0].bytes_touched, costs[other].bytes_touched);
+    EXPECT_EQ(costs[0].bytes_moved, costs[other].bytes_moved);
+  }
+  EXPECT_EQ(counted.rung, static_cast<int>(2 * steps.size()));
+  EXPECT_EQ(counted.attends, static_cast<int>(steps.size() * model_->config().layers));
 }
 
 TEST_F(WorkerDaemonTest, RoundedKvGivesTheTokensOfFullAttention) {
@@ -372,6 +396,7 @@ TEST_P(WorkerDaemonRingsTest, AKilledDaemonVoidsTheTokenAtOnce) {
     ++done;
   }
   killer.join();
+  ExpectReplayed(*sequence);
   EXPECT_TRUE(absl::IsUnavailable(status)) << status;
   EXPECT_NE(std::string(status.message()).find("is void"), std::string::npos) << status;
   EXPECT_LT(absl::Now() - begun, absl::Seconds(30)) << "the deadline is 60 s; a death is seen";
@@ -392,8 +417,11 @@ TEST_P(WorkerDaemonRingsTest, AStoppedDaemonVoidsTheTokenAtItsDeadline) {
   // The ids are known from the opening, so that it is an attend that goes unanswered.
   const std::span<const uint32_t> prompt(golden_.prompt);
   auto sequence = Open(service.get(), prompt, 1000);
-  Extend(sequence.get(), prompt.first(298));
-  Extend(sequence.get(), prompt.subspan(298, 1), Sequence::Role::kBudgeted);
+  Extend(sequence.get(), prompt.first(296));
+  for (uint32_t t = 296; t < 299; ++t) {
+    Extend(sequence.get(), prompt.subspan(t, 1), Sequence::Role::kBudgeted);
+  }
+  ExpectReplayed(*sequence);
   daemon_->Signal(SIGSTOP);
   ASSERT_TRUE(testing::AwaitStopped(daemon_->pid()));
   const absl::Time begun = absl::Now();

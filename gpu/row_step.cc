@@ -1,0 +1,173 @@
+#include "gpu/row_step.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+constexpr size_t kAlignment = 64;  // of the parts of what is told; heads are copied in pieces of 8
+constexpr size_t Align(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+static_assert(std::is_trivially_copyable_v<RungMessage>);
+
+}  // namespace
+
+RowStep::RowStep(const Model& model, Device& device, LayerMath& math, const KvShape& shape,
+                 const Options& options)
+    : model_(model), device_(device), math_(math), shape_(shape), options_(options) {
+  // Copies of weights go on beside operations, which a recording cannot wait for.
+  if (model.residence().streamed_bytes > 0) options_.recording = Recording::kOff;
+}
+
+absl::StatusOr<std::unique_ptr<RowStep>> RowStep::Create(const Model& model, Device& device,
+                                                         LayerMath& math, const KvShape& shape,
+                                                         const Options& options) {
+  std::unique_ptr<RowStep> out(new RowStep(model, device, math, shape, options));
+  const ModelConfig& c = model.config();
+  const size_t hidden_bytes = size_t{c.hidden} * sizeof(float);
+  QUARRY_ASSIGN_OR_RETURN(out->x_, device.Allocate(options.rows * hidden_bytes, "hidden states"));
+  QUARRY_ASSIGN_OR_RETURN(out->norm_, device.Allocate(hidden_bytes, "last state"));
+  QUARRY_ASSIGN_OR_RETURN(out->logits_, device.Allocate(size_t{c.vocab} * sizeof(float), "logits"));
+  QUARRY_ASSIGN_OR_RETURN(out->scratch_, math.Allocate(options.rows, options.answers));
+  if (options.answers == LayerMath::Answers::kFar) {
+    QUARRY_ASSIGN_OR_RETURN(
+        out->outcomes_,
+        device.Allocate(shape.layers * RungOutcomeBytes(options.rows), "answers' heads"));
+  }
+  return out;
+}
+
+absl::Status RowStep::Run(std::span<const uint32_t> ids, uint32_t first,
+                          std::span<const LocalKv> local, const RungAttends* rung) {
+  QUARRY_RETURN_IF_ERROR(Tell(first, local, rung));
+  QUARRY_RETURN_IF_ERROR(model_.Embed(ids, x_.floats()));
+  if (Frame frame = FrameOf(local, rung); frame != frame_) {
+    recording_.reset();
+    frame_ = std::move(frame);
+  } else if (recording_ == nullptr && records()) {
+    auto recording = device_.Record([&] { Call(first, local, rung); });
+    if (recording.ok()) {
+      recording_ = *std::move(recording);
+    } else {
+      options_.recording = Recording::kOff;  // what it would have saved is time alone
+    }
+  }
+  if (recording_ == nullptr) {
+    Call(first, local, rung);
+  } else {
+    device_.Replay(*recording_);
+    ++replays_;
+  }
+  return absl::OkStatus();
+}
+
+RowStep::Told RowStep::Layout(const RungAttends* rung) const {
+  Told told;
+  told.messages = Align(shape_.layers * sizeof(DevicePlace));
+  told.heads = told.messages;
+  if (rung != nullptr) told.heads += Align(rung->messages().size() * sizeof(RungMessage));
+  told.bytes = told.heads + (rung != nullptr ? rung->heads().size() : 0);
+  return told;
+}
+
+absl::Status RowStep::Tell(uint32_t first, std::span<const LocalKv> local,
+                           const RungAttends* rung) {
+  const Told told = Layout(rung);
+  if (told_.bytes() != told.bytes) {  // and so is the frame another one
+    told_.Reset();
+    QUARRY_ASSIGN_OR_RETURN(told_, device_.Allocate(told.bytes, "places and requests' heads"));
+  }
+  std::vector<std::byte> bytes(told.bytes);
+  for (size_t l = 0; l < local.size(); ++l) {
+    const DevicePlace place = local[l].Place(first);
+    std::memcpy(bytes.data() + l * sizeof(place), &place, sizeof(place));
+  }
+  if (rung != nullptr) {
+    const std::span<const RungMessage> messages = rung->messages();
+    std::memcpy(bytes.data() + told.messages, messages.data(), messages.size_bytes());
+    std::ranges::copy(rung->heads(), bytes.begin() + static_cast<ptrdiff_t>(told.heads));
+  }
+  return device_.Upload(told_.raw(), bytes);
+}
+
+RowStep::Frame RowStep::FrameOf(std::span<const LocalKv> local, const RungAttends* rung) {
+  Frame frame;
+  for (const LocalKv& kv : local) {
+    std::vector<DeviceKv> parts = kv.PlacedParts();
+    parts.back().tokens = {};
+    frame.kv.push_back(std::move(parts));
+  }
+  if (rung == nullptr) return frame;
+  frame.layout = rung->layout();
+  for (const RungMessage& message : rung->messages()) {
+    frame.slot = message.slot;  // they go through one slot
+    frame.answered_bits.push_back(message.answered_bit);
+  }
+  return frame;
+}
+
+void RowStep::Call(uint32_t first, std::span<const LocalKv> local, const RungAttends* rung) {
+  float* const x = x_.floats();
+  for (uint32_t l = 0; l < shape_.layers; ++l) {
+    math_.Project(l, x, first, rows(), &scratch_, PlaceOf(l));
+    if (rung == nullptr) {
+      AttendLocal(l, first, local[l]);
+    } else {
+      const DeviceRing ring = RingOf(l, *rung);
+      device_.Ring(ring);
+      AttendLocal(l, first, local[l]);  // while the daemon works
+      device_.TakeAnswer(ring);
+    }
+    math_.Finish(l, x, rows(), &scratch_);
+  }
+  math_.Head(x + size_t{rows() - 1} * model_.config().hidden, norm_.floats(), logits_.floats());
+}
+
+void RowStep::AttendLocal(uint32_t layer, uint32_t first, const LocalKv& local) {
+  DeviceKvStore store = local.StoreOf(first, rows(), scratch_.k.raw(), scratch_.v.raw());
+  store.place = PlaceOf(layer);
+  device_.StoreKv(store);
+  const std::vector<DeviceKv> parts = local.PlacedParts();
+  DeviceAttention attention = math_.Attention(first, rows(), parts, scratch_);
+  attention.place = PlaceOf(layer);
+  device_.Attend(attention);
+}
+
+DeviceRing RowStep::RingOf(uint32_t layer, const RungAttends& rung) const {
+  const size_t outcome_bytes = RungOutcomeBytes(rows());
+  const Told told = Layout(&rung);
+  DeviceRing ring;
+  ring.layout = rung.layout();
+  ring.message = rung.messages()[layer];
+  ring.at = reinterpret_cast<const RungMessage*>(told_.raw() + told.messages) + layer;
+  ring.head = told_.raw() + told.heads + layer * ring.layout.head_bytes;
+  ring.q = scratch_.q.floats();
+  ring.k = scratch_.k.raw();
+  ring.v = scratch_.v.raw();
+  ring.o = scratch_.o.floats();
+  ring.lse = scratch_.lse.floats();
+  ring.far_lse = scratch_.far_lse.floats();
+  ring.outcome = outcomes_.raw() + layer * outcome_bytes;
+  if (layer > 0) {
+    ring.before = outcomes_.raw() + (layer - 1) * outcome_bytes;
+    ring.before_generation = rung.messages()[layer - 1].generation;
+  }
+  return ring;
+}
+
+absl::StatusOr<std::vector<std::byte>> RowStep::Outcomes() {
+  std::vector<std::byte> out(outcomes_.bytes());
+  QUARRY_RETURN_IF_ERROR(device_.Download(out, outcomes_.raw()));
+  return out;
+}
+
+absl::StatusOr<std::vector<float>> RowStep::Logits(uint32_t last) {
+  return math_.ReadLogits(logits_.floats(), last);
+}
+
+}  // namespace quarry
