@@ -3,8 +3,8 @@
 
 A model of --shape with random weights (made in --models, 2 bytes a weight) takes a prompt of random tokens, once for
 each length; then every method generates --new-tokens, one request a token, behind the same context: `full` attends all
-K/V in the device's memory, as read from the daemon; `device` and `host` have them in the daemon, with rows sent by the
-one or the other (quarry-worker --rings). Prints a JSON line for each: ms a token, what the device's memory held at most,
+K/V in the device's memory, as read from the daemon; `alone` does so without a daemon, behind a prefill of its own;
+`device` and `host` have them in the daemon, with rows sent by the one or the other (quarry-worker --rings). Prints a JSON line for each: ms a token, what the device's memory held at most,
 bytes that the daemon read a token, bytes of K/V in the worker. Method and figures: perf/README.md.
 
 Needs Python 3.9 or later and the built programs, no packages. Starts a daemon of its own.
@@ -25,7 +25,8 @@ from processes import Daemon, ProcessError, Worker
 
 RUN_TOKENS = 8192  # the daemon's default
 WARM_UP = 4  # tokens of a method that are not timed
-METHODS = {"full": ["--window-first", str(EVERYTHING)], "device": ["--rings", "device"], "host": ["--rings", "host"]}
+EVERYTHING_HERE = ("full", "alone")
+METHODS = {"full": ["--window-first", str(EVERYTHING)], "alone": ["--attention", "full"], "device": ["--rings", "device"], "host": ["--rings", "host"]}
 
 
 def say(text):
@@ -51,7 +52,7 @@ class Bench:
 
     def worker(self, daemon, method, budget=()):
         settings = self.settings
-        device_bytes = settings.full_bytes if method == "full" else settings.device_bytes
+        device_bytes = settings.full_bytes if method in EVERYTHING_HERE else settings.device_bytes
         return Worker(settings.build, self.model, "--socket", daemon.socket, "--device", settings.device,
                       "--device-bytes", str(device_bytes), "--deadline-ms", "120000", *settings.worker,
                       *METHODS[method], *budget)
@@ -77,7 +78,7 @@ class Bench:
 
     def measure(self, daemon, method, prompt):
         settings = self.settings
-        budget = [] if method == "full" else settings.budget
+        budget = [] if method in EVERYTHING_HERE else settings.budget
         with self.worker(daemon, method, budget) as worker:
             opened = worker.call("open", tokens=prompt, max_tokens=len(prompt) + settings.room)
             times, read, next_token = [], 0, 5
@@ -115,8 +116,8 @@ def parse(arguments):
     parser.add_argument("--budget", nargs="*", default=["budget-error=0.02"], metavar="OPTION=VALUE",
                         help="of the daemon's part, as quarry-worker has it, without dashes in front")
     parser.add_argument("--device", default="cuda", help="host, cuda or cuda:N")
-    parser.add_argument("--device-bytes", type=int, default=16 << 30, help="but for the method full")
-    parser.add_argument("--full-bytes", type=int, default=96 << 30, help="of the method full")
+    parser.add_argument("--device-bytes", type=int, default=16 << 30, help="but for the methods full and alone")
+    parser.add_argument("--full-bytes", type=int, default=96 << 30, help="of the methods full and alone")
     parser.add_argument("--worker", nargs="*", default=[], metavar="OPTION=VALUE",
                         help="more for every worker, without dashes in front: weights-dtype=int8")
     parser.add_argument("--index-threads", type=int, default=os.cpu_count(), help="of the daemon")
