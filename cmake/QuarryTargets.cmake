@@ -27,14 +27,20 @@ function(quarry_library folder)
   quarry_target_defaults(quarry_${folder})
 endfunction()
 
-# A test program tests/<folder>/<name>.cc; LABELS as in HACKING.md, TIMEOUT in seconds.
+# LABELS as in HACKING.md; TIMEOUT in seconds, of a build without sanitizers.
+function(quarry_limit_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})
+  if(QUARRY_SANITIZE)  # tests take several times as long, those that search for minutes
+    math(EXPR ARG_TIMEOUT "${ARG_TIMEOUT} * 10")
+  endif()
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}" ENVIRONMENT "${ARG_ENVIRONMENT}")
+endfunction()
+
+# A test program tests/<folder>/<name>.cc.
 function(quarry_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;LIBS;LABELS;ENV" ${ARGN})
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
-  endif()
-  if(QUARRY_SANITIZE)  # tests take several times as long, those that search for minutes
-    math(EXPR ARG_TIMEOUT "${ARG_TIMEOUT} * 10")
   endif()
   if(NOT ARG_LABELS)
     set(ARG_LABELS unit)
@@ -46,7 +52,7 @@ function(quarry_test name)
   target_link_libraries(${name} PRIVATE ${ARG_LIBS} GTest::gmock GTest::gtest_main)
   quarry_target_defaults(${name})
   add_test(NAME ${name} COMMAND ${name})
-  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}" ENVIRONMENT "${ARG_ENV}")
+  quarry_limit_test(${name} TIMEOUT ${ARG_TIMEOUT} LABELS ${ARG_LABELS} ENVIRONMENT ${ARG_ENV})
 endfunction()
 
 # A benchmark program perf/<name>.cc, built to build/<preset>/perf/<name>.

@@ -183,7 +183,7 @@ TEST(ClusterRunsTest, WhatAQueryDoesNotSeeMakesNoErrorMatterLessOrMore) {
   const std::vector<TokenRange> ranges{{kFirst, kFirst + kSeen}};
   for (const bool open_all : {false, true}) {
     uint32_t scanned_alone = 0, scanned_beside = 0, far = 0;
-    double errors = 0, predicted_alone = 0, predicted_beside = 0;
+    double errors = 0, errors_alone = 0, predicted_alone = 0, predicted_beside = 0;
     for (uint32_t h = 0; h < kHeads; ++h) {
       ClusterHead head(6144 + h, 64, 2);
       const std::span<const float> q = head.Asked(0);
@@ -205,15 +205,17 @@ TEST(ClusterRunsTest, WhatAQueryDoesNotSeeMakesNoErrorMatterLessOrMore) {
       scanned_alone += alone.tokens[0] == kSeen;
       scanned_beside += beside.tokens[0] == kSeen;
       const double error = ErrorOf(beside.o[0], exact.o[0]);
+      const double error_alone = ErrorOf(alone.o[0], exact.o[0]);
       errors += error;
-      far += error > 0.04 + std::max(0.04, 2 * ErrorOf(alone.o[0], exact.o[0])) ? 1 : 0;
+      errors_alone += error_alone;
+      far += error > 0.04 + std::max(0.04, 2 * error_alone) ? 1 : 0;
       predicted_alone += alone.predicted[0];
       predicted_beside += beside.predicted[0];
     }
     EXPECT_LE(scanned_beside,
               scanned_alone + kHeads / 2);  // of all heads, if hidden tokens counted
-    EXPECT_LT(errors, 2 * kTolerated * kHeads);
     // Hidden tokens lie in groups with others, whose codes are the worse for it.
+    EXPECT_LT(errors, 1.5 * errors_alone + 0.01 * kHeads);
     EXPECT_LE(far, 1u);
     EXPECT_LT(predicted_beside, 1.5 * predicted_alone + 0.01 * kHeads);
   }
