@@ -186,8 +186,9 @@ class Context : public BackgroundWorker::Client,
   BlockId last_id_ ABSL_GUARDED_BY(maintenance_mutex_);                // the next block's parent
   bool publishing_failed_ ABSL_GUARDED_BY(maintenance_mutex_) = false;
   uint32_t next_run_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;  // to be attached
-  uint32_t opened_runs_ ABSL_GUARDED_BY(maintenance_mutex_) =
-      0;  // those below were opened, or passed
+  // Those below were opened, or passed; and which were opened, rising.
+  uint32_t opened_runs_ ABSL_GUARDED_BY(maintenance_mutex_) = 0;
+  std::vector<uint32_t> own_open_ ABSL_GUARDED_BY(maintenance_mutex_);
 
   // Held for bookkeeping only, never during a copy or a scan.
   mutable absl::Mutex mutex_;

@@ -64,9 +64,12 @@ bool Context::AttachPublished(const BlockTable& table, std::vector<RunUse>* runs
     if (table.PlacedTokens(tokens) > 0) continue;
     const auto use = PlaceOf(tokens, runs);
     const bool stands = use != runs->end() && use->tokens.lo == tokens.lo;
-    // Its own, open until now, or a fork's parent's.
+    // Its own, open until now, or one that came with a fork.
     std::shared_ptr<const Run> whole = stands && use->tokens == tokens ? use->run : nullptr;
     const auto blocks = BlocksOf(table, tokens);
+    const bool own_whole = std::binary_search(own_open_.begin(), own_open_.end(), next_run_);
+    // Behind the run's end its last block may be another one here: the run keeps its parent's name.
+    if (whole != nullptr && !own_whole && !std::ranges::equal(whole->blocks(), blocks)) continue;
     RunUse own{
         services_.runs->GetOrMake(params_.tenant, next_run_, shape(), blocks, std::move(whole)),
         tokens};
@@ -109,6 +112,7 @@ bool Context::OpenRuns(const BlockTable& table, std::vector<RunUse>* runs) {
         services_.runs->Open(opened_runs_, shape(), BlocksOf(table, tokens), id);
     if (run == nullptr) continue;
     runs->insert(use, {std::move(run), tokens});
+    own_open_.push_back(opened_runs_);
     opened = true;
   }
   return opened;

@@ -196,6 +196,21 @@ TEST_F(EngineLayersTest, AForkSearchesTheIndexedLayersOfARunThatItCuts) {
   WaitFor([](const EngineStats& s) { return s.index.bytes == 0; });
 }
 
+// A run's last block goes on behind its end, where a fork may have other tokens.
+TEST_F(EngineLayersTest, AForkAtTheEndOfARunKeepsItWithItsIndexes) {
+  const ContextId context = Open();
+  for (uint32_t layer = 0; layer < kLayers; ++layer) ASSERT_OK(AppendLayer(context, layer));
+  WaitForBuilt(kLayers * kLayerHeads);
+  constexpr uint32_t kShared = kFirst + kRunTokens;
+  const auto fork = engine_->Fork(session_, {context, kShared, kTokens, {}});
+  ASSERT_OK(fork.status());
+  ASSERT_OK(engine_->DeclareTokens(session_, *fork, Tokens(kTokens - kShared, 500000)));
+  ASSERT_OK(AppendAll(*engine_, session_, *fork, data_, {kShared, kTokens}));
+  ASSERT_OK(engine_->Seal(session_, *fork).status());
+  EXPECT_EQ(engine_->Stats().runs_live, 2 * kRuns - 1);
+  WaitForBuilt(kLayers * (2 * kLayerHeads - kKvHeads));
+}
+
 TEST_F(EngineLayersTest, WritersOfOneLayersHeadsAreWaitedFor) {
   const ContextId context = Open();
   ASSERT_OK(AppendHead(context, 0, 0));
