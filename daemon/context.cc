@@ -48,15 +48,24 @@ absl::Status Context::Append(const AppendRequest& r) {
   const KvInput input{r.layer, r.first_kv_head, r.kv_heads, r.range, r.k, r.v, r.new_token_ids};
   QUARRY_RETURN_IF_ERROR(CheckInput(input));
   QUARRY_RETURN_IF_ERROR(CheckSamples(r));
-  QUARRY_RETURN_IF_ERROR(Store(input, Caller::kAppend));
-  if (samples_ == nullptr) return absl::OkStatus();
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table,
+                          Claim(input, Caller::kAppend));
+  absl::Status copied = CopyIn(input, *table);
+  // Before the frontier moves: runs that end here are learned from with these queries.
+  const bool worth = copied.ok() && KeepSamples(r);
+  QUARRY_RETURN_IF_ERROR(Commit(input, std::move(copied)));
+  if (worth) services_.background->Enqueue(shared_from_this());
+  return absl::OkStatus();
+}
+
+bool Context::KeepSamples(const AppendRequest& r) {
+  if (samples_ == nullptr) return false;
   const size_t floats = size_t{r.kv_heads} * shape().group() * shape().head_dim;
   bool worth = false;
   for (size_t i = 0; i < r.query_positions.size(); ++i) {
     worth |= samples_->Add(r.layer, r.first_kv_head, r.kv_heads, r.query_samples + i * floats);
   }
-  if (worth) services_.background->Enqueue(shared_from_this());
-  return absl::OkStatus();
+  return worth;
 }
 
 void Context::SampleQueries(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads,
@@ -81,11 +90,8 @@ absl::Status Context::AppendToken(uint32_t layer, uint32_t first_kv_head, uint32
   }
   const KvInput input{layer, first_kv_head, kv_heads, {position, position + 1}, k, v, {}};
   QUARRY_RETURN_IF_ERROR(CheckInput(input));
-  return Store(input, Caller::kAttend);
-}
-
-absl::Status Context::Store(const KvInput& input, Caller caller) {
-  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, Claim(input, caller));
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table,
+                          Claim(input, Caller::kAttend));
   return Commit(input, CopyIn(input, *table));
 }
 

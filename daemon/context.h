@@ -122,7 +122,8 @@ class Context : public BackgroundWorker::Client,
  private:
   enum class Caller { kAppend, kAttend };
 
-  absl::Status Store(const KvInput& input, Caller caller);
+  // As QuerySamples::Add, of each position.
+  bool KeepSamples(const AppendRequest& r);
   absl::Status CheckInput(const KvInput& input) const;
   absl::Status CheckSamples(const AppendRequest& r) const;  // after CheckInput of its fields
   // The table it returns is the one to write to.
