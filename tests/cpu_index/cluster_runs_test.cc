@@ -261,7 +261,7 @@ TEST(ClusterRunsTest, TokensFarFromTheirGroupsAreFoundByWhatTheirCodesMayMiss) {
   const auto lost = std::count_if(found.errors.begin(), found.errors.end(),
                                   [](double error) { return error > 0.25; });
   EXPECT_LE(lost, 1);
-  EXPECT_LT(found.mean(), 0.015);
+  EXPECT_LT(found.mean(), 0.02);
 }
 
 // One token in eight lies three times as far from its group as the others do: codes miss its score
