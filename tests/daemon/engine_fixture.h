@@ -258,6 +258,14 @@ class EngineTest : public ::testing::Test {
     options.inline_bytes = 64 << 10;  // so that tests take both ways
     return options;
   }
+  // Runs from `first_run_token` on are indexed as clusters, however short.
+  static EngineOptions ClusterOptions(uint32_t run_tokens, uint32_t first_run_token) {
+    EngineOptions options = SmallOptions();
+    options.run_tokens = run_tokens;
+    options.first_run_token = first_run_token;
+    options.index.choice.kind = IndexKind::kClusters;
+    return options;
+  }
   void Start(const EngineOptions& options = SmallOptions()) {
     auto engine = Engine::Create(options);
     ASSERT_TRUE(engine.ok()) << engine.status();

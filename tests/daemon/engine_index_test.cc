@@ -24,10 +24,7 @@ constexpr uint64_t kHeads = 2;  // (layer, KV head) pairs
 class EngineIndexTest : public EngineTest {
  protected:
   void StartIndexed(const std::function<void(IndexOptions&)>& change = {}) {
-    EngineOptions options = SmallOptions();
-    options.run_tokens = kRunTokens;
-    options.first_run_token = kFirst;
-    options.index.choice.kind = IndexKind::kClusters;
+    EngineOptions options = ClusterOptions(kRunTokens, kFirst);
     options.index.threads = 2;
     if (change) change(options.index);
     Start(options);

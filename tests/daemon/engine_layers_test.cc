@@ -22,13 +22,7 @@ constexpr KvShape kShape = {
 
 class EngineLayersTest : public EngineTest {
  protected:
-  void SetUp() override {
-    EngineOptions options = SmallOptions();
-    options.run_tokens = kRunTokens;
-    options.first_run_token = kFirst;
-    options.index.choice.kind = IndexKind::kClusters;
-    Start(options);
-  }
+  void SetUp() override { Start(ClusterOptions(kRunTokens, kFirst)); }
   ContextId Open(std::vector<uint32_t> ids = Tokens(kTokens)) {
     const auto opened =
         engine_->Open(session_, OpenFor(SmallModel(kShape), std::move(ids), kTokens + 1024));

@@ -27,13 +27,7 @@ constexpr Budget kWithinError = {.kind = Budget::Kind::kError, .error = 0.05f};
 
 class EngineShiftIndexTest : public ShiftTest {
  protected:
-  void SetUp() override {
-    EngineOptions options = SmallOptions();
-    options.run_tokens = kRunTokens;
-    options.first_run_token = kFirstRun;
-    options.index.choice.kind = IndexKind::kClusters;
-    Start(options);
-  }
+  void SetUp() override { Start(ClusterOptions(kRunTokens, kFirstRun)); }
   static OpenRequest Original(const ModelSpec& spec) {
     return OpenFor(spec, Prompt(100000, kText, kDocTokens, kRestTokens), kMaxTokens);
   }
