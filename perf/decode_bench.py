@@ -26,7 +26,8 @@ from processes import Daemon, ProcessError, Worker
 RUN_TOKENS = 8192  # the daemon's default
 WARM_UP = 4  # tokens of a method that are not timed
 EVERYTHING_HERE = ("full", "alone")
-METHODS = {"full": ["--window-first", str(EVERYTHING)], "alone": ["--attention", "full"], "device": ["--rings", "device"], "host": ["--rings", "host"]}
+METHODS = {"full": ["--window-first", str(EVERYTHING)], "alone": ["--attention", "full"],
+           "device": ["--rings", "device"], "host": ["--rings", "host"]}
 
 
 def say(text):

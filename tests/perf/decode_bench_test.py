@@ -32,15 +32,16 @@ class DecodeBenchTest(unittest.TestCase):
         status, rows, err = self.run_bench("--tokens", "9000", "--new-tokens", "3",
                                            "--budget", "budget-error=0.05")
         self.assertEqual(status, 0, err)
-        self.assertEqual([row["method"] for row in rows], ["prefill", "full", "device", "host"])
+        self.assertEqual([row["method"] for row in rows], ["prefill", "full", "alone", "device", "host"])
         self.assertGreater(rows[0]["s"], 0)
         for row in rows[1:]:
             self.assertEqual((row["tokens"], row["layers"], row["new_tokens"]), (9000, 2, 3))
             self.assertLessEqual(row["ms_p50"], row["ms_p99"])
             self.assertGreater(row["ms_p50"], 0)
             self.assertGreater(row["device_peak_bytes"], 0)
-        full, device, host = rows[1:]
-        self.assertEqual(full["daemon_bytes_read"], 0)
+        full, alone, device, host = rows[1:]
+        for here in (full, alone):
+            self.assertEqual(here["daemon_bytes_read"], 0)
         self.assertGreater(device["daemon_bytes_read"], 0)
         # The window alone is here, in place of everything.
         self.assertLess(device["kv_bytes"], full["kv_bytes"] / 5)
