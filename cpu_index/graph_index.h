@@ -29,7 +29,7 @@ class GraphIndex final : public TokenIndex {
 
   std::string_view kind() const override { return "graph"; }
   bool Fits(const KvView& run) const override {
-    return run.tokens() == tokens_ && run.head_dim == head_dim_;
+    return run.tokens().size() == tokens_.size() && run.head_dim == head_dim_;
   }
   void AttendAll(const KvView& run, const QueryBlock& queries,
                  std::span<Partial> acc) const override;

@@ -19,6 +19,13 @@ std::span<const std::shared_ptr<HeldBlock>> BlocksOf(const BlockTable& table, To
   return std::span(table.blocks).subspan(first, last - first + 1);
 }
 
+// Whether a run that came with a fork goes on beyond what the fork shares of its last block, which
+// is another one here: the run keeps its parent's name.
+bool EndsInAnotherBlock(const Run& run, std::span<const std::shared_ptr<HeldBlock>> blocks) {
+  return run.tokens().hi % kBlockTokens != 0 && run.blocks().back() != blocks.back() &&
+         std::ranges::equal(run.blocks().first(blocks.size() - 1), blocks.first(blocks.size() - 1));
+}
+
 }  // namespace
 
 // Which layer comes next tells when a layer's runs have come as far as they will for now, and their
@@ -68,8 +75,10 @@ bool Context::AttachPublished(const BlockTable& table, std::vector<RunUse>* runs
     std::shared_ptr<const Run> whole = stands && use->tokens == tokens ? use->run : nullptr;
     const auto blocks = BlocksOf(table, tokens);
     const bool own_whole = std::binary_search(own_open_.begin(), own_open_.end(), next_run_);
-    // Behind the run's end its last block may be another one here: the run keeps its parent's name.
-    if (whole != nullptr && !own_whole && !std::ranges::equal(whole->blocks(), blocks)) continue;
+    if (whole != nullptr && !own_whole &&
+        (whole->registered() || EndsInAnotherBlock(*whole, blocks))) {
+      continue;
+    }
     RunUse own{
         services_.runs->GetOrMake(params_.tenant, next_run_, shape(), blocks, std::move(whole)),
         tokens};

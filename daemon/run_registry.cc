@@ -36,6 +36,7 @@ std::shared_ptr<const Run> RunRegistry::Use(uint32_t i,
   const bool takes = open != nullptr && open->indexes() == entry->indexes;
   run = takes ? std::move(open) : Make(i, blocks, entry->indexes);
   entry->run = run;
+  run->registered_.store(true, std::memory_order_relaxed);
   made_.fetch_add(1, std::memory_order_relaxed);
   return run;
 }

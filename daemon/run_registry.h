@@ -38,11 +38,15 @@ class Run {
   std::span<const std::shared_ptr<HeldBlock>> blocks() const { return blocks_; }
   const std::shared_ptr<RunIndexes>& indexes() const { return indexes_; }
   bool open() const { return !blocks_.back()->published(); }  // they are published in order
+  // Whether the registry knows it, or did until it was forgotten.
+  bool registered() const { return registered_.load(std::memory_order_relaxed); }
 
  private:
   const TokenRange tokens_;
   const std::vector<std::shared_ptr<HeldBlock>> blocks_;
   const std::shared_ptr<RunIndexes> indexes_;
+  friend class RunRegistry;
+  mutable std::atomic<bool> registered_{false};
 };
 
 // All of the run that is used, as its user counts tokens.

@@ -132,6 +132,28 @@ TEST_F(EngineShiftIndexTest, AnswersAreWithinTheirErrorAndReadLessThanAScan) {
   EXPECT_EQ(engine_->Stats().index.built, built);  // nothing is learned of queries from elsewhere
 }
 
+TEST_F(EngineShiftIndexTest, SingleTokensAreFoundWhereverTheRunIs) {
+  constexpr uint32_t kTokens = kOtherText + kDocTokens + kRestTokens;
+  const KvData other(kShape, kTokens, Seed() + 3);
+  KvData wanted = Widened(other, kTokens);
+  Move(original_, model_.rope, kPlaced, &wanted);
+  for (const IndexKind kind : {IndexKind::kCodes, IndexKind::kGraph}) {
+    SCOPED_TRACE(static_cast<int>(kind));
+    EngineOptions options = ClusterOptions(kRunTokens, kFirstRun);
+    options.index.choice.kind = kind;
+    Start(options);
+    CacheIndexed(model_, original_, 0);
+    const OpenResult opened = OpenAround(session_, Again(model_), other);
+    ASSERT_EQ(opened.shifted, std::vector<ShiftedRange>{kPlaced});
+    const auto scanned = Ask(opened.context, {0, kTokens}, {});
+    const auto row =
+        Ask(opened.context, {0, kTokens}, {.kind = Budget::Kind::kFixedK, .k = kTokens / 4});
+    EXPECT_LT(ErrorOf(wanted, *row), kTurnedWrongly / 2);
+    EXPECT_LT(row->answer.bytes_touched, scanned->answer.bytes_touched);
+    EXPECT_OK(engine_->Close(session_, opened.context));
+  }
+}
+
 TEST_F(EngineShiftIndexTest, RowsWhereTheRunIsAndElsewhereAreAnsweredInOneBatch) {
   constexpr uint32_t kTokens = kOtherText + kDocTokens + kRestTokens;
   const KvData other(kShape, kTokens, Seed() + 3);
