@@ -219,7 +219,7 @@ class HostDevice final : public Device {
     if (a.place != nullptr) {
       a.first_token = a.place->first_token;
       DeviceKv& last = parts.back();
-      const size_t skip = a.place->kv_slot * a.head_dim * DTypeBytes(a.dtype);
+      const size_t skip = size_t{a.place->kv_slot} * a.head_dim * DTypeBytes(a.dtype);
       last.k = static_cast<const std::byte*>(last.k) + skip;
       last.v = static_cast<const std::byte*>(last.v) + skip;
       last.tokens = {a.place->kv_lo, a.first_token + a.rows};

@@ -46,7 +46,8 @@ struct SequenceOptions {
   // where a token's window holds all it sees.
   bool device_rings = false;
   // Whether steps of a few tokens that need no thread of the host are recorded (gpu/row_step.h),
-  // where the device can; their memory stays then. Answers are the same.
+  // where the device can; their memory stays then. Answers are the same, but for rounding where a
+  // card cuts up attention for the length at which it was recorded.
   RowStep::Recording recording = RowStep::Recording::kOn;
   // Takes the sequence's queries, not those of its forks; outlives it. Null: nobody.
   QueryRecorder* recorder = nullptr;
@@ -192,6 +193,7 @@ class Sequence {
   bool broken_ = false;
   std::vector<LocalKv> local_;  // by layer
   std::unique_ptr<RowStep> step_;  // of the latest rows; null: none, or it was of no more use
+  bool records_ = true;            // false: the device kept no step of so few rows
   AttendCost cost_;
 };
 

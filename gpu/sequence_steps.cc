@@ -27,7 +27,8 @@ absl::Status Sequence::PrepareStep(uint32_t rows) {
     RowStep::Options options;
     options.rows = rows;
     options.answers = service_ != nullptr ? LayerMath::Answers::kFar : LayerMath::Answers::kNone;
-    options.recording = rows <= kMaxKeptRows ? options_.recording : RowStep::Recording::kOff;
+    options.recording =
+        records_ && rows <= kMaxKeptRows ? options_.recording : RowStep::Recording::kOff;
     step_.reset();
     QUARRY_ASSIGN_OR_RETURN(step_, RowStep::Create(model_, device_, math_, shape_, options));
   }
@@ -41,7 +42,9 @@ void Sequence::CountStep() {
     const std::vector<DeviceKv> parts = kv.Parts();
     CountReach(math_.Attention(tokens_, step_->rows(), parts, {}));
   }
-  if (!step_->records()) step_.reset();
+  if (step_->records()) return;
+  records_ &= step_->rows() > kMaxKeptRows;
+  step_.reset();
 }
 
 absl::StatusOr<std::vector<float>> Sequence::RunOwnRows(std::span<const uint32_t> tokens) {

@@ -278,6 +278,7 @@ class CudaDevice final : public Device {
       recorded_ = memory;
       call();
       recorded_ = nullptr;
+      return failure_;
     });
     if (!recording.ok()) (void)cudaGetLastError();  // a launch would report it as its own
     QUARRY_RETURN_IF_ERROR(TakeFailure());          // says more than what it makes of the graph

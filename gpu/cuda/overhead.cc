@@ -23,9 +23,17 @@ uint64_t ContextBytes(const Driver& driver, int device) {
   return during - std::min(before, during);
 }
 
-void CountOverhead(uint64_t before, Arena* arena) {
+uint64_t CountOverhead(uint64_t before, Arena* arena) {
   const uint64_t after = TakenBytes();
-  if (after > before) arena->SetOverhead(arena->map().overhead() + after - before);
+  const uint64_t taken = after - std::min(before, after);
+  if (taken > 0) arena->SetOverhead(arena->map().overhead() + taken);
+  return taken;
+}
+
+void ReturnOverhead(uint64_t before, uint64_t counted, Arena* arena) {
+  const uint64_t after = TakenBytes();
+  const uint64_t returned = std::min(counted, before - std::min(before, after));
+  if (returned > 0) arena->SetOverhead(arena->map().overhead() - returned);
 }
 
 }  // namespace quarry::cuda

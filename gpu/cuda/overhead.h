@@ -18,8 +18,10 @@ uint64_t TakenBytes();
 // that is taken of the card.
 uint64_t ContextBytes(const Driver& driver, int device);
 
-// What is taken by now beyond `before` becomes overhead of the arena's budget, for good: CUDA keeps
-// what it took.
-void CountOverhead(uint64_t before, Arena* arena);
+// What is taken by now beyond `before` becomes overhead of the arena's budget; returns it. CUDA
+// keeps most of what it takes.
+uint64_t CountOverhead(uint64_t before, Arena* arena);
+// What has been given back by now of `before`, no more than `counted`, is overhead no longer.
+void ReturnOverhead(uint64_t before, uint64_t counted, Arena* arena);
 
 }  // namespace quarry::cuda

@@ -29,29 +29,34 @@ bool RecordedMemory::Release(void* data) {
 }
 
 absl::StatusOr<std::unique_ptr<Recording>> Recording::Make(
-    cudaStream_t stream, Arena* arena, const std::function<void(RecordedMemory*)>& call) {
+    cudaStream_t stream, Arena* arena, const std::function<absl::Status(RecordedMemory*)>& call) {
   std::unique_ptr<Recording> out(new Recording(arena));
   // Relaxed: the arena may map pages meanwhile, which is nothing that the stream does.
   QUARRY_RETURN_IF_ERROR(CudaStatus(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed),
                                     "beginning a recording"));
-  call(&out->memory_);
+  const absl::Status called = call(&out->memory_);
   struct Graph {
     ~Graph() {
       if (get != nullptr) cudaGraphDestroy(get);
     }
     cudaGraph_t get = nullptr;
   } graph;
-  QUARRY_RETURN_IF_ERROR(CudaStatus(cudaStreamEndCapture(stream, &graph.get), "a recording"));
+  const cudaError_t ended = cudaStreamEndCapture(stream, &graph.get);
+  QUARRY_RETURN_IF_ERROR(called);
+  QUARRY_RETURN_IF_ERROR(CudaStatus(ended, "a recording"));
   const uint64_t before = TakenBytes();
   QUARRY_RETURN_IF_ERROR(
       CudaStatus(cudaGraphInstantiate(&out->graph_, graph.get, 0), "a recording's graph"));
   QUARRY_RETURN_IF_ERROR(CudaStatus(cudaGraphUpload(out->graph_, stream), "a recording's upload"));
-  CountOverhead(before, arena);
+  out->overhead_ = CountOverhead(before, arena);
   return out;
 }
 
 Recording::~Recording() {
-  if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+  if (graph_ == nullptr) return;
+  const uint64_t before = TakenBytes();
+  cudaGraphExecDestroy(graph_);
+  ReturnOverhead(before, overhead_, arena_);
 }
 
 }  // namespace quarry::cuda

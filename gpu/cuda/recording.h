@@ -39,18 +39,21 @@ class RecordedMemory {
 // it.
 class Recording final : public DeviceRecording {
  public:
-  // What `call` gives the stream, with memory from `memory` that was there before. Error of a graph
-  // that cannot be made; what it takes of the card beside the arena is overhead.
+  // What `call` gives the stream, with memory from `memory` that was there before. Error of the
+  // call, or of a graph that cannot be made; what it takes of the card beside the arena is
+  // overhead.
   static absl::StatusOr<std::unique_ptr<Recording>> Make(
-      cudaStream_t stream, Arena* arena, const std::function<void(RecordedMemory*)>& call);
+      cudaStream_t stream, Arena* arena, const std::function<absl::Status(RecordedMemory*)>& call);
   ~Recording() override;
 
   cudaError_t Replay(cudaStream_t stream) const { return cudaGraphLaunch(graph_, stream); }
 
  private:
-  explicit Recording(Arena* arena) : memory_(arena) {}
+  explicit Recording(Arena* arena) : arena_(arena), memory_(arena) {}
 
+  Arena* const arena_;
   RecordedMemory memory_;
+  uint64_t overhead_ = 0;  // that the graph took
   cudaGraphExec_t graph_ = nullptr;
 };
 

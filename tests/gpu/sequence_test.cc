@@ -8,6 +8,7 @@
 #include "tests/gpu/fake_service.h"
 #include "tests/gpu/guarded_device.h"
 #include "tests/gpu/tiny_models.h"
+#include "tests/gpu/watched_device.h"
 
 namespace quarry {
 namespace {
@@ -117,6 +118,19 @@ TEST_P(SequenceTest, RecordedStepsGiveTheSameTokens) {
   EXPECT_EQ(costs[0].tokens_local, costs[1].tokens_local);
   EXPECT_EQ(costs[0].tokens_in_reach, costs[1].tokens_in_reach);
   EXPECT_EQ(costs[0].head_steps, costs[1].head_steps);
+}
+
+TEST_P(SequenceTest, ADeviceThatKeepsNoStepIsAskedOnce) {
+  testing::WatchedDevice device;
+  const auto model = Model::Load(std::string(QUARRY_TEST_MODELS) + "/tiny/" + GetParam(), &device);
+  ASSERT_TRUE(model.ok()) << model.status();
+  const std::span<const uint32_t> prompt = std::span(tokens_).first(20);
+  auto sequence = Sequence::Open(**model, device, nullptr, options_, prompt, 256);
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  for (uint32_t t = 0; t < prompt.size(); ++t) {
+    ASSERT_TRUE((*sequence)->Extend(prompt.subspan(t, 1), Sequence::Role::kBudgeted).ok());
+  }
+  EXPECT_EQ(device.asked_to_record, 1u);
 }
 
 TEST_P(SequenceTest, ReusedPrefixGivesTheSameTokens) {

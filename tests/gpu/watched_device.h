@@ -18,6 +18,14 @@ class WatchedDevice final : public Device {
     std::vector<float> o;  // [rows][heads][head_dim]
   };
   std::vector<Seen> seen;  // by call
+  uint32_t asked_to_record = 0;
+
+  // Keeps nothing.
+  absl::StatusOr<std::unique_ptr<DeviceRecording>> Record(
+      const std::function<void()>& call) override {
+    ++asked_to_record;
+    return Device::Record(call);
+  }
 
   void Attend(const DeviceAttention& a) override {
     inner_->Attend(a);
