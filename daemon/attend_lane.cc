@@ -12,11 +12,6 @@
 #include "daemon/run_registry.h"
 
 namespace quarry {
-namespace {
-
-int32_t Shift(const ScanUnit& unit) { return unit.turn == nullptr ? 0 : unit.turn->distance(); }
-
-}  // namespace
 
 // What one unit scans, and by which index.
 class AttendLane::View {
@@ -207,7 +202,7 @@ void AttendLane::AddToFamily(uint32_t u, const ClusterIndex* clusters) {
   const auto same = std::find_if(families_.begin(), families_.end(), [&](const Family& family) {
     return clusters_[family.front()]->model() == clusters->model() &&
            units_[family.front()].members == units_[u].members &&
-           Shift(units_[family.front()]) == Shift(units_[u]);
+           DistanceOf(units_[family.front()].turn) == DistanceOf(units_[u].turn);
   });
   if (same != families_.end()) return same->push_back(u);
   families_.push_back({u});

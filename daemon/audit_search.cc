@@ -37,7 +37,8 @@ class Family {
   Family(const Family&) = delete;
 
   bool Takes(const AuditedRun& run) const {
-    return runs_.front().index->model() == run.clusters->model() && turn_ == run.use->turn.get();
+    return runs_.front().index->model() == run.clusters->model() &&
+           DistanceOf(turn_) == DistanceOf(run.use->turn.get());
   }
   void Add(const AuditedRun& run) {
     const TokenRange tokens = TokensHere(*run.use->run, turn_);

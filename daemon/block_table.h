@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "daemon/held_block.h"
@@ -38,6 +39,11 @@ struct BlockTable {
   std::vector<RunUse> runs;  // disjoint, in token order; each in a placed stretch, or in none
   std::vector<PlacedStretch> placed;  // disjoint, in token order
 
+  // Those that hold the tokens, of which there are some.
+  std::span<const std::shared_ptr<HeldBlock>> BlocksOf(TokenRange tokens) const {
+    const uint32_t first = tokens.lo / kBlockTokens, last = (tokens.hi - 1) / kBlockTokens;
+    return std::span(blocks).subspan(first, last - first + 1);
+  }
   // The stretch that holds the token; null: it is the context's own or of its prefix.
   const PlacedStretch* PlacedAt(uint32_t token) const {
     const auto next = std::upper_bound(

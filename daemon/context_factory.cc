@@ -136,12 +136,10 @@ std::vector<RunUse> RunsOfPlaced(RunRegistry* registry, const KvShape& shape,
     const TokenRange stored{stretch.tokens.lo - shift, stretch.tokens.hi - shift};
     for (uint32_t i = grid.RunsIn(stored.lo); grid.RunTokens(i).hi <= stored.hi; ++i) {
       if (grid.RunTokens(i).lo < stored.lo) continue;
-      const uint32_t lo = grid.RunTokens(i).lo + shift, hi = grid.RunTokens(i).hi + shift;
-      const uint32_t first = lo / kBlockTokens, last = (hi - 1) / kBlockTokens;
-      std::shared_ptr<const Run> run =
-          registry->FindIndexed(i, shape, std::span(table.blocks).subspan(first, last - first + 1));
+      const TokenRange here{grid.RunTokens(i).lo + shift, grid.RunTokens(i).hi + shift};
+      std::shared_ptr<const Run> run = registry->FindIndexed(i, shape, table.BlocksOf(here));
       if (run != nullptr) {
-        runs.push_back({std::move(run), {lo, hi}, shift == 0 ? nullptr : stretch.turn});
+        runs.push_back({std::move(run), here, shift == 0 ? nullptr : stretch.turn});
       }
     }
   }

@@ -13,12 +13,6 @@ std::vector<RunUse>::iterator PlaceOf(TokenRange tokens, std::vector<RunUse>* ru
                       [&](const RunUse& use) { return use.tokens.lo >= tokens.lo; });
 }
 
-// The blocks that hold them.
-std::span<const std::shared_ptr<HeldBlock>> BlocksOf(const BlockTable& table, TokenRange tokens) {
-  const uint32_t first = tokens.lo / kBlockTokens, last = (tokens.hi - 1) / kBlockTokens;
-  return std::span(table.blocks).subspan(first, last - first + 1);
-}
-
 // Whether a run that came with a fork goes on beyond what the fork shares of its last block, which
 // is another one here: the run keeps its parent's name.
 bool EndsInAnotherBlock(const Run& run, std::span<const std::shared_ptr<HeldBlock>> blocks) {
@@ -35,11 +29,11 @@ bool Context::SettleBefore(uint32_t layer) {
   const uint32_t before = std::exchange(appended_layer_, layer);
   if (before == layer || samples_ == nullptr) return false;
   const uint32_t tokens = Frontier(before, 0).load(std::memory_order_relaxed);
+  const uint32_t runs = services_.runs->grid().RunsIn(tokens);
+  if (runs <= settled_runs_[before]) return false;  // as between most tokens of decode
   for (uint32_t h = 1; h < shape().kv_heads; ++h) {
     if (Frontier(before, h).load(std::memory_order_relaxed) != tokens) return false;
   }
-  const uint32_t runs = services_.runs->grid().RunsIn(tokens);
-  if (runs <= settled_runs_[before]) return false;
   settled_runs_[before] = runs;
   return true;
 }
@@ -73,7 +67,7 @@ bool Context::AttachPublished(const BlockTable& table, std::vector<RunUse>* runs
     const bool stands = use != runs->end() && use->tokens.lo == tokens.lo;
     // Its own, open until now, or one that came with a fork.
     std::shared_ptr<const Run> whole = stands && use->tokens == tokens ? use->run : nullptr;
-    const auto blocks = BlocksOf(table, tokens);
+    const auto blocks = table.BlocksOf(tokens);
     const bool own_whole = std::binary_search(own_open_.begin(), own_open_.end(), next_run_);
     if (whole != nullptr && !own_whole &&
         (whole->registered() || EndsInAnotherBlock(*whole, blocks))) {
@@ -118,7 +112,7 @@ bool Context::OpenRuns(const BlockTable& table, std::vector<RunUse>* runs) {
     // What a fork searches under a bound serves it until its own run is published.
     if (use != runs->end() && use->tokens.lo == tokens.lo) continue;
     std::shared_ptr<const Run> run =
-        services_.runs->Open(opened_runs_, shape(), BlocksOf(table, tokens), id);
+        services_.runs->Open(opened_runs_, shape(), table.BlocksOf(tokens), id);
     if (run == nullptr) continue;
     runs->insert(use, {std::move(run), tokens});
     own_open_.push_back(opened_runs_);

@@ -39,4 +39,7 @@ class Rotation {
   std::vector<float> cos_, sin_;  // [rotary_dim / 2]
 };
 
+// Of keys that stay where they are: 0, for which there need not be one.
+inline int32_t DistanceOf(const Rotation* turn) { return turn == nullptr ? 0 : turn->distance(); }
+
 }  // namespace quarry

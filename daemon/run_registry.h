@@ -51,7 +51,7 @@ class Run {
 
 // All of the run that is used, as its user counts tokens.
 inline TokenRange TokensHere(const Run& run, const Rotation* turn) {
-  const auto shift = static_cast<uint32_t>(turn == nullptr ? 0 : turn->distance());
+  const auto shift = static_cast<uint32_t>(DistanceOf(turn));
   return {run.tokens().lo + shift, run.tokens().hi + shift};
 }
 

@@ -145,7 +145,7 @@ void PlanRuns(std::span<const ScanMember> members, std::vector<ScanUnit>* units,
       if (range.empty()) continue;
       if (next < range.lo) tail->push_back({m, member.table, {next, range.lo}});
       next = range.hi;
-      const int32_t shift = use.turn == nullptr ? 0 : use.turn->distance();
+      const int32_t shift = DistanceOf(use.turn.get());
       auto [it, fresh] = unit_of.try_emplace(std::pair(use.run.get(), shift), units->size());
       if (fresh) {
         ScanUnit& unit = units->emplace_back();

@@ -178,8 +178,11 @@ class HostDevice final : public Device {
   }
 
   void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) override {
-    const std::vector<uint32_t> kept(tokens.begin(), tokens.end());
-    if (Keeps([=, this, &table] { Embed(table, kept, y); })) return;
+    if (recording_ != nullptr) {
+      const std::vector<uint32_t> kept(tokens.begin(), tokens.end());
+      Keeps([=, this, &table] { Embed(table, kept, y); });
+      return;
+    }
     for (size_t r = 0; r < tokens.size(); ++r) {
       std::memcpy(y + r * table.width, table.data.floats() + size_t{tokens[r]} * table.width,
                   table.width * sizeof(float));

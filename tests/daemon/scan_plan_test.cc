@@ -105,8 +105,6 @@ class TableMaker {
   BlockTable root_;
 };
 
-int32_t DistanceOf(const Rotation* turn) { return turn == nullptr ? 0 : turn->distance(); }
-
 void ExpectEachTokenOnce(std::span<const ScanMember> members, std::span<const ScanUnit> units) {
   std::vector<std::vector<TokenRange>> seen(members.size());
   for (const ScanUnit& unit : units) {
