@@ -91,7 +91,7 @@ class Measuring {
     Answer given{query_.o, query_.lse}, exact = Empty();
     AuditMeasure measure;
     measure.predicted = query_.predicted;
-    for (const Piece& piece : pieces_) measure.indexed |= piece.index != nullptr;
+    measure.renewable = IsRenewable();
     if (!Attend(query_.range, &exact)) return std::nullopt;
     TakeMass(given, exact, &measure);
     if (Drops(query_.budget.kind)) {
@@ -123,6 +123,15 @@ class Measuring {
     return std::all_of(query_.o.begin(), query_.o.end(), finite) &&
            std::all_of(query_.lse.begin(), query_.lse.end(),
                        [&](float lse) { return finite(lse) || lse == kEmptyLse; });
+  }
+
+  bool IsRenewable() const {
+    const auto indexed = [](const Piece& piece) { return piece.index != nullptr; };
+    const auto elsewhere = [&](const Piece& piece) {
+      return indexed(piece) && piece.use->turn != nullptr;
+    };
+    return std::any_of(pieces_.begin(), pieces_.end(), indexed) &&
+           std::none_of(pieces_.begin(), pieces_.end(), elsewhere);
   }
 
   Answer Empty() const {

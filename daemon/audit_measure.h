@@ -22,7 +22,9 @@ struct AuditMeasure {
   // rows or whole, and of the 100 best tokens those that are; by the search done again. The others
   // are estimated, not dropped: a small share alone is no error.
   std::optional<double> mass, recall;
-  bool indexed = false;  // an index of a run may have answered
+  // Indexes of runs may have answered, and all of them are learned again from this context's
+  // queries: those of runs that came from another position are not.
+  bool renewable = false;
 
   // Actual by predicted; errors that rounding alone can make count as equally small.
   double Ratio() const;

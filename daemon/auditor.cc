@@ -146,7 +146,7 @@ bool Auditor::Audit(const AuditedQuery& query, AuditSubject& subject) {
       [&] { return ending_.load(std::memory_order_relaxed) || subject.Memory() == nullptr; });
   if (!measure.has_value()) return false;
   AuditTable::Drift drift = AuditTable::Drift::kNone;
-  if (measure->indexed) {
+  if (measure->renewable) {
     const bool poor = measure->Ratio() > options_.drift_factor;
     if (subject.NoteFit(query.layer, query.kv_head, poor ? IndexFit::kPoor : IndexFit::kGood)) {
       drift = AuditTable::Drift::kFound;

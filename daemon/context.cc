@@ -50,12 +50,7 @@ absl::Status Context::Append(const AppendRequest& r) {
   QUARRY_RETURN_IF_ERROR(CheckSamples(r));
   QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table,
                           Claim(input, Caller::kAppend));
-  absl::Status copied = CopyIn(input, *table);
-  // Before the frontier moves: runs that end here are learned from with these queries.
-  const bool worth = copied.ok() && KeepSamples(r);
-  QUARRY_RETURN_IF_ERROR(Commit(input, std::move(copied)));
-  if (worth) services_.background->Enqueue(shared_from_this());
-  return absl::OkStatus();
+  return Commit(input, CopyIn(input, *table), &r);
 }
 
 bool Context::KeepSamples(const AppendRequest& r) {
@@ -92,7 +87,7 @@ absl::Status Context::AppendToken(uint32_t layer, uint32_t first_kv_head, uint32
   QUARRY_RETURN_IF_ERROR(CheckInput(input));
   QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table,
                           Claim(input, Caller::kAttend));
-  return Commit(input, CopyIn(input, *table));
+  return Commit(input, CopyIn(input, *table), nullptr);
 }
 
 absl::Status Context::CheckInput(const KvInput& input) const {
@@ -239,7 +234,8 @@ absl::Status Context::CopyIn(const KvInput& input, const BlockTable& table) cons
   return absl::OkStatus();
 }
 
-absl::Status Context::Commit(const KvInput& input, absl::Status outcome) {
+absl::Status Context::Commit(const KvInput& input, absl::Status outcome,
+                             const AppendRequest* sampled) {
   bool maintain = false;
   {
     absl::MutexLock lock(&mutex_);
@@ -249,12 +245,14 @@ absl::Status Context::Commit(const KvInput& input, absl::Status outcome) {
     std::span<const uint32_t> fresh;
     QUARRY_RETURN_IF_ERROR(CheckIds(input, &fresh));
     token_ids_.insert(token_ids_.end(), fresh.begin(), fresh.end());
+    // Before the frontier moves: runs that end here are learned from with these queries.
+    if (sampled != nullptr) maintain = KeepSamples(*sampled);
     // Release: who sees the new frontier sees the bytes below it.
     const uint32_t next = BehindPlaced(input.range.hi);
     for (size_t i = 0; i < input.kv_heads; ++i) {
       frontier_[first + i].store(next, std::memory_order_release);
     }
-    maintain = CountFullBlocks(input);
+    maintain |= CountFullBlocks(input);
     maintain |= SettleBefore(input.layer);
   }
   const uint64_t tokens = input.range.size();

@@ -129,8 +129,9 @@ class Context : public BackgroundWorker::Client,
   // The table it returns is the one to write to.
   absl::StatusOr<std::shared_ptr<const BlockTable>> Claim(const KvInput& input, Caller caller);
   absl::Status CopyIn(const KvInput& input, const BlockTable& table) const;
-  // Moves the frontier (or, if `outcome` failed, only ends the claim).
-  absl::Status Commit(const KvInput& input, absl::Status outcome);
+  // Moves the frontier (or, if `outcome` failed, only ends the claim), and keeps the queries that
+  // came along, if any did.
+  absl::Status Commit(const KvInput& input, absl::Status outcome, const AppendRequest* sampled);
   absl::Status CheckIds(const KvInput& input, std::span<const uint32_t>* fresh) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Takes note of which layer is appended to; true if the one before has more runs to be indexed.

@@ -36,15 +36,6 @@ class EngineShiftIndexTest : public ShiftTest {
     request.reuse_shifted = true;
     return request;
   }
-  // Until so many have been since the start.
-  void WaitForBuilt(uint64_t heads) {
-    const auto built = [&] {
-      const IndexStats stats = engine_->Stats().index;
-      return stats.built == heads && stats.queued_runs == 0;
-    };
-    for (int ms = 0; !built() && ms < 60000; ++ms) absl::SleepFor(absl::Milliseconds(1));
-    ASSERT_TRUE(built()) << engine_->Stats().index.built;
-  }
   void Sample(ContextId context, uint32_t position, const KvData& data) {
     constexpr uint32_t kSamples = 64;
     std::mt19937_64 random(Seed());
@@ -173,6 +164,24 @@ TEST_F(EngineShiftIndexTest, RowsWhereTheRunIsAndElsewhereAreAnsweredInOneBatch)
     EXPECT_EQ(row->o, Ask(row->row.context, row->row.range, kWithinError)->o);
   }
   EXPECT_NE(rows[0]->o, rows[1]->o);
+}
+
+// Its queries could not be learned from, so that it does not fit them is no reason to renew them.
+TEST_F(EngineShiftIndexTest, AuditsOfARunFromElsewhereFindNoDrift) {
+  constexpr uint32_t kTokens = kOtherText + kDocTokens + kRestTokens, kAsked = 40;
+  EngineOptions options = ClusterOptions(kRunTokens, kFirstRun);
+  options.audit.fraction = 1;
+  options.audit.queue = 65536;
+  options.audit.drift_factor = 0.01;  // every error is too large for it
+  Start(options);
+  CacheIndexed(model_, original_, 0);
+  const KvData other(kShape, kTokens, Seed() + 3);
+  const OpenResult opened = OpenAround(session_, Again(model_), other);
+  for (uint32_t i = 0; i < kAsked; ++i) {
+    EXPECT_GT(Ask(opened.context, kRunHere, kWithinError)->answer.error_estimate, 0);
+  }
+  WaitFor([](const EngineStats& s) { return s.audit.done == kAsked * kShape.kv_heads; });
+  EXPECT_EQ(engine_->Stats().audit.drifts, 0u);
 }
 
 TEST_F(EngineShiftIndexTest, AForkKeepsTheRunUpToTheBlockThatItCopies) {
