@@ -11,8 +11,8 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
-#include "absl/time/clock.h"
 #include "tests/support/daemon_process.h"
+#include "tests/support/eventually.h"
 #include "tests/support/kv_client.h"
 
 namespace quarry {
@@ -199,8 +199,7 @@ class AuditCliTest : public CliTest {
       EXPECT_TRUE(values.ok()) << values.status();
       return values.ok() && values->at("quarry_audit_done_total") >= answers;
     };
-    for (int ms = 0; !done() && ms < 20000; ++ms) absl::SleepFor(absl::Milliseconds(1));
-    ASSERT_TRUE(done());
+    ASSERT_TRUE(testing::Eventually(done));
   }
 };
 

@@ -5,14 +5,13 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <string>
 
-#include "absl/time/clock.h"
 #include "client/client.h"
 #include "proto/convert.h"
 #include "tests/client/fake_server.h"
+#include "tests/support/eventually.h"
 
 namespace quarry::testing {
 
@@ -20,7 +19,7 @@ using Answer = FakeServer::Answer;
 using Request = FakeServer::Request;
 
 inline constexpr KvShape kShape{2, 4, 2, 16, DType::kFp32};
-inline constexpr absl::Duration kLong = absl::Seconds(60);
+inline constexpr absl::Duration kLong = kPatience;
 
 inline absl::StatusOr<std::unique_ptr<Client>> Connect(const FakeServer& server,
                                                        absl::Duration deadline = kLong) {
@@ -52,15 +51,6 @@ inline Answer Contexts() {
   info.shape = kShape;
   *reply.add_contexts() = ToProto(info);
   return {.payload = reply.SerializeAsString()};
-}
-
-inline bool Eventually(const std::function<bool()>& condition) {
-  const absl::Time end = absl::Now() + absl::Seconds(20);
-  while (!condition()) {
-    if (absl::Now() > end) return false;
-    absl::SleepFor(absl::Milliseconds(1));
-  }
-  return true;
 }
 
 }  // namespace quarry::testing

@@ -38,17 +38,6 @@ class EngineAuditTest : public EngineTest {
                        OpenFor(SmallModel(AuditedShape()), Tokens(kTokens), kTokens + 1024), data_)
         .context;
   }
-  void WaitFor(const std::function<bool(const EngineStats&)>& reached) {
-    for (int ms = 0; !reached(engine_->Stats()) && ms < 60000; ++ms) {
-      absl::SleepFor(absl::Milliseconds(1));
-    }
-    const EngineStats stats = engine_->Stats();
-    ASSERT_TRUE(reached(stats)) << stats.audit.done << " audited, " << stats.audit.drifts
-                                << " drifts, " << stats.index.relearned << " learned again";
-  }
-  void WaitForBuilt(uint64_t heads) {
-    WaitFor([&](const EngineStats& s) { return s.index.built >= heads; });
-  }
   // The heads' figures when so many audits are done.
   std::vector<HeadAudit> Audited(uint64_t audits) {
     WaitFor([&](const EngineStats& s) { return s.audit.done >= audits; });

@@ -18,9 +18,9 @@
 #include <vector>
 
 #include "absl/synchronization/notification.h"
-#include "absl/time/clock.h"
 #include "daemon/engine.h"
 #include "proto/half.h"
+#include "tests/support/eventually.h"
 
 namespace quarry {
 
@@ -300,14 +300,30 @@ class EngineTest : public ::testing::Test {
     return opened->reused_tokens;
   }
 
+  // Until the background has come that far.
+  void WaitFor(const std::function<bool(const EngineStats&)>& reached) {
+    const bool there = testing::Eventually([&] { return reached(engine_->Stats()); });
+    const EngineStats stats = engine_->Stats();
+    ASSERT_TRUE(there) << stats.runs_live << " runs, " << stats.index.built << " built, "
+                       << stats.index.failed << " failed, " << stats.index.relearned
+                       << " learned again, " << stats.audit.done << " audited, "
+                       << stats.audit.drifts << " drifts";
+  }
+  // Until so many heads' indexes were built since the start, and nothing more is to be.
+  void WaitForBuilt(uint64_t heads) {
+    WaitFor(
+        [&](const EngineStats& s) { return s.index.built >= heads && s.index.queued_runs == 0; });
+    ASSERT_EQ(engine_->Stats().index.built, heads);
+  }
+  // Until the background has attached so many runs.
+  void WaitForRuns(uint64_t runs) {
+    WaitFor([&](const EngineStats& s) { return s.runs_live >= runs; });
+  }
   // Background work may hold a closed context's blocks for a moment, and publish them after it.
   void WaitUntilUnleased() {
-    const auto held = [&] {
-      const BlockStoreStats store = engine_->Stats().store;
-      return store.leased > 0 || store.blocks > store.published;
-    };
-    for (int ms = 0; held() && ms < 10000; ++ms) absl::SleepFor(absl::Milliseconds(1));
-    EXPECT_EQ(engine_->Stats().store.leased, 0u);
+    WaitFor([](const EngineStats& s) {
+      return s.store.leased == 0 && s.store.blocks <= s.store.published;
+    });
   }
 
   std::unique_ptr<Engine> engine_;

@@ -1,6 +1,5 @@
 // A prefill that goes layer by layer has its first layers indexed before the last one has come.
 #include <atomic>
-#include <functional>
 #include <thread>
 #include <vector>
 
@@ -67,16 +66,6 @@ class EngineLayersTest : public EngineTest {
     return engine_->Append(session_, request);
   }
   IndexStats Index() const { return engine_->Stats().index; }
-  void WaitFor(const std::function<bool(const EngineStats&)>& reached) {
-    for (int ms = 0; !reached(engine_->Stats()) && ms < 60000; ++ms) {
-      absl::SleepFor(absl::Milliseconds(1));
-    }
-    ASSERT_TRUE(reached(engine_->Stats())) << Index().built << " built";
-  }
-  void WaitForBuilt(uint64_t heads) {
-    WaitFor(
-        [&](const EngineStats& s) { return s.index.built == heads && s.index.queued_runs == 0; });
-  }
   std::unique_ptr<OwnedRow> Ask(ContextId context, uint32_t layer, TokenRange range = kRange) {
     auto row =
         AttendOne(*engine_, session_, kShape, context, layer, range, Seed() + 9, kWithinError);
@@ -188,6 +177,32 @@ TEST_F(EngineLayersTest, AForkSearchesTheIndexedLayersOfARunThatItCuts) {
   EXPECT_OK(engine_->Close(session_, *fork));
   WaitUntilUnleased();
   WaitFor([](const EngineStats& s) { return s.index.bytes == 0; });
+}
+
+// What is forked between its last token and its publishing may lose to another's with its parent.
+TEST_F(EngineLayersTest, AForkOfWhatLostToAnEarlierWriterTakesThatOnesRuns) {
+  for (uint32_t round = 0; round < 3; ++round) {
+    const std::vector<uint32_t> ids = Tokens(kTokens, 1000000 * (round + 1));
+    const ContextId first = Open(ids), second = Open(ids);
+    for (uint32_t layer = 0; layer < kLayers; ++layer) {
+      ASSERT_OK(AppendLayer(first, layer));
+      ASSERT_OK(AppendLayer(second, layer));
+    }
+    const auto fork = engine_->Fork(session_, {second, kTokens, kTokens + 64, {}});
+    ASSERT_OK(fork.status());
+    for (const ContextId context : {first, second, *fork}) {
+      ASSERT_OK(engine_->Seal(session_, context).status());
+    }
+    EXPECT_OK(engine_->Close(session_, first));
+    EXPECT_OK(engine_->Close(session_, second));
+    WaitFor([](const EngineStats& s) {
+      return s.index.indexed_runs == kRuns && s.index.queued_runs == 0;
+    });
+    EXPECT_EQ(engine_->Stats().runs_live, kRuns);
+    EXPECT_TRUE(Indexed(*Ask(*fork, 0)));
+    EXPECT_OK(engine_->Close(session_, *fork));
+    WaitUntilUnleased();
+  }
 }
 
 // A run's last block goes on behind its end, where a fork may have other tokens.

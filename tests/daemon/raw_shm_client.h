@@ -13,10 +13,10 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "daemon/file_descriptor.h"
 #include "proto/shm_layout.h"
+#include "tests/support/eventually.h"
 
 namespace quarry::testing {
 
@@ -70,13 +70,13 @@ class RawShmClient {
 
   // Waits until the slot's request is answered: its status, or nothing at the deadline.
   std::optional<absl::StatusCode> Await(uint32_t slot, uint32_t generation,
-                                        absl::Duration deadline = absl::Seconds(10)) const;
+                                        absl::Duration deadline = kPatience) const;
   // Submits and waits.
   std::optional<absl::StatusCode> Run(uint32_t slot, shm::Opcode opcode, uint64_t request_bytes);
   // The payload of an answer, e.g. an error's text.
   std::string Response(uint32_t slot) const;
   // True when the daemon has closed our socket.
-  bool AwaitHangUp(absl::Duration deadline = absl::Seconds(10)) const;
+  bool AwaitHangUp(absl::Duration deadline = kPatience) const;
 
   struct ExtentAnswer {
     shm::SocketReply reply{};
@@ -93,16 +93,5 @@ class RawShmClient {
   uint64_t cursor_ = 0;
   std::vector<uint32_t> generations_;
 };
-
-// Polls until the condition holds; false at the deadline.
-template <typename F>
-bool Eventually(F condition, absl::Duration deadline = absl::Seconds(10)) {
-  const absl::Time end = absl::Now() + deadline;
-  while (!condition()) {
-    if (absl::Now() > end) return false;
-    absl::SleepFor(absl::Milliseconds(1));
-  }
-  return true;
-}
 
 }  // namespace quarry::testing

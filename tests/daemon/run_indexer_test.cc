@@ -10,6 +10,7 @@
 
 #include "cpu_index/cluster_index.h"
 #include "tests/daemon/held_tokens.h"
+#include "tests/support/eventually.h"
 
 namespace quarry {
 namespace {
@@ -45,10 +46,8 @@ class RunIndexerTest : public ::testing::Test {
   }
   // Until the background has come that far.
   void WaitFor(const std::function<bool(const IndexStats&)>& reached) {
-    for (int ms = 0; !reached(indexer_->stats()) && ms < 60000; ++ms) {
-      absl::SleepFor(absl::Milliseconds(1));
-    }
-    ASSERT_TRUE(reached(indexer_->stats())) << indexer_->stats().built << " built";
+    ASSERT_TRUE(testing::Eventually([&] { return reached(indexer_->stats()); }))
+        << indexer_->stats().built << " built";
   }
   // Runs are used when they are set, and done with only a moment later.
   void WaitForLearned(size_t run, uint32_t tokens, uint32_t samples) {
@@ -57,8 +56,7 @@ class RunIndexerTest : public ::testing::Test {
       const auto learned = indexes.learned(0);
       return learned.has_value() && learned->tokens == tokens && learned->samples == samples;
     };
-    for (int ms = 0; !there() && ms < 60000; ++ms) absl::SleepFor(absl::Milliseconds(1));
-    ASSERT_TRUE(there()) << "run " << run;
+    ASSERT_TRUE(testing::Eventually(there)) << "run " << run;
   }
   std::shared_ptr<const ClusterModel> ModelOf(size_t run) const {
     const auto index = uses_[run].run->indexes()->Get(0, 0);

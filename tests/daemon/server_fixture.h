@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <chrono>
 #include <filesystem>
 #include <memory>
 #include <string>
@@ -16,6 +15,7 @@
 #include "gtest/gtest.h"
 #include "tests/daemon/fake_engine.h"
 #include "tests/daemon/raw_shm_client.h"
+#include "tests/support/eventually.h"
 
 namespace quarry::testing {
 
@@ -68,12 +68,11 @@ class ServerFixture : public ::testing::Test {
   }
   // Channels of clients that have gone are taken back soon, not at once.
   std::unique_ptr<RawShmClient> ConnectOnceThereIsRoom() {
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+    const auto deadline = absl::Now() + kPatience;
     for (;;) {
       auto client = RawShmClient::Connect(socket_path(), RawShmClient::Hello());
       if (client.ok()) return *std::move(client);
-      if (!absl::IsResourceExhausted(client.status()) ||
-          std::chrono::steady_clock::now() > deadline) {
+      if (!absl::IsResourceExhausted(client.status()) || absl::Now() > deadline) {
         ADD_FAILURE() << client.status();
         return nullptr;
       }

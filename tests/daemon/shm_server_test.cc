@@ -169,7 +169,7 @@ TEST_F(ShmServerTest, DrainFinishesWhatIsInFlightAndRefusesTheRest) {
   EXPECT_FALSE(server_->AwaitDrained(absl::Now() + absl::Milliseconds(20)));
   engine_.ReleaseAttends();
   EXPECT_EQ(client->Await(0, 1), absl::StatusCode::kOk);
-  EXPECT_TRUE(server_->AwaitDrained(absl::Now() + absl::Seconds(10)));
+  EXPECT_TRUE(server_->AwaitDrained(absl::Now() + kPatience));
 }
 
 TEST_F(ShmServerTest, ASecondServerOnTheSocketIsRefused) {

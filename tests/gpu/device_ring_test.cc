@@ -297,9 +297,8 @@ TEST_F(DeviceRingTest, ASilentDaemonIsGivenUpAtTheDeadline) {
 TEST_F(DeviceRingTest, ALateAnswerNeitherCountsNorHoldsUpTheMessagesBehindIt) {
   Start({.serve =
              [](const Request& r) {
-               Answer answer = AnswerTo(r, nullptr);
-               if (r.opcode == shm::Opcode::kAttend) answer.given = false;
-               return answer;
+               if (r.opcode == shm::Opcode::kAttend) return Answer{.given = false};
+               return AnswerTo(r, nullptr);
              }},
         absl::Milliseconds(500));
   ASSERT_NO_FATAL_FAILURE(Begin());

@@ -12,6 +12,7 @@
 #include "proto/half.h"
 #include "tests/gpu/golden.h"
 #include "tests/support/daemon_process.h"
+#include "tests/support/eventually.h"
 
 namespace quarry {
 namespace {
@@ -76,11 +77,10 @@ class WorkerDaemonTest : public ::testing::Test {
   // runs in the background.
   uint32_t Reused(std::span<const uint32_t> prompt, uint32_t max_tokens, uint32_t at_least) {
     uint32_t reused = 0;
-    for (const absl::Time end = absl::Now() + absl::Seconds(30); absl::Now() < end;) {
+    testing::Eventually([&] {
       reused = Open(service_.get(), prompt, max_tokens)->reused_tokens();
-      if (reused >= at_least) break;
-      std::this_thread::yield();
-    }
+      return reused >= at_least;
+    });
     return reused;
   }
 

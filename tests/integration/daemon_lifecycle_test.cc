@@ -14,6 +14,7 @@
 #include "absl/time/clock.h"
 #include "quarry/v1/admin.grpc.pb.h"
 #include "tests/support/daemon_process.h"
+#include "tests/support/eventually.h"
 #include "tests/support/kv_client.h"
 
 namespace quarry {
@@ -231,9 +232,7 @@ TEST(DaemonLifecycleTest, AnAdministratorsDrainEndsTheDaemon) {
   ASSERT_TRUE(quarry::v1::Admin::NewStub(channel)
                   ->Drain(&context, quarry::v1::DrainRequest(), &reply)
                   .ok());
-  const absl::Time end = absl::Now() + absl::Seconds(20);
-  while ((*daemon)->Running() && absl::Now() < end) absl::SleepFor(absl::Milliseconds(5));
-  EXPECT_FALSE((*daemon)->Running());
+  EXPECT_TRUE(testing::Eventually([&] { return !(*daemon)->Running(); }));
   EXPECT_THAT((*daemon)->Log(), HasSubstr("Admin.Drain"));
 }
 

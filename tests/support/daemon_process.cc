@@ -18,6 +18,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "tests/support/eventually.h"
 
 namespace quarry::testing {
 namespace {
@@ -122,8 +123,7 @@ std::string DaemonProcess::Log() const {
 }
 
 bool AwaitStopped(pid_t pid) {
-  const absl::Time end = absl::Now() + absl::Seconds(10);
-  while (absl::Now() < end) {
+  return testing::Eventually([&] {
     bool all = true;
     const std::string tasks = absl::StrCat("/proc/", pid, "/task");
     for (const auto& task : std::filesystem::directory_iterator(tasks)) {
@@ -132,10 +132,8 @@ bool AwaitStopped(pid_t pid) {
       const size_t name_end = stat.rfind(')');
       all &= name_end != std::string::npos && stat.compare(name_end, 4, ") T ") == 0;
     }
-    if (all) return true;
-    absl::SleepFor(absl::Milliseconds(1));
-  }
-  return false;
+    return all;
+  });
 }
 
 void DaemonProcess::Signal(int signal) const {
