@@ -170,7 +170,7 @@ absl::Status AttendBatch::Admit(const AttendRow& row, AttendAnswer& answer, Admi
 absl::Status AttendBatch::ChargeScratch(const AttendRow& row, ScanKind kind,
                                         const KvShape& shape) {
   const uint64_t tokens = row.range.size();
-  const uint64_t units = tokens / params_.task_tokens + 2;
+  const uint64_t units = tokens / UnitTokens(row.range.size(), params_.task_tokens) + 2;
   uint64_t query = 4 * shape.head_dim + units * (4 * shape.head_dim + sizeof(Partial));
   if (kind == ScanKind::kIndexed) query += 4 * tokens;  // scores
   const uint64_t bytes = row.heads * query;

@@ -17,6 +17,9 @@ struct Stretch {
 };
 
 constexpr uint32_t kNoClass = ~0u;
+// Tokens between the first and the last that is scanned are cut into about so many units, that more
+// threads than there are KV heads have part in a short context: one thread takes 20 us for 256.
+constexpr uint32_t kUnitsWanted = 8;
 // What answers are merged with elsewhere is read if it is at most this part of their range.
 constexpr uint32_t kRestShare = 8;
 
@@ -44,8 +47,9 @@ class BlockPlanner {
       lo = std::min(lo, s.tokens.lo);
       hi = std::max(hi, s.tokens.hi);
     }
-    for (uint32_t cell = lo / task_tokens_ * task_tokens_; cell < hi; cell += task_tokens_) {
-      PlanCell({cell, cell + task_tokens_});
+    const uint32_t tokens = UnitTokens(hi - lo, task_tokens_);
+    for (uint32_t cell = lo / tokens * tokens; cell < hi; cell += tokens) {
+      PlanCell({cell, cell + tokens});
     }
   }
 
@@ -162,6 +166,11 @@ void PlanRuns(std::span<const ScanMember> members, std::vector<ScanUnit>* units,
 }
 
 }  // namespace
+
+uint32_t UnitTokens(uint32_t tokens, uint32_t task_tokens) {
+  const uint32_t blocks = (tokens - 1) / (kUnitsWanted * kBlockTokens) + 1;
+  return std::min(task_tokens, blocks * kBlockTokens);
+}
 
 std::vector<ScanUnit> PlanScan(std::span<const ScanMember> members, ScanKind kind,
                                uint32_t task_tokens) {

@@ -38,9 +38,12 @@ enum class ScanKind {
   kIndexed,  // units are runs, and the tail that no run covers
 };
 
+// Tokens of a unit that is not a run, a multiple of kBlockTokens: task_tokens, which is one, or
+// fewer where the first and the last token scanned are no more than `tokens`, at least 1, apart.
+uint32_t UnitTokens(uint32_t tokens, uint32_t task_tokens);
+
 // Units in token order. For each member the ranges of its units are disjoint and together are
-// its range. `task_tokens` (a multiple of kBlockTokens) bounds a unit that is not a run. The
-// members' tables must outlive the plan.
+// its range. The members' tables must outlive the plan.
 std::vector<ScanUnit> PlanScan(std::span<const ScanMember> members, ScanKind kind,
                                uint32_t task_tokens);
 

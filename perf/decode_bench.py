@@ -4,8 +4,10 @@
 A model of --shape with random weights (made in --models, 2 bytes a weight) takes a prompt of random tokens, once for
 each length; then every method generates --new-tokens, one request a token, behind the same context: `full` attends all
 K/V in the device's memory, as read from the daemon; `alone` does so without a daemon, behind a prefill of its own;
-`device` and `host` have them in the daemon, with rows sent by the one or the other (quarry-worker --rings). Prints a JSON line for each: ms a token, what the device's memory held at most,
-bytes that the daemon read a token, bytes of K/V in the worker. Method and figures: perf/README.md.
+`device` and `host` have them in the daemon, with rows sent by the one or the other (quarry-worker --rings). Prints a
+JSON line for each: ms a token, what the device's memory held at most, bytes that the daemon read a token and the mean of
+its time for a layer (from a request seen to its answer written), bytes of K/V in the worker. Method and figures:
+perf/README.md.
 
 Needs Python 3.9 or later and the built programs, no packages. Starts a daemon of its own.
 """
@@ -38,6 +40,12 @@ def quantile(values, share):
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
+def attends(daemon):
+    """Attends that the daemon has answered, and the seconds that they took it."""
+    statistics = daemon.statistics()
+    return [statistics[f"quarry_shm_attend_latency_seconds_{name}"] for name in ("count", "sum")]
+
+
 class Bench:
     def __init__(self, settings):
         self.settings = settings
@@ -64,8 +72,9 @@ class Bench:
         kv_bytes = 4 * heads * head_dim_of(config) * (tokens + settings.room)
         draw = random.Random(settings.seed)
         prompt = [draw.randrange(3, config["vocab_size"]) for _ in range(tokens)]
+        engine = "".join(f"{line}\n" for line in [f"executor_threads = {settings.executor_threads}", *settings.engine])
         with Daemon(settings.build, f"{int(1.1 * kv_bytes) + (1 << 30)}B",
-                    f"[engine]\nexecutor_threads = {settings.executor_threads}\n[index]\nthreads = {settings.index_threads}\n"
+                    f"[engine]\n{engine}[index]\nthreads = {settings.index_threads}\n"
                     f"max_bytes = \"{kv_bytes // 2 + (1 << 30)}B\"\n") as daemon:
             before = daemon.statistics()
             with self.worker(daemon, "host") as worker:
@@ -82,17 +91,21 @@ class Bench:
         budget = [] if method in EVERYTHING_HERE else settings.budget
         with self.worker(daemon, method, budget) as worker:
             opened = worker.call("open", tokens=prompt, max_tokens=len(prompt) + settings.room)
-            times, read, next_token = [], 0, 5
+            times, read, next_token, warm = [], 0, 5, None
             for i in range(WARM_UP + settings.new_tokens):
+                if i == WARM_UP:
+                    warm = attends(daemon)
                 answer = worker.call("ask", sequence=opened["sequence"], tokens=[next_token], new=1)
                 next_token = answer["predicted"][0]
                 if i >= WARM_UP:
                     times.append(answer["total_ms"])
                     read += answer["bytes_touched"]
+            answered, seconds = (now - then for now, then in zip(attends(daemon), warm))
             self.print(len(prompt), {
                 "method": method, "budget": " ".join(budget), "ms_p50": round(quantile(times, 0.5), 3),
                 "ms_p99": round(quantile(times, 0.99), 3), "ms_mean": round(sum(times) / len(times), 3),
                 "new_tokens": len(times), "daemon_bytes_read": read // len(times),
+                "daemon_us_mean": round(1e6 * seconds / answered, 1) if answered else 0,
                 "kv_bytes": answer["worker_kv_bytes"]}, worker)
 
     def print(self, tokens, row, worker):
@@ -121,6 +134,8 @@ def parse(arguments):
     parser.add_argument("--full-bytes", type=int, default=96 << 30, help="of the methods full and alone")
     parser.add_argument("--worker", nargs="*", default=[], metavar="OPTION=VALUE",
                         help="more for every worker, without dashes in front: weights-dtype=int8")
+    parser.add_argument("--engine", nargs="*", default=[], metavar="KEY = VALUE",
+                        help="more lines of the daemon's [engine] section: \"task_tokens = 1024\"")
     parser.add_argument("--index-threads", type=int, default=os.cpu_count(), help="of the daemon")
     parser.add_argument("--executor-threads", type=int, default=max(1, os.cpu_count() - 4),
                         help="of the daemon; they spin while a token is in work, as its poller does, and so does the worker")

@@ -190,6 +190,23 @@ TEST(ScanPlanTest, RowsThatShareBlocksAreScannedInOnePass) {
   EXPECT_EQ(scanned, (kShared + 2 * (kBlocks - kShared)) * kBlockTokens);
 }
 
+TEST(ScanPlanTest, AShortRangeIsCutForSeveralThreads) {
+  TableMaker maker(Seed());
+  const auto units = [&](uint32_t lo, uint32_t hi, uint32_t task_tokens) {
+    const std::vector<ScanMember> members = {{&maker.root(), {lo, hi}}};
+    return PlanScan(members, ScanKind::kExact, task_tokens).size();
+  };
+  EXPECT_EQ(units(0, kBlockTokens, 4096), 1u);
+  EXPECT_EQ(units(100, kBlockTokens, 4096), 1u);
+  EXPECT_EQ(units(0, 3 * kBlockTokens, 4096), 3u);
+  EXPECT_EQ(units(100, 1408, 4096), 6u);
+  EXPECT_EQ(units(0, 9 * kBlockTokens, 4096), 5u);
+  EXPECT_EQ(units(0, 16 * kBlockTokens, 4096), 8u);
+  EXPECT_EQ(units(0, 16 * kBlockTokens, 256), 16u);
+  EXPECT_EQ(UnitTokens(131072, 4096), 4096u);
+  EXPECT_EQ(UnitTokens(~0u, 4096), 4096u);
+}
+
 TEST(ScanPlanTest, AnEmptyRangePlansNothing) {
   TableMaker maker(Seed());
   const std::vector<ScanMember> members = {{&maker.root(), {7, 7}}};

@@ -30,7 +30,7 @@ class DecodeBenchTest(unittest.TestCase):
 
     def test_every_method_decodes_behind_the_same_context(self):
         status, rows, err = self.run_bench("--tokens", "9000", "--new-tokens", "3",
-                                           "--budget", "budget-error=0.05")
+                                           "--budget", "budget-error=0.05", "--engine", "task_tokens = 1024")
         self.assertEqual(status, 0, err)
         self.assertEqual([row["method"] for row in rows], ["prefill", "full", "alone", "device", "host"])
         self.assertGreater(rows[0]["s"], 0)
@@ -42,7 +42,11 @@ class DecodeBenchTest(unittest.TestCase):
         full, alone, device, host = rows[1:]
         for here in (full, alone):
             self.assertEqual(here["daemon_bytes_read"], 0)
-        self.assertGreater(device["daemon_bytes_read"], 0)
+        self.assertEqual(alone["daemon_us_mean"], 0)  # it knows no daemon
+        for beside in (device, host):
+            self.assertGreater(beside["daemon_bytes_read"], 0)
+            self.assertGreater(beside["daemon_us_mean"], 0)
+            self.assertLess(beside["daemon_us_mean"], 1e3 * beside["ms_p99"])
         # The window alone is here, in place of everything.
         self.assertLess(device["kv_bytes"], full["kv_bytes"] / 5)
         self.assertEqual(device["kv_bytes"], host["kv_bytes"])
