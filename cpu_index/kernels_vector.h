@@ -12,12 +12,9 @@
 namespace quarry::kernels {
 namespace {
 
-// How far ahead of the row in use rows are fetched. From DRAM, 1 and 2 KiB were best with few
-// tokens between the keys and the values (kAttendTokens); 4 KiB was a tenth slower.
-constexpr size_t kAheadBytes = 1024;
-
-// A tile's rows, and where they go on, for fetching ahead. Addresses are numbers: those past the
-// end are never read.
+// A tile's rows, and where they go on, for fetching V::kAheadBytes ahead of the row in use.
+// Addresses are numbers: those past the end are never read.
+template <typename V>
 class RowStream {
  public:
   RowStream(const void* rows, const void* next, uint32_t tokens, size_t row_bytes)
@@ -25,7 +22,7 @@ class RowStream {
         beyond_(next == nullptr ? rows_ : reinterpret_cast<uintptr_t>(next) - tokens * row_bytes),
         row_bytes_(row_bytes),
         tokens_(tokens),
-        ahead_(static_cast<uint32_t>((kAheadBytes + row_bytes - 1) / row_bytes)) {}
+        ahead_(static_cast<uint32_t>((V::kAheadBytes + row_bytes - 1) / row_bytes)) {}
 
   // Fetches kBytes (0: the row's) at `offset` of the row that lies ahead of row t. Inlined by
   // force: GCC takes a function that only prefetches for one without effect, and drops the calls.
@@ -108,7 +105,7 @@ void ScoreBlock(const ScoreTile& a, uint32_t first_query, uint32_t first_token) 
     q[i] = a.q + size_t{query} * head_dim;
   }
   const char* keys = static_cast<const char*>(a.k);
-  const RowStream stream(a.k, a.next, a.tokens, row_bytes);
+  const RowStream<V> stream(a.k, a.next, a.tokens, row_bytes);
   typename V::Reg sum[V::kWidth];
 #pragma GCC unroll 16
   for (uint32_t j = 0; j < kT; ++j) {
@@ -172,7 +169,7 @@ void AccumulateBlock(const AccumulateTile& a, uint32_t first_query, uint32_t fir
   const uint32_t head_dim = kHeadDim == 0 ? a.head_dim : kHeadDim;
   const size_t row_bytes = size_t{head_dim} * ElementBytes<kDtype>();
   const char* base = static_cast<const char*>(a.v) + first_dim * ElementBytes<kDtype>();
-  const RowStream stream(a.v, a.next, a.tokens, row_bytes);
+  const RowStream<V> stream(a.v, a.next, a.tokens, row_bytes);
   const float* p = a.p + first_query * a.ld_p;
   float* acc = a.acc + size_t{first_query} * head_dim + first_dim;
   typename V::Reg sum[kQ][kD];
