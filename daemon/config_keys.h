@@ -40,6 +40,7 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Count("index.min_run_tokens", c.engine.index.choice.min_run_tokens, 0, 1u << 20);
   v.Count("index.threads", c.engine.index.threads, 1, 1024);
   v.Count("index.query_samples", c.engine.index.query_samples, 1, 65536);
+  v.Bytes("index.max_sample_bytes", c.engine.index.max_sample_bytes, 0, 64 * kTiB);
   v.Bytes("index.max_bytes", c.engine.index.max_bytes, 0, 64 * kTiB);
 
   v.Number("audit.fraction", c.engine.audit.fraction, 0, 1);

@@ -20,10 +20,13 @@ absl::Status ClosedError(ContextId id) {
   return absl::NotFoundError(absl::StrCat("context ", id.value, " is closed"));
 }
 
-std::shared_ptr<QuerySamples> SamplesOf(const ContextServices& services, const KvShape& shape,
+// Null: none of its runs is indexed, or it is too short for one.
+std::shared_ptr<QuerySamples> SamplesOf(const ContextServices& services,
+                                        const ContextParams& params,
                                         std::shared_ptr<QuerySamples> of_parent) {
   if (of_parent != nullptr || !services.indexer->enabled()) return of_parent;
-  return std::make_shared<QuerySamples>(shape, services.indexer->options().query_samples);
+  if (services.runs->grid().RunsIn(params.max_tokens) == 0) return nullptr;
+  return services.indexer->MakeSamples(params.spec.shape);
 }
 
 }  // namespace
@@ -32,8 +35,9 @@ Context::Context(const ContextServices& services, ContextParams params, ContextS
     : services_(services),
       params_(std::move(params)),
       placed_(start.table.placed),
+      start_tokens_(start.tokens),
       frontier_(size_t{shape().layers} * shape().kv_heads),
-      samples_(SamplesOf(services, shape(), std::move(start.samples))),
+      samples_(SamplesOf(services, params_, std::move(start.samples))),
       attends_(samples_ == nullptr ? 0 : frontier_.size()),
       table_(std::make_shared<const BlockTable>(std::move(start.table))),
       token_ids_(std::move(start.token_ids)),
@@ -50,7 +54,12 @@ absl::Status Context::Append(const AppendRequest& r) {
   QUARRY_RETURN_IF_ERROR(CheckSamples(r));
   QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table,
                           Claim(input, Caller::kAppend));
-  return Commit(input, CopyIn(input, *table), &r);
+  QUARRY_RETURN_IF_ERROR(TakeIds(input, CopyIn(input, *table)));
+  // Before the frontier moves: runs that end here are learned from with these queries.
+  const bool worth = KeepSamples(r);
+  MoveFrontier(input);
+  if (worth) services_.background->Enqueue(shared_from_this());
+  return absl::OkStatus();
 }
 
 bool Context::KeepSamples(const AppendRequest& r) {
@@ -87,7 +96,9 @@ absl::Status Context::AppendToken(uint32_t layer, uint32_t first_kv_head, uint32
   QUARRY_RETURN_IF_ERROR(CheckInput(input));
   QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table,
                           Claim(input, Caller::kAttend));
-  return Commit(input, CopyIn(input, *table), nullptr);
+  QUARRY_RETURN_IF_ERROR(TakeIds(input, CopyIn(input, *table)));
+  MoveFrontier(input);
+  return absl::OkStatus();
 }
 
 absl::Status Context::CheckInput(const KvInput& input) const {
@@ -234,25 +245,35 @@ absl::Status Context::CopyIn(const KvInput& input, const BlockTable& table) cons
   return absl::OkStatus();
 }
 
-absl::Status Context::Commit(const KvInput& input, absl::Status outcome,
-                             const AppendRequest* sampled) {
+absl::Status Context::TakeIds(const KvInput& input, absl::Status outcome) {
+  absl::MutexLock lock(&mutex_);
+  std::span<const uint32_t> fresh;
+  if (outcome.ok()) outcome = CheckIds(input, &fresh);
+  if (outcome.ok()) {
+    token_ids_.insert(token_ids_.end(), fresh.begin(), fresh.end());
+  } else {
+    EndClaim(input);
+  }
+  return outcome;
+}
+
+void Context::EndClaim(const KvInput& input) {
+  const auto first = claimed_.begin() + static_cast<ptrdiff_t>(input.layer) * shape().kv_heads +
+                     input.first_kv_head;
+  std::fill_n(first, input.kv_heads, false);
+}
+
+void Context::MoveFrontier(const KvInput& input) {
   bool maintain = false;
   {
     absl::MutexLock lock(&mutex_);
-    const size_t first = size_t{input.layer} * shape().kv_heads + input.first_kv_head;
-    for (size_t i = 0; i < input.kv_heads; ++i) claimed_[first + i] = false;
-    QUARRY_RETURN_IF_ERROR(outcome);
-    std::span<const uint32_t> fresh;
-    QUARRY_RETURN_IF_ERROR(CheckIds(input, &fresh));
-    token_ids_.insert(token_ids_.end(), fresh.begin(), fresh.end());
-    // Before the frontier moves: runs that end here are learned from with these queries.
-    if (sampled != nullptr) maintain = KeepSamples(*sampled);
+    EndClaim(input);
     // Release: who sees the new frontier sees the bytes below it.
     const uint32_t next = BehindPlaced(input.range.hi);
     for (size_t i = 0; i < input.kv_heads; ++i) {
-      frontier_[first + i].store(next, std::memory_order_release);
+      Frontier(input.layer, input.first_kv_head + i).store(next, std::memory_order_release);
     }
-    maintain |= CountFullBlocks(input);
+    maintain = CountFullBlocks(input);
     maintain |= SettleBefore(input.layer);
   }
   const uint64_t tokens = input.range.size();
@@ -260,7 +281,6 @@ absl::Status Context::Commit(const KvInput& input, absl::Status outcome,
   services_.counters->append_bytes.fetch_add(tokens * input.kv_heads * 2 * shape().vector_bytes(),
                                              std::memory_order_relaxed);
   if (maintain) services_.background->Enqueue(shared_from_this());
-  return absl::OkStatus();
 }
 
 uint32_t Context::BehindPlaced(uint32_t token) const {

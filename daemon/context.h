@@ -129,9 +129,12 @@ class Context : public BackgroundWorker::Client,
   // The table it returns is the one to write to.
   absl::StatusOr<std::shared_ptr<const BlockTable>> Claim(const KvInput& input, Caller caller);
   absl::Status CopyIn(const KvInput& input, const BlockTable& table) const;
-  // Moves the frontier (or, if `outcome` failed, only ends the claim), and keeps the queries that
-  // came along, if any did.
-  absl::Status Commit(const KvInput& input, absl::Status outcome, const AppendRequest* sampled);
+  // Of a copy that ended so: takes the token ids, or ends the claim and says why. From here on
+  // nothing can fail.
+  absl::Status TakeIds(const KvInput& input, absl::Status outcome);
+  void EndClaim(const KvInput& input) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Ends the claim, and makes what was copied readable.
+  void MoveFrontier(const KvInput& input);
   absl::Status CheckIds(const KvInput& input, std::span<const uint32_t>* fresh) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Takes note of which layer is appended to; true if the one before has more runs to be indexed.
@@ -177,6 +180,7 @@ class Context : public BackgroundWorker::Client,
   const ContextParams params_;
   const std::vector<PlacedStretch> placed_;  // as every table's
   // [layer][kv_head]: tokens stored. Written by the claim's holder under mutex_.
+  const uint32_t start_tokens_;  // as ContextStart::tokens
   std::vector<std::atomic<uint32_t>> frontier_;
   const std::shared_ptr<QuerySamples> samples_;
   std::vector<std::atomic<uint32_t>> attends_;  // [layer][first KV head], to sample evenly

@@ -37,10 +37,11 @@ absl::Status BeginBlocks(const ContextServices& services, const PrivateBlocks& w
   BlockStore& store = *services.store;
   absl::Status reserved = store.Reserve(tenant, block_bytes, count);
   if (absl::IsResourceExhausted(reserved)) {
-    // Closed contexts may wait in the background to be published, or be audited: that is not a full
-    // arena.
+    // Closed contexts may wait in the background to be published, or be audited or indexed: that is
+    // not a full arena.
     services.background->Flush();
     services.auditor->LetGo();
+    services.indexer->LetGo();
     reserved = store.Reserve(tenant, block_bytes, count);
   }
   QUARRY_RETURN_IF_ERROR(reserved);

@@ -33,7 +33,12 @@ absl::Status Context::Read(uint32_t layer, TokenRange range, std::span<std::byte
   for (uint32_t lo = range.lo; lo < range.hi;) {
     const uint32_t block = lo / kBlockTokens;
     const uint32_t hi = std::min(range.hi, (block + 1) * kBlockTokens);
-    QUARRY_RETURN_IF_ERROR(table->blocks[block]->Verify());
+    if (absl::Status verified = table->blocks[block]->Verify(); !verified.ok()) {
+      // Nor may a context that computes these tokens again find what was made of the broken bytes.
+      const BlockId id = table->blocks[block]->id();
+      services_.runs->Purge(params_.tenant, std::nullopt, {&id, 1});
+      return verified;
+    }
     for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
       std::byte* const out =
           (part == KvPart::kKey ? k : v).data() + size_t{lo - range.lo} * token_bytes;

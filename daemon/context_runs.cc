@@ -13,10 +13,13 @@ std::vector<RunUse>::iterator PlaceOf(TokenRange tokens, std::vector<RunUse>* ru
                       [&](const RunUse& use) { return use.tokens.lo >= tokens.lo; });
 }
 
-// Whether a run that came with a fork goes on beyond what the fork shares of its last block, which
-// is another one here: the run keeps its parent's name.
-bool EndsInAnotherBlock(const Run& run, std::span<const std::shared_ptr<HeldBlock>> blocks) {
-  return run.tokens().hi % kBlockTokens != 0 && run.blocks().back() != blocks.back() &&
+// Whether a run that came with a fork of so many tokens ends in a block of which the fork has a
+// copy of its own, where other tokens follow: the run keeps its parent's name.
+bool EndsInCopiedBlock(const Run& run, uint32_t forked,
+                       std::span<const std::shared_ptr<HeldBlock>> blocks) {
+  return run.tokens().hi % kBlockTokens != 0 &&
+         forked / kBlockTokens == run.tokens().hi / kBlockTokens &&
+         run.blocks().back() != blocks.back() &&
          std::ranges::equal(run.blocks().first(blocks.size() - 1), blocks.first(blocks.size() - 1));
 }
 
@@ -70,7 +73,7 @@ bool Context::AttachPublished(const BlockTable& table, std::vector<RunUse>* runs
     const auto blocks = table.BlocksOf(tokens);
     const bool own_whole = std::binary_search(own_open_.begin(), own_open_.end(), next_run_);
     if (whole != nullptr && !own_whole &&
-        (whole->registered() || EndsInAnotherBlock(*whole, blocks))) {
+        (whole->registered() || EndsInCopiedBlock(*whole, start_tokens_, blocks))) {
       continue;
     }
     RunUse own{
@@ -150,7 +153,7 @@ void Context::IndexRuns() {
     const TokenRange settled{0, services_.runs->grid().RunTokens(SettledRuns(layer)).lo};
     std::vector<RunUse> there;
     for (const RunUse& use : (*table)->runs) {
-      if (use.turn != nullptr) continue;  // its queries come from elsewhere
+      if (use.turn != nullptr) continue;  // its queries come from another position
       // Of an open run that it shares up to a bound, a fork does not know how far it has come.
       const bool own = use.tokens == use.run->tokens() && use.tokens.hi <= settled.hi;
       if (own || !use.run->open()) there.push_back(use);

@@ -11,6 +11,7 @@ struct IndexOptions {
   IndexChoice choice;
   uint32_t threads = 1;           // that build, of low priority
   uint32_t query_samples = 128;   // positions kept of each layer and KV head of a context
+  uint64_t max_sample_bytes = 1ull << 30;  // of the queries of all contexts; no more are kept
   uint64_t max_bytes = 4ull << 30;  // of all indexes; runs beyond it are scanned
 };
 
@@ -22,6 +23,7 @@ struct IndexStats {
   uint64_t failed = 0;        // heads that cannot have an index, or found no room
   uint64_t build_micros = 0;  // of all threads
   uint64_t bytes = 0;         // of the indexes that are held now
+  uint64_t sample_bytes = 0;  // of the queries that contexts keep
 };
 
 }  // namespace quarry

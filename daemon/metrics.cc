@@ -108,6 +108,8 @@ constexpr Figure<IndexStats> kIndex[] = {
     {"quarry_index_build_micros_total", "time of the threads that build",
      &IndexStats::build_micros},
     {"quarry_index_bytes", "memory of all indexes", &IndexStats::bytes},
+    {"quarry_index_sample_bytes", "memory of the queries that indexes are fitted to",
+     &IndexStats::sample_bytes},
 };
 
 constexpr Figure<AuditStats> kAudit[] = {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <utility>
 
 #include "daemon/spread_bits.h"
 #include "proto/half.h"
@@ -11,6 +12,7 @@ namespace quarry {
 namespace {
 
 constexpr uint32_t kWorthALook = 32;  // positions, and each power of two above
+constexpr size_t kLeastRoom = 8;      // positions
 
 uint64_t NextRenewal() {
   static std::atomic<uint64_t> renewals{0};
@@ -19,11 +21,27 @@ uint64_t NextRenewal() {
 
 }  // namespace
 
-QuerySamples::QuerySamples(const KvShape& shape, uint32_t capacity)
+QuerySamples::QuerySamples(const KvShape& shape, uint32_t capacity,
+                           std::shared_ptr<SampleMemory> memory)
     : shape_(shape),
       capacity_(capacity),
+      memory_(std::move(memory)),
       heads_(size_t{shape.layers} * shape.kv_heads),
       drift_(heads_.size()) {}
+
+QuerySamples::~QuerySamples() {
+  absl::MutexLock lock(&mutex_);
+  for (const Head& head : heads_) memory_->GiveBack(2 * head.q.capacity());
+}
+
+bool QuerySamples::Grow(Head* head) const {
+  const size_t room = head->q.capacity() / floats();
+  if (Kept(*head) < room) return true;
+  const size_t more = std::min<size_t>(std::max(kLeastRoom, 2 * room), capacity_);
+  if (!memory_->Take(2 * (more - room) * floats())) return false;
+  head->q.reserve(more * floats());
+  return true;
+}
 
 bool QuerySamples::Add(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q) {
   absl::MutexLock lock(&mutex_);
@@ -45,14 +63,23 @@ bool QuerySamples::AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv
     Head& head = heads_[size_t{layer} * shape_.kv_heads + first_kv_head + h];
     // Reservoir sampling: each position has the same chance to be kept. The draw depends on nothing
     // but how many came before, so that equal calls keep equal samples.
-    const uint64_t place =
-        head.seen < capacity_ ? head.seen : SpreadBits(head.seen) % (head.seen + 1);
+    uint64_t place = head.seen < capacity_ ? head.seen : SpreadBits(head.seen) % (head.seen + 1);
     ++head.seen;
     most_seen_ = std::max(most_seen_, head.seen);
     // Those that lag are waited for no longer.
     worth |= h == 0 && head.seen == capacity_ + 1;
     if (place >= capacity_) continue;
-    if (place >= Kept(head)) head.q.resize((place + 1) * floats());
+    if (place >= Kept(head)) {
+      const uint32_t kept = Kept(head);
+      if (Grow(&head)) {
+        place = kept;
+        head.q.resize((kept + size_t{1}) * floats());
+      } else if (kept > 0) {
+        place %= kept;
+      } else {
+        continue;
+      }
+    }
     std::transform(q, q + floats(), head.q.begin() + static_cast<ptrdiff_t>(place * floats()),
                    FloatToBf16);
     worth |= h == 0 && head.seen <= capacity_ && head.seen >= kWorthALook &&

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -13,15 +14,37 @@
 
 namespace quarry {
 
+// The memory of all sequences' samples. Thread-safe.
+class SampleMemory {
+ public:
+  explicit SampleMemory(uint64_t max_bytes) : max_bytes_(max_bytes) {}
+  // False: there is no room.
+  bool Take(uint64_t bytes) {
+    if (used_.fetch_add(bytes, std::memory_order_relaxed) + bytes <= max_bytes_) return true;
+    GiveBack(bytes);
+    return false;
+  }
+  void GiveBack(uint64_t bytes) { used_.fetch_sub(bytes, std::memory_order_relaxed); }
+  uint64_t used() const { return used_.load(std::memory_order_relaxed); }
+
+ private:
+  const uint64_t max_bytes_;
+  std::atomic<uint64_t> used_{0};
+};
+
 // Of each layer and KV head, the queries of its group at a bounded number of positions: the first
 // ones, then an even choice of all that came. Where indexes that were fitted to them turn out not
 // to fit live queries, new ones take the places of the old. Some heads are asked seldom or never,
 // such as those of layers whose windows hold all: once another has had more queries than are kept,
-// who has had less than half of its number is waited for no longer. Kept as bf16. Thread-safe.
+// who has had less than half of its number is waited for no longer. Kept as bf16; where memory has
+// no room for more, those that are kept give way to later ones all the same. Thread-safe.
 class QuerySamples {
  public:
   // capacity: positions of each layer and KV head, at least 1.
-  QuerySamples(const KvShape& shape, uint32_t capacity);
+  QuerySamples(const KvShape& shape, uint32_t capacity, std::shared_ptr<SampleMemory> memory);
+  ~QuerySamples();
+  QuerySamples(const QuerySamples&) = delete;
+  QuerySamples& operator=(const QuerySamples&) = delete;
 
   // q: [kv_heads * group][head_dim] fp32 of one position. True if as many positions are kept now as
   // are worth another look at indexes that were fitted to fewer: 32, 64, 128, ... of the first of
@@ -57,11 +80,14 @@ class QuerySamples {
     return most_seen_ > capacity_ && head.seen < most_seen_ - head.seen;
   }
   bool IsRenewed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Makes room for one more position; false if there is none.
+  bool Grow(Head* head) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const KvShape shape_;
   const uint32_t capacity_;
+  const std::shared_ptr<SampleMemory> memory_;
   mutable absl::Mutex mutex_;  // held for one position's, or one head's, copy
   std::vector<Head> heads_ ABSL_GUARDED_BY(mutex_);  // [layer][kv_head]
   uint32_t most_seen_ ABSL_GUARDED_BY(mutex_) = 0;   // of the heads

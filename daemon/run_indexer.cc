@@ -31,10 +31,8 @@ struct RunIndexer::Job {
   uint32_t heads() const { return shape.kv_heads; }
 
   struct Part {
-    explicit Part(const std::shared_ptr<const Run>& of)
-        : first_token(of->tokens().lo), run(of), indexes(of->indexes()) {}
+    explicit Part(const Run& of) : first_token(of.tokens().lo), indexes(of.indexes()) {}
     const uint32_t first_token;
-    const std::weak_ptr<const Run> run;
     const std::shared_ptr<RunIndexes> indexes;
     std::atomic<uint32_t> built{0};  // heads, or known to have none
   };
@@ -52,10 +50,18 @@ struct RunIndexer::Job {
   std::shared_ptr<const QuerySamples> samples;
   uint32_t next = 0;  // under the indexer's mutex
   std::atomic<bool> warned{false};
+  std::atomic<bool> full{false};  // a head found no room
+};
+
+struct RunIndexer::Building {
+  std::vector<std::shared_ptr<const Run>> runs;
+  std::vector<Job::Part*> parts;  // of these runs
 };
 
 RunIndexer::RunIndexer(const IndexOptions& options, RunRegistry* runs)
-    : options_(options), runs_(runs) {
+    : options_(options),
+      runs_(runs),
+      sample_memory_(std::make_shared<SampleMemory>(options.max_sample_bytes)) {
   if (!enabled()) return;
   for (uint32_t i = 0; i < options.threads; ++i) {
     threads_.emplace_back([this] { Loop(); });
@@ -73,9 +79,40 @@ RunIndexer::~RunIndexer() {
   for (std::thread& thread : threads_) thread.join();
 }
 
+std::shared_ptr<QuerySamples> RunIndexer::MakeSamples(const KvShape& shape) const {
+  return std::make_shared<QuerySamples>(shape, options_.query_samples, sample_memory_);
+}
+
+void RunIndexer::LetGo() {
+  absl::MutexLock lock(&mutex_);
+  const auto gone = [this]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    return releasing_ == 0 && !AnyHeldAlone();
+  };
+  ++letting_go_;
+  mutex_.Await(absl::Condition(&gone));
+  --letting_go_;
+}
+
+bool RunIndexer::AnyHeldAlone() const {
+  std::vector<const Run*> held;
+  for (const Building* building : building_) {
+    for (const auto& run : building->runs) held.push_back(run.get());
+  }
+  for (const Building* building : building_) {
+    for (const auto& run : building->runs) {
+      if (run.use_count() == std::count(held.begin(), held.end(), run.get())) return true;
+    }
+  }
+  return false;
+}
+
+bool RunIndexer::IsFull() const {
+  return full_at_.load() == memory_->frees.load() && !runs_->HasIdle();
+}
+
 void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                           const std::shared_ptr<const QuerySamples>& samples) {
-  if (!enabled() || runs.empty()) return;
+  if (!enabled() || runs.empty() || IsFull()) return;
   auto job = std::make_shared<Job>(layer, shape, &counts_);
   job->samples = samples;
   job->learning.renewal = samples->renewal();  // first: what is looked at later may only be newer
@@ -89,7 +126,7 @@ void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const Kv
       continue;
     }
     job->again |= due == RunIndexes::Due::kAgain;
-    job->parts.emplace_back(use.run);
+    job->parts.emplace_back(*use.run);
   }
   if (job->parts.empty()) return;
   absl::MutexLock lock(&mutex_);
@@ -99,7 +136,7 @@ void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const Kv
 std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
   absl::MutexLock lock(&mutex_);
   const auto due = [this]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
-    return stopping_ || !queue_.empty();
+    return stopping_ || (!queue_.empty() && letting_go_ == 0);
   };
   mutex_.Await(absl::Condition(&due));
   if (stopping_) return nullptr;
@@ -162,21 +199,55 @@ absl::StatusOr<std::vector<MadeIndex>> RunIndexer::MakeHead(const Job& job, uint
   return made;
 }
 
+void RunIndexer::Hold(Job& job, uint32_t kv_head, Building* building) {
+  absl::MutexLock lock(&mutex_);
+  for (Job::Part& part : job.parts) {
+    std::shared_ptr<const Run> run = part.indexes->run();
+    if (run == nullptr) continue;
+    // Where there was no room for the layer's other heads.
+    if (!job.again && part.indexes->Get(job.layer, kv_head) != nullptr) {
+      part.built.fetch_add(1);
+      continue;
+    }
+    building->runs.push_back(std::move(run));
+    building->parts.push_back(&part);
+  }
+  building_.push_back(building);
+}
+
+void RunIndexer::Release(Building* building) {
+  {
+    absl::MutexLock lock(&mutex_);
+    std::erase(building_, building);
+    ++releasing_;
+  }
+  building->runs.clear();  // which may free blocks
+  absl::MutexLock lock(&mutex_);
+  --releasing_;
+}
+
 void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
-  std::vector<std::shared_ptr<const Run>> runs;  // that some context still wants
-  std::vector<Job::Part*> parts;
+  Building building;
+  Hold(job, kv_head, &building);
+  if (building.runs.empty()) {
+    // Nobody wants them any more, or they are indexed.
+  } else if (job.full.load()) {
+    failed_.fetch_add(1, std::memory_order_relaxed);
+  } else {
+    BuildHeld(job, kv_head, building);
+  }
+  Release(&building);
+}
+
+void RunIndexer::BuildHeld(Job& job, uint32_t kv_head, const Building& building) {
+  const auto& [runs, parts] = building;
   std::deque<KvSegments> segments;
   std::vector<KvView> views;
-  for (Job::Part& part : job.parts) {
-    std::shared_ptr<const Run> run = part.run.lock();
-    if (run == nullptr) continue;
+  for (const auto& run : runs) {
     segments.emplace_back(job.shape, job.layer, kv_head, run->tokens(), run->blocks().data(),
                           run->tokens().lo / kBlockTokens);
     views.push_back(segments.back().view());
-    parts.push_back(&part);
-    runs.push_back(std::move(run));
   }
-  if (runs.empty()) return;
   const OfferingProcessor offering;
   const auto start = std::chrono::steady_clock::now();
   absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, kv_head, views);
@@ -184,7 +255,10 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
   for (size_t r = 0; status.ok() && r < runs.size(); ++r) {
     if ((*made)[r].index == nullptr) continue;
     status = MakeRoom((*made)[r].bytes);
-    if (!status.ok()) break;
+    if (!status.ok()) {
+      job.full.store(true);
+      break;
+    }
     parts[r]->indexes->Set(job.layer, kv_head, Account(std::move((*made)[r])));
     built_.fetch_add(1, std::memory_order_relaxed);
   }
@@ -201,25 +275,31 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
                               std::chrono::steady_clock::now() - start)
                                                     .count()),
                           std::memory_order_relaxed);
+  // Of a layer for which there was no room, nothing was learned.
+  if (absl::IsResourceExhausted(status)) return;
   for (Job::Part* part : parts) part->built.fetch_add(1);
 }
 
 // Several threads may pass the bound by one index each.
 absl::Status RunIndexer::MakeRoom(uint64_t bytes) {
-  while (bytes_->load() + bytes > options_.max_bytes) {
+  for (;;) {
+    const uint64_t frees = memory_->frees.load();  // before the bytes: what is freed later counts
+    const uint64_t used = memory_->bytes.load();
+    if (used + bytes <= options_.max_bytes) return absl::OkStatus();
     if (runs_->DropIdle()) continue;
-    return absl::ResourceExhaustedError(
-        absl::StrCat("indexes of ", bytes_->load(), " bytes and this one of ", bytes,
-                     " pass index.max_bytes ", options_.max_bytes));
+    full_at_.store(frees);
+    return absl::ResourceExhaustedError(absl::StrCat("indexes of ", used, " bytes and this one of ",
+                                                     bytes, " pass index.max_bytes ",
+                                                     options_.max_bytes));
   }
-  return absl::OkStatus();
 }
 
 std::shared_ptr<const KeyIndex> RunIndexer::Account(MadeIndex made) {
-  bytes_->fetch_add(made.bytes);
-  return {made.index.release(), [total = bytes_, bytes = made.bytes](const KeyIndex* index) {
+  memory_->bytes.fetch_add(made.bytes);
+  return {made.index.release(), [memory = memory_, bytes = made.bytes](const KeyIndex* index) {
             delete index;
-            total->fetch_sub(bytes);
+            memory->bytes.fetch_sub(bytes);
+            memory->frees.fetch_add(1);
           }};
 }
 
@@ -231,7 +311,8 @@ IndexStats RunIndexer::stats() const {
   stats.relearned = counts_.relearned.load(std::memory_order_relaxed);
   stats.failed = failed_.load(std::memory_order_relaxed);
   stats.build_micros = build_micros_.load(std::memory_order_relaxed);
-  stats.bytes = bytes_->load(std::memory_order_relaxed);
+  stats.bytes = memory_->bytes.load(std::memory_order_relaxed);
+  stats.sample_bytes = sample_memory_->used();
   return stats;
 }
 

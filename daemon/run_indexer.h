@@ -39,6 +39,12 @@ class RunIndexer {
   void Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                 const std::shared_ptr<const QuerySamples>& samples);
 
+  // Samples of one context, within the memory of all.
+  std::shared_ptr<QuerySamples> MakeSamples(const KvShape& shape) const;
+  // Waits until no head is being built of a run that no context uses any more: such a run holds its
+  // blocks meanwhile. Heads of other runs begin later for it.
+  void LetGo();
+
   bool enabled() const { return options_.choice.kind != IndexKind::kExact; }
   const IndexOptions& options() const { return options_; }
   IndexStats stats() const;
@@ -54,6 +60,16 @@ class RunIndexer {
   void Prepare(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void TakeLater(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void BuildHead(Job& job, uint32_t kv_head);
+  // What one thread builds, and holds meanwhile.
+  struct Building;
+  // Of those of the job's runs that some context still wants and that have no such index yet.
+  void Hold(Job& job, uint32_t kv_head, Building* building);
+  void BuildHeld(Job& job, uint32_t kv_head, const Building& building);
+  void Release(Building* building);
+  // Whether nobody but those that build hold one of the runs.
+  bool AnyHeldAlone() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // There was no room, and nothing has been freed since, nor could be.
+  bool IsFull() const;
   absl::StatusOr<std::vector<MadeIndex>> MakeHead(const Job& job, uint32_t kv_head,
                                                   std::span<const KvView> views) const;
   absl::Status MakeRoom(uint64_t bytes);
@@ -62,11 +78,19 @@ class RunIndexer {
   const IndexOptions options_;
   RunRegistry* const runs_;
   // Shared with the indexes' deleters: an index may outlive the indexer.
-  const std::shared_ptr<std::atomic<uint64_t>> bytes_ = std::make_shared<std::atomic<uint64_t>>(0);
+  struct Memory {
+    std::atomic<uint64_t> bytes{0}, frees{0};
+  };
+  const std::shared_ptr<Memory> memory_ = std::make_shared<Memory>();
+  const std::shared_ptr<SampleMemory> sample_memory_;
+  std::atomic<uint64_t> full_at_{~uint64_t{0}};  // frees, when there was no room
   RunCounts counts_;
   std::atomic<uint64_t> built_{0}, failed_{0}, build_micros_{0};
   mutable absl::Mutex mutex_;
   std::deque<std::shared_ptr<Job>> queue_ ABSL_GUARDED_BY(mutex_);  // with heads to begin
+  std::vector<const Building*> building_ ABSL_GUARDED_BY(mutex_);
+  uint32_t releasing_ ABSL_GUARDED_BY(mutex_) = 0;   // threads that let go of what they built
+  uint32_t letting_go_ ABSL_GUARDED_BY(mutex_) = 0;  // callers that wait for it; no head begins
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<std::thread> threads_;  // last
 };

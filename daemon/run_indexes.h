@@ -14,6 +14,8 @@
 
 namespace quarry {
 
+class Run;
+
 // Runs, however many of their layers.
 struct RunCounts {
   std::atomic<uint64_t> busy{0};       // of which some layer is to be indexed, or is being indexed
@@ -44,6 +46,16 @@ class RunIndexes {
   bool empty() const;
   bool empty(uint32_t layer) const;
 
+  // The run that has these indexes now; null: no context uses it.
+  std::shared_ptr<const Run> run() const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return run_.lock();
+  }
+  void SetRun(const std::shared_ptr<const Run>& run) {
+    absl::MutexLock lock(&mutex_);
+    run_ = run;
+  }
+
   // What a layer's indexes were learned from.
   struct Learning {
     uint32_t samples = 0;  // positions whose queries were known
@@ -58,7 +70,8 @@ class RunIndexes {
   // who does it, until End. counts: of the one indexer of all runs.
   enum class Due { kNo, kFirst, kAgain };
   Due Begin(uint32_t layer, const Learning& now, RunCounts* counts);
-  // learned: what was learned from; none if it was given up, as if Begin had not been called.
+  // learned: what was learned from; none if it was given up, and is due as if Begin had not been
+  // called.
   void End(uint32_t layer, std::optional<Learning> learned, RunCounts* counts);
   // None: never indexed.
   std::optional<Learning> learned(uint32_t layer) const {
@@ -81,6 +94,7 @@ class RunIndexes {
   mutable absl::Mutex mutex_;
   std::vector<std::shared_ptr<const KeyIndex>> heads_ ABSL_GUARDED_BY(mutex_);
   std::vector<Layer> layers_ ABSL_GUARDED_BY(mutex_);
+  std::weak_ptr<const Run> run_ ABSL_GUARDED_BY(mutex_);
   uint32_t busy_layers_ ABSL_GUARDED_BY(mutex_) = 0;
   uint32_t most_again_ ABSL_GUARDED_BY(mutex_) = 0;  // of the layers
 };

@@ -68,9 +68,14 @@ std::shared_ptr<const Run> RunRegistry::Open(uint32_t i, const KvShape& shape,
 std::shared_ptr<const Run> RunRegistry::Make(uint32_t i,
                                              std::span<const std::shared_ptr<HeldBlock>> blocks,
                                              std::shared_ptr<RunIndexes> indexes) const {
-  return std::make_shared<const Run>(
-      grid_.RunTokens(i), std::vector<std::shared_ptr<HeldBlock>>(blocks.begin(), blocks.end()),
-      std::move(indexes));
+  return Run::Make(grid_.RunTokens(i),
+                   std::vector<std::shared_ptr<HeldBlock>>(blocks.begin(), blocks.end()),
+                   std::move(indexes));
+}
+
+bool RunRegistry::HasIdle() const {
+  absl::MutexLock lock(&mutex_);
+  return std::any_of(runs_.begin(), runs_.end(), [](const auto& run) { return run.second.idle(); });
 }
 
 bool RunRegistry::DropIdle() {
@@ -78,7 +83,7 @@ bool RunRegistry::DropIdle() {
   absl::MutexLock lock(&mutex_);
   auto oldest = runs_.end();
   for (auto it = runs_.begin(); it != runs_.end(); ++it) {
-    if (!it->second.run.expired() || it->second.indexes->empty()) continue;
+    if (!it->second.idle()) continue;
     if (oldest == runs_.end() || it->second.asked < oldest->second.asked) oldest = it;
   }
   if (oldest == runs_.end()) return false;

@@ -29,9 +29,14 @@ namespace quarry {
 // Once its blocks are published the registry knows it.
 class Run {
  public:
-  Run(TokenRange tokens, std::vector<std::shared_ptr<HeldBlock>> blocks,
-      std::shared_ptr<RunIndexes> indexes)
-      : tokens_(tokens), blocks_(std::move(blocks)), indexes_(std::move(indexes)) {}
+  // From here on it is the run that has these indexes.
+  static std::shared_ptr<const Run> Make(TokenRange tokens,
+                                         std::vector<std::shared_ptr<HeldBlock>> blocks,
+                                         std::shared_ptr<RunIndexes> indexes) {
+    std::shared_ptr<const Run> run(new Run(tokens, std::move(blocks), std::move(indexes)));
+    run->indexes()->SetRun(run);
+    return run;
+  }
 
   TokenRange tokens() const { return tokens_; }
   // From the block of token tokens().lo.
@@ -42,6 +47,10 @@ class Run {
   bool registered() const { return registered_.load(std::memory_order_relaxed); }
 
  private:
+  Run(TokenRange tokens, std::vector<std::shared_ptr<HeldBlock>> blocks,
+      std::shared_ptr<RunIndexes> indexes)
+      : tokens_(tokens), blocks_(std::move(blocks)), indexes_(std::move(indexes)) {}
+
   const TokenRange tokens_;
   const std::vector<std::shared_ptr<HeldBlock>> blocks_;
   const std::shared_ptr<RunIndexes> indexes_;
@@ -100,6 +109,7 @@ class RunRegistry {
   // Drops the indexes of the run that no context uses and that was longest not asked for; false if
   // there is none.
   bool DropIdle();
+  bool HasIdle() const;
   // Forgets the tenant's runs that have any of `blocks`; or, if none are named, any of the
   // namespace; or all. Whoever uses such a run keeps it, and its indexes end with it; others end
   // here.
@@ -138,6 +148,7 @@ class RunRegistry {
     std::string tenant;
     std::vector<Source> sources;
     uint64_t asked = 0;  // when, by asks_
+    bool idle() const { return run.expired() && !indexes->empty(); }
   };
 
   std::shared_ptr<const Run> Make(uint32_t i, std::span<const std::shared_ptr<HeldBlock>> blocks,

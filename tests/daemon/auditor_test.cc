@@ -135,7 +135,7 @@ class AuditorTest : public ::testing::Test {
     const std::vector blocks(table->blocks.begin(),
                              table->blocks.begin() + (kRun.hi + kBlockTokens - 1) / kBlockTokens);
     indexes_ = std::make_shared<RunIndexes>(kShape);
-    table->runs = {{std::make_shared<const quarry::Run>(kRun, blocks, indexes_), kRun}};
+    table->runs = {{quarry::Run::Make(kRun, blocks, indexes_), kRun}};
     q_.resize(size_t{kShape.group()} * kShape.head_dim);
     for (float& x : q_) x = normal(random);
     blocks_ = table->blocks;

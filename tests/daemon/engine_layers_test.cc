@@ -205,6 +205,44 @@ TEST_F(EngineLayersTest, AForkOfWhatLostToAnEarlierWriterTakesThatOnesRuns) {
   }
 }
 
+// The same where all blocks but the run's last were published before: the last one is no copy.
+TEST_F(EngineLayersTest, ARunWhoseLastBlockLostIsNotTakenForAForksOwn) {
+  constexpr uint32_t kPart = (kFirst + kRunTokens) / kBlockTokens * kBlockTokens;
+  for (uint32_t round = 0; round < 3; ++round) {
+    const std::vector<uint32_t> ids = Tokens(kTokens, 1000000 * (round + 1));
+    const ContextId first = Open(ids), second = Open(ids);
+    const auto shared = [&](ContextId context, uint32_t tokens) {
+      return [this, context, tokens](const EngineStats&) {
+        return engine_->Info(session_, context)->shared_tokens >= tokens;
+      };
+    };
+    for (const ContextId context : {first, second}) {
+      for (uint32_t layer = 0; layer < kLayers; ++layer) {
+        ASSERT_OK(AppendLayer(context, layer, {0, kPart}));
+      }
+      WaitFor(shared(context, kPart));
+    }
+    ASSERT_OK(AppendLayer(second, 0, {kPart, kTokens}));
+    ASSERT_OK(AppendLayer(second, 1, {kPart, kTokens}));
+    for (uint32_t layer = 0; layer < kLayers; ++layer) {
+      ASSERT_OK(AppendLayer(first, layer, {kPart, kTokens}));
+    }
+    WaitFor(shared(first, kPart + kBlockTokens));
+    ASSERT_OK(AppendLayer(second, 2, {kPart, kTokens}));
+    const auto fork = engine_->Fork(session_, {second, kTokens, kTokens + 64, {}});
+    ASSERT_OK(fork.status());
+    for (const ContextId context : {first, second, *fork}) {
+      ASSERT_OK(engine_->Seal(session_, context).status());
+    }
+    EXPECT_OK(engine_->Close(session_, first));
+    EXPECT_OK(engine_->Close(session_, second));
+    WaitFor([](const EngineStats& s) { return s.index.queued_runs == 0; });
+    EXPECT_EQ(engine_->Stats().runs_live, kRuns);
+    EXPECT_OK(engine_->Close(session_, *fork));
+    WaitUntilUnleased();
+  }
+}
+
 // A run's last block goes on behind its end, where a fork may have other tokens.
 TEST_F(EngineLayersTest, AForkAtTheEndOfARunKeepsItWithItsIndexes) {
   const ContextId context = Open();

@@ -53,7 +53,7 @@ class HeldTokens {
   }
   std::shared_ptr<const quarry::Run> RunOf(TokenRange tokens) const {
     const auto at = [&](uint32_t block) { return blocks_.begin() + block; };
-    return std::make_shared<const quarry::Run>(
+    return quarry::Run::Make(
         tokens,
         std::vector<std::shared_ptr<HeldBlock>>(at(tokens.lo / kBlockTokens),
                                                 at((tokens.hi - 1) / kBlockTokens + 1)),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -14,6 +15,10 @@ namespace {
 constexpr KvShape kShape = {.layers = 2, .heads = 4, .kv_heads = 2, .head_dim = 16};
 constexpr float kScale = 0.25f;  // 1 / sqrt(16)
 
+std::shared_ptr<SampleMemory> Room(uint64_t bytes = 1 << 20) {
+  return std::make_shared<SampleMemory>(bytes);
+}
+
 // Every number of the position's queries is `value`.
 bool Add(QuerySamples& samples, uint32_t layer, float value) {
   const std::vector<float> q(size_t{kShape.heads} * kShape.head_dim, value);
@@ -21,7 +26,7 @@ bool Add(QuerySamples& samples, uint32_t layer, float value) {
 }
 
 TEST(QuerySamplesTest, KeepsWhatComesOfEachHeadUntilItIsFull) {
-  QuerySamples samples(kShape, 100);
+  QuerySamples samples(kShape, 100, Room());
   for (int i = 0; i < 10; ++i) Add(samples, 0, static_cast<float>(i));
   EXPECT_EQ(samples.LeastKept(0), 10u);  // whatever layer 1 has
   EXPECT_EQ(samples.LeastKept(1), 0u);
@@ -32,12 +37,39 @@ TEST(QuerySamplesTest, KeepsWhatComesOfEachHeadUntilItIsFull) {
   EXPECT_TRUE(samples.Scaled(1, 0).empty());
 }
 
+TEST(QuerySamplesTest, WhereThereIsNoRoomForMoreLaterOnesTakeThePlacesOfTheFirst) {
+  const uint64_t position_bytes =
+      uint64_t{2} * kShape.group() * kShape.head_dim;  // bytes of one KV head's
+  constexpr uint32_t kCapacity = 64;
+  const auto room = Room(3 * 8 * position_bytes);  // for 8 positions of the first three heads
+  {
+    QuerySamples samples(kShape, kCapacity, room);
+    for (uint32_t i = 0; i < 100; ++i) {
+      Add(samples, 0, static_cast<float>(i));
+      Add(samples, 1, static_cast<float>(i));
+    }
+    EXPECT_EQ(room->used(), 3 * 8 * position_bytes);
+    EXPECT_EQ(samples.LeastKept(0), 8u);
+    EXPECT_EQ(samples.LeastKept(1), 0u);
+    const std::vector<float> q = samples.Scaled(0, 0);
+    ASSERT_EQ(q.size(), 8 * position_bytes / 2);
+    EXPECT_GT(*std::max_element(q.begin(), q.end()), 8 * kScale);
+    QuerySamples other(kShape, kCapacity, room);
+    Add(other, 0, 1.0f);
+    EXPECT_EQ(other.LeastKept(0), 0u);
+  }
+  EXPECT_EQ(room->used(), 0u);
+  QuerySamples later(kShape, kCapacity, room);
+  Add(later, 0, 1.0f);
+  EXPECT_EQ(later.LeastKept(0), 1u);
+}
+
 TEST(QuerySamplesTest, AFullOneKeepsAnEvenChoiceOfAllThatCame) {
-  constexpr uint32_t kCapacity = 64, kPositions = 6400;
-  QuerySamples samples(kShape, kCapacity), again(kShape, kCapacity);
-  for (uint32_t i = 0; i < kPositions; ++i) {
-    Add(samples, 0, i < kPositions / 2 ? 1.0f : 2.0f);
-    Add(again, 0, i < kPositions / 2 ? 1.0f : 2.0f);
+  constexpr uint32_t kCapacity = 64, position_bytess = 6400;
+  QuerySamples samples(kShape, kCapacity, Room()), again(kShape, kCapacity, Room());
+  for (uint32_t i = 0; i < position_bytess; ++i) {
+    Add(samples, 0, i < position_bytess / 2 ? 1.0f : 2.0f);
+    Add(again, 0, i < position_bytess / 2 ? 1.0f : 2.0f);
   }
   const std::vector<float> q = samples.Scaled(0, 0);
   const size_t stride = size_t{kShape.group()} * kShape.head_dim;
@@ -49,7 +81,7 @@ TEST(QuerySamplesTest, AFullOneKeepsAnEvenChoiceOfAllThatCame) {
 }
 
 TEST(QuerySamplesTest, SaysWhenThereAreEnoughToLookAgain) {
-  QuerySamples samples(kShape, 128);
+  QuerySamples samples(kShape, 128, Room());
   std::vector<uint32_t> worth;
   for (uint32_t i = 1; i <= 300; ++i) {
     if (Add(samples, 0, 1.0f)) worth.push_back(i);
@@ -59,7 +91,7 @@ TEST(QuerySamplesTest, SaysWhenThereAreEnoughToLookAgain) {
 
 TEST(QuerySamplesTest, AHeadThatIsNotAskedIsWaitedForUntilAnotherHasMoreThanAreKept) {
   constexpr uint32_t kCapacity = 64;
-  QuerySamples samples(kShape, kCapacity);
+  QuerySamples samples(kShape, kCapacity, Room());
   const std::vector<float> q(size_t{kShape.group()} * kShape.head_dim, 1.0f);
   const auto add = [&](uint32_t kv_head) { return samples.Add(0, kv_head, 1, q.data()); };
   for (uint32_t i = 0; i < kCapacity; ++i) add(0);
@@ -76,7 +108,7 @@ TEST(QuerySamplesTest, AHeadThatIsNotAskedIsWaitedForUntilAnotherHasMoreThanAreK
 
 TEST(QuerySamplesTest, OfALayerThatIsAskedLessThanOthersWhatItHasCounts) {
   constexpr uint32_t kCapacity = 64;
-  QuerySamples samples(kShape, kCapacity);
+  QuerySamples samples(kShape, kCapacity, Room());
   for (int i = 0; i < 10; ++i) Add(samples, 1, 1.0f);
   for (uint32_t i = 0; i < 2 * kCapacity; ++i) Add(samples, 0, 1.0f);
   EXPECT_EQ(samples.LeastKept(1), 10u);
@@ -84,7 +116,7 @@ TEST(QuerySamplesTest, OfALayerThatIsAskedLessThanOthersWhatItHasCounts) {
 
 TEST(QuerySamplesTest, AfterADriftNewQueriesTakeThePlacesOfTheOld) {
   constexpr uint32_t kCapacity = 64;
-  QuerySamples samples(kShape, kCapacity);
+  QuerySamples samples(kShape, kCapacity, Room());
   const auto add = [&](uint32_t layer, float value) { return Add(samples, layer, value); };
   for (int i = 0; i < 6400; ++i) {
     add(0, 1.0f);
@@ -112,7 +144,7 @@ TEST(QuerySamplesTest, AfterADriftNewQueriesTakeThePlacesOfTheOld) {
 
 TEST(QuerySamplesTest, AfterADriftAHeadThatIsNotAskedAnyMoreIsNotWaitedForLong) {
   constexpr uint32_t kCapacity = 64;
-  QuerySamples samples(kShape, kCapacity);
+  QuerySamples samples(kShape, kCapacity, Room());
   for (uint32_t i = 0; i < kCapacity; ++i) {
     Add(samples, 0, 1.0f);
     Add(samples, 1, 1.0f);  // never again

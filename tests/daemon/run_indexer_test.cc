@@ -27,7 +27,7 @@ class RunIndexerTest : public ::testing::Test {
     }
     options_.choice.kind = IndexKind::kClusters;
     options_.threads = 1;
-    samples_ = std::make_shared<QuerySamples>(kShape, 128);
+    samples_ = std::make_shared<QuerySamples>(kShape, 128, std::make_shared<SampleMemory>(1 << 30));
   }
   void Start() { indexer_ = std::make_unique<RunIndexer>(options_, &registry_); }
   void Sample(uint32_t positions) {

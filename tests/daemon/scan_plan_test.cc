@@ -94,9 +94,9 @@ class TableMaker {
                                           int32_t distance) {
     const auto begin = table.blocks.begin() + here.lo / kBlockTokens;
     const auto end = table.blocks.begin() + (here.hi - 1) / kBlockTokens + 1;
-    return std::make_shared<const Run>(TokenRange{here.lo - distance, here.hi - distance},
-                                       std::vector<std::shared_ptr<HeldBlock>>(begin, end),
-                                       nullptr);
+    return Run::Make(TokenRange{here.lo - distance, here.hi - distance},
+                     std::vector<std::shared_ptr<HeldBlock>>(begin, end),
+                     std::make_shared<RunIndexes>(KvShape{}));
   }
 
   static constexpr uint64_t kBlockBytes = 4096;
