@@ -66,6 +66,14 @@ class EngineLayersTest : public EngineTest {
     return engine_->Append(session_, request);
   }
   IndexStats Index() const { return engine_->Stats().index; }
+  // The fork is left, alone.
+  void SealThreeAndCloseTwo(ContextId first, ContextId second, ContextId fork) {
+    for (const ContextId context : {first, second, fork}) {
+      EXPECT_OK(engine_->Seal(session_, context).status());
+    }
+    EXPECT_OK(engine_->Close(session_, first));
+    EXPECT_OK(engine_->Close(session_, second));
+  }
   std::unique_ptr<OwnedRow> Ask(ContextId context, uint32_t layer, TokenRange range = kRange) {
     auto row =
         AttendOne(*engine_, session_, kShape, context, layer, range, Seed() + 9, kWithinError);
@@ -190,11 +198,7 @@ TEST_F(EngineLayersTest, AForkOfWhatLostToAnEarlierWriterTakesThatOnesRuns) {
     }
     const auto fork = engine_->Fork(session_, {second, kTokens, kTokens + 64, {}});
     ASSERT_OK(fork.status());
-    for (const ContextId context : {first, second, *fork}) {
-      ASSERT_OK(engine_->Seal(session_, context).status());
-    }
-    EXPECT_OK(engine_->Close(session_, first));
-    EXPECT_OK(engine_->Close(session_, second));
+    SealThreeAndCloseTwo(first, second, *fork);
     WaitFor([](const EngineStats& s) {
       return s.index.indexed_runs == kRuns && s.index.queued_runs == 0;
     });
@@ -231,11 +235,7 @@ TEST_F(EngineLayersTest, ARunWhoseLastBlockLostIsNotTakenForAForksOwn) {
     ASSERT_OK(AppendLayer(second, 2, {kPart, kTokens}));
     const auto fork = engine_->Fork(session_, {second, kTokens, kTokens + 64, {}});
     ASSERT_OK(fork.status());
-    for (const ContextId context : {first, second, *fork}) {
-      ASSERT_OK(engine_->Seal(session_, context).status());
-    }
-    EXPECT_OK(engine_->Close(session_, first));
-    EXPECT_OK(engine_->Close(session_, second));
+    SealThreeAndCloseTwo(first, second, *fork);
     WaitFor([](const EngineStats& s) { return s.index.queued_runs == 0; });
     EXPECT_EQ(engine_->Stats().runs_live, kRuns);
     EXPECT_OK(engine_->Close(session_, *fork));
