@@ -106,7 +106,7 @@ class Context : public BackgroundWorker::Client,
   // back when the calls in flight end.
   void Retire();
   std::vector<uint32_t> TokenIds(uint32_t limit) const;
-  // Null: indexes are off.
+  // Null: indexes are off, or it is too short for a run.
   const std::shared_ptr<QuerySamples>& samples() const { return samples_; }
 
   const std::string& tenant() const override { return params_.tenant; }
@@ -179,8 +179,8 @@ class Context : public BackgroundWorker::Client,
   const ContextServices services_;
   const ContextParams params_;
   const std::vector<PlacedStretch> placed_;  // as every table's
+  const uint32_t start_tokens_;              // as ContextStart::tokens
   // [layer][kv_head]: tokens stored. Written by the claim's holder under mutex_.
-  const uint32_t start_tokens_;  // as ContextStart::tokens
   std::vector<std::atomic<uint32_t>> frontier_;
   const std::shared_ptr<QuerySamples> samples_;
   std::vector<std::atomic<uint32_t>> attends_;  // [layer][first KV head], to sample evenly

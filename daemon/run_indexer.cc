@@ -231,7 +231,7 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
   Hold(job, kv_head, &building);
   if (building.runs.empty()) {
     // Nobody wants them any more, or they are indexed.
-  } else if (job.full.load()) {
+  } else if (job.full.load() || IsFull()) {
     failed_.fetch_add(1, std::memory_order_relaxed);
   } else {
     BuildHeld(job, kv_head, building);

@@ -62,7 +62,8 @@ class RunIndexer {
   void BuildHead(Job& job, uint32_t kv_head);
   // What one thread builds, and holds meanwhile.
   struct Building;
-  // Of those of the job's runs that some context still wants and that have no such index yet.
+  // The job's runs that some context still wants; of one that is indexed for the first time, those
+  // that have no such index yet.
   void Hold(Job& job, uint32_t kv_head, Building* building);
   void BuildHeld(Job& job, uint32_t kv_head, const Building& building);
   void Release(Building* building);

@@ -65,11 +65,11 @@ TEST(QuerySamplesTest, WhereThereIsNoRoomForMoreLaterOnesTakeThePlacesOfTheFirst
 }
 
 TEST(QuerySamplesTest, AFullOneKeepsAnEvenChoiceOfAllThatCame) {
-  constexpr uint32_t kCapacity = 64, position_bytess = 6400;
+  constexpr uint32_t kCapacity = 64, kPositions = 6400;
   QuerySamples samples(kShape, kCapacity, Room()), again(kShape, kCapacity, Room());
-  for (uint32_t i = 0; i < position_bytess; ++i) {
-    Add(samples, 0, i < position_bytess / 2 ? 1.0f : 2.0f);
-    Add(again, 0, i < position_bytess / 2 ? 1.0f : 2.0f);
+  for (uint32_t i = 0; i < kPositions; ++i) {
+    Add(samples, 0, i < kPositions / 2 ? 1.0f : 2.0f);
+    Add(again, 0, i < kPositions / 2 ? 1.0f : 2.0f);
   }
   const std::vector<float> q = samples.Scaled(0, 0);
   const size_t stride = size_t{kShape.group()} * kShape.head_dim;
