@@ -34,12 +34,14 @@ QuerySamples::~QuerySamples() {
   for (const Head& head : heads_) memory_->GiveBack(2 * head.q.capacity());
 }
 
-bool QuerySamples::Grow(Head* head) const {
+bool QuerySamples::Grow(Head* head) {
   const size_t room = head->q.capacity() / floats();
-  if (Kept(*head) < room) return true;
-  const size_t more = std::min<size_t>(std::max(kLeastRoom, 2 * room), capacity_);
-  if (!memory_->Take(2 * (more - room) * floats())) return false;
-  head->q.reserve(more * floats());
+  if (Kept(*head) == room) {
+    const size_t more = std::min<size_t>(std::max(kLeastRoom, 2 * room), capacity_);
+    if (!memory_->Take(2 * (more - room) * floats())) return false;
+    head->q.reserve(more * floats());
+  }
+  head->q.resize(head->q.size() + floats());
   return true;
 }
 
@@ -69,11 +71,9 @@ bool QuerySamples::AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv
     // Those that lag are waited for no longer.
     worth |= h == 0 && head.seen == capacity_ + 1;
     if (place >= capacity_) continue;
-    if (place >= Kept(head)) {
-      const uint32_t kept = Kept(head);
+    if (const uint32_t kept = Kept(head); place >= kept) {
       if (Grow(&head)) {
         place = kept;
-        head.q.resize((kept + size_t{1}) * floats());
       } else if (kept > 0) {
         place %= kept;
       } else {

@@ -80,8 +80,8 @@ class QuerySamples {
     return most_seen_ > capacity_ && head.seen < most_seen_ - head.seen;
   }
   bool IsRenewed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Makes room for one more position; false if there is none.
-  bool Grow(Head* head) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // By one position, for which the caller has the queries; false if there is no room.
+  bool Grow(Head* head) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool AddLocked(uint32_t layer, uint32_t first_kv_head, uint32_t kv_heads, const float* q)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

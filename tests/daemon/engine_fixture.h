@@ -318,6 +318,7 @@ class EngineTest : public ::testing::Test {
   // Until the background has attached so many runs.
   void WaitForRuns(uint64_t runs) {
     WaitFor([&](const EngineStats& s) { return s.runs_live >= runs; });
+    ASSERT_EQ(engine_->Stats().runs_live, runs);
   }
   // Background work may hold a closed context's blocks for a moment, and publish them after it.
   void WaitUntilUnleased() {

@@ -17,8 +17,7 @@ constexpr KvShape kShape = {
     .layers = 3, .heads = 4, .kv_heads = 2, .head_dim = 64, .dtype = DType::kBf16};
 constexpr uint32_t kRunTokens = 2048, kFirst = 128, kRuns = 2;
 constexpr uint32_t kTokens = kFirst + kRuns * kRunTokens + 600;  // the last run is published
-constexpr uint64_t kRunHeads = uint64_t{kShape.layers} * kShape.kv_heads;
-constexpr uint64_t kHeads = kRuns * kRunHeads;
+constexpr uint64_t kHeads = uint64_t{kRuns} * kShape.layers * kShape.kv_heads;
 constexpr Budget kWithinError = {.kind = Budget::Kind::kError, .error = 0.05f};
 
 class EngineIndexLifeTest : public EngineTest {
