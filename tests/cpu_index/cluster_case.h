@@ -29,7 +29,7 @@ class ClusterHead {
   static constexpr uint32_t kSampled = 64, kAsked = 48;
 
   ClusterHead(uint32_t n, uint32_t d, float spread, DType type = DType::kBf16)
-      : tokens(n), head_dim(d), dtype(type), random(static_cast<uint32_t>(Seed()) + n) {
+      : tokens(n), head_dim(d), dtype(type), random(static_cast<uint32_t>(SteadySeed()) + n) {
     const uint32_t strong = d / 4;
     directions = Normals(strong * d, 1 / std::sqrt(static_cast<float>(d)));
     to_value_ = Normals(strong * d, 0.3f);
