@@ -121,7 +121,7 @@ class AuditorTest : public ::testing::Test {
     const uint64_t bytes = kShape.bytes_per_token() * kBlockTokens;
     constexpr uint32_t kBlocks = kTokens / kBlockTokens;
     EXPECT_OK(store_->Reserve("t", bytes, kBlocks));
-    std::mt19937_64 random(Seed());
+    std::mt19937_64 random(SteadySeed());
     std::normal_distribution<float> normal;
     auto table = std::make_shared<BlockTable>();
     for (uint32_t b = 0; b < kBlocks; ++b) {

@@ -72,14 +72,14 @@ class EngineAuditTest : public EngineTest {
     return truth;
   }
 
-  const KvData data_{AuditedShape(), kTokens, Seed()};
+  const KvData data_{AuditedShape(), kTokens, SteadySeed()};
 };
 
 TEST_F(EngineAuditTest, EachAnswerUnderABudgetIsAuditedAsTheReferenceSees) {
   StartAudited();
   const ContextId context = OpenFilled();
-  const auto row = Ask(context, {Budget::Kind::kFixedK, 300}, Seed());
-  Ask(context, {}, Seed());  // exact, so there is nothing to audit
+  const auto row = Ask(context, {Budget::Kind::kFixedK, 300}, SteadySeed());
+  Ask(context, {}, SteadySeed());  // exact, so there is nothing to audit
   const std::vector<HeadAudit> heads = Audited(kHeads);
   ASSERT_EQ(heads.size(), kHeads);
   for (const HeadAudit& head : heads) {
@@ -100,7 +100,7 @@ TEST_F(EngineAuditTest, EstimatesOfIndexesAreComparedWithWhatTheyPredicted) {
   StartAudited(Clustered);
   const ContextId context = OpenFilled();
   WaitForBuilt(kHeads * kRuns);
-  const auto row = Ask(context, kWithinError, Seed());
+  const auto row = Ask(context, kWithinError, SteadySeed());
   double predicted = 0;
   for (const HeadAudit& head : Audited(kHeads)) {
     const Truth truth = TruthOf(*row, head.kv_head);
@@ -122,7 +122,7 @@ TEST_F(EngineAuditTest, RowsThatAreMergedElsewhereAreAuditedMerged) {
   const ContextId context = OpenFilled();
   WaitForBuilt(kHeads * kRuns);
   std::unique_ptr<OwnedRow> rows[1] = {
-      std::make_unique<OwnedRow>(AuditedShape(), context, 0, kRange, Seed())};
+      std::make_unique<OwnedRow>(AuditedShape(), context, 0, kRange, SteadySeed())};
   OwnedRow& row = *rows[0];
   row.row.budget = kWithinError;
   row.row.merged = true;
@@ -154,7 +154,7 @@ TEST_F(EngineAuditTest, RowsThatAreMergedElsewhereAreAuditedMerged) {
 
 TEST_F(EngineAuditTest, AnotherTenantSeesNothingOfIt) {
   StartAudited();
-  Ask(OpenFilled(), {Budget::Kind::kFixedK, 300}, Seed());
+  Ask(OpenFilled(), {Budget::Kind::kFixedK, 300}, SteadySeed());
   EXPECT_EQ(Audited(kHeads).size(), kHeads);
   const auto seen = engine_->Audits(NewSession("bob"));
   ASSERT_TRUE(seen.ok()) << seen.status();
@@ -231,14 +231,14 @@ TEST_F(EngineAuditTest, AClosedContextsMemoryIsGivenBack) {
 
 TEST_F(EngineAuditTest, OffAndDrainedNothingIsAudited) {
   StartAudited([](EngineOptions& options) { options.audit.fraction = 0; });
-  Ask(OpenFilled(), {Budget::Kind::kFixedK, 300}, Seed());
+  Ask(OpenFilled(), {Budget::Kind::kFixedK, 300}, SteadySeed());
   AuditStats stats = engine_->Stats().audit;
   EXPECT_EQ(stats.queued + stats.done + stats.full + stats.given_up, 0u);
 
   StartAudited();
   const ContextId context = OpenFilled();
   engine_->Drain();
-  Ask(context, {Budget::Kind::kFixedK, 300}, Seed());
+  Ask(context, {Budget::Kind::kFixedK, 300}, SteadySeed());
   stats = engine_->Stats().audit;
   EXPECT_EQ(stats.full, kHeads);
   EXPECT_EQ(stats.done, 0u);

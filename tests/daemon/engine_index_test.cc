@@ -44,7 +44,7 @@ class EngineIndexTest : public EngineTest {
     request.range = {0, kFirst};
     request.k = data_.k(0, 0);
     request.v = data_.v(0, 0);
-    std::mt19937_64 random(Seed());
+    std::mt19937_64 random(SteadySeed());
     std::normal_distribution<float> normal;
     std::vector<float> q(size_t{kSamples} * IndexedShape().heads * IndexedShape().head_dim);
     for (float& x : q) x = normal(random);
@@ -69,7 +69,7 @@ class EngineIndexTest : public EngineTest {
   // off.
   static bool Indexed(const OwnedRow& row) { return row.answer.error_estimate > 0; }
 
-  const KvData data_{IndexedShape(), kTokens, Seed()};
+  const KvData data_{IndexedShape(), kTokens, SteadySeed()};
 };
 
 TEST_F(EngineIndexTest, RunsAreIndexedInTheBackgroundAndAnswersStayWithinTheirError) {
@@ -78,10 +78,10 @@ TEST_F(EngineIndexTest, RunsAreIndexedInTheBackgroundAndAnswersStayWithinTheirEr
   WaitForBuilt(kHeads * kRuns);
   EXPECT_EQ(Index().failed, 0u);
   EXPECT_GT(Index().bytes, 0u);
-  const auto row = Ask(context, kWithinError, Seed());
+  const auto row = Ask(context, kWithinError, SteadySeed());
   EXPECT_TRUE(Indexed(*row));
   EXPECT_LT(ErrorOf(*row), 0.2);
-  const auto whole = Ask(context, {}, Seed());
+  const auto whole = Ask(context, {}, SteadySeed());
   EXPECT_FALSE(Indexed(*whole));
   EXPECT_LT(ErrorOf(*whole), 1e-4);
 }
@@ -90,19 +90,19 @@ TEST_F(EngineIndexTest, AContextWithTheSameTokensFindsTheIndexesOfAClosedOne) {
   StartIndexed();
   const ContextId first = OpenFilled();
   WaitForBuilt(kHeads * kRuns);
-  const auto before = Ask(first, kWithinError, Seed());
+  const auto before = Ask(first, kWithinError, SteadySeed());
   ASSERT_TRUE(engine_->Seal(session_, first).ok());
   const auto fork = engine_->Fork(session_, {first, kTokens, kTokens + 100, {}});
   ASSERT_TRUE(fork.ok()) << fork.status();
   EXPECT_OK(engine_->Close(session_, first));
-  EXPECT_EQ(Ask(*fork, kWithinError, Seed())->o, before->o);
+  EXPECT_EQ(Ask(*fork, kWithinError, SteadySeed())->o, before->o);
   EXPECT_OK(engine_->Close(session_, *fork));
   WaitUntilUnleased();  // indexes hold no block
   EXPECT_GT(Index().bytes, 0u);
 
   const ContextId second = OpenFilled();
   WaitForRuns(kRuns);
-  EXPECT_EQ(Ask(second, kWithinError, Seed())->o, before->o);
+  EXPECT_EQ(Ask(second, kWithinError, SteadySeed())->o, before->o);
   EXPECT_EQ(Index().built, kHeads * kRuns);
 }
 
@@ -165,7 +165,7 @@ TEST_F(EngineIndexTest, IndexesOfRunsInUseAtAPurgeEndWithTheirLastUser) {
   ASSERT_OK(fork.status());
   ASSERT_OK(engine_->Purge(session_, {.whole_tenant = true}).status());
   EXPECT_OK(engine_->Close(session_, context));
-  EXPECT_TRUE(Indexed(*Ask(*fork, kWithinError, Seed())));
+  EXPECT_TRUE(Indexed(*Ask(*fork, kWithinError, SteadySeed())));
   EXPECT_OK(engine_->Close(session_, *fork));
   WaitFor([](const EngineStats& s) { return s.index.bytes == 0; });
 }
@@ -194,7 +194,7 @@ TEST_F(EngineIndexTest, AnIndexMadeFromKeysAloneIsLearnedAgainFromLiveQueries) {
   WaitFor([](const EngineStats& s) {
     return s.index.relearned == kRuns && s.index.built == 2 * kHeads * kRuns;
   });
-  const auto row = Ask(context, kWithinError, Seed());
+  const auto row = Ask(context, kWithinError, SteadySeed());
   EXPECT_TRUE(Indexed(*row));
   EXPECT_LT(ErrorOf(*row), 0.2);
 }
@@ -204,7 +204,7 @@ TEST_F(EngineIndexTest, AHeadThatIsNeverAskedDoesNotKeepTheOthersFromLearning) {
   const ContextId context = OpenFilled();
   WaitForBuilt(kHeads * kRuns);
   std::unique_ptr<OwnedRow> rows[1] = {
-      std::make_unique<OwnedRow>(IndexedShape(), context, 0, kRange, Seed())};
+      std::make_unique<OwnedRow>(IndexedShape(), context, 0, kRange, SteadySeed())};
   OwnedRow& row = *rows[0];
   row.row.budget = kWithinError;
   row.row.heads = IndexedShape().group();
@@ -238,7 +238,7 @@ TEST_F(EngineIndexTest, WithoutRoomForIndexesRunsAreScanned) {
   EXPECT_GT(Index().built, 0u);
   EXPECT_LT(Index().built, kHeads * kRuns);
   EXPECT_LE(Index().bytes, 1u << 20);
-  EXPECT_LT(ErrorOf(*Ask(context, kWithinError, Seed())), kFromKeysAlone);
+  EXPECT_LT(ErrorOf(*Ask(context, kWithinError, SteadySeed())), kFromKeysAlone);
 }
 
 TEST_F(EngineIndexTest, IndexesThatNobodyUsesGiveWayToThoseOfNewRuns) {
@@ -267,7 +267,7 @@ TEST_F(EngineIndexTest, ShortRunsAreScanned) {
   WaitForRuns(kRuns);
   WaitFor([](const EngineStats& s) { return s.index.queued_runs == 0; });
   EXPECT_EQ(Index().built, 0u);
-  const auto row = Ask(context, kWithinError, Seed());
+  const auto row = Ask(context, kWithinError, SteadySeed());
   EXPECT_FALSE(Indexed(*row));
   EXPECT_LT(ErrorOf(*row), 1e-4);
 }
@@ -276,7 +276,7 @@ TEST_F(EngineIndexTest, ClustersLeaveBudgetsOfTokensToTheExactScan) {
   StartIndexed();
   const ContextId context = OpenFilled();
   WaitForBuilt(kHeads * kRuns);
-  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, Seed());
+  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, SteadySeed());
   EXPECT_EQ(row->answer.tokens_attended, uint64_t{2000} * IndexedShape().heads);
 }
 
@@ -287,9 +287,8 @@ TEST_P(EngineIndexKindTest, CanBeForced) {
   StartIndexed([](IndexOptions& o) { o.choice.kind = GetParam(); });
   const ContextId context = OpenFilled();
   WaitForBuilt(kHeads * kRuns);
-  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, Seed());
-  EXPECT_LT(row->answer.bytes_touched,
-            Ask(context, {}, Seed())->answer.bytes_touched);
+  const auto row = Ask(context, {Budget::Kind::kFixedK, 2000}, SteadySeed());
+  EXPECT_LT(row->answer.bytes_touched, Ask(context, {}, SteadySeed())->answer.bytes_touched);
   EXPECT_EQ(row->answer.tokens_attended, uint64_t{2000} * IndexedShape().heads);
 }
 
@@ -308,7 +307,7 @@ TEST_F(EngineIndexTest, AnswersStayRightWhileRunsGrowAndIndexesAreSwapped) {
   const ContextId context = opened->context;
   std::atomic<uint32_t> stored{0};
   std::thread writer([&] {
-    std::mt19937_64 random(Seed());
+    std::mt19937_64 random(SteadySeed());
     std::normal_distribution<float> normal;
     std::vector<float> q(IndexedShape().heads * IndexedShape().head_dim);
     for (uint32_t t = 0; t < kTokens;) {
@@ -353,8 +352,8 @@ TEST_F(EngineIndexTest, AnswersStayRightWhileRunsGrowAndIndexesAreSwapped) {
       if (asked != context) EXPECT_OK(engine_->Close(session_, asked));
     }
   };
-  std::thread reader([&] { attend(Seed() + 1); });
-  attend(Seed() + 2);
+  std::thread reader([&] { attend(SteadySeed() + 1); });
+  attend(SteadySeed() + 2);
   reader.join();
   writer.join();
   WaitFor([](const EngineStats& s) {  // what was learned again counts too

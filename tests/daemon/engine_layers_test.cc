@@ -30,7 +30,7 @@ class EngineLayersTest : public EngineTest {
   }
   // With sampled queries of the layer, as a prefill brings them.
   absl::Status AppendLayer(ContextId context, uint32_t layer, TokenRange tokens = {0, kTokens}) {
-    std::mt19937_64 random(Seed() + layer);
+    std::mt19937_64 random(SteadySeed() + layer);
     std::normal_distribution<float> normal;
     std::vector<float> q(size_t{kSamples} * kShape.heads * kShape.head_dim);
     for (float& x : q) x = normal(random);
@@ -75,15 +75,15 @@ class EngineLayersTest : public EngineTest {
     EXPECT_OK(engine_->Close(session_, second));
   }
   std::unique_ptr<OwnedRow> Ask(ContextId context, uint32_t layer, TokenRange range = kRange) {
-    auto row =
-        AttendOne(*engine_, session_, kShape, context, layer, range, Seed() + 9, kWithinError);
+    auto row = AttendOne(*engine_, session_, kShape, context, layer, range, SteadySeed() + 9,
+                         kWithinError);
     EXPECT_OK(row->answer.status);
     return row;
   }
   // An index answered: it says how far it may be off.
   static bool Indexed(const OwnedRow& row) { return row.answer.error_estimate > 0; }
 
-  const KvData data_{kShape, kTokens, Seed()};
+  const KvData data_{kShape, kTokens, SteadySeed()};
 };
 
 TEST_F(EngineLayersTest, ALayerIsIndexedAndSearchedBeforeTheLastOneHasCome) {
@@ -317,8 +317,8 @@ TEST_F(EngineLayersTest, AnswersStayRightWhileLayersComeAndAreIndexed) {
       ASSERT_LT(OutputError(data_, *row, 0.5), 0.5);
     }
   };
-  std::thread reader([&] { attend(Seed() + 1); });
-  attend(Seed() + 2);
+  std::thread reader([&] { attend(SteadySeed() + 1); });
+  attend(SteadySeed() + 2);
   reader.join();
   writer.join();
   EXPECT_GE(indexed.load(), kPrompts);

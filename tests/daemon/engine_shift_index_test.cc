@@ -38,7 +38,7 @@ class EngineShiftIndexTest : public ShiftTest {
   }
   void Sample(ContextId context, uint32_t position, const KvData& data) {
     constexpr uint32_t kSamples = 64;
-    std::mt19937_64 random(Seed());
+    std::mt19937_64 random(SteadySeed());
     std::normal_distribution<float> normal;
     std::vector<float> q(size_t{kSamples} * kShape.heads * kShape.head_dim);
     for (float& x : q) x = kSharp * normal(random);
@@ -64,7 +64,7 @@ class EngineShiftIndexTest : public ShiftTest {
     EXPECT_OK(engine_->Close(session_, opened->context));
   }
   static std::unique_ptr<OwnedRow> Row(ContextId context, TokenRange range, const Budget& budget) {
-    auto row = std::make_unique<OwnedRow>(kShape, context, 0, range, Seed() + 5);
+    auto row = std::make_unique<OwnedRow>(kShape, context, 0, range, SteadySeed() + 5);
     for (float& x : row->q) x *= kSharp;
     row->row.budget = budget;
     return row;
@@ -80,12 +80,12 @@ class EngineShiftIndexTest : public ShiftTest {
   }
 
   const ModelSpec model_ = SmallModel(kShape);
-  const KvData original_{kShape, kText + kDocTokens + kRestTokens, Seed() + 2};
+  const KvData original_{kShape, kText + kDocTokens + kRestTokens, SteadySeed() + 2};
 };
 
 TEST_F(EngineShiftIndexTest, AnswersAreWithinTheirErrorAndReadLessThanAScan) {
   constexpr uint32_t kTokens = kOtherText + kDocTokens + kRestTokens;
-  const KvData other(kShape, kTokens, Seed() + 3);
+  const KvData other(kShape, kTokens, SteadySeed() + 3);
   constexpr float kTight = 0.02f;
   std::vector<double> usual, tight;  // errors of the worst heads
   uint64_t built = 0;
@@ -125,7 +125,7 @@ TEST_F(EngineShiftIndexTest, AnswersAreWithinTheirErrorAndReadLessThanAScan) {
 
 TEST_F(EngineShiftIndexTest, SingleTokensAreFoundWhereverTheRunIs) {
   constexpr uint32_t kTokens = kOtherText + kDocTokens + kRestTokens;
-  const KvData other(kShape, kTokens, Seed() + 3);
+  const KvData other(kShape, kTokens, SteadySeed() + 3);
   KvData wanted = Widened(other, kTokens);
   Move(original_, model_.rope, kPlaced, &wanted);
   for (const IndexKind kind : {IndexKind::kCodes, IndexKind::kGraph}) {
@@ -147,7 +147,7 @@ TEST_F(EngineShiftIndexTest, SingleTokensAreFoundWhereverTheRunIs) {
 
 TEST_F(EngineShiftIndexTest, RowsWhereTheRunIsAndElsewhereAreAnsweredInOneBatch) {
   constexpr uint32_t kTokens = kOtherText + kDocTokens + kRestTokens;
-  const KvData other(kShape, kTokens, Seed() + 3);
+  const KvData other(kShape, kTokens, SteadySeed() + 3);
   CacheIndexed(model_, original_, 0);
   const OpenResult there = OpenAround(session_, Original(model_), original_);
   ASSERT_GT(there.reused_tokens, kText + kDocTokens - 1);
@@ -175,7 +175,7 @@ TEST_F(EngineShiftIndexTest, AuditsOfARunFromElsewhereFindNoDrift) {
   options.audit.drift_factor = 0.01;  // every error is too large for it
   Start(options);
   CacheIndexed(model_, original_, 0);
-  const KvData other(kShape, kTokens, Seed() + 3);
+  const KvData other(kShape, kTokens, SteadySeed() + 3);
   const OpenResult opened = OpenAround(session_, Again(model_), other);
   for (uint32_t i = 0; i < kAsked; ++i) {
     EXPECT_GT(Ask(opened.context, kRunHere, kWithinError)->answer.error_estimate, 0);
@@ -186,7 +186,7 @@ TEST_F(EngineShiftIndexTest, AuditsOfARunFromElsewhereFindNoDrift) {
 
 TEST_F(EngineShiftIndexTest, AForkKeepsTheRunUpToTheBlockThatItCopies) {
   constexpr uint32_t kTokens = kOtherText + kDocTokens + kRestTokens, kCut = 1500;
-  const KvData other(kShape, kTokens, Seed() + 3);
+  const KvData other(kShape, kTokens, SteadySeed() + 3);
   CacheIndexed(model_, original_, 0);
   const OpenResult opened = OpenAround(session_, Again(model_), other);
   const auto fork = engine_->Fork(session_, {opened.context, kCut, kMaxTokens, {}});
@@ -204,7 +204,7 @@ TEST_F(EngineShiftIndexTest, AForkKeepsTheRunUpToTheBlockThatItCopies) {
 TEST_F(EngineShiftIndexTest, BudgetsSpanRunsOfBothPlaces) {
   constexpr uint32_t kLongRest = 3600, kTokens = kOtherText + kDocTokens + kLongRest;
   constexpr uint32_t kBest = 300, kMost = 20;
-  const KvData other(kShape, kTokens, Seed() + 3);
+  const KvData other(kShape, kTokens, SteadySeed() + 3);
   CacheIndexed(model_, original_, 0);
   const OpenResult opened = OpenAround(session_, Again(model_, kLongRest), other);
   WaitForBuilt(kIndexes + 2);  // and of the run behind the stretch

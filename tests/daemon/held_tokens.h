@@ -25,7 +25,7 @@ class HeldTokens {
   static constexpr KvShape kShape = {
       .layers = 1, .heads = 2, .kv_heads = 1, .head_dim = 16, .dtype = DType::kFp32};
 
-  explicit HeldTokens(uint32_t tokens) : random_(Seed()) {
+  explicit HeldTokens(uint32_t tokens) : random_(SteadySeed()) {
     BlockStoreOptions options;
     options.arena.capacity_bytes = 16 << 20;
     options.arena.extent_bytes = 1 << 20;

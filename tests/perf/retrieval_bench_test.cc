@@ -36,7 +36,7 @@ RandomTraceOptions Small() {
           .group = 2,
           .head_dim = 32,
           .queries = 6,
-          .seed = static_cast<uint32_t>(Seed())};
+          .seed = static_cast<uint32_t>(SteadySeed())};
 }
 
 BenchSettings Quick() {

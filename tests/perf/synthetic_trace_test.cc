@@ -25,7 +25,7 @@ RandomTraceOptions Shape(uint32_t tokens, uint32_t queries, uint32_t kv_heads = 
           .head_dim = 64,
           .train_queries = 32,
           .queries = queries,
-          .seed = static_cast<uint32_t>(Seed())};
+          .seed = static_cast<uint32_t>(SteadySeed())};
 }
 
 Trace TraceOf(const std::string& family, const RandomTraceOptions& shape) {

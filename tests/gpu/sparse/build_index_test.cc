@@ -118,7 +118,7 @@ class BuildIndexTest : public ::testing::Test {
     }
   }
 
-  std::mt19937_64 random_{Seed()};
+  std::mt19937_64 random_{SteadySeed()};
   ThreadTeam team_{2};
 };
 

@@ -16,7 +16,7 @@ using testing::Attends;
 using testing::SparseCase;
 
 TEST(CapturedTest, MassAndErrorAreThoseOfTheMask) {
-  std::mt19937_64 random(Seed());
+  std::mt19937_64 random(SteadySeed());
   ThreadTeam team(2);
   const SparseCase c({DType::kBf16, 5, 1, 64, 100, 1200}, &random);
   const std::vector<HeadPattern> patterns = {{DensePattern{}},

@@ -107,7 +107,7 @@ class PlantedHeads : public ::testing::Test {
                           options, &team_);
   }
 
-  std::mt19937_64 random_{Seed()};
+  std::mt19937_64 random_{SteadySeed()};
   ThreadTeam team_{2};
   double speed_[kPairs];
   SparseCase case_;
@@ -146,7 +146,7 @@ TEST_F(PlantedHeads, ThatErrTooMuchStayDense) {
 }
 
 TEST(PatternSearchTest, StepsNeverCostLess) {
-  std::mt19937_64 random(Seed());
+  std::mt19937_64 random(SteadySeed());
   ThreadTeam team(2);
   const SparseCase c({DType::kFp32, 1, 1, 64, 100, 1500}, &random);
   for (const Pattern& candidate : PatternCandidates()) {

@@ -46,7 +46,7 @@ class CodesTest : public ::testing::Test {
     return std::sqrt(square / size);
   }
 
-  std::mt19937_64 random_{Seed()};
+  std::mt19937_64 random_{SteadySeed()};
 };
 
 TEST_F(CodesTest, Int8IsOffByHalfAStepAtMost) {
