@@ -14,7 +14,13 @@ template <typename Index>
 absl::StatusOr<MadeIndex> Made(absl::StatusOr<std::unique_ptr<Index>> index) {
   if (!index.ok()) return index.status();
   const uint64_t bytes = (*index)->memory_bytes();
-  return MadeIndex{*std::move(index), bytes};
+  return MadeIndex{*std::move(index), bytes, nullptr, 0};
+}
+
+MadeIndex Made(std::unique_ptr<ClusterIndex> index) {
+  const uint64_t bytes = index->memory_bytes();
+  const std::shared_ptr<const ClusterModel> model = index->model();
+  return {std::move(index), bytes, model, model->memory_bytes()};
 }
 
 // Of kinds that learn nothing for other runs.
@@ -60,9 +66,7 @@ absl::StatusOr<std::vector<MadeIndex>> MakeIndexes(const IndexChoice& choice,
                                          .group = choice.group,
                                          .scan_if_faster = choice.kind == IndexKind::kAuto}));
   for (size_t i = 0; i < places.size(); ++i) {
-    const uint64_t bytes =
-        learned.indexes[i]->memory_bytes() + (i == 0 ? learned.model->memory_bytes() : 0);
-    out[places[i]] = {std::move(learned.indexes[i]), bytes};
+    out[places[i]] = Made(std::move(learned.indexes[i]));
   }
   return out;
 }
@@ -72,7 +76,11 @@ absl::StatusOr<MadeIndex> MakeIndexLike(const KeyIndex& neighbour, const IndexCh
   const IndexKind kind = KindFor(choice, run);
   if (kind != IndexKind::kClusters) return MakeIndex(kind, run, queries);
   const auto* clusters = dynamic_cast<const ClusterIndex*>(&neighbour);
-  if (clusters != nullptr) return Made(ClusterIndex::Build(run, clusters->model()));
+  if (clusters != nullptr) {
+    QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<ClusterIndex> index,
+                            ClusterIndex::Build(run, clusters->model()));
+    return Made(std::move(index));
+  }
   QUARRY_ASSIGN_OR_RETURN(std::vector<MadeIndex> made, MakeIndexes(choice, {&run, 1}, queries));
   return std::move(made.front());
 }

@@ -31,7 +31,10 @@ struct IndexChoice {
 
 struct MadeIndex {
   std::unique_ptr<KeyIndex> index;  // null: the run is to be scanned
-  uint64_t bytes = 0;
+  uint64_t bytes = 0;               // without what is shared
+  // What it uses together with other indexes of its head; null: nothing.
+  std::shared_ptr<const void> shared;
+  uint64_t shared_bytes = 0;
 };
 
 // The indexes of one (layer, KV head), of disjoint runs in token order. queries: [n][group][head_dim]

@@ -154,8 +154,6 @@ class Context : public BackgroundWorker::Client,
   // it will have.
   BlockId IdOf(const BlockTable& table, uint32_t block, const BlockId& parent,
                std::span<const uint32_t> ids) const;
-  // Still, in the store.
-  bool ArePublished(std::span<const std::shared_ptr<HeldBlock>> blocks) const;
   void AttachRuns() ABSL_EXCLUSIVE_LOCKS_REQUIRED(maintenance_mutex_);
   // Into the table's runs, those whose blocks are published now; true if there are any.
   bool AttachPublished(const BlockTable& table, std::vector<RunUse>* runs)

@@ -35,8 +35,7 @@ absl::Status Context::Read(uint32_t layer, TokenRange range, std::span<std::byte
     const uint32_t hi = std::min(range.hi, (block + 1) * kBlockTokens);
     if (absl::Status verified = table->blocks[block]->Verify(); !verified.ok()) {
       // Nor may a context that computes these tokens again find what was made of the broken bytes.
-      const BlockId id = table->blocks[block]->id();
-      services_.runs->Purge(params_.tenant, std::nullopt, {&id, 1});
+      services_.runs->Forget(table->blocks[block]->handle());
       return verified;
     }
     for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {

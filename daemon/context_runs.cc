@@ -79,8 +79,6 @@ bool Context::AttachPublished(const BlockTable& table, std::vector<RunUse>* runs
     RunUse own{
         services_.runs->GetOrMake(params_.tenant, next_run_, shape(), blocks, std::move(whole)),
         tokens};
-    // What was purged before a run was made of it serves who still has it, and nobody later.
-    if (!ArePublished(blocks)) services_.runs->Forget(*own.run);
     // What a fork searched under a bound gives way to the fork's own run.
     if (stands) {
       *use = std::move(own);
@@ -122,16 +120,6 @@ bool Context::OpenRuns(const BlockTable& table, std::vector<RunUse>* runs) {
     opened = true;
   }
   return opened;
-}
-
-bool Context::ArePublished(std::span<const std::shared_ptr<HeldBlock>> blocks) const {
-  std::vector<BlockId> ids;
-  uint64_t bytes = 0;
-  for (const auto& block : blocks) {
-    ids.push_back(block->id());
-    bytes += block->bytes();
-  }
-  return services_.store->PublishedBytes(params_.tenant, ids) == bytes;
 }
 
 uint32_t Context::SettledRuns(uint32_t layer) const {

@@ -52,6 +52,8 @@ class HeldBlock {
   const BlockOrigin& origin() const { return origin_; }
 
   bool published() const { return published_.load(std::memory_order_acquire); }
+  // Published, and neither purged nor found broken since.
+  bool stands() const { return published() && store_.IsPublished(handle_); }
   // Of a published block.
   const BlockId& id() const { return id_; }
   const ByteDigest& digest() const { return digest_; }

@@ -17,16 +17,26 @@
 #include "proto/status_macros.h"
 
 namespace quarry {
+namespace {
+
+// How often those look for room that wait for it: nobody tells when a run goes out of use.
+constexpr absl::Duration kRoomPoll = absl::Milliseconds(200);
+
+}  // namespace
 
 // All heads of one layer of some runs. Ends what RunIndexes::Begin began.
 struct RunIndexer::Job {
-  Job(uint32_t of_layer, const KvShape& of_shape, RunCounts* of_runs)
-      : layer(of_layer), shape(of_shape), counts(of_runs) {}
+  Job(uint32_t of_layer, const KvShape& of_shape, std::shared_ptr<const QuerySamples> of_samples,
+      RunIndexer* by)
+      : layer(of_layer), shape(of_shape), samples(std::move(of_samples)), indexer(by) {}
   ~Job() {
     for (const auto& part : parts) {
-      part.indexes->End(layer, part.built == heads() ? std::optional(learning) : std::nullopt,
-                        counts);
+      part.indexes->End(layer, learning, part.built == heads(), &indexer->counts_);
     }
+    if (!full) return;
+    Waiting waiting{layer, shape, samples, {others.begin(), others.end()}};
+    for (const auto& part : parts) waiting.runs.push_back(part.indexes);
+    indexer->Wait(std::move(waiting));
   }
   uint32_t heads() const { return shape.kv_heads; }
 
@@ -39,7 +49,8 @@ struct RunIndexer::Job {
 
   const uint32_t layer;
   const KvShape shape;
-  RunCounts* const counts;
+  const std::shared_ptr<const QuerySamples> samples;
+  RunIndexer* const indexer;
   std::list<Part> parts;  // in token order
   // Of a run whose indexes have learned what these are to be made with; null: they learn themselves.
   std::shared_ptr<RunIndexes> neighbour;
@@ -47,7 +58,6 @@ struct RunIndexer::Job {
   std::vector<std::shared_ptr<RunIndexes>> others;
   bool again = false;  // unless others know as much
   RunIndexes::Learning learning;
-  std::shared_ptr<const QuerySamples> samples;
   uint32_t next = 0;  // under the indexer's mutex
   std::atomic<bool> warned{false};
   std::atomic<bool> full{false};  // a head found no room
@@ -56,11 +66,14 @@ struct RunIndexer::Job {
 struct RunIndexer::Building {
   std::vector<std::shared_ptr<const Run>> runs;
   std::vector<Job::Part*> parts;  // of these runs
+  // Of the head, where other runs have had theirs for longer; null: none has.
+  std::shared_ptr<const KeyIndex> like;
 };
 
 RunIndexer::RunIndexer(const IndexOptions& options, RunRegistry* runs)
     : options_(options),
       runs_(runs),
+      memory_(std::make_shared<IndexMemory>(options.max_bytes)),
       sample_memory_(std::make_shared<SampleMemory>(options.max_sample_bytes)) {
   if (!enabled()) return;
   for (uint32_t i = 0; i < options.threads; ++i) {
@@ -106,15 +119,50 @@ bool RunIndexer::AnyHeldAlone() const {
   return false;
 }
 
-bool RunIndexer::IsFull() const {
-  return full_at_.load() == memory_->frees.load() && !runs_->HasIdle();
+bool RunIndexer::IsFull() const { return memory_->full() && !runs_->HasIdle(); }
+
+void RunIndexer::Wait(Waiting waiting) {
+  const std::pair key(waiting.samples.lock().get(), waiting.layer);
+  absl::MutexLock lock(&mutex_);
+  if (!stopping_) waiting_.insert_or_assign(key, std::move(waiting));
+}
+
+// Lets go of the mutex meanwhile.
+void RunIndexer::ConsiderWaiting() {
+  absl::erase_if(waiting_, [](const auto& one) { return one.second.samples.expired(); });
+  if (letting_go_ > 0) return;
+  ++releasing_;
+  mutex_.Unlock();
+  decltype(waiting_) all;
+  if (!IsFull()) {
+    absl::MutexLock lock(&mutex_);
+    all.swap(waiting_);
+  }
+  for (const auto& [key, waiting] : all) {
+    std::vector<RunUse> uses;
+    for (const std::weak_ptr<RunIndexes>& indexes : waiting.runs) {
+      const std::shared_ptr<RunIndexes> there = indexes.lock();
+      std::shared_ptr<const Run> run = there == nullptr ? nullptr : there->run();
+      if (run != nullptr) uses.push_back({run, run->tokens()});
+    }
+    std::sort(uses.begin(), uses.end(),
+              [](const RunUse& a, const RunUse& b) { return a.tokens.lo < b.tokens.lo; });
+    const std::shared_ptr<const QuerySamples> samples = waiting.samples.lock();
+    if (samples != nullptr) Consider(waiting.layer, uses, waiting.shape, samples);
+  }
+  mutex_.Lock();
+  --releasing_;
 }
 
 void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                           const std::shared_ptr<const QuerySamples>& samples) {
-  if (!enabled() || runs.empty() || IsFull()) return;
-  auto job = std::make_shared<Job>(layer, shape, &counts_);
-  job->samples = samples;
+  if (!enabled() || runs.empty()) return;
+  if (IsFull()) {
+    Waiting waiting{layer, shape, samples, {}};
+    for (const RunUse& use : runs) waiting.runs.push_back(use.run->indexes());
+    return Wait(std::move(waiting));
+  }
+  auto job = std::make_shared<Job>(layer, shape, samples, this);
   job->learning.renewal = samples->renewal();  // first: what is looked at later may only be newer
   job->learning.samples = samples->LeastKept(layer);
   for (const RunUse& use : runs) job->learning.tokens += use.run->tokens().size();
@@ -138,7 +186,12 @@ std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
   const auto due = [this]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
     return stopping_ || (!queue_.empty() && letting_go_ == 0);
   };
-  mutex_.Await(absl::Condition(&due));
+  const auto any = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return due() || !waiting_.empty(); };
+  for (;;) {
+    mutex_.Await(absl::Condition(&any));
+    if (mutex_.AwaitWithTimeout(absl::Condition(&due), kRoomPoll)) break;
+    ConsiderWaiting();
+  }
   if (stopping_) return nullptr;
   std::shared_ptr<Job> job = queue_.front();
   if (job->next == 0) Prepare(job.get());
@@ -157,6 +210,11 @@ void RunIndexer::Prepare(Job* job) {
     if (job->again && (!learned.has_value() || learned->OutdatedBy(job->learning))) continue;
     job->neighbour = other;
     job->learning = learned.value_or(job->learning);
+  }
+  for (const Job::Part& part : job->parts) {
+    const std::optional<RunIndexes::Learning> before = part.indexes->partly_learned(job->layer);
+    if (before.has_value())
+      job->learning.Limit(*before);  // its heads stay, and others are like them
   }
 }
 
@@ -183,10 +241,9 @@ void RunIndexer::Loop() {
 }
 
 absl::StatusOr<std::vector<MadeIndex>> RunIndexer::MakeHead(const Job& job, uint32_t kv_head,
+                                                            const KeyIndex* like,
                                                             std::span<const KvView> views) const {
   const std::vector<float> queries = job.samples->Scaled(job.layer, kv_head);
-  const std::shared_ptr<const KeyIndex> like =
-      job.neighbour == nullptr ? nullptr : job.neighbour->Get(job.layer, kv_head);
   IndexChoice choice = options_.choice;
   choice.group = job.shape.group();
   if (like == nullptr) return MakeIndexes(choice, views, queries);
@@ -205,12 +262,17 @@ void RunIndexer::Hold(Job& job, uint32_t kv_head, Building* building) {
     std::shared_ptr<const Run> run = part.indexes->run();
     if (run == nullptr) continue;
     // Where there was no room for the layer's other heads.
-    if (!job.again && part.indexes->Get(job.layer, kv_head) != nullptr) {
+    if (std::shared_ptr<const KeyIndex> has = part.indexes->Get(job.layer, kv_head);
+        !job.again && has != nullptr) {
+      building->like = std::move(has);
       part.built.fetch_add(1);
       continue;
     }
     building->runs.push_back(std::move(run));
     building->parts.push_back(&part);
+  }
+  if (job.neighbour != nullptr) {
+    if (auto index = job.neighbour->Get(job.layer, kv_head)) building->like = std::move(index);
   }
   building_.push_back(building);
 }
@@ -232,6 +294,7 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
   if (building.runs.empty()) {
     // Nobody wants them any more, or they are indexed.
   } else if (job.full.load() || IsFull()) {
+    job.full.store(true);
     failed_.fetch_add(1, std::memory_order_relaxed);
   } else {
     BuildHeld(job, kv_head, building);
@@ -240,7 +303,7 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
 }
 
 void RunIndexer::BuildHeld(Job& job, uint32_t kv_head, const Building& building) {
-  const auto& [runs, parts] = building;
+  const auto& [runs, parts, like] = building;
   std::deque<KvSegments> segments;
   std::vector<KvView> views;
   for (const auto& run : runs) {
@@ -250,16 +313,17 @@ void RunIndexer::BuildHeld(Job& job, uint32_t kv_head, const Building& building)
   }
   const OfferingProcessor offering;
   const auto start = std::chrono::steady_clock::now();
-  absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, kv_head, views);
+  absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, kv_head, like.get(), views);
   absl::Status status = made.status();
   for (size_t r = 0; status.ok() && r < runs.size(); ++r) {
     if ((*made)[r].index == nullptr) continue;
-    status = MakeRoom((*made)[r].bytes);
-    if (!status.ok()) {
+    absl::StatusOr<std::shared_ptr<const KeyIndex>> kept = Keep(std::move((*made)[r]));
+    if (!kept.ok()) {
+      status = kept.status();
       job.full.store(true);
       break;
     }
-    parts[r]->indexes->Set(job.layer, kv_head, Account(std::move((*made)[r])));
+    parts[r]->indexes->Set(job.layer, kv_head, *std::move(kept));
     built_.fetch_add(1, std::memory_order_relaxed);
   }
   if (!status.ok()) {
@@ -280,27 +344,11 @@ void RunIndexer::BuildHeld(Job& job, uint32_t kv_head, const Building& building)
   for (Job::Part* part : parts) part->built.fetch_add(1);
 }
 
-// Several threads may pass the bound by one index each.
-absl::Status RunIndexer::MakeRoom(uint64_t bytes) {
+absl::StatusOr<std::shared_ptr<const KeyIndex>> RunIndexer::Keep(MadeIndex made) {
   for (;;) {
-    const uint64_t frees = memory_->frees.load();  // before the bytes: what is freed later counts
-    const uint64_t used = memory_->bytes.load();
-    if (used + bytes <= options_.max_bytes) return absl::OkStatus();
-    if (runs_->DropIdle()) continue;
-    full_at_.store(frees);
-    return absl::ResourceExhaustedError(absl::StrCat("indexes of ", used, " bytes and this one of ",
-                                                     bytes, " pass index.max_bytes ",
-                                                     options_.max_bytes));
+    absl::StatusOr<std::shared_ptr<const KeyIndex>> kept = memory_->Keep(&made);
+    if (kept.ok() || !runs_->DropIdle()) return kept;
   }
-}
-
-std::shared_ptr<const KeyIndex> RunIndexer::Account(MadeIndex made) {
-  memory_->bytes.fetch_add(made.bytes);
-  return {made.index.release(), [memory = memory_, bytes = made.bytes](const KeyIndex* index) {
-            delete index;
-            memory->bytes.fetch_sub(bytes);
-            memory->frees.fetch_add(1);
-          }};
 }
 
 IndexStats RunIndexer::stats() const {
@@ -311,7 +359,7 @@ IndexStats RunIndexer::stats() const {
   stats.relearned = counts_.relearned.load(std::memory_order_relaxed);
   stats.failed = failed_.load(std::memory_order_relaxed);
   stats.build_micros = build_micros_.load(std::memory_order_relaxed);
-  stats.bytes = memory_->bytes.load(std::memory_order_relaxed);
+  stats.bytes = memory_->used();
   stats.sample_bytes = sample_memory_->used();
   return stats;
 }

@@ -7,12 +7,15 @@
 #include <memory>
 #include <span>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/synchronization/mutex.h"
 #include "cpu_index/index_choice.h"
 #include "daemon/block_table.h"
+#include "daemon/index_memory.h"
 #include "daemon/index_options.h"
 #include "daemon/query_samples.h"
 #include "daemon/run_registry.h"
@@ -23,7 +26,7 @@ namespace quarry {
 // soon as it is built. Of each layer, runs of one context that are due together are learned from
 // together; a run that comes later gets its first indexes with what its neighbours' have learned,
 // until so much more is known that all are learned anew. Runs that no context uses any more are
-// left where they stand. Thread-safe.
+// left where they stand; those for which there is no memory wait until there is. Thread-safe.
 class RunIndexer {
  public:
   // Where there is no room, indexes that no context uses are dropped from `runs`, which outlives it.
@@ -55,6 +58,15 @@ class RunIndexer {
   void Loop();
   // The next KV head of a job's layer; null: stop.
   std::shared_ptr<Job> NextHead(uint32_t* head);
+  // A layer of a context that is to be considered when there is room.
+  struct Waiting {
+    uint32_t layer = 0;
+    KvShape shape;
+    std::weak_ptr<const QuerySamples> samples;
+    std::vector<std::weak_ptr<RunIndexes>> runs;
+  };
+  void Wait(Waiting waiting) ABSL_LOCKS_EXCLUDED(mutex_);
+  void ConsiderWaiting() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // When a job begins: it takes what is queued behind it that can be learned from together, and finds
   // a neighbour.
   void Prepare(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -69,28 +81,25 @@ class RunIndexer {
   void Release(Building* building);
   // Whether nobody but those that build hold one of the runs.
   bool AnyHeldAlone() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // There was no room, and nothing has been freed since, nor could be.
+  // There was no room, nor is there now, nor could be.
   bool IsFull() const;
   absl::StatusOr<std::vector<MadeIndex>> MakeHead(const Job& job, uint32_t kv_head,
+                                                  const KeyIndex* like,
                                                   std::span<const KvView> views) const;
-  absl::Status MakeRoom(uint64_t bytes);
-  std::shared_ptr<const KeyIndex> Account(MadeIndex made);
+  absl::StatusOr<std::shared_ptr<const KeyIndex>> Keep(MadeIndex made);
 
   const IndexOptions options_;
   RunRegistry* const runs_;
-  // Shared with the indexes' deleters: an index may outlive the indexer.
-  struct Memory {
-    std::atomic<uint64_t> bytes{0}, frees{0};
-  };
-  const std::shared_ptr<Memory> memory_ = std::make_shared<Memory>();
+  const std::shared_ptr<IndexMemory> memory_;
   const std::shared_ptr<SampleMemory> sample_memory_;
-  std::atomic<uint64_t> full_at_{~uint64_t{0}};  // frees, when there was no room
   RunCounts counts_;
   std::atomic<uint64_t> built_{0}, failed_{0}, build_micros_{0};
   mutable absl::Mutex mutex_;
   std::deque<std::shared_ptr<Job>> queue_ ABSL_GUARDED_BY(mutex_);  // with heads to begin
+  absl::flat_hash_map<std::pair<const QuerySamples*, uint32_t>, Waiting> waiting_
+      ABSL_GUARDED_BY(mutex_);  // by samples and layer
   std::vector<const Building*> building_ ABSL_GUARDED_BY(mutex_);
-  uint32_t releasing_ ABSL_GUARDED_BY(mutex_) = 0;   // threads that let go of what they built
+  uint32_t releasing_ ABSL_GUARDED_BY(mutex_) = 0;   // threads that hold runs for a moment
   uint32_t letting_go_ ABSL_GUARDED_BY(mutex_) = 0;  // callers that wait for it; no head begins
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<std::thread> threads_;  // last

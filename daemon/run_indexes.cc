@@ -16,8 +16,7 @@ bool RunIndexes::empty() const {
   return std::all_of(heads_.begin(), heads_.end(), [](const auto& head) { return !head; });
 }
 
-bool RunIndexes::empty(uint32_t layer) const {
-  absl::ReaderMutexLock lock(&mutex_);
+bool RunIndexes::IsEmpty(uint32_t layer) const {
   const auto first = heads_.begin() + static_cast<ptrdiff_t>(Head(layer, 0));
   return std::all_of(first, first + kv_heads_, [](const auto& head) { return !head; });
 }
@@ -26,6 +25,12 @@ bool RunIndexes::Learning::OutdatedBy(const Learning& now) const {
   return now.renewal > renewal ||
          (now.samples >= kLeastSamples && now.samples / kTimesMoreSamples >= samples) ||
          (now.tokens / kTimesMoreTokens >= tokens && now.samples >= samples);
+}
+
+void RunIndexes::Learning::Limit(const Learning& other) {
+  samples = std::min(samples, other.samples);
+  tokens = std::min(tokens, other.tokens);
+  renewal = std::min(renewal, other.renewal);
 }
 
 bool RunIndexes::all_learned() const {
@@ -50,16 +55,21 @@ RunIndexes::Due RunIndexes::Begin(uint32_t number, const Learning& now, RunCount
   return Due::kAgain;
 }
 
-void RunIndexes::End(uint32_t number, std::optional<Learning> learned, RunCounts* counts) {
+void RunIndexes::End(uint32_t number, Learning learned, bool all_heads, RunCounts* counts) {
   absl::MutexLock lock(&mutex_);
   Layer& layer = layers_[number];
   layer.busy = false;
-  if (learned.has_value() && layer.learned.has_value()) {
+  if (layer.learned.has_value()) {
     // What was learned from other queries is not undone by fewer of the old ones, nor twice.
-    learned->samples = std::max(learned->samples, layer.learned->samples);
-    learned->renewal = std::max(learned->renewal, layer.learned->renewal);
+    learned.samples = std::max(learned.samples, layer.learned->samples);
+    learned.renewal = std::max(learned.renewal, layer.learned->renewal);
   }
-  if (learned.has_value()) layer.learned = learned;
+  if (all_heads) {
+    layer.learned = learned;
+    layer.partly_learned.reset();
+  } else if (!layer.learned.has_value() && !IsEmpty(number)) {
+    layer.partly_learned = learned;
+  }
   // Release: who sees that none is busy sees what was learned.
   if (--busy_layers_ == 0) counts->busy.fetch_sub(1, std::memory_order_release);
 }

@@ -44,7 +44,10 @@ class RunIndexes {
   }
 
   bool empty() const;
-  bool empty(uint32_t layer) const;
+  bool empty(uint32_t layer) const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return IsEmpty(layer);
+  }
 
   // The run that has these indexes now; null: no context uses it.
   std::shared_ptr<const Run> run() const {
@@ -63,6 +66,8 @@ class RunIndexes {
     uint64_t renewal = 0;  // QuerySamples::renewal, of these samples
     // It is worth learning again: several times more is known now, or samples were renewed since.
     bool OutdatedBy(const Learning& now) const;
+    // No more than `other` of anything.
+    void Limit(const Learning& other);
   };
 
   // Whether all heads of a layer are to be indexed now, if that much can be learned from: for the
@@ -70,13 +75,18 @@ class RunIndexes {
   // who does it, until End. counts: of the one indexer of all runs.
   enum class Due { kNo, kFirst, kAgain };
   Due Begin(uint32_t layer, const Learning& now, RunCounts* counts);
-  // learned: what was learned from; none if it was given up, and is due as if Begin had not been
-  // called.
-  void End(uint32_t layer, std::optional<Learning> learned, RunCounts* counts);
+  // learned: what all heads were learned from; or, if it was given up, those that are there, and
+  // the layer is due as if Begin had not been called.
+  void End(uint32_t layer, Learning learned, bool all_heads, RunCounts* counts);
   // None: never indexed.
   std::optional<Learning> learned(uint32_t layer) const {
     absl::ReaderMutexLock lock(&mutex_);
     return layers_[layer].learned;
+  }
+  // The least that heads were learned from that are there while others of the layer have none.
+  std::optional<Learning> partly_learned(uint32_t layer) const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return layers_[layer].partly_learned;
   }
   bool all_learned() const;  // of all layers
 
@@ -85,7 +95,9 @@ class RunIndexes {
     bool busy = false;
     uint32_t again = 0;  // times begun again
     std::optional<Learning> learned;
+    std::optional<Learning> partly_learned;
   };
+  bool IsEmpty(uint32_t layer) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
   size_t Head(uint32_t layer, uint32_t kv_head) const {
     return size_t{layer} * kv_heads_ + kv_head;
   }

@@ -7,9 +7,24 @@
 
 namespace quarry {
 
+bool Run::stands() const {
+  return std::all_of(blocks_.begin(), blocks_.end(), [](const auto& b) { return b->stands(); });
+}
+
 std::shared_ptr<const Run> RunRegistry::GetOrMake(
     std::string_view tenant, uint32_t i, const KvShape& shape,
     std::span<const std::shared_ptr<HeldBlock>> blocks, std::shared_ptr<const Run> open) {
+  for (;;) {
+    std::shared_ptr<const Run> run = Register(tenant, i, shape, blocks, open);
+    // Another's run of bytes that are gone gives way to one of the caller's.
+    if (!ForgetIfGone(*run) || std::ranges::equal(run->blocks(), blocks)) return run;
+  }
+}
+
+std::shared_ptr<const Run> RunRegistry::Register(std::string_view tenant, uint32_t i,
+                                                 const KvShape& shape,
+                                                 std::span<const std::shared_ptr<HeldBlock>> blocks,
+                                                 std::shared_ptr<const Run> open) {
   QUARRY_CHECK(!blocks.empty() && blocks.back()->published());
   const Key key{blocks.back()->id(), i, shape};
   absl::MutexLock lock(&mutex_);
@@ -18,9 +33,6 @@ std::shared_ptr<const Run> RunRegistry::GetOrMake(
   if (entry.indexes == nullptr) {
     entry.indexes = open != nullptr ? open->indexes() : std::make_shared<RunIndexes>(shape);
     entry.tenant = tenant;
-    for (const auto& block : blocks) {
-      entry.sources.push_back({block->id(), block->origin().name_space});
-    }
   }
   std::shared_ptr<const Run> run = Use(i, blocks, std::move(open), &entry);
   SweepExpired();  // `entry` may move
@@ -36,6 +48,10 @@ std::shared_ptr<const Run> RunRegistry::Use(uint32_t i,
   const bool takes = open != nullptr && open->indexes() == entry->indexes;
   run = takes ? std::move(open) : Make(i, blocks, entry->indexes);
   entry->run = run;
+  entry->sources.clear();
+  for (const auto& block : blocks) {
+    entry->sources.push_back({block->id(), block->handle(), block->origin().name_space});
+  }
   run->registered_.store(true, std::memory_order_relaxed);
   made_.fetch_add(1, std::memory_order_relaxed);
   return run;
@@ -43,12 +59,22 @@ std::shared_ptr<const Run> RunRegistry::Use(uint32_t i,
 
 std::shared_ptr<const Run> RunRegistry::FindIndexed(
     uint32_t i, const KvShape& shape, std::span<const std::shared_ptr<HeldBlock>> blocks) {
-  absl::MutexLock lock(&mutex_);
-  const auto known = runs_.find(Key{blocks.back()->id(), i, shape});
-  if (known == runs_.end()) return nullptr;
-  Entry& entry = known->second;
-  if (entry.run.expired() && entry.indexes->empty()) return nullptr;
-  return Use(i, blocks, nullptr, &entry);
+  std::shared_ptr<const Run> run;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto known = runs_.find(Key{blocks.back()->id(), i, shape});
+    if (known == runs_.end()) return nullptr;
+    Entry& entry = known->second;
+    if (entry.run.expired() && entry.indexes->empty()) return nullptr;
+    run = Use(i, blocks, nullptr, &entry);
+  }
+  return ForgetIfGone(*run) ? nullptr : run;
+}
+
+bool RunRegistry::ForgetIfGone(const Run& run) {
+  if (run.stands()) return false;
+  ForgetIf([&](const Entry& entry) { return entry.indexes == run.indexes(); });
+  return true;
 }
 
 std::shared_ptr<const Run> RunRegistry::Open(uint32_t i, const KvShape& shape,
@@ -116,8 +142,11 @@ void RunRegistry::Purge(std::string_view tenant, const std::optional<NamespaceDi
   });
 }
 
-void RunRegistry::Forget(const Run& run) {
-  ForgetIf([&](const Entry& entry) { return entry.indexes == run.indexes(); });
+void RunRegistry::Forget(BlockHandle broken) {
+  ForgetIf([&](const Entry& entry) {
+    return std::any_of(entry.sources.begin(), entry.sources.end(),
+                       [&](const Source& source) { return source.handle == broken; });
+  });
 }
 
 uint64_t RunRegistry::live() const {

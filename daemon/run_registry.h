@@ -18,6 +18,7 @@
 #include "daemon/rotation.h"
 #include "daemon/run_indexes.h"
 #include "proto/types.h"
+#include "storage/block_store.h"
 
 namespace quarry {
 
@@ -43,6 +44,8 @@ class Run {
   std::span<const std::shared_ptr<HeldBlock>> blocks() const { return blocks_; }
   const std::shared_ptr<RunIndexes>& indexes() const { return indexes_; }
   bool open() const { return !blocks_.back()->published(); }  // they are published in order
+  // Whether all its blocks are published, and none was purged or found broken since.
+  bool stands() const;
   // Whether the registry knows it, or did until it was forgotten.
   bool registered() const { return registered_.load(std::memory_order_relaxed); }
 
@@ -92,7 +95,8 @@ class RunRegistry {
   // `blocks`: the published blocks of the tenant that hold run `i`, in order. The last one's id
   // names the tenant and all tokens up to the run's end, so equal ids mean equal runs. `open`: the
   // caller's own of these tokens, or null; it is taken in with its indexes, unless there are others
-  // of the same tokens, or an earlier writer's blocks have taken the places of its own.
+  // of the same tokens, or an earlier writer's blocks have taken the places of its own. A run whose
+  // blocks are gone from the store serves the caller, if they are the caller's, and nobody later.
   std::shared_ptr<const Run> GetOrMake(std::string_view tenant, uint32_t i, const KvShape& shape,
                                        std::span<const std::shared_ptr<HeldBlock>> blocks,
                                        std::shared_ptr<const Run> open = nullptr);
@@ -115,8 +119,9 @@ class RunRegistry {
   // here.
   void Purge(std::string_view tenant, const std::optional<NamespaceDigest>& name_space,
              std::span<const BlockId> blocks);
-  // The same for one run.
-  void Forget(const Run& run);
+  // The same for runs of a block that was found broken: of its very bytes, whoever has computed its
+  // tokens again.
+  void Forget(BlockHandle broken);
 
   uint64_t made() const { return made_.load(std::memory_order_relaxed); }
   // Of those that are not forgotten.
@@ -139,6 +144,7 @@ class RunRegistry {
   // What a purge may name.
   struct Source {
     BlockId block;
+    BlockHandle handle;
     NamespaceDigest name_space;
   };
 
@@ -151,6 +157,12 @@ class RunRegistry {
     bool idle() const { return run.expired() && !indexes->empty(); }
   };
 
+  // GetOrMake, before it is known whether the blocks stand.
+  std::shared_ptr<const Run> Register(std::string_view tenant, uint32_t i, const KvShape& shape,
+                                      std::span<const std::shared_ptr<HeldBlock>> blocks,
+                                      std::shared_ptr<const Run> open);
+  // What was purged before the registry knew it.
+  bool ForgetIfGone(const Run& run);
   std::shared_ptr<const Run> Make(uint32_t i, std::span<const std::shared_ptr<HeldBlock>> blocks,
                                   std::shared_ptr<RunIndexes> indexes) const;
   // The entry's, or a new one; blocks are as in GetOrMake.

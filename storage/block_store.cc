@@ -350,6 +350,11 @@ void RamBlockStore::ExpirePins() {
 
 // ---- What there is.
 
+bool RamBlockStore::IsPublished(BlockHandle block) const {
+  absl::MutexLock lock(&mutex_);
+  return records_.IsCurrent(block) && records_.at(block.slot).state == BlockState::kPublished;
+}
+
 uint64_t RamBlockStore::PublishedBytes(std::string_view tenant,
                                        std::span<const BlockId> blocks) const {
   const absl::flat_hash_set<BlockId> distinct(blocks.begin(), blocks.end());

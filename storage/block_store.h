@@ -123,6 +123,8 @@ class BlockStore {
   virtual uint64_t Purge(std::string_view tenant, std::optional<NamespaceDigest> name_space,
                          std::span<const BlockId> blocks) = 0;
 
+  // Whether it can be found; false once it is retired, and of a stale handle. Needs no lease.
+  virtual bool IsPublished(BlockHandle block) const = 0;
   // Bytes of those of the distinct `blocks` that are published.
   virtual uint64_t PublishedBytes(std::string_view tenant,
                                   std::span<const BlockId> blocks) const = 0;

@@ -40,6 +40,7 @@ class RamBlockStore final : public BlockStore {
   absl::Status Unpin(std::string_view tenant, std::string_view name) override;
   uint64_t Purge(std::string_view tenant, std::optional<NamespaceDigest> name_space,
                  std::span<const BlockId> blocks) override;
+  bool IsPublished(BlockHandle block) const override;
   uint64_t PublishedBytes(std::string_view tenant, std::span<const BlockId> blocks) const override;
   std::vector<BlockInfo> List(std::string_view tenant, uint32_t limit) const override;
   BlockStoreStats Stats() const override;

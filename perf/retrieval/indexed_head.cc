@@ -52,7 +52,7 @@ absl::StatusOr<std::unique_ptr<IndexedHead>> IndexedHead::Build(const IndexSpec&
   if (!built.ok()) return built.status();
   uint64_t bytes = 0;
   for (size_t i = 0; i < built->size(); ++i) {
-    bytes += (*built)[i].bytes;
+    bytes += (*built)[i].bytes + (i == 0 ? (*built)[i].shared_bytes : 0);
     if ((*built)[i].index == nullptr) continue;
     head->own_.push_back(std::move((*built)[i].index));
     head->units_[i].clusters = dynamic_cast<const ClusterIndex*>(head->own_.back().get());

@@ -31,9 +31,21 @@ class EngineIndexLifeTest : public EngineTest {
         AppendAll(*engine_, session_, opened->context, data_, {opened->reused_tokens, kTokens}));
     return opened->context;
   }
+  // Starts with memory for the indexes of one context and a third of another's; the first has them.
+  ContextId StartWithRoomForOne() {
+    EngineOptions options = ClusterOptions(kRunTokens, kFirst);
+    Start(options);
+    Open(1000);
+    WaitForBuilt(kHeads);
+    options.index.max_bytes = max_bytes_ = engine_->Stats().index.bytes * 4 / 3;
+    Start(options);
+    const ContextId first = Open(1000);
+    WaitForBuilt(kHeads);
+    return first;
+  }
   std::unique_ptr<OwnedRow> Ask(ContextId context, const Budget& budget) {
     auto row = AttendOne(*engine_, session_, kShape, context, 0, {kFirst, kFirst + kRunTokens},
-                         Seed() + 9, budget);
+                         SteadySeed() + 9, budget);
     EXPECT_OK(row->answer.status);
     return row;
   }
@@ -57,7 +69,8 @@ class EngineIndexLifeTest : public EngineTest {
     return nullptr;
   }
 
-  const KvData data_{kShape, kTokens, Seed()};
+  const KvData data_{kShape, kTokens, SteadySeed()};
+  uint64_t max_bytes_ = 0;  // of indexes
 };
 
 TEST_F(EngineIndexLifeTest, ABrokenBlocksIndexesAreNotThoseOfWhoComputesItAgain) {
@@ -109,24 +122,15 @@ TEST_F(EngineIndexLifeTest, RoomOfAClosedContextThatIsBeingIndexedIsWaitedFor) {
 }
 
 TEST_F(EngineIndexLifeTest, WhereThereWasNoRoomForIndexesTheyAreMadeWhenThereIs) {
-  Start(ClusterOptions(kRunTokens, kFirst));
-  const ContextId probe = Open(1000);
-  WaitForBuilt(kHeads);
-  EngineOptions options = ClusterOptions(kRunTokens, kFirst);
-  options.index.max_bytes = engine_->Stats().index.bytes * 13 / 10;
-  EXPECT_OK(engine_->Close(session_, probe));
-
-  Start(options);
-  const ContextId first = Open(1000);
-  WaitForBuilt(kHeads);
+  const ContextId first = StartWithRoomForOne();
   const ContextId second = Open(1000000, 1024);
   WaitFor([](const EngineStats& s) { return s.index.failed > 0 && s.index.queued_runs == 0; });
   const EngineStats full = engine_->Stats();
   EXPECT_EQ(full.index.indexed_runs, kRuns);  // the first one's
   EXPECT_LT(full.index.built, 2 * kHeads);
-  EXPECT_LE(full.index.bytes, options.index.max_bytes);
+  EXPECT_LE(full.index.bytes, max_bytes_);
   // Nothing is built in vain while it is full.
-  const KvData more(kShape, kTokens + 1024, Seed() + 5);
+  const KvData more(kShape, kTokens + 1024, SteadySeed() + 5);
   ASSERT_OK(engine_->DeclareTokens(session_, second, Tokens(1024, 2000000)));
   ASSERT_OK(AppendAll(*engine_, session_, second, more, {kTokens, kTokens + 512}));
   const ContextId third = Open(1000);
@@ -141,6 +145,20 @@ TEST_F(EngineIndexLifeTest, WhereThereWasNoRoomForIndexesTheyAreMadeWhenThereIs)
     return s.index.indexed_runs == kRuns && s.index.queued_runs == 0;
   });
   EXPECT_EQ(engine_->Stats().index.built, 2 * kHeads);
+}
+
+TEST_F(EngineIndexLifeTest, ASealedContextIsIndexedWhenThereIsRoom) {
+  const ContextId first = StartWithRoomForOne();
+  for (const uint32_t first_id : {1000000, 2000000}) {
+    const ContextId sealed = Open(first_id);
+    ASSERT_OK(engine_->Seal(session_, sealed).status());
+    if (first_id == 2000000) EXPECT_OK(engine_->Close(session_, sealed));  // wants none any more
+  }
+  WaitFor([](const EngineStats& s) { return s.index.failed > 0 && s.index.queued_runs == 0; });
+  EXPECT_OK(engine_->Close(session_, first));
+  WaitFor([](const EngineStats& s) {
+    return s.runs_live == kRuns && s.index.indexed_runs == kRuns && s.index.queued_runs == 0;
+  });
 }
 
 TEST_F(EngineIndexLifeTest, WhatIsOpenedAgainWhileItsIndexingIsQueuedIsIndexed) {

@@ -167,20 +167,20 @@ TEST(RunIndexesTest, AreLearnedAgainOnceFromRenewedSamplesHoweverFew) {
   RunIndexes indexes(kShape);
   RunCounts counts;
   EXPECT_EQ(indexes.Begin(0, {100, 1000, 3}, &counts), Due::kFirst);
-  indexes.End(0, RunIndexes::Learning{100, 1000, 3}, &counts);
+  indexes.End(0, RunIndexes::Learning{100, 1000, 3}, true, &counts);
   EXPECT_EQ(indexes.Begin(0, {40, 1000, 3}, &counts), Due::kNo);
   EXPECT_EQ(indexes.Begin(0, {40, 1000, 5}, &counts), Due::kAgain);
   EXPECT_EQ(indexes.Begin(0, {40, 1000, 5}, &counts), Due::kNo);  // somebody is at it
-  indexes.End(0, std::nullopt, &counts);
+  indexes.End(0, {}, false, &counts);
   EXPECT_EQ(indexes.Begin(0, {40, 1000, 5}, &counts), Due::kAgain);  // it was given up
-  indexes.End(0, RunIndexes::Learning{40, 1000, 5}, &counts);
+  indexes.End(0, RunIndexes::Learning{40, 1000, 5}, true, &counts);
   EXPECT_EQ(indexes.Begin(0, {40, 1000, 5}, &counts), Due::kNo);  // a fork
   EXPECT_EQ(indexes.Begin(0, {40, 1000, 4}, &counts),
             Due::kNo);  // another context's, renewed before
   EXPECT_EQ(indexes.Begin(0, {170, 1000, 0}, &counts),
             Due::kNo);  // not undone by the old ones of another
   EXPECT_EQ(indexes.Begin(0, {400, 1000, 0}, &counts), Due::kAgain);
-  indexes.End(0, RunIndexes::Learning{400, 1000, 0}, &counts);
+  indexes.End(0, RunIndexes::Learning{400, 1000, 0}, true, &counts);
   EXPECT_EQ(indexes.Begin(0, {400, 1000, 5}, &counts), Due::kNo);
 }
 
@@ -190,14 +190,14 @@ TEST(RunIndexesTest, AreLearnedOnceAndAgainWithTwiceTheSamples) {
   RunCounts counts;
   EXPECT_EQ(indexes.Begin(0, {3, 1000}, &counts), Due::kFirst);
   EXPECT_EQ(indexes.Begin(0, {100, 1000}, &counts), Due::kNo);  // somebody is at it
-  indexes.End(0, std::nullopt, &counts);
+  indexes.End(0, {}, false, &counts);
   EXPECT_FALSE(indexes.learned(0).has_value());
   EXPECT_EQ(indexes.Begin(0, {10, 1000}, &counts), Due::kFirst);  // it was given up
-  indexes.End(0, RunIndexes::Learning{10, 1000}, &counts);
+  indexes.End(0, RunIndexes::Learning{10, 1000}, true, &counts);
   EXPECT_EQ(indexes.learned(0)->samples, 10u);
   EXPECT_EQ(indexes.Begin(0, {31, 1000}, &counts), Due::kNo);  // too few
   EXPECT_EQ(indexes.Begin(0, {32, 1000}, &counts), Due::kAgain);
-  indexes.End(0, RunIndexes::Learning{32, 1000}, &counts);
+  indexes.End(0, RunIndexes::Learning{32, 1000}, true, &counts);
   EXPECT_EQ(indexes.Begin(0, {63, 1000}, &counts), Due::kNo);  // less than twice as many
   EXPECT_EQ(indexes.Begin(0, {64, 1000}, &counts), Due::kAgain);
 }
@@ -207,14 +207,14 @@ TEST(RunIndexesTest, AreLearnedAgainFromFourTimesTheTokensUnlessTheSamplesAreFew
   RunIndexes indexes(kShape);
   RunCounts counts;
   EXPECT_EQ(indexes.Begin(0, {10, 1000}, &counts), Due::kFirst);
-  indexes.End(0, RunIndexes::Learning{10, 1000}, &counts);
+  indexes.End(0, RunIndexes::Learning{10, 1000}, true, &counts);
   EXPECT_EQ(indexes.Begin(0, {10, 3999}, &counts), Due::kNo);
   EXPECT_EQ(indexes.Begin(0, {9, 4000}, &counts), Due::kNo);
   EXPECT_EQ(indexes.Begin(0, {10, 4000}, &counts), Due::kAgain);
-  indexes.End(0, std::nullopt, &counts);  // what was learned before still stands
+  indexes.End(0, {}, false, &counts);  // what was learned before still stands
   EXPECT_EQ(indexes.learned(0)->tokens, 1000u);
   EXPECT_EQ(indexes.Begin(0, {10, 4000}, &counts), Due::kAgain);
-  indexes.End(0, RunIndexes::Learning{10, 4000}, &counts);
+  indexes.End(0, RunIndexes::Learning{10, 4000}, true, &counts);
   EXPECT_EQ(indexes.learned(0)->tokens, 4000u);
   EXPECT_EQ(indexes.Begin(0, {10, 15999}, &counts), Due::kNo);
 }
@@ -226,16 +226,16 @@ TEST(RunIndexesTest, EachLayerIsLearnedByItselfAndARunCountsOnce) {
   EXPECT_EQ(indexes.Begin(0, {10, 1000}, &counts), Due::kFirst);
   EXPECT_EQ(indexes.Begin(1, {10, 1000}, &counts), Due::kFirst);
   EXPECT_EQ(counts.busy, 1u);
-  indexes.End(0, RunIndexes::Learning{10, 1000}, &counts);
+  indexes.End(0, RunIndexes::Learning{10, 1000}, true, &counts);
   EXPECT_EQ(counts.busy, 1u);
   EXPECT_FALSE(indexes.all_learned());
   EXPECT_FALSE(indexes.learned(1).has_value());
-  indexes.End(1, RunIndexes::Learning{10, 1000}, &counts);
+  indexes.End(1, RunIndexes::Learning{10, 1000}, true, &counts);
   EXPECT_EQ(counts.busy, 0u);
   EXPECT_TRUE(indexes.all_learned());
   for (uint32_t layer : {0, 1}) {
     EXPECT_EQ(indexes.Begin(layer, {40, 1000}, &counts), Due::kAgain);
-    indexes.End(layer, RunIndexes::Learning{40, 1000}, &counts);
+    indexes.End(layer, RunIndexes::Learning{40, 1000}, true, &counts);
   }
   EXPECT_EQ(counts.relearned, 1u);
   EXPECT_EQ(indexes.Begin(1, {80, 1000}, &counts), Due::kAgain);

@@ -181,7 +181,7 @@ TEST_F(RunIndexerTest, RunsThatAreLostMeanwhileAreLeftOut) {
   EXPECT_FALSE(lost->learned(0).has_value());
   RunCounts counts;
   EXPECT_EQ(uses_[0].run->indexes()->Begin(0, {}, &counts), RunIndexes::Due::kFirst);
-  uses_[0].run->indexes()->End(0, std::nullopt, &counts);
+  uses_[0].run->indexes()->End(0, {}, false, &counts);
 
   // One job keeps the only thread, the next one's second run is gone when its turn comes.
   options_.threads = 1;
@@ -207,6 +207,33 @@ TEST_F(RunIndexerTest, AJobWithoutRoomFailsAndScansWhatItHasNoIndexFor) {
   EXPECT_LE(indexer_->stats().bytes, options_.max_bytes);
   EXPECT_LT(indexer_->stats().built, kRuns);
   EXPECT_EQ(ModelOf(kRuns - 1), nullptr);
+}
+
+TEST_F(RunIndexerTest, WhatHadNoRoomIsMadeLikeTheRestAsSoonAsThereIs) {
+  Start();
+  Sample(10);
+  Consider(kRuns);
+  for (size_t r = 0; r < kRuns; ++r) WaitForLearned(r, kRuns * kRunTokens, 10);
+  options_.max_bytes = indexer_->stats().bytes * 2 / 3;
+  for (RunUse& use : uses_) use.run = held_.RunOf(use.tokens);
+
+  Start();
+  Consider(kRuns);
+  WaitFor([](const IndexStats& s) { return s.failed > 0 && s.queued_runs == 0; });
+  size_t there = 0;
+  while (ModelOf(there) != nullptr) ++there;
+  ASSERT_GE(there, kRuns / 2);
+  ASSERT_LT(there, kRuns);
+  const auto model = ModelOf(0);
+  Sample(10);
+  // Nobody asks again.
+  for (size_t r = 0; r + 1 < there; ++r) uses_[r].run = nullptr;
+  for (size_t r = there - 1; r < kRuns; ++r) {
+    // As the one that had its index before; of the runs that are left.
+    WaitForLearned(r, static_cast<uint32_t>(kRuns - there + 1) * kRunTokens, 10);
+    EXPECT_EQ(ModelOf(r), model) << r;
+  }
+  EXPECT_EQ(indexer_->stats().built, kRuns);
 }
 
 }  // namespace
