@@ -116,7 +116,9 @@ TEST_F(WeightStoreTest, EachStreamedUnitComesOnceAPassAndBeforeItIsUsed) {
         const size_t before = device_.started.size();
         store->Use(u);
         // What it waited for had been started when another was in use; the next has been started.
-        if (streamed[u]) EXPECT_LE(device_.done, before) << u;
+        if (streamed[u]) {
+          EXPECT_LE(device_.done, before) << u;
+        }
       }
       EXPECT_LE(device_.started.size(), count * (pass + 1) + 2);
     }
