@@ -33,6 +33,15 @@ Device::UploadTicket Device::StartUpload(void* to, std::span<const std::byte> fr
 
 void Device::WaitFor(UploadTicket) {}
 
+Device::DownloadTicket Device::StartDownload(std::span<std::byte> to, const void* from) {
+  (void)Download(to, from);  // of a device whose downloads cannot fail
+  return 0;
+}
+
+void Device::WaitForDownload(DownloadTicket) {}
+
+absl::Status Device::FinishDownload(DownloadTicket) { return absl::OkStatus(); }
+
 DType Device::WeightDType(DType) const { return DType::kFp32; }
 
 absl::StatusOr<DeviceMatrix> Device::Load(std::span<const HostMatrix> stacked, size_t width,

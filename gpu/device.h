@@ -55,8 +55,8 @@ struct HostMatrix {
   size_t rows = 0;
 };
 
-// Memory of the host that a device reads beside its operations, given back with the object.
-// Move-only; the device outlives it.
+// Memory of the host that a device copies from and to beside its operations, and that these reach
+// too, over the link, given back with the object. Move-only; the device outlives it.
 class HostBuffer {
  public:
   HostBuffer() = default;
@@ -237,7 +237,7 @@ class Device {
   virtual absl::Status Download(std::span<std::byte> to, const void* from) = 0;
   virtual void Copy(const DeviceCopy& copy) = 0;
 
-  // Memory of the host for uploads beside the operations; ResourceExhausted names the bytes.
+  // Memory of the host; ResourceExhausted names the bytes.
   virtual absl::StatusOr<HostBuffer> AllocateHost(size_t bytes, std::string_view what);
   // Copies behind all operations called before, beside those called later: they wait for it where
   // WaitFor is called with what this returns. Until then nobody uses or releases `to`; `from` lies
@@ -246,6 +246,13 @@ class Device {
   using UploadTicket = uint64_t;
   virtual UploadTicket StartUpload(void* to, std::span<const std::byte> from);
   virtual void WaitFor(UploadTicket upload);
+  // The same the other way: `to` lies in a HostBuffer and is filled when FinishDownload, which says
+  // what has failed as Download does, has returned. Operations called behind WaitForDownload may
+  // write `from`.
+  using DownloadTicket = uint64_t;
+  virtual DownloadTicket StartDownload(std::span<std::byte> to, const void* from);
+  virtual void WaitForDownload(DownloadTicket download);
+  virtual absl::Status FinishDownload(DownloadTicket download);
 
   // The dtype of elements in which the device computes with stored ones: holds them exactly.
   virtual DType WeightDType(DType stored) const;

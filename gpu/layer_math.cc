@@ -56,9 +56,11 @@ absl::StatusOr<LayerScratch> LayerMath::Allocate(uint32_t max_rows, Answers answ
   return s;
 }
 
-void LayerMath::Project(uint32_t layer, const float* x, uint32_t first, uint32_t rows,
-                        LayerScratch* s, const DevicePlace* place) {
+void LayerMath::Project(uint32_t layer, const float* x, std::span<const TokenRows> tokens,
+                        LayerScratch* s) {
   const ModelConfig& c = model_.config();
+  uint32_t rows = 0;
+  for (const TokenRows& t : tokens) rows += t.rows;
   const LayerWeights& w = model_.Layer(layer);
   device_.RmsNorm(x, w.attention_norm, c.norm_eps, s->norm.floats(), rows);
   for (const auto& [weight, out] :
@@ -66,8 +68,13 @@ void LayerMath::Project(uint32_t layer, const float* x, uint32_t first, uint32_t
     device_.MatMul(s->norm.floats(), *weight, out->floats(), rows, Device::Output::kOverwrite);
   }
   for (const auto& [turned, heads] : {std::pair{&s->q, c.heads}, {&s->k_wide, c.kv_heads}}) {
-    device_.Rope({turned->floats(), first, rows, heads, c.head_dim, rope_.inv_freq,
-                  rope_.attention_scale, place});
+    float* vectors = turned->floats();
+    for (const TokenRows& t : tokens) {
+      const RopeSpec& rope = t.rope != nullptr ? *t.rope : rope_;
+      device_.Rope({vectors, t.first, t.rows, heads, c.head_dim, rope.inv_freq,
+                    rope.attention_scale, t.place});
+      vectors += size_t{t.rows} * heads * c.head_dim;
+    }
   }
   const size_t elements = size_t{rows} * c.kv_heads * c.head_dim;
   device_.Round(s->k_wide.floats(), shape_.dtype, s->k.raw(), elements);
@@ -89,36 +96,56 @@ void LayerMath::Finish(uint32_t layer, float* x, uint32_t rows, LayerScratch* s)
   }
 }
 
-void LayerMath::Head(const float* x, float* norm, float* logits) {
-  device_.RmsNorm(x, model_.final_norm(), model_.config().norm_eps, norm, 1);
+// The head's tiles one behind the other, of each all rows.
+void LayerMath::Head(const float* x, uint32_t rows, float* norm, float* logits) {
+  device_.RmsNorm(x, model_.final_norm(), model_.config().norm_eps, norm, rows);
   for (size_t t = 0; t < model_.head_tiles(); ++t) {
     const HeadTile& tile = model_.Head(t);
-    device_.MatMul(norm, tile.weight, logits + tile.first, 1, Device::Output::kOverwrite);
+    device_.MatMul(norm, tile.weight, logits + rows * tile.first, rows, Device::Output::kOverwrite);
   }
 }
 
-absl::StatusOr<std::vector<float>> LayerMath::ReadLogits(const float* logits, uint32_t token) {
-  std::vector<float> out(model_.config().vocab);
-  QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(out)), logits));
-  for (size_t id = 0; id < out.size(); ++id) {
-    if (!std::isfinite(out[id])) {
+absl::StatusOr<std::vector<std::vector<float>>> LayerMath::ReadLogits(
+    const float* logits, std::span<const uint32_t> tokens) {
+  const size_t rows = tokens.size(), vocab = model_.config().vocab;
+  std::vector<float> tiles(rows * vocab);
+  QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(tiles)), logits));
+  std::vector<std::vector<float>> out(rows, std::vector<float>(vocab));
+  for (size_t t = 0; t < model_.head_tiles(); ++t) {
+    const size_t first = model_.head_tile_first(t), last = model_.head_tile_first(t + 1);
+    for (size_t r = 0; r < rows; ++r) {
+      const auto from = tiles.begin() + static_cast<ptrdiff_t>(rows * first + r * (last - first));
+      std::copy_n(from, last - first, out[r].begin() + static_cast<ptrdiff_t>(first));
+    }
+  }
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t id = 0; id < vocab; ++id) {
+      if (std::isfinite(out[r][id])) continue;
       return absl::InternalError(
-          absl::StrCat("the logit of id ", id, " after token ", token, " is ", out[id]));
+          absl::StrCat("the logit of id ", id, " after token ", tokens[r], " is ", out[r][id]));
     }
   }
   return out;
 }
 
-absl::StatusOr<std::vector<float>> LayerMath::Logits(const float* x, uint32_t token) {
+absl::StatusOr<std::vector<std::vector<float>>> LayerMath::Logits(
+    const float* x, std::span<const uint32_t> tokens) {
   const ModelConfig& c = model_.config();
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer norm, device_.Allocate(size_t{c.hidden} * 4, "last state"));
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer logits, device_.Allocate(size_t{c.vocab} * 4, "logits"));
-  Head(x, norm.floats(), logits.floats());
-  return ReadLogits(logits.floats(), token);
+  const size_t rows = tokens.size();
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer norm, device_.Allocate(rows * c.hidden * 4, "last states"));
+  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer logits, device_.Allocate(rows * c.vocab * 4, "logits"));
+  Head(x, static_cast<uint32_t>(rows), norm.floats(), logits.floats());
+  return ReadLogits(logits.floats(), tokens);
+}
+
+absl::StatusOr<std::vector<float>> LayerMath::Logits(const float* x, uint32_t token) {
+  QUARRY_ASSIGN_OR_RETURN(std::vector<std::vector<float>> logits, Logits(x, {&token, 1}));
+  return std::move(logits.front());
 }
 
 DeviceAttention LayerMath::Attention(uint32_t first, uint32_t rows, std::span<const DeviceKv> parts,
-                                     const LayerScratch& s) const {
+                                     const LayerScratch& s, uint32_t at) const {
+  const size_t heads = size_t{at} * shape_.heads;
   DeviceAttention a;
   a.parts = parts;
   a.dtype = shape_.dtype;
@@ -128,9 +155,9 @@ DeviceAttention LayerMath::Attention(uint32_t first, uint32_t rows, std::span<co
   a.first_token = first;
   a.rows = rows;
   a.window = model_.config().sliding_window;
-  a.q = s.q.floats();
-  a.o = s.o.floats();
-  a.lse = s.lse.floats();
+  a.q = s.q.floats() + heads * shape_.head_dim;
+  a.o = s.o.floats() + heads * shape_.head_dim;
+  a.lse = s.lse.floats() + heads;
   return a;
 }
 

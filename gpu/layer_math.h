@@ -27,6 +27,13 @@ struct LayerScratch {
 // Bytes of a scratch with room for the daemon's answers.
 uint64_t LayerScratchBytes(const ModelConfig& config, const KvShape& shape, uint32_t max_rows);
 
+// Consecutive tokens of one sequence, in the next rows of what is in work.
+struct TokenRows {
+  uint32_t first = 0, rows = 0;
+  const RopeSpec* rope = nullptr;      // null: that of the math
+  const DevicePlace* place = nullptr;  // not null: says on the device what `first` is
+};
+
 // Not thread-safe. Model and device outlive it.
 class LayerMath {
  public:
@@ -38,23 +45,33 @@ class LayerMath {
 
   absl::StatusOr<LayerScratch> Allocate(uint32_t max_rows, Answers answers) const;
 
-  // q, k and v of tokens [first, first + rows) from their hidden states x [rows][hidden]. k and v
-  // are rounded to the context's dtype before anybody attends them, so that local attention
-  // and the daemon's see the same. `place`, if not null, says on the device what `first` is.
-  void Project(uint32_t layer, const float* x, uint32_t first, uint32_t rows, LayerScratch* s,
-               const DevicePlace* place = nullptr);
+  // q, k and v of the tokens from their hidden states x [rows][hidden]. k and v are rounded to the
+  // context's dtype before anybody attends them, so that local attention and the daemon's see the
+  // same.
+  void Project(uint32_t layer, const float* x, std::span<const TokenRows> tokens, LayerScratch* s);
+  // Of tokens [first, first + rows).
+  void Project(uint32_t layer, const float* x, uint32_t first, uint32_t rows, LayerScratch* s) {
+    const TokenRows tokens{first, rows};
+    Project(layer, x, {&tokens, 1}, s);
+  }
   // Adds the output projection of s->o, then the MLP, to x.
   void Finish(uint32_t layer, float* x, uint32_t rows, LayerScratch* s);
-  // Of one token's hidden state x [hidden]; norm [hidden] is working memory, logits [vocab].
-  void Head(const float* x, float* norm, float* logits);
-  // Internal names the token if they are not finite: no token is to be chosen from such.
-  absl::StatusOr<std::vector<float>> ReadLogits(const float* logits, uint32_t token);
+  // Of some tokens' hidden states x [rows][hidden]; norm [rows][hidden] is working memory, logits
+  // has room for [rows][vocab], to be read by ReadLogits.
+  void Head(const float* x, uint32_t rows, float* norm, float* logits);
+  // After each of `tokens`, which names them in errors: Internal if they are not finite, for no
+  // token is to be chosen from such.
+  absl::StatusOr<std::vector<std::vector<float>>> ReadLogits(const float* logits,
+                                                             std::span<const uint32_t> tokens);
   // Both, with memory of their own.
+  absl::StatusOr<std::vector<std::vector<float>>> Logits(const float* x,
+                                                         std::span<const uint32_t> tokens);
   absl::StatusOr<std::vector<float>> Logits(const float* x, uint32_t token);
 
-  // What attention of tokens [first, first + rows) needs to know beside its parts.
+  // What attention of tokens [first, first + rows) needs to know beside its parts; they are the
+  // scratch's rows from `at` on.
   DeviceAttention Attention(uint32_t first, uint32_t rows, std::span<const DeviceKv> parts,
-                            const LayerScratch& s) const;
+                            const LayerScratch& s, uint32_t at = 0) const;
 
  private:
   const Model& model_;

@@ -7,12 +7,22 @@
 
 namespace quarry {
 
+absl::StatusOr<TokenSpan::Part> TokenSpan::Allocate(size_t bytes, std::string_view what) const {
+  Part part;
+  if (memory_ == KvMemory::kDevice) {
+    QUARRY_ASSIGN_OR_RETURN(part.on_device, device_->Allocate(bytes, what));
+  } else {
+    QUARRY_ASSIGN_OR_RETURN(part.on_host, device_->AllocateHost(bytes, what));
+  }
+  return part;
+}
+
 absl::Status TokenSpan::Grow(uint32_t capacity) {
   const size_t vector = shape_.vector_bytes();
   const size_t stride = size_t{capacity} * vector;
   // Both or neither: a refusal leaves the span as it was.
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer k, device_->Allocate(stride * shape_.kv_heads, "local K"));
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer v, device_->Allocate(stride * shape_.kv_heads, "local V"));
+  QUARRY_ASSIGN_OR_RETURN(Part k, Allocate(stride * shape_.kv_heads, "local K"));
+  QUARRY_ASSIGN_OR_RETURN(Part v, Allocate(stride * shape_.kv_heads, "local V"));
   for (const auto& [to, from] : {std::pair{&k, &k_}, {&v, &v_}}) {
     if (!tokens_.empty()) {
       device_->Copy({to->raw(), stride, from->raw() + at(tokens_.lo), head_stride(),
@@ -29,7 +39,7 @@ absl::Status TokenSpan::Compact() {
   const size_t bytes = tokens_.size() * shape_.vector_bytes();  // of a head
   QUARRY_ASSIGN_OR_RETURN(const DeviceBuffer between,
                           device_->Allocate(bytes * shape_.kv_heads, "local K and V on the move"));
-  for (const DeviceBuffer* part : {&k_, &v_}) {
+  for (const Part* part : {&k_, &v_}) {
     device_->Copy({between.raw(), bytes, part->raw() + at(tokens_.lo), head_stride(), bytes,
                    shape_.kv_heads});
     device_->Copy({part->raw(), head_stride(), between.raw(), bytes, bytes, shape_.kv_heads});
@@ -120,6 +130,11 @@ std::pair<TokenRange, TokenRange> LocalKv::Window::Kept(uint32_t tokens) const {
   if (everything) return {{}, {0, tokens}};
   const TokenRange head{0, std::min(first, tokens)};
   return {head, {std::max(head.hi, tokens > last ? tokens - last : 0), tokens}};
+}
+
+absl::Status LocalKv::Reserve(uint32_t tokens) {
+  if (window_.everything) return last_.Reserve(tokens);
+  return first_.Reserve(std::min(tokens, window_.first));
 }
 
 absl::Status LocalKv::Append(uint32_t first, uint32_t count, const void* k, const void* v) {

@@ -1,7 +1,9 @@
 // K and V that the worker keeps itself, one layer: everything, or the static window.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -11,16 +13,21 @@
 
 namespace quarry {
 
+// Where vectors lie: on the device, or in memory of the host that it reads and writes over its
+// link.
+enum class KvMemory : uint8_t { kDevice, kHost };
+
 // Consecutive tokens' K and V of one layer on a device, [kv_head][token][head_dim] each. Tokens
 // come at the end and leave at the front.
 class TokenSpan {
  public:
-  TokenSpan(Device* device, const KvShape& shape) : device_(device), shape_(shape) {}
+  TokenSpan(Device* device, const KvShape& shape, KvMemory memory = KvMemory::kDevice)
+      : device_(device), shape_(shape), memory_(memory) {}
 
   TokenRange tokens() const { return tokens_; }
   uint64_t bytes() const { return k_.bytes() + v_.bytes(); }  // with the room to grow
   size_t token_bytes() const { return shape_.kv_heads * shape_.vector_bytes(); }  // of K or V
-  TokenSpan Empty() const { return TokenSpan(device_, shape_); }
+  TokenSpan Empty() const { return TokenSpan(device_, shape_, memory_); }
 
   // Room for `tokens` more, so that appending them moves nothing. The memory stays the same, unless
   // it is too small.
@@ -43,6 +50,16 @@ class TokenSpan {
   uint32_t slot() const { return start_; }
 
  private:
+  // One of the two is empty.
+  struct Part {
+    DeviceBuffer on_device;
+    HostBuffer on_host;
+    std::byte* raw() const {
+      return on_device.bytes() > 0 ? on_device.raw() : on_host.bytes().data();
+    }
+    size_t bytes() const { return on_device.bytes() + on_host.bytes().size(); }
+  };
+  absl::StatusOr<Part> Allocate(size_t bytes, std::string_view what) const;
   absl::Status Grow(uint32_t capacity);
   // Moves what is held to the memory's beginning.
   absl::Status Compact();
@@ -54,7 +71,8 @@ class TokenSpan {
 
   Device* device_;
   KvShape shape_;
-  DeviceBuffer k_, v_;
+  KvMemory memory_;
+  Part k_, v_;
   uint32_t capacity_ = 0;  // tokens
   uint32_t start_ = 0;     // where tokens_.lo lies
   TokenRange tokens_;
@@ -72,8 +90,12 @@ class LocalKv {
     // What a context of `tokens` tokens keeps: its first tokens, and its last.
     std::pair<TokenRange, TokenRange> Kept(uint32_t tokens) const;
   };
-  LocalKv(Device* device, const KvShape& shape, Window window)
-      : LocalKv(window, TokenSpan(device, shape), TokenSpan(device, shape)) {}
+  LocalKv(Device* device, const KvShape& shape, Window window, KvMemory memory = KvMemory::kDevice)
+      : LocalKv(window, TokenSpan(device, shape, memory), TokenSpan(device, shape, memory)) {}
+
+  // Room for what a context of `tokens` tokens has in the window's first part, or, with everything,
+  // at all.
+  absl::Status Reserve(uint32_t tokens);
 
   // Tokens that follow what is held, or that begin the window's last part; on the device as
   // [token][kv_head][head_dim].

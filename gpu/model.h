@@ -47,6 +47,10 @@ class Model {
   const LayerWeights& Layer(uint32_t layer) const;
   const HeadTile& Head(size_t tile) const;
   size_t head_tiles() const { return head_.size(); }
+  // Their first row; behind the last tile, the vocabulary's end.
+  uint32_t head_tile_first(size_t tile) const {
+    return tile < head_.size() ? head_[tile].first : config_.vocab;
+  }
   const DeviceMatrix& final_norm() const { return final_norm_; }  // [1][hidden]
   // y[r] = embedding[tokens[r]], [tokens][hidden] on the device.
   absl::Status Embed(std::span<const uint32_t> tokens, float* y) const;

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "proto/check.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -30,27 +31,29 @@ absl::StatusOr<std::unique_ptr<RowStep>> RowStep::Create(const Model& model, Dev
   std::unique_ptr<RowStep> out(new RowStep(model, device, math, shape, options));
   const ModelConfig& c = model.config();
   const size_t hidden_bytes = size_t{c.hidden} * sizeof(float);
-  QUARRY_ASSIGN_OR_RETURN(out->x_, device.Allocate(options.rows * hidden_bytes, "hidden states"));
-  QUARRY_ASSIGN_OR_RETURN(out->norm_, device.Allocate(hidden_bytes, "last state"));
-  QUARRY_ASSIGN_OR_RETURN(out->logits_, device.Allocate(size_t{c.vocab} * sizeof(float), "logits"));
-  QUARRY_ASSIGN_OR_RETURN(out->scratch_, math.Allocate(options.rows, options.answers));
+  const uint32_t rows = out->rows(), sequences = options.sequences;
+  QUARRY_CHECK(sequences == 1 || options.rows == 1);
+  QUARRY_ASSIGN_OR_RETURN(out->x_, device.Allocate(rows * hidden_bytes, "hidden states"));
+  QUARRY_ASSIGN_OR_RETURN(out->norm_, device.Allocate(sequences * hidden_bytes, "last states"));
+  QUARRY_ASSIGN_OR_RETURN(out->logits_,
+                          device.Allocate(sequences * size_t{c.vocab} * sizeof(float), "logits"));
+  QUARRY_ASSIGN_OR_RETURN(out->scratch_, math.Allocate(rows, options.answers));
   if (options.answers == LayerMath::Answers::kFar) {
     QUARRY_ASSIGN_OR_RETURN(
-        out->outcomes_,
-        device.Allocate(shape.layers * RungOutcomeBytes(options.rows), "answers' heads"));
+        out->outcomes_, device.Allocate(shape.layers * RungOutcomeBytes(rows), "answers' heads"));
   }
   return out;
 }
 
-absl::Status RowStep::Run(std::span<const uint32_t> ids, uint32_t first,
-                          std::span<const LocalKv> local, const RungAttends* rung) {
-  QUARRY_RETURN_IF_ERROR(Tell(first, local, rung));
+absl::Status RowStep::Run(std::span<const uint32_t> ids, std::span<const Member> members,
+                          const RungAttends* rung) {
+  QUARRY_RETURN_IF_ERROR(Tell(members, rung));
   QUARRY_RETURN_IF_ERROR(model_.Embed(ids, x_.floats()));
-  if (Frame frame = FrameOf(local, rung); frame != frame_) {
+  if (Frame frame = FrameOf(members, rung); frame != frame_) {
     recording_.reset();
     frame_ = std::move(frame);
   } else if (recording_ == nullptr && records()) {
-    auto recording = device_.Record([&] { Call(first, local, rung); });
+    auto recording = device_.Record([&] { Call(members, rung); });
     if (recording.ok()) {
       recording_ = *std::move(recording);
     } else {
@@ -58,7 +61,7 @@ absl::Status RowStep::Run(std::span<const uint32_t> ids, uint32_t first,
     }
   }
   if (recording_ == nullptr) {
-    Call(first, local, rung);
+    Call(members, rung);
   } else {
     device_.Replay(*recording_);
     ++replays_;
@@ -68,24 +71,27 @@ absl::Status RowStep::Run(std::span<const uint32_t> ids, uint32_t first,
 
 RowStep::Told RowStep::Layout(const RungAttends* rung) const {
   Told told;
-  told.messages = Align(shape_.layers * sizeof(DevicePlace));
+  told.messages = Align(size_t{shape_.layers} * options_.sequences * sizeof(DevicePlace));
   told.heads = told.messages;
   if (rung != nullptr) told.heads += Align(rung->messages().size() * sizeof(RungMessage));
   told.bytes = told.heads + (rung != nullptr ? rung->heads().size() : 0);
   return told;
 }
 
-absl::Status RowStep::Tell(uint32_t first, std::span<const LocalKv> local,
-                           const RungAttends* rung) {
+absl::Status RowStep::Tell(std::span<const Member> members, const RungAttends* rung) {
   const Told told = Layout(rung);
   if (told_.bytes() != told.bytes) {  // and so is the frame another one
     told_.Reset();
     QUARRY_ASSIGN_OR_RETURN(told_, device_.Allocate(told.bytes, "places and requests' heads"));
   }
   std::vector<std::byte> bytes(told.bytes);
-  for (size_t l = 0; l < local.size(); ++l) {
-    const DevicePlace place = local[l].Place(first);
-    std::memcpy(bytes.data() + l * sizeof(place), &place, sizeof(place));
+  std::byte* to = bytes.data();
+  for (uint32_t l = 0; l < shape_.layers; ++l) {
+    for (const Member& member : members) {
+      const DevicePlace place = member.local[l].Place(member.first);
+      std::memcpy(to, &place, sizeof(place));
+      to += sizeof(place);
+    }
   }
   if (rung != nullptr) {
     const std::span<const RungMessage> messages = rung->messages();
@@ -95,12 +101,14 @@ absl::Status RowStep::Tell(uint32_t first, std::span<const LocalKv> local,
   return device_.Upload(told_.raw(), bytes);
 }
 
-RowStep::Frame RowStep::FrameOf(std::span<const LocalKv> local, const RungAttends* rung) {
+RowStep::Frame RowStep::FrameOf(std::span<const Member> members, const RungAttends* rung) {
   Frame frame;
-  for (const LocalKv& kv : local) {
-    std::vector<DeviceKv> parts = kv.PlacedParts();
-    parts.back().tokens = {};
-    frame.kv.push_back(std::move(parts));
+  for (const Member& member : members) {
+    for (const LocalKv& kv : member.local) {
+      std::vector<DeviceKv> parts = kv.PlacedParts();
+      parts.back().tokens = {};
+      frame.kv.push_back(std::move(parts));
+    }
   }
   if (rung == nullptr) return frame;
   frame.layout = rung->layout();
@@ -111,31 +119,44 @@ RowStep::Frame RowStep::FrameOf(std::span<const LocalKv> local, const RungAttend
   return frame;
 }
 
-void RowStep::Call(uint32_t first, std::span<const LocalKv> local, const RungAttends* rung) {
+void RowStep::Call(std::span<const Member> members, const RungAttends* rung) {
   float* const x = x_.floats();
   for (uint32_t l = 0; l < shape_.layers; ++l) {
-    math_.Project(l, x, first, rows(), &scratch_, PlaceOf(l));
+    std::vector<TokenRows> tokens;
+    for (size_t m = 0; m < members.size(); ++m) {
+      tokens.push_back({members[m].first, options_.rows, members[m].rope, PlaceOf(l, m)});
+    }
+    math_.Project(l, x, tokens, &scratch_);
     if (rung == nullptr) {
-      AttendLocal(l, first, local[l]);
+      AttendLocal(l, members);
     } else {
       const DeviceRing ring = RingOf(l, *rung);
       device_.Ring(ring);
-      AttendLocal(l, first, local[l]);  // while the daemon works
+      AttendLocal(l, members);  // while the daemon works
       device_.TakeAnswer(ring);
     }
     math_.Finish(l, x, rows(), &scratch_);
   }
-  math_.Head(x + size_t{rows() - 1} * model_.config().hidden, norm_.floats(), logits_.floats());
+  // With several sequences, all rows are last ones.
+  const size_t skipped = rows() - options_.sequences;
+  math_.Head(x + skipped * model_.config().hidden, options_.sequences, norm_.floats(),
+             logits_.floats());
 }
 
-void RowStep::AttendLocal(uint32_t layer, uint32_t first, const LocalKv& local) {
-  DeviceKvStore store = local.StoreOf(first, rows(), scratch_.k.raw(), scratch_.v.raw());
-  store.place = PlaceOf(layer);
-  device_.StoreKv(store);
-  const std::vector<DeviceKv> parts = local.PlacedParts();
-  DeviceAttention attention = math_.Attention(first, rows(), parts, scratch_);
-  attention.place = PlaceOf(layer);
-  device_.Attend(attention);
+void RowStep::AttendLocal(uint32_t layer, std::span<const Member> members) {
+  const size_t kv_bytes = shape_.kv_heads * shape_.vector_bytes();  // of a row
+  for (size_t m = 0; m < members.size(); ++m) {
+    const auto& [first, rope, local] = members[m];
+    const auto at = static_cast<uint32_t>(m) * options_.rows;
+    DeviceKvStore store = local[layer].StoreOf(
+        first, options_.rows, scratch_.k.raw() + at * kv_bytes, scratch_.v.raw() + at * kv_bytes);
+    store.place = PlaceOf(layer, m);
+    device_.StoreKv(store);
+    const std::vector<DeviceKv> parts = local[layer].PlacedParts();
+    DeviceAttention attention = math_.Attention(first, options_.rows, parts, scratch_, at);
+    attention.place = PlaceOf(layer, m);
+    device_.Attend(attention);
+  }
 }
 
 DeviceRing RowStep::RingOf(uint32_t layer, const RungAttends& rung) const {
@@ -166,7 +187,7 @@ absl::StatusOr<std::vector<std::byte>> RowStep::Outcomes() {
   return out;
 }
 
-absl::StatusOr<std::vector<float>> RowStep::Logits(uint32_t last) {
+absl::StatusOr<std::vector<std::vector<float>>> RowStep::Logits(std::span<const uint32_t> last) {
   return math_.ReadLogits(logits_.floats(), last);
 }
 

@@ -1,5 +1,6 @@
-// A step of decode: a few rows of tokens through all layers, from their ids to the logits of the
-// last one, by operations of the device alone.
+// A step of decode: a few rows of tokens of a sequence, or the next token of each of several,
+// through all layers, from their ids to the logits of each sequence's last one, by operations of
+// the device alone.
 #pragma once
 
 #include <cstddef>
@@ -26,30 +27,37 @@ class RowStep {
  public:
   enum class Recording { kOff, kOn };
   struct Options {
-    uint32_t rows = 1;
+    uint32_t sequences = 1;
+    uint32_t rows = 1;  // of each; one, where there are several
     // Where attention's other part comes from: the daemon's answers, or nowhere.
     LayerMath::Answers answers = LayerMath::Answers::kNone;
     Recording recording = Recording::kOn;
   };
-  // Takes the memory of `rows` rows, with that of logits. Errors are those of Allocate.
+  // One sequence of a step.
+  struct Member {
+    uint32_t first = 0;              // the token of its first row
+    const RopeSpec* rope = nullptr;  // the same whenever the step runs
+    std::span<const LocalKv> local;  // has been extended by the rows, layer by layer
+  };
+  // Takes the memory of all rows, with that of logits. Errors are those of Allocate.
   static absl::StatusOr<std::unique_ptr<RowStep>> Create(const Model& model, Device& device,
                                                          LayerMath& math, const KvShape& shape,
                                                          const Options& options);
 
-  uint32_t rows() const { return options_.rows; }
+  uint32_t sequences() const { return options_.sequences; }
+  uint32_t rows() const { return options_.sequences * options_.rows; }  // of all
   // Whether steps after this one may be replays.
   bool records() const { return options_.recording == Recording::kOn; }
   uint64_t replays() const { return replays_; }  // so far
 
-  // Calls the operations for tokens [first, first + rows) with these ids. `local` has been extended
-  // by them, layer by layer. `rung` has a message for each layer; null without the daemon. After an
-  // error nothing is rung.
-  absl::Status Run(std::span<const uint32_t> ids, uint32_t first, std::span<const LocalKv> local,
+  // Calls the operations for rows with these ids, one member's behind the other's. `rung` has a
+  // message for each layer; null without the daemon. After an error nothing is rung.
+  absl::Status Run(std::span<const uint32_t> ids, std::span<const Member> members,
                    const RungAttends* rung);
   // Both wait for the operations. What was seen of the answers, [layers][RungOutcomeBytes(rows)].
   absl::StatusOr<std::vector<std::byte>> Outcomes();
-  // After token `last`; errors as LayerMath's.
-  absl::StatusOr<std::vector<float>> Logits(uint32_t last);
+  // After each sequence's last token, which has this number; errors as LayerMath's.
+  absl::StatusOr<std::vector<std::vector<float>>> Logits(std::span<const uint32_t> last);
 
  private:
   // The memory that recorded operations use beside the step's own.
@@ -57,7 +65,8 @@ class RowStep {
     RungLayout layout;
     const std::byte* slot = nullptr;
     std::vector<uint32_t> answered_bits;    // by layer
-    std::vector<std::vector<DeviceKv>> kv;  // by layer; without the growing part's tokens
+    // By member and layer; without the growing part's tokens.
+    std::vector<std::vector<DeviceKv>> kv;
     bool operator==(const Frame&) const = default;
   };
   // What the host says of a step: offsets in told_.
@@ -68,13 +77,13 @@ class RowStep {
   RowStep(const Model& model, Device& device, LayerMath& math, const KvShape& shape,
           const Options& options);
   Told Layout(const RungAttends* rung) const;
-  absl::Status Tell(uint32_t first, std::span<const LocalKv> local, const RungAttends* rung);
-  static Frame FrameOf(std::span<const LocalKv> local, const RungAttends* rung);
-  void Call(uint32_t first, std::span<const LocalKv> local, const RungAttends* rung);
-  void AttendLocal(uint32_t layer, uint32_t first, const LocalKv& local);
+  absl::Status Tell(std::span<const Member> members, const RungAttends* rung);
+  static Frame FrameOf(std::span<const Member> members, const RungAttends* rung);
+  void Call(std::span<const Member> members, const RungAttends* rung);
+  void AttendLocal(uint32_t layer, std::span<const Member> members);
   DeviceRing RingOf(uint32_t layer, const RungAttends& rung) const;
-  const DevicePlace* PlaceOf(uint32_t layer) const {
-    return reinterpret_cast<const DevicePlace*>(told_.raw()) + layer;
+  const DevicePlace* PlaceOf(uint32_t layer, size_t member) const {
+    return reinterpret_cast<const DevicePlace*>(told_.raw()) + layer * options_.sequences + member;
   }
 
   const Model& model_;
@@ -83,9 +92,9 @@ class RowStep {
   const KvShape shape_;
   Options options_;
   DeviceBuffer x_;              // [rows][hidden]
-  DeviceBuffer norm_, logits_;  // [hidden], [vocab] of the last row
+  DeviceBuffer norm_, logits_;  // [sequences][hidden], [sequences][vocab] of the last rows
   DeviceBuffer outcomes_;       // [layers][RungOutcomeBytes(rows)]
-  DeviceBuffer told_;           // DevicePlace[layers], RungMessage[layers], the messages' heads
+  DeviceBuffer told_;  // DevicePlace[layers][sequences], RungMessage[layers], the messages' heads
   LayerScratch scratch_;
   Frame frame_;                                 // of the step before
   std::unique_ptr<DeviceRecording> recording_;  // for frame_; null: none yet

@@ -53,7 +53,7 @@ absl::StatusOr<std::unique_ptr<Sequence>> Sequence::Open(const Model& model, Dev
   QUARRY_RETURN_IF_ERROR(out->CheckPatterns());
   if (options.patterns != nullptr) out->recipe_ = RecipeOf(*options.patterns);
   for (uint32_t l = 0; l < spec.shape.layers; ++l) {
-    out->local_.emplace_back(&device, spec.shape, out->options_.window);
+    out->local_.emplace_back(&device, spec.shape, out->options_.window, options.local_kv);
   }
   if (service == nullptr) return out;
   OpenRequest request;
@@ -147,20 +147,28 @@ uint64_t Sequence::local_kv_bytes() const {
   return bytes;
 }
 
-absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> tokens, Role role) {
+absl::Status Sequence::Check(std::span<const uint32_t> tokens) const {
   if (broken_) return absl::FailedPreconditionError("the sequence has failed before");
   if (tokens.empty()) return absl::InvalidArgumentError("no tokens to run");
   QUARRY_RETURN_IF_ERROR(CheckTokens(tokens));
   QUARRY_RETURN_IF_ERROR(CheckDeclared(tokens));
-  QUARRY_RETURN_IF_ERROR(CheckEnd(tokens));
+  return CheckEnd(tokens);
+}
+
+absl::Status Sequence::Break(const absl::Status& status) {
+  broken_ = true;
+  return absl::Status(status.code(),
+                      absl::StrCat("token ", tokens_, " is void: ", status.message()));
+}
+
+absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> tokens, Role role) {
+  QUARRY_RETURN_IF_ERROR(Check(tokens));
   if (options_.recorder != nullptr && role == Role::kPrompt) {
     options_.recorder->BeginPrompt({tokens_, tokens_ + static_cast<uint32_t>(tokens.size())});
   }
   absl::StatusOr<std::vector<float>> logits = Run(tokens, role);
   if (logits.ok()) return logits;
-  broken_ = true;
-  return absl::Status(logits.status().code(),
-                      absl::StrCat("token ", tokens_, " is void: ", logits.status().message()));
+  return Break(logits.status());
 }
 
 absl::StatusOr<std::vector<float>> Sequence::Run(std::span<const uint32_t> tokens, Role role) {
@@ -191,7 +199,7 @@ uint32_t Sequence::SkipShifted() {
   }
   if (tokens_ == first) return 0;
   // The window now ends with tokens that the service has.
-  for (LocalKv& kv : local_) kv = LocalKv(&device_, shape_, options_.window);
+  for (LocalKv& kv : local_) kv = LocalKv(&device_, shape_, options_.window, options_.local_kv);
   window_loaded_ = false;
   shifted_tokens_ += tokens_ - first;
   return tokens_ - first;
@@ -205,10 +213,9 @@ absl::StatusOr<DeviceBuffer> Sequence::Embed(std::span<const uint32_t> tokens) {
   return x;
 }
 
-absl::Status Sequence::Record(uint32_t layer, uint32_t first, uint32_t rows,
-                              const LayerScratch& scratch) {
+absl::Status Sequence::Record(uint32_t layer, uint32_t first, uint32_t rows, const float* q) {
   if (options_.recorder == nullptr) return absl::OkStatus();
-  return options_.recorder->Take(layer, first, rows, scratch.q.floats(), device_);
+  return options_.recorder->Take(layer, first, rows, q, device_);
 }
 
 absl::Status Sequence::ReadKv(uint32_t layer, std::span<std::byte> k, std::span<std::byte> v) {

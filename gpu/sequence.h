@@ -13,7 +13,7 @@
 #include "gpu/local_kv.h"
 #include "gpu/model.h"
 #include "gpu/query_recorder.h"
-#include "gpu/row_step.h"
+#include "gpu/row_batch.h"
 #include "gpu/sparse/pattern.h"
 #include "proto/retrieval_types.h"
 
@@ -27,6 +27,7 @@ struct AttendBudget {
 
 struct SequenceOptions {
   LocalKv::Window window;         // `everything` follows from there being no service
+  KvMemory local_kv = KvMemory::kDevice;  // where the window's K/V lie, or all that are here
   DType kv_dtype = DType::kBf16;  // K/V are rounded to it before anybody attends them
   AttendBudget budget;            // of tokens that are not the prompt's
   // New tokens up to this many attend through the daemon, row by row; more are prefilled with the
@@ -109,10 +110,12 @@ class Sequence {
   ContextId context() const { return context_; }
   uint64_t local_kv_bytes() const;
   // Of the step that is kept: rows of the number that came last.
-  uint64_t replayed_steps() const { return step_ != nullptr ? step_->replays() : 0; }
+  uint64_t replayed_steps() const { return kept_.step != nullptr ? kept_.step->replays() : 0; }
   const AttendCost& cost() const { return cost_; }
 
  private:
+  friend class RowBatch;
+  friend class SequenceBatch;
   class Appender;  // sends K/V to the service while the next chunk or layer runs
 
   Sequence(const Model& model, Device& device, KvService* service, const SequenceOptions& options,
@@ -123,12 +126,17 @@ class Sequence {
   absl::Status CheckDeclared(std::span<const uint32_t> tokens) const;
   absl::Status DeclareNew(std::span<const uint32_t> tokens);
   absl::Status CheckEnd(std::span<const uint32_t> tokens) const;
+  // Whether Extend can begin.
+  absl::Status Check(std::span<const uint32_t> tokens) const;
+  // After an error; returns it with the token's number.
+  absl::Status Break(const absl::Status& status);
   absl::StatusOr<std::vector<float>> Run(std::span<const uint32_t> tokens, Role role);
   absl::StatusOr<std::vector<float>> RunNext(std::span<const uint32_t> tokens, Role role);
   // Goes on behind the reused tokens that come next; returns how many there are.
   uint32_t SkipShifted();
   absl::StatusOr<DeviceBuffer> Embed(std::span<const uint32_t> tokens);
-  absl::Status Record(uint32_t layer, uint32_t first, uint32_t rows, const LayerScratch& scratch);
+  // q: their queries, on the device.
+  absl::Status Record(uint32_t layer, uint32_t first, uint32_t rows, const float* q);
   absl::Status ReadLocalKv(uint32_t layer, std::span<std::byte> k, std::span<std::byte> v);
 
   // sequence_prefill.cc: many tokens, a layer at a time, the layer's K/V in one buffer.
@@ -148,26 +156,17 @@ class Sequence {
 
   // sequence_rows.cc: few tokens; the window here, the rest in the daemon, merged.
   absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens, Role role);
+  // row_batch.cc; without a daemon, all K/V are here.
   absl::StatusOr<std::vector<float>> RunRows(std::span<const uint32_t> tokens,
                                              const Budget& budget);
-  std::vector<AttendRow> AskedRows(uint32_t layer, uint32_t rows, const Budget& budget) const;
-  // The host sends them, layer by layer.
-  absl::StatusOr<std::vector<float>> RunSentRows(std::span<const uint32_t> tokens,
-                                                 const Budget& budget);
-  absl::Status AttendLayer(uint32_t layer, uint32_t rows, const Budget& budget,
-                           LayerScratch* scratch);
-  // The window's K/V of the rows is stored here; their attention over it.
-  absl::Status AttendWindow(uint32_t layer, uint32_t rows, LayerScratch* scratch);
-  void CountReach(const DeviceAttention& attention);
-  absl::Status TakeAnswers(std::span<const AttendRow> asked, std::span<const AttendAnswer> answers);
-
-  // sequence_steps.cc: the same rows without the host on the path, or without a daemon.
   bool IsOwnStep(std::span<const uint32_t> tokens) const;
   absl::StatusOr<std::vector<float>> RunOwnRows(std::span<const uint32_t> tokens);
-  absl::StatusOr<std::vector<float>> RunRungRows(std::span<const uint32_t> tokens,
-                                                 std::span<const AttendRow> asked);
-  absl::Status PrepareStep(uint32_t rows);
-  void CountStep();
+  void Advance(uint32_t rows);
+  std::vector<AttendRow> AskedRows(uint32_t layer, uint32_t rows, const Budget& budget) const;
+  absl::Status AttendWindow(uint32_t layer, uint32_t rows, const LayerScratch& scratch,
+                            uint32_t at);
+  void CountReach(const DeviceAttention& attention);
+  absl::Status TakeAnswers(std::span<const AttendRow> asked, std::span<const AttendAnswer> answers);
 
   absl::StatusOr<Budget> SettleBudget(Role role);
   absl::Status ForkContext(const NumericRecipe& recipe);
@@ -192,8 +191,7 @@ class Sequence {
   bool window_loaded_ = true;  // false: a reused prefix whose window is still to be read
   bool broken_ = false;
   std::vector<LocalKv> local_;  // by layer
-  std::unique_ptr<RowStep> step_;  // of the latest rows; null: none, or it was of no more use
-  bool records_ = true;            // false: the device kept no step of so few rows
+  RowBatch::Kept kept_;         // of the latest rows
   AttendCost cost_;
 };
 

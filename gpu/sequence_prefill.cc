@@ -2,7 +2,9 @@
 // of all tokens and the K/V of one layer are on the device, nothing else grows with the context.
 // A sparse layer takes two passes: keys and values of all tokens, then attention.
 #include <algorithm>
+#include <array>
 #include <future>
+#include <optional>
 #include <utility>
 
 #include "gpu/sequence.h"
@@ -26,37 +28,88 @@ std::vector<uint32_t> SampledPositions(TokenRange prefill, uint32_t count) {
 
 }  // namespace
 
-// One append in flight beside the computation, with the memory that it reads.
+// What a prefill's chunks send to the service: while one is computed, the one before it is on its
+// way down from the device, and the one before that is appended.
 class Sequence::Appender {
  public:
-  explicit Appender(KvService* service) : service_(service) {}
+  Appender(KvService* service, Device* device) : service_(service), device_(device) {}
   ~Appender() { (void)Finish(); }
   Appender(const Appender&) = delete;
   Appender& operator=(const Appender&) = delete;
 
-  struct Payload {
-    std::vector<std::byte> k, v;
-    std::vector<float> samples;
+  // Memory for chunks of at most so many bytes of K, and samples of q_bytes each.
+  absl::Status Reserve(size_t kv_bytes, uint32_t samples, size_t q_bytes) {
+    q_bytes_ = q_bytes;
+    for (Chunk& chunk : chunks_) {
+      for (auto [buffer, bytes] : {std::pair{&chunk.k, kv_bytes},
+                                   {&chunk.v, kv_bytes},
+                                   {&chunk.samples, samples * q_bytes}}) {
+        if (bytes == 0) continue;
+        QUARRY_ASSIGN_OR_RETURN(*buffer, device_->AllocateHost(bytes, "K/V on their way"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  // k and v, [tokens][kv_heads][head_dim] of the device, and the queries of some positions, rising;
+  // q is that of the range's first token. They stay as they are until WaitForCopies.
+  absl::Status Send(AppendRequest request, size_t kv_bytes, const void* k, const void* v,
+                    std::vector<uint32_t> positions, const std::byte* q) {
+    QUARRY_RETURN_IF_ERROR(AppendLatest());
+    Chunk& chunk = chunks_[next_];  // what it held is appended
+    next_ = 1 - next_;
+    chunk.positions = std::move(positions);
+    request.k = chunk.k.bytes().data();
+    request.v = chunk.v.bytes().data();
+    request.query_samples = reinterpret_cast<const float*>(chunk.samples.bytes().data());
+    request.query_positions = chunk.positions;
+    device_->StartDownload(chunk.k.bytes().first(kv_bytes), k);
+    copied_ = device_->StartDownload(chunk.v.bytes().first(kv_bytes), v);
+    std::span<std::byte> to = chunk.samples.bytes();
+    for (size_t i = 0, n = 1; i < chunk.positions.size(); i += n) {  // n of them are neighbours
+      const uint32_t first = chunk.positions[i];
+      for (n = 1; i + n < chunk.positions.size() && chunk.positions[i + n] == first + n;) ++n;
+      copied_ =
+          device_->StartDownload(to.first(n * q_bytes_), q + (first - request.range.lo) * q_bytes_);
+      to = to.subspan(n * q_bytes_);
+    }
+    latest_ = std::move(request);
+    return absl::OkStatus();
+  }
+  // Operations called from here on may write what was sent.
+  void WaitForCopies() {
+    if (latest_.has_value()) device_->WaitForDownload(copied_);
+  }
+  absl::Status Finish() {
+    const absl::Status latest = AppendLatest();
+    const absl::Status appended = AwaitAppend();
+    return latest.ok() ? appended : latest;
+  }
+
+ private:
+  struct Chunk {
+    HostBuffer k, v, samples;
     std::vector<uint32_t> positions;
   };
 
-  // Waits for the append before it.
-  absl::Status Start(AppendRequest request, Payload payload) {
-    QUARRY_RETURN_IF_ERROR(Finish());
-    payload_ = std::move(payload);
-    request.k = payload_.k.data();
-    request.v = payload_.v.data();
-    request.query_samples = payload_.samples.data();
-    request.query_positions = payload_.positions;
+  absl::Status AwaitAppend() { return pending_.valid() ? pending_.get() : absl::OkStatus(); }
+  absl::Status AppendLatest() {
+    if (!latest_.has_value()) return absl::OkStatus();
+    const AppendRequest request = *std::exchange(latest_, std::nullopt);
+    QUARRY_RETURN_IF_ERROR(device_->FinishDownload(copied_));
+    QUARRY_RETURN_IF_ERROR(AwaitAppend());
     pending_ = std::async(std::launch::async,
                           [service = service_, request] { return service->Append(request); });
     return absl::OkStatus();
   }
-  absl::Status Finish() { return pending_.valid() ? pending_.get() : absl::OkStatus(); }
 
- private:
   KvService* const service_;
-  Payload payload_;
+  Device* const device_;
+  size_t q_bytes_ = 0;  // of a position's queries
+  std::array<Chunk, 2> chunks_;
+  size_t next_ = 0;
+  std::optional<AppendRequest> latest_;  // on its way down
+  Device::DownloadTicket copied_ = 0;    // when it is here
   std::future<absl::Status> pending_;
 };
 
@@ -68,7 +121,13 @@ absl::StatusOr<std::vector<float>> Sequence::Prefill(std::span<const uint32_t> t
                                          LayerMath::Answers::kNone));
   TokenSpan buffer(&device_, shape_);
   if (service_ != nullptr) QUARRY_RETURN_IF_ERROR(buffer.Reserve(tokens_ + rows));
-  Appender appender(service_);
+  Appender appender(service_, &device_);
+  if (service_ != nullptr) {
+    const size_t row_bytes = shape_.kv_heads * shape_.vector_bytes();
+    QUARRY_RETURN_IF_ERROR(appender.Reserve(scratch.max_rows * row_bytes,
+                                            std::min(rows, options_.query_samples),
+                                            size_t{shape_.heads} * shape_.head_dim * 4));
+  }
   for (uint32_t l = 0; l < shape_.layers; ++l) {
     QUARRY_RETURN_IF_ERROR(PrefillLayer(l, x.floats(), rows, &scratch, &buffer, &appender));
   }
@@ -85,14 +144,16 @@ absl::Status Sequence::PrefillLayer(uint32_t layer, float* x, uint32_t rows, Lay
   if (service_ != nullptr) {
     // What is before the new tokens, all of it, be it in the window or not.
     buffer->Clear();
+    appender->WaitForCopies();
     QUARRY_RETURN_IF_ERROR(LoadTokens(layer, {0, tokens_}, scratch, buffer, nullptr));
   }
   const bool sparse = IsSparse(layer);
   for (uint32_t lo = prefill.lo; lo < prefill.hi;) {
     const TokenRange chunk{lo, std::min(lo + scratch->max_rows, prefill.hi)};
     float* states = x + size_t{lo - prefill.lo} * model_.config().hidden;
+    appender->WaitForCopies();
     math_.Project(layer, states, lo, chunk.size(), scratch);
-    QUARRY_RETURN_IF_ERROR(Record(layer, lo, chunk.size(), *scratch));
+    QUARRY_RETURN_IF_ERROR(Record(layer, lo, chunk.size(), scratch->q.floats()));
     QUARRY_RETURN_IF_ERROR(StoreChunk(layer, chunk, prefill, *scratch, buffer, appender));
     lo = chunk.hi;
     if (sparse) continue;  // which needs the keys of all chunks and the last queries first
@@ -103,7 +164,10 @@ absl::Status Sequence::PrefillLayer(uint32_t layer, float* x, uint32_t rows, Lay
     if (tokens_ > 0 && rows <= options_.max_attend_rows) CountReach(attention);
     math_.Finish(layer, states, chunk.size(), scratch);
   }
-  if (sparse) QUARRY_RETURN_IF_ERROR(AttendLayerSparsely(layer, x, prefill, scratch, *buffer));
+  if (sparse) {
+    appender->WaitForCopies();
+    QUARRY_RETURN_IF_ERROR(AttendLayerSparsely(layer, x, prefill, scratch, *buffer));
+  }
   return service_ != nullptr ? local.Assign(*buffer, prefill.hi) : absl::OkStatus();
 }
 
@@ -158,28 +222,19 @@ absl::Status Sequence::AttendLayerSparsely(uint32_t layer, float* x, TokenRange 
 // K and V of a chunk, with its share of the prefill's query samples, go to the service.
 absl::Status Sequence::SendChunk(uint32_t layer, TokenRange range, TokenRange prefill,
                                  const LayerScratch& scratch, Appender* appender) {
-  const size_t q_width = size_t{shape_.heads} * shape_.head_dim;
   const size_t bytes = size_t{range.size()} * shape_.kv_heads * shape_.vector_bytes();
-  Appender::Payload payload;
-  payload.k.resize(bytes);
-  payload.v.resize(bytes);
-  QUARRY_RETURN_IF_ERROR(device_.Download(payload.k, scratch.k.raw()));
-  QUARRY_RETURN_IF_ERROR(device_.Download(payload.v, scratch.v.raw()));
+  std::vector<uint32_t> positions;
   for (const uint32_t token : SampledPositions(prefill, options_.query_samples)) {
-    if (token < range.lo || token >= range.hi) continue;
-    payload.positions.push_back(token);
-    payload.samples.resize(payload.samples.size() + q_width);
-    QUARRY_RETURN_IF_ERROR(
-        device_.Download(std::as_writable_bytes(std::span(payload.samples).last(q_width)),
-                         scratch.q.floats() + (token - range.lo) * q_width));
+    if (token >= range.lo && token < range.hi) positions.push_back(token);
   }
-  cost_.bytes_moved += 2 * bytes + payload.samples.size() * 4;
+  cost_.bytes_moved += 2 * bytes + positions.size() * shape_.heads * shape_.head_dim * 4;
   AppendRequest append;
   append.context = context_;
   append.layer = layer;
   append.kv_heads = shape_.kv_heads;
   append.range = range;
-  return appender->Start(append, std::move(payload));
+  return appender->Send(append, bytes, scratch.k.raw(), scratch.v.raw(), std::move(positions),
+                        scratch.q.raw());
 }
 
 // Reads tokens back from the service, a scratch's worth at a time, into one of the two.
@@ -212,6 +267,10 @@ absl::Status Sequence::LoadWindow() {
                           math_.Allocate(std::min(rows, std::max(1u, options_.prefill_rows)),
                                          LayerMath::Answers::kNone));
   for (uint32_t l = 0; l < shape_.layers; ++l) {
+    // Memory of the host is slow to come by.
+    if (options_.local_kv == KvMemory::kHost) {
+      QUARRY_RETURN_IF_ERROR(local_[l].Reserve(max_tokens_));
+    }
     for (const TokenRange& range : {first, last}) {
       QUARRY_RETURN_IF_ERROR(LoadTokens(l, range, &staging, nullptr, &local_[l]));
     }

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "gpu/row_batch.h"
 #include "gpu/sequence.h"
 #include "proto/identity.h"
 #include "proto/status_macros.h"
@@ -63,8 +64,7 @@ absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t
       logits = RunRows(rows, budget);
     }
     if (!logits.ok()) return logits;
-    tokens_ += static_cast<uint32_t>(rows.size());
-    for (LocalKv& kv : local_) kv.Slide(tokens_);
+    Advance(static_cast<uint32_t>(rows.size()));
   }
   return logits;
 }
@@ -74,40 +74,34 @@ absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t
 absl::Status Sequence::Recover() {
   for (LocalKv& kv : local_) kv.Truncate(tokens_);
   ++cost_.recoveries;
-  return ForkContext(recipe_);
+  return service_ != nullptr ? ForkContext(recipe_) : absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<float>> Sequence::RunRows(std::span<const uint32_t> tokens,
                                                      const Budget& budget) {
-  // The daemon's poller spins while a token is in work.
-  struct Armed {
-    explicit Armed(KvService* s) : service(s) { service->Arm(true); }
-    ~Armed() { service->Arm(false); }
-    KvService* const service;
-  };
-  const auto rows = static_cast<uint32_t>(tokens.size());
-  const Armed armed(service_);
-  if (options_.device_rings && options_.recorder == nullptr) {
-    const std::vector<AttendRow> asked = AskedRows(0, rows, budget);
-    const bool all_ask = std::none_of(asked.begin(), asked.end(),
-                                      [](const AttendRow& row) { return row.range.empty(); });
-    if (all_ask) return RunRungRows(tokens, asked);
-  }
-  return RunSentRows(tokens, budget);
+  const RowBatch::Member member{this, tokens, budget};
+  QUARRY_ASSIGN_OR_RETURN(std::vector<std::vector<float>> logits,
+                          RowBatch({&member, 1}, &kept_).Run());
+  return std::move(logits.front());
 }
 
-absl::StatusOr<std::vector<float>> Sequence::RunSentRows(std::span<const uint32_t> tokens,
-                                                         const Budget& budget) {
-  const auto rows = static_cast<uint32_t>(tokens.size());
-  QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x, Embed(tokens));
-  QUARRY_ASSIGN_OR_RETURN(LayerScratch scratch, math_.Allocate(rows, LayerMath::Answers::kFar));
-  for (uint32_t l = 0; l < shape_.layers; ++l) {
-    math_.Project(l, x.floats(), tokens_, rows, &scratch);
-    QUARRY_RETURN_IF_ERROR(Record(l, tokens_, rows, scratch));
-    QUARRY_RETURN_IF_ERROR(AttendLayer(l, rows, budget, &scratch));
-    math_.Finish(l, x.floats(), rows, &scratch);
-  }
-  return math_.Logits(x.floats() + size_t{rows - 1} * model_.config().hidden, tokens_ + rows - 1);
+// Goes on behind rows that have run.
+void Sequence::Advance(uint32_t rows) {
+  tokens_ += rows;
+  for (LocalKv& kv : local_) kv.Slide(tokens_);
+}
+
+// Whether tokens are decode's, with all K/V here; a prefill would do the same in more operations.
+bool Sequence::IsOwnStep(std::span<const uint32_t> tokens) const {
+  return tokens_ > 0 &&
+         tokens.size() <= std::min(RowBatch::kMaxKeptRows, options_.max_attend_rows) &&
+         options_.patterns == nullptr && options_.recorder == nullptr;
+}
+
+absl::StatusOr<std::vector<float>> Sequence::RunOwnRows(std::span<const uint32_t> tokens) {
+  absl::StatusOr<std::vector<float>> logits = RunRows(tokens, {});
+  Advance(static_cast<uint32_t>(tokens.size()));
+  return logits;
 }
 
 // What the daemon is asked for the next tokens of a layer, without buffers.
@@ -130,41 +124,14 @@ std::vector<AttendRow> Sequence::AskedRows(uint32_t layer, uint32_t rows,
   return asked;
 }
 
-absl::Status Sequence::AttendLayer(uint32_t layer, uint32_t rows, const Budget& budget,
-                                   LayerScratch* scratch) {
-  const size_t q_width = size_t{shape_.heads} * shape_.head_dim;
-  const size_t kv_bytes = shape_.kv_heads * shape_.vector_bytes();
-  std::vector<float> q(rows * q_width), o(q.size()), lse(size_t{rows} * shape_.heads);
-  std::vector<std::byte> k(rows * kv_bytes), v(k.size());
-  QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(q)), scratch->q.raw()));
-  QUARRY_RETURN_IF_ERROR(device_.Download(k, scratch->k.raw()));
-  QUARRY_RETURN_IF_ERROR(device_.Download(v, scratch->v.raw()));
-  std::vector<AttendRow> asked = AskedRows(layer, rows, budget);
-  std::vector<AttendAnswer> answers(rows);
-  for (uint32_t r = 0; r < rows; ++r) {
-    asked[r].q = q.data() + r * q_width;
-    asked[r].k = k.data() + r * kv_bytes;
-    asked[r].v = v.data() + r * kv_bytes;
-    answers[r].o = std::span(o).subspan(r * q_width, q_width);
-    answers[r].lse = std::span(lse).subspan(size_t{r} * shape_.heads, shape_.heads);
-  }
-  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<PendingAttend> pending, service_->Attend(asked, answers));
-  // The window, while the daemon works. Its answers are waited for whatever happens here.
-  const absl::Status local = AttendWindow(layer, rows, scratch);
-  QUARRY_RETURN_IF_ERROR(pending->Wait());
-  QUARRY_RETURN_IF_ERROR(local);
-  QUARRY_RETURN_IF_ERROR(TakeAnswers(asked, answers));
-  QUARRY_RETURN_IF_ERROR(device_.Upload(scratch->far_o.raw(), std::as_bytes(std::span(o))));
-  QUARRY_RETURN_IF_ERROR(device_.Upload(scratch->far_lse.raw(), std::as_bytes(std::span(lse))));
-  device_.Merge(scratch->o.floats(), scratch->lse.floats(), scratch->far_o.floats(),
-                scratch->far_lse.floats(), lse.size(), shape_.head_dim);
-  return absl::OkStatus();
-}
-
-absl::Status Sequence::AttendWindow(uint32_t layer, uint32_t rows, LayerScratch* scratch) {
-  QUARRY_RETURN_IF_ERROR(local_[layer].Append(tokens_, rows, scratch->k.raw(), scratch->v.raw()));
+// Their K/V are stored here; they are the scratch's rows from `at` on.
+absl::Status Sequence::AttendWindow(uint32_t layer, uint32_t rows, const LayerScratch& scratch,
+                                    uint32_t at) {
+  const size_t skipped = at * shape_.kv_heads * shape_.vector_bytes();
+  QUARRY_RETURN_IF_ERROR(
+      local_[layer].Append(tokens_, rows, scratch.k.raw() + skipped, scratch.v.raw() + skipped));
   const std::vector<DeviceKv> parts = local_[layer].Parts();
-  const DeviceAttention window = math_.Attention(tokens_, rows, parts, *scratch);
+  const DeviceAttention window = math_.Attention(tokens_, rows, parts, scratch, at);
   device_.Attend(window);
   CountReach(window);
   return absl::OkStatus();

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,9 +23,13 @@ double MsSince(Clock::time_point start) {
   return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
 }
 
-json Failure(const absl::Status& status) {
-  return {{"status", absl::StatusCodeToString(status.code())},
-          {"error", std::string(status.message())}};
+json Settled(absl::StatusOr<json> answer) {
+  if (!answer.ok()) {
+    return {{"status", absl::StatusCodeToString(answer.status().code())},
+            {"error", std::string(answer.status().message())}};
+  }
+  (*answer)["status"] = "OK";
+  return *std::move(answer);
 }
 
 // A count of 32 bits, whether the number was parsed or made.
@@ -80,12 +86,7 @@ AttendCost Difference(const AttendCost& now, const AttendCost& before) {
 
 }  // namespace
 
-json WorkerSession::Answer(const json& request) {
-  absl::StatusOr<json> answer = Dispatch(request);
-  if (!answer.ok()) return Failure(answer.status());
-  (*answer)["status"] = "OK";
-  return *std::move(answer);
-}
+json WorkerSession::Answer(const json& request) { return Settled(Dispatch(request)); }
 
 void WorkerSession::Serve(std::istream& in, std::ostream& out) {
   std::string line;
@@ -103,6 +104,7 @@ absl::StatusOr<json> WorkerSession::Dispatch(const json& request) {
   const std::string op = request["op"].get<std::string>();
   if (op == "open") return Open(request);
   if (op == "ask") return Ask(request);
+  if (op == "batch") return Batch(request);
   if (op == "fork") return Fork(request);
   if (op == "close") return Close(request);
   if (op == "stats") return Stats();
@@ -157,13 +159,44 @@ absl::StatusOr<json> WorkerSession::Open(const json& request) {
   return out;
 }
 
-absl::StatusOr<json> WorkerSession::Ask(const json& request) {
+struct WorkerSession::Asking {
   const Clock::time_point start = Clock::now();
+  Sequence* sequence = nullptr;    // null: status says why
+  std::unique_ptr<Sequence> fork;  // asked in place of the one that was named
+  std::vector<uint32_t> next;      // to run; none: it is done
+  std::vector<uint32_t> gold, stop;
+  uint32_t wanted = 1;
+  std::optional<Sampler> sampler;
+  AttendCost before;
+  absl::Status status;
+  std::vector<uint32_t> predicted;
+  double ttft_ms = 0, total_ms = 0;
+
+  bool done() const { return next.empty(); }
+  void End(absl::Status with) {
+    status = std::move(with);
+    total_ms = MsSince(start);
+    next.clear();
+  }
+  // Takes the logits after what was to run.
+  void Take(const absl::StatusOr<std::vector<float>>& logits) {
+    if (!logits.ok() || predicted.size() == wanted) return End(logits.status());
+    const size_t i = predicted.size();
+    predicted.push_back(sampler->Next(*logits));
+    if (i == 0) ttft_ms = MsSince(start);
+    const bool stops = std::find(stop.begin(), stop.end(), predicted.back()) != stop.end();
+    // The last token is run only if it is a gold one.
+    if (stops || (gold.empty() && i + 1 == wanted)) return End(absl::OkStatus());
+    next = {gold.empty() ? predicted.back() : gold[i]};
+  }
+};
+
+absl::Status WorkerSession::Begin(const json& request, Asking* asking) {
   QUARRY_ASSIGN_OR_RETURN(Sequence * sequence, Find(request));
   QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> tokens, TokensOf(request, "tokens"));
-  QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> gold, TokensOf(request, "gold"));
-  QUARRY_ASSIGN_OR_RETURN(std::vector<uint32_t> stop, TokensOf(request, "stop"));
-  QUARRY_ASSIGN_OR_RETURN(uint32_t wanted, CountOf(request, "new", 1));
+  QUARRY_ASSIGN_OR_RETURN(asking->gold, TokensOf(request, "gold"));
+  QUARRY_ASSIGN_OR_RETURN(asking->stop, TokensOf(request, "stop"));
+  QUARRY_ASSIGN_OR_RETURN(asking->wanted, CountOf(request, "new", 1));
   SamplerOptions sampling;
   QUARRY_ASSIGN_OR_RETURN(sampling.temperature, NumberOf(request, "temperature", 0));
   if (!(sampling.temperature >= 0)) {
@@ -172,33 +205,94 @@ absl::StatusOr<json> WorkerSession::Ask(const json& request) {
   }
   QUARRY_ASSIGN_OR_RETURN(sampling.top_p, NumberOf(request, "top_p", 1));
   QUARRY_ASSIGN_OR_RETURN(sampling.seed, CountOf(request, "seed", 0));
-  if (!gold.empty() && gold.size() != wanted) {
+  if (!asking->gold.empty() && asking->gold.size() != asking->wanted) {
     return absl::InvalidArgumentError(
-        absl::StrCat("gold has ", gold.size(), " tokens, new is ", wanted));
+        absl::StrCat("gold has ", asking->gold.size(), " tokens, new is ", asking->wanted));
   }
-  std::unique_ptr<Sequence> fork;
+  if (tokens.empty()) return absl::InvalidArgumentError("no tokens to run");
   if (request.value("fork", json(false)) == json(true)) {
-    QUARRY_ASSIGN_OR_RETURN(fork, sequence->Fork());
-    sequence = fork.get();
+    QUARRY_ASSIGN_OR_RETURN(asking->fork, sequence->Fork());
+    sequence = asking->fork.get();
   }
-  const AttendCost before = sequence->cost();
-  Sampler sampler(sampling);
-  QUARRY_ASSIGN_OR_RETURN(std::vector<float> logits,
-                          sequence->Extend(tokens, Sequence::Role::kBudgeted));
-  std::vector<uint32_t> predicted;
-  double ttft_ms = 0;
-  for (uint32_t i = 0; i < wanted; ++i) {
-    predicted.push_back(sampler.Next(logits));
-    if (i == 0) ttft_ms = MsSince(start);
-    if (gold.empty() && i + 1 == wanted) break;
-    if (std::find(stop.begin(), stop.end(), predicted.back()) != stop.end()) break;
-    const uint32_t next = gold.empty() ? predicted.back() : gold[i];
-    QUARRY_ASSIGN_OR_RETURN(logits,
-                            sequence->Extend(std::span(&next, 1), Sequence::Role::kBudgeted));
+  asking->sequence = sequence;
+  asking->next = std::move(tokens);
+  asking->before = sequence->cost();
+  asking->sampler.emplace(sampling);
+  return absl::OkStatus();
+}
+
+// All that run one token next do so together.
+void WorkerSession::Generate(std::span<Asking> asked) {
+  for (;;) {
+    std::vector<Asking*> together;
+    std::vector<Sequence*> sequences;
+    std::vector<uint32_t> tokens;
+    bool any = false;
+    for (Asking& asking : asked) {
+      any |= !asking.done();
+      if (asking.next.size() == 1) {
+        together.push_back(&asking);
+        sequences.push_back(asking.sequence);
+        tokens.push_back(asking.next.front());
+      } else if (!asking.done()) {
+        asking.Take(asking.sequence->Extend(asking.next, Sequence::Role::kBudgeted));
+      }
+    }
+    if (!any) return;
+    if (together.empty()) continue;
+    const auto logits = ExtendTogether(sequences, tokens);
+    for (size_t i = 0; i < together.size(); ++i) together[i]->Take(logits[i]);
   }
-  json out = {{"predicted", predicted}, {"ttft_ms", ttft_ms}, {"total_ms", MsSince(start)}};
-  AddCost(*sequence, before, &out);
+}
+
+std::vector<absl::StatusOr<std::vector<float>>> WorkerSession::ExtendTogether(
+    const std::vector<Sequence*>& sequences, std::span<const uint32_t> tokens) {
+  if (sequences.size() == 1) return {sequences[0]->Extend(tokens, Sequence::Role::kBudgeted)};
+  if (batch_ == nullptr || !std::ranges::equal(batch_->sequences(), sequences)) {
+    batch_ = std::make_unique<SequenceBatch>(sequences);
+  }
+  return batch_->Extend(tokens);
+}
+
+absl::StatusOr<json> WorkerSession::AnswerOf(const Asking& asking) {
+  QUARRY_RETURN_IF_ERROR(asking.status);
+  json out = {
+      {"predicted", asking.predicted}, {"ttft_ms", asking.ttft_ms}, {"total_ms", asking.total_ms}};
+  AddCost(*asking.sequence, asking.before, &out);
   return out;
+}
+
+absl::StatusOr<json> WorkerSession::Ask(const json& request) {
+  Asking asking;
+  QUARRY_RETURN_IF_ERROR(Begin(request, &asking));
+  Generate({&asking, 1});
+  return AnswerOf(asking);
+}
+
+absl::StatusOr<json> WorkerSession::Batch(const json& request) {
+  if (!request.contains("asks") || !request["asks"].is_array()) {
+    return absl::InvalidArgumentError("a batch has asks, a list");
+  }
+  std::vector<Asking> asked(request["asks"].size());
+  std::set<const Sequence*> sequences;
+  bool forked = false;
+  for (size_t i = 0; i < asked.size(); ++i) {
+    const json& ask = request["asks"][i];
+    absl::Status begun = ask.is_object() ? Begin(ask, &asked[i])
+                                         : absl::InvalidArgumentError("an ask is a JSON object");
+    if (begun.ok() && !sequences.insert(asked[i].sequence).second) {
+      begun = absl::InvalidArgumentError(absl::StrCat("asks[", i, "] names sequence ",
+                                                      ask["sequence"].dump(),
+                                                      " once more, and no fork of it"));
+    }
+    if (!begun.ok()) asked[i].End(begun);
+    forked |= asked[i].fork != nullptr;
+  }
+  Generate(asked);
+  if (forked) batch_.reset();  // it names what ends here
+  json answers = json::array();
+  for (const Asking& asking : asked) answers.push_back(Settled(AnswerOf(asking)));
+  return json{{"answers", std::move(answers)}};
 }
 
 absl::StatusOr<json> WorkerSession::Fork(const json& request) {
@@ -210,7 +304,8 @@ absl::StatusOr<json> WorkerSession::Fork(const json& request) {
 }
 
 absl::StatusOr<json> WorkerSession::Close(const json& request) {
-  QUARRY_RETURN_IF_ERROR(Find(request).status());
+  QUARRY_ASSIGN_OR_RETURN(const Sequence* sequence, Find(request));
+  if (batch_ != nullptr && std::ranges::count(batch_->sequences(), sequence) > 0) batch_.reset();
   sequences_.erase(request["sequence"].get<uint64_t>());
   return json::object();
 }

@@ -5,12 +5,15 @@
 #include <map>
 #include <memory>
 #include <ostream>
+#include <span>
+#include <vector>
 
 #include <nlohmann/json_fwd.hpp>
 
 #include "absl/status/statusor.h"
 #include "gpu/sampler.h"
 #include "gpu/sequence.h"
+#include "gpu/sequence_batch.h"
 
 namespace quarry {
 
@@ -33,6 +36,15 @@ class WorkerSession {
   absl::StatusOr<nlohmann::json> Dispatch(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Open(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Ask(const nlohmann::json& request);
+  absl::StatusOr<nlohmann::json> Batch(const nlohmann::json& request);
+  // A question and what has been answered so far.
+  struct Asking;
+  absl::Status Begin(const nlohmann::json& request, Asking* asking);
+  // Runs what is to run, and predicts tokens, until all are done.
+  void Generate(std::span<Asking> asked);
+  std::vector<absl::StatusOr<std::vector<float>>> ExtendTogether(
+      const std::vector<Sequence*>& sequences, std::span<const uint32_t> tokens);
+  absl::StatusOr<nlohmann::json> AnswerOf(const Asking& asking);
   absl::StatusOr<nlohmann::json> Fork(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Close(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Stats();
@@ -44,6 +56,7 @@ class WorkerSession {
   const SequenceOptions options_;
   uint64_t next_ = 1;
   std::map<uint64_t, std::unique_ptr<Sequence>> sequences_;
+  std::unique_ptr<SequenceBatch> batch_;  // the latest, if its sequences are still there
 };
 
 }  // namespace quarry

@@ -89,6 +89,10 @@ void DescribeArguments(CLI::App* app, WorkerArguments* a) {
   app->add_option("--reserve-bytes", a->reserve_bytes,
                   "device memory that --weights auto leaves to activations and K/V; by default "
                   "what a prefill of --max-tokens takes");
+  app->add_option("--local-kv", a->local_kv,
+                  "where the worker's own K/V lie: on the device, or in the host's memory, which a "
+                  "card reads over its link")
+      ->check(CLI::IsMember({"device", "host"}));
   app->add_option("--rings", a->rings,
                   "who sends a token's queries to the daemon and waits for its answers: the device "
                   "itself, the host, or auto: a card that can")
@@ -134,6 +138,7 @@ SequenceOptions SequenceOptionsOf(const WorkerArguments& a, const ModelConfig& c
   } else if (a.budget_k > 0) {
     budget.kind = Budget::Kind::kFixedK;
   }
+  options.local_kv = a.local_kv == "host" ? KvMemory::kHost : KvMemory::kDevice;
   options.budget.share = a.budget_share;
   options.reuse_shifted = a.reuse_shifted;
   options.query_samples = a.query_samples;

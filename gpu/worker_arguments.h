@@ -31,7 +31,7 @@ struct WorkerArguments {
   std::string device = "host";
   uint64_t device_bytes = 16ull << 30;
   std::string weights = "auto", weights_dtype;
-  std::string rings = "auto";
+  std::string rings = "auto", local_kv = "device";
   std::optional<uint64_t> reserve_bytes;
   SamplerOptions sampling;
   std::string dump_directory, patterns;

@@ -14,6 +14,7 @@
 #include "gpu/cuda/arena.h"
 #include "gpu/cuda/attention.h"
 #include "gpu/cuda/attention_plan.h"
+#include "gpu/cuda/copy_stream.h"
 #include "gpu/cuda/cuda_sparse_kernels.h"
 #include "gpu/cuda/cuda_status.h"
 #include "gpu/cuda/driver.h"
@@ -23,7 +24,6 @@
 #include "gpu/cuda/row_kernels.h"
 #include "gpu/cuda/sparse_prefill.h"
 #include "gpu/cuda/staging.h"
-#include "gpu/cuda/upload_stream.h"
 #include "gpu/cuda/weight_kernels.h"
 #include "gpu/cuda/weight_products.h"
 #include "proto/status_macros.h"
@@ -83,6 +83,7 @@ class CudaDevice final : public Device {
     cudaStreamSynchronize(stream_);
     products_.reset();
     uploads_.reset();
+    downloads_.reset();
     staging_.reset();
     ring_arrived_.Reset();
     arena_.reset();
@@ -137,22 +138,40 @@ class CudaDevice final : public Device {
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), what));
     void* data = nullptr;
     QUARRY_RETURN_IF_ERROR(
-        CudaStatus(UploadStream::AllocateHost(bytes, &data),
+        CudaStatus(AllocatePinned(bytes, &data),
                    absl::StrCat("pinned host memory: ", bytes, " bytes for ", std::string(what))));
     return HostBuffer(this, {static_cast<std::byte*>(data), bytes});
   }
   void ReleaseHost(std::span<std::byte> bytes) override {
     cudaSetDevice(options_.ordinal);
-    uploads_->ReleaseHost(bytes.data());
+    for (CopyStream* copies : {uploads_.get(), downloads_.get()}) (void)copies->AwaitAll();
+    cudaStreamSynchronize(stream_);
+    cudaFreeHost(bytes.data());
   }
 
   UploadTicket StartUpload(void* to, std::span<const std::byte> from) override {
     UploadTicket number = 0;
-    if (Begin("StartUpload")) Note(uploads_->Start(to, from, &number), "StartUpload");
+    if (Begin("StartUpload"))
+      Note(uploads_->Start(to, from.data(), from.size(), &number), "StartUpload");
     return number;
   }
   void WaitFor(UploadTicket upload) override {
     if (Begin("WaitFor")) Note(uploads_->WaitFor(upload), "WaitFor");
+  }
+
+  DownloadTicket StartDownload(std::span<std::byte> to, const void* from) override {
+    DownloadTicket number = 0;
+    if (Begin("StartDownload")) {
+      Note(downloads_->Start(to.data(), from, to.size(), &number), "StartDownload");
+    }
+    return number;
+  }
+  void WaitForDownload(DownloadTicket download) override {
+    if (Begin("WaitForDownload")) Note(downloads_->WaitFor(download), "WaitForDownload");
+  }
+  absl::Status FinishDownload(DownloadTicket download) override {
+    if (Begin("FinishDownload")) Note(downloads_->Await(download), "FinishDownload");
+    return TakeFailure();
   }
 
   DType WeightDType(DType stored) const override { return stored; }
@@ -338,7 +357,8 @@ class CudaDevice final : public Device {
     sparse_ =
         std::make_unique<SparsePrefill>(this, sparse_kernels_.get(), SparsePrefill::Options{});
     QUARRY_ASSIGN_OR_RETURN(staging_, Staging::Create(stream_));
-    QUARRY_ASSIGN_OR_RETURN(uploads_, UploadStream::Create(stream_));
+    QUARRY_ASSIGN_OR_RETURN(uploads_, CopyStream::Create(stream_, cudaMemcpyHostToDevice));
+    QUARRY_ASSIGN_OR_RETURN(downloads_, CopyStream::Create(stream_, cudaMemcpyDeviceToHost));
     QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Products> products, Products::Create());
     const uint64_t after = TakenBytes();
     const uint64_t overhead = context + (after - std::min(before, after));
@@ -466,7 +486,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<Arena> arena_;
   DeviceBuffer ring_arrived_;  // blocks of a Ring, while it runs
   std::unique_ptr<Staging> staging_;
-  std::unique_ptr<UploadStream> uploads_;
+  std::unique_ptr<CopyStream> uploads_, downloads_;
   std::unique_ptr<WeightProducts> products_;
   std::unique_ptr<CudaSparseKernels> sparse_kernels_;
   std::unique_ptr<SparsePrefill> sparse_;

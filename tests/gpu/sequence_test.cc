@@ -120,6 +120,19 @@ TEST_P(SequenceTest, RecordedStepsGiveTheSameTokens) {
   EXPECT_EQ(costs[0].head_steps, costs[1].head_steps);
 }
 
+TEST_P(SequenceTest, LocalKvInTheHostsMemoryGivesTheSameTokens) {
+  const auto on_device = Run(Open(nullptr).get());
+  options_.local_kv = KvMemory::kHost;
+  const uint64_t before = device_->Stats().used_bytes;
+  auto full = Open(nullptr);
+  EXPECT_EQ(on_device, Run(full.get()));
+  EXPECT_GT(full->local_kv_bytes(), device_->Stats().used_bytes - before);
+  FakeService service;
+  ExpectSame(on_device, Run(Open(&service).get()));
+  options_.window.first = 1000;  // everything, though there is a service
+  ExpectSame(on_device, Run(Open(&service).get()));
+}
+
 TEST_P(SequenceTest, ADeviceThatKeepsNoStepIsAskedOnce) {
   testing::WatchedDevice device;
   const auto model = Model::Load(std::string(QUARRY_TEST_MODELS) + "/tiny/" + GetParam(), &device);

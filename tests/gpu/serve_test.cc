@@ -109,6 +109,73 @@ TEST_F(ServeTest, AForkedAskLeavesTheSequenceAsItWas) {
   EXPECT_EQ(session.Answer(ask)["status"], "NOT_FOUND");
 }
 
+TEST_F(ServeTest, ABatchIsAnsweredAsItsAsksAlone) {
+  FakeService service;
+  for (KvService* const kv :
+       {static_cast<KvService*>(nullptr), static_cast<KvService*>(&service)}) {
+    WorkerSession alone(*model_, *device_, kv, options_), session(*model_, *device_, kv, options_);
+    for (WorkerSession* each : {&alone, &session}) {
+      for (const int skipped : {0, 13, 29}) {
+        const std::vector<uint32_t> prompt(prompt_.begin() + skipped, prompt_.end());
+        MustAnswer(each, {{"op", "open"}, {"tokens", prompt}, {"max_tokens", 100}});
+      }
+    }
+    // Questions and answers of several lengths, one with a stop, one sampled, one on a fork.
+    json asks = {{{"sequence", 1}, {"tokens", {5}}, {"new", 7}},
+                 {{"sequence", 2}, {"tokens", {6, 7, 8}}, {"new", 3}, {"gold", {1, 2, 3}}},
+                 {{"sequence", 3}, {"tokens", {9}}, {"new", 9}, {"temperature", 0.7}, {"seed", 5}},
+                 {{"sequence", 1}, {"tokens", {4}}, {"new", 5}, {"fork", true}}};
+    for (int again = 0; again < 2; ++again) {
+      // A fork is of what its sequence was before the batch.
+      std::vector<json> wanted(4);
+      for (const size_t i : {3, 0, 1, 2}) {
+        json ask = asks[i];
+        ask["op"] = "ask";
+        wanted[i] = MustAnswer(&alone, ask);
+      }
+      const json got = MustAnswer(&session, {{"op", "batch"}, {"asks", asks}});
+      ASSERT_EQ(got["answers"].size(), 4u);
+      for (size_t i = 0; i < 4; ++i) {
+        const json& answer = got["answers"][i];
+        EXPECT_EQ(answer["status"], "OK") << answer;
+        for (const char* field : {"predicted", "tokens", "head_steps", "bytes_moved"}) {
+          EXPECT_EQ(answer[field], wanted[i][field]) << i << " " << field;
+        }
+      }
+      asks[0]["stop"] = {wanted[0]["predicted"][1]};
+    }
+    MustAnswer(&session, {{"op", "close"}, {"sequence", 2}});
+    const json rest = MustAnswer(&session, {{"op", "batch"},
+                                            {"asks",
+                                             {{{"sequence", 1}, {"tokens", {5}}, {"new", 2}},
+                                              {{"sequence", 3}, {"tokens", {5}}, {"new", 2}}}}});
+    EXPECT_EQ(rest["answers"][1]["predicted"].size(), 2u);
+  }
+  EXPECT_TRUE(service.contexts.empty());
+}
+
+TEST_F(ServeTest, WhatIsWrongWithOneAskOfABatchIsItsAnswer) {
+  WorkerSession session(*model_, *device_, nullptr, options_);
+  MustAnswer(&session, {{"op", "open"}, {"tokens", prompt_}, {"max_tokens", 100}});
+  const json got =
+      MustAnswer(&session, {{"op", "batch"},
+                            {"asks",
+                             {{{"sequence", 1}, {"tokens", {5}}, {"new", 2}},
+                              {{"sequence", 7}, {"tokens", {5}}},
+                              {{"sequence", 1}, {"tokens", {5}}},
+                              5,
+                              {{"sequence", 1}, {"tokens", {5, 99999}}, {"fork", true}}}}});
+  const json& answers = got["answers"];
+  EXPECT_EQ(answers[0]["predicted"].size(), 2u);
+  EXPECT_EQ(answers[1]["status"], "NOT_FOUND");
+  EXPECT_NE(answers[2]["error"].get<std::string>().find("asks[2] names sequence 1 once more"),
+            std::string::npos);
+  EXPECT_EQ(answers[3]["status"], "INVALID_ARGUMENT");
+  EXPECT_NE(answers[4]["error"].get<std::string>().find("has id 99999"), std::string::npos);
+  EXPECT_TRUE(MustAnswer(&session, {{"op", "batch"}, {"asks", json::array()}})["answers"].empty());
+  ExpectError({{"op", "batch"}}, "INVALID_ARGUMENT", "asks");
+}
+
 TEST_F(ServeTest, AnEmptyOpenIsFilledByTheFirstAsk) {
   WorkerSession session(*model_, *device_, nullptr, options_);
   const json opened =

@@ -9,6 +9,7 @@
 
 #include "absl/time/clock.h"
 #include "client/client.h"
+#include "gpu/sequence_batch.h"
 #include "proto/half.h"
 #include "tests/gpu/golden.h"
 #include "tests/support/daemon_process.h"
@@ -141,6 +142,50 @@ TEST_P(WorkerDaemonRingsTest, LogitsAndGreedyTokensAgreeWithTransformers) {
       // The next round finds what this one published.
       Reused(golden_.prompt, golden_.tokens(), Whole(golden_.prompt));
     }
+  }
+}
+
+TEST_P(WorkerDaemonRingsTest, SequencesThatDecodeTogetherAnswerAsAlone) {
+  ASSERT_NO_FATAL_FAILURE(Load(GoldenOf("llama-a", "n1500")));
+  options_.window = {16, 32, false};
+  options_.kv_dtype =
+      DType::kFp32;  // else what rounds differently in a batch may round to another bf16
+  const std::span<const uint32_t> prompt(golden_.prompt);
+  std::vector<std::unique_ptr<Sequence>> alone, together;
+  for (auto* const all : {&alone, &together}) {
+    for (const uint32_t tokens : {700u, 1100u, 300u}) {
+      all->push_back(Open(service_.get(), prompt.first(tokens), 1500));
+      ASSERT_NO_FATAL_FAILURE(
+          Extend(all->back().get(), prompt.first(tokens).subspan(all->back()->tokens())));
+    }
+  }
+  // What a prompt cost depends on how much of it was cached.
+  std::vector<uint64_t> before;
+  for (size_t i = 0; i < alone.size(); ++i) {
+    before.push_back(together[i]->cost().tokens_daemon - alone[i]->cost().tokens_daemon);
+  }
+  SequenceBatch batch({together[0].get(), together[1].get(), together[2].get()});
+  for (uint32_t step = 0; step < 60; ++step) {  // the windows' memory is full more than once
+    std::vector<uint32_t> tokens;
+    for (const auto& sequence : together) tokens.push_back(prompt[sequence->tokens()]);
+    const auto got = batch.Extend(tokens);
+    for (size_t i = 0; i < alone.size(); ++i) {
+      const auto want =
+          alone[i]->Extend(std::span(tokens).subspan(i, 1), Sequence::Role::kBudgeted);
+      ASSERT_TRUE(want.ok()) << want.status();
+      ASSERT_TRUE(got[i].ok()) << got[i].status();
+      float size = 0, worst = 0;
+      for (size_t j = 0; j < want->size(); ++j) {
+        size = std::max(size, std::abs((*want)[j]));
+        worst = std::max(worst, std::abs((*want)[j] - (*got[i])[j]));
+      }
+      ASSERT_LE(worst, 1e-4f * size) << "sequence " << i << " step " << step;
+    }
+  }
+  EXPECT_EQ(batch.replayed_steps() > 0, GetParam() == Sender::kRecording);
+  for (size_t i = 0; i < alone.size(); ++i) {
+    EXPECT_EQ(together[i]->cost().tokens_daemon - alone[i]->cost().tokens_daemon, before[i]);
+    EXPECT_EQ(together[i]->cost().recoveries, 0u);
   }
 }
 

@@ -119,6 +119,34 @@ TEST_F(CudaWeightCheck, UploadsBesideOperationsAreOrderedByWaiting) {
   EXPECT_EQ(0, std::memcmp(b.data(), values + n, n * sizeof(float)));
 }
 
+TEST_F(CudaWeightCheck, DownloadsBesideOperationsAreOrderedByWaiting) {
+  const size_t n = size_t{8} << 20, bytes = n * sizeof(float);
+  auto host = device_->AllocateHost(2 * bytes, "check");
+  ASSERT_TRUE(host.ok()) << host.status();
+  const std::vector<float> values = Random(2 * n);
+  const DeviceBuffer both = Put(values), slot = Allocate(bytes);
+  const DeviceMatrix w = Load(Random(size_t{4096} * 4096), 4096, DType::kBf16);
+  const DeviceBuffer x = Put(Random(size_t{4096} * 4096)), y = Allocate(x.bytes());
+  const auto work = [&] {
+    for (int i = 0; i < 20; ++i) {
+      device_->MatMul(x.floats(), w, y.floats(), 4096, Device::Output::kOverwrite);
+    }
+  };
+  // What is downloaded first is written behind much work, and written over behind the download.
+  work();
+  device_->Copy({slot.raw(), 0, both.raw(), 0, bytes, 1});
+  const auto first = device_->StartDownload(host->bytes().first(bytes), slot.raw());
+  device_->WaitForDownload(first);
+  device_->Copy({slot.raw(), 0, both.raw() + bytes, 0, bytes, 1});
+  const auto second = device_->StartDownload(host->bytes().last(bytes), slot.raw());
+  work();  // beside it
+  ASSERT_TRUE(device_->FinishDownload(first).ok());
+  EXPECT_EQ(0, std::memcmp(host->bytes().data(), values.data(), bytes));
+  ASSERT_TRUE(device_->FinishDownload(second).ok());
+  EXPECT_EQ(0, std::memcmp(host->bytes().data(), values.data(), 2 * bytes));
+  Get(y);
+}
+
 TEST_F(CudaWeightCheck, StreamedLayersGiveWhatResidentOnesGiveToTheBit) {
   constexpr size_t kLayers = 7, kHidden = 1536, kInner = 4096;
   for (const WeightForm form : {WeightForm::kPlain, WeightForm::kInt8, WeightForm::kInt4}) {

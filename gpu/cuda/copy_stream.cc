@@ -1,4 +1,4 @@
-#include "gpu/cuda/upload_stream.h"
+#include "gpu/cuda/copy_stream.h"
 
 #include <algorithm>
 
@@ -14,10 +14,11 @@ constexpr size_t kPieceBytes = size_t{16} << 20;
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<UploadStream>> UploadStream::Create(cudaStream_t operations) {
-  std::unique_ptr<UploadStream> out(new UploadStream(operations));
+absl::StatusOr<std::unique_ptr<CopyStream>> CopyStream::Create(cudaStream_t operations,
+                                                               cudaMemcpyKind kind) {
+  std::unique_ptr<CopyStream> out(new CopyStream(operations, kind));
   QUARRY_RETURN_IF_ERROR(
-      CudaStatus(cudaStreamCreateWithFlags(&out->uploads_, cudaStreamNonBlocking), "stream"));
+      CudaStatus(cudaStreamCreateWithFlags(&out->copies_, cudaStreamNonBlocking), "stream"));
   QUARRY_RETURN_IF_ERROR(
       CudaStatus(cudaEventCreateWithFlags(&out->before_, cudaEventDisableTiming), "event"));
   for (cudaEvent_t& event : out->done_) {
@@ -27,10 +28,10 @@ absl::StatusOr<std::unique_ptr<UploadStream>> UploadStream::Create(cudaStream_t 
   return out;
 }
 
-UploadStream::~UploadStream() {
-  if (uploads_ != nullptr) {
-    cudaStreamSynchronize(uploads_);
-    cudaStreamDestroy(uploads_);
+CopyStream::~CopyStream() {
+  if (copies_ != nullptr) {
+    cudaStreamSynchronize(copies_);
+    cudaStreamDestroy(copies_);
   }
   if (before_ != nullptr) cudaEventDestroy(before_);
   for (const cudaEvent_t event : done_) {
@@ -38,36 +39,38 @@ UploadStream::~UploadStream() {
   }
 }
 
-cudaError_t UploadStream::Start(void* to, std::span<const std::byte> from, uint64_t* number) {
+cudaError_t CopyStream::Start(void* to, const void* from, size_t bytes, uint64_t* number) {
   *number = 0;
   ++started_;
   cudaError_t error = cudaEventRecord(before_, operations_);
-  if (error == cudaSuccess) error = cudaStreamWaitEvent(uploads_, before_, 0);
-  for (size_t at = 0; at < from.size() && error == cudaSuccess; at += kPieceBytes) {
+  if (error == cudaSuccess) error = cudaStreamWaitEvent(copies_, before_, 0);
+  for (size_t at = 0; at < bytes && error == cudaSuccess; at += kPieceBytes) {
     error =
-        cudaMemcpyAsync(static_cast<std::byte*>(to) + at, from.data() + at,
-                        std::min(kPieceBytes, from.size() - at), cudaMemcpyHostToDevice, uploads_);
+        cudaMemcpyAsync(static_cast<std::byte*>(to) + at, static_cast<const std::byte*>(from) + at,
+                        std::min(kPieceBytes, bytes - at), kind_, copies_);
   }
   if (error != cudaSuccess) return error;
-  error = cudaEventRecord(done_[started_ % done_.size()], uploads_);
+  error = cudaEventRecord(done_[started_ % done_.size()], copies_);
   if (error == cudaSuccess) *number = started_;
   return error;
 }
 
-cudaError_t UploadStream::WaitFor(uint64_t number) {
+cudaError_t CopyStream::WaitFor(uint64_t number) {
   if (number == 0) return cudaSuccess;
   return cudaStreamWaitEvent(operations_, done_[number % done_.size()], 0);
 }
 
-cudaError_t UploadStream::AllocateHost(size_t bytes, void** data) {
+cudaError_t CopyStream::Await(uint64_t number) {
+  if (number == 0) return cudaSuccess;
+  return cudaEventSynchronize(done_[number % done_.size()]);
+}
+
+cudaError_t CopyStream::AwaitAll() { return cudaStreamSynchronize(copies_); }
+
+cudaError_t AllocatePinned(size_t bytes, void** data) {
   const cudaError_t error = cudaHostAlloc(data, std::max<size_t>(1, bytes), cudaHostAllocDefault);
   if (error != cudaSuccess) (void)cudaGetLastError();  // else the next launch would report it
   return error;
-}
-
-void UploadStream::ReleaseHost(void* data) {
-  cudaStreamSynchronize(uploads_);
-  cudaFreeHost(data);
 }
 
 }  // namespace quarry::cuda

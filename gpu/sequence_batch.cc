@@ -1,0 +1,83 @@
+#include "gpu/sequence_batch.h"
+
+#include <utility>
+
+#include "proto/check.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+
+SequenceBatch::SequenceBatch(std::vector<Sequence*> sequences) : sequences_(std::move(sequences)) {
+  QUARRY_CHECK(!sequences_.empty());
+  const Sequence& first = *sequences_.front();
+  for (const Sequence* s : sequences_) {
+    QUARRY_CHECK(&s->model_ == &first.model_ && &s->device_ == &first.device_ &&
+                 s->service_ == first.service_ && s->shape_ == first.shape_);
+  }
+}
+
+bool SequenceBatch::TakesRow(const Sequence& sequence) {
+  if (sequence.tokens_ == 0 || sequence.options_.recorder != nullptr) return false;
+  if (sequence.service_ == nullptr) return sequence.options_.patterns == nullptr;
+  return sequence.shifted_.empty() || sequence.shifted_.front().tokens.lo != sequence.tokens_;
+}
+
+absl::StatusOr<Budget> SequenceBatch::PrepareRow(Sequence* sequence,
+                                                 std::span<const uint32_t> token) {
+  if (sequence->service_ == nullptr) return Budget{};
+  QUARRY_RETURN_IF_ERROR(sequence->DeclareNew(token));
+  QUARRY_RETURN_IF_ERROR(sequence->LoadWindow());
+  return sequence->SettleBudget(Sequence::Role::kBudgeted);
+}
+
+std::vector<absl::StatusOr<std::vector<float>>> SequenceBatch::Extend(
+    std::span<const uint32_t> tokens) {
+  QUARRY_CHECK(tokens.size() == sequences_.size());
+  std::vector<Logits> out(sequences_.size());
+  std::vector<RowBatch::Member> members;
+  std::vector<Logits*> of_members;
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    Sequence* const sequence = sequences_[i];
+    const std::span<const uint32_t> token = tokens.subspan(i, 1);
+    if (absl::Status checked = sequence->Check(token); !checked.ok()) {
+      out[i] = checked;
+    } else if (!TakesRow(*sequence)) {
+      out[i] = sequence->Extend(token, Sequence::Role::kBudgeted);
+    } else if (const auto budget = PrepareRow(sequence, token); !budget.ok()) {
+      out[i] = sequence->Break(budget.status());
+    } else {
+      members.push_back({sequence, token, *budget});
+      of_members.push_back(&out[i]);
+    }
+  }
+  if (members.size() == 1) {  // by a step of its own
+    *of_members[0] = members[0].sequence->Extend(members[0].tokens, Sequence::Role::kBudgeted);
+  } else if (!members.empty()) {
+    RunTogether(members, of_members);
+  }
+  return out;
+}
+
+void SequenceBatch::RunTogether(std::span<const RowBatch::Member> members,
+                                std::span<Logits* const> out) {
+  std::vector<AttendCost> before;
+  for (const RowBatch::Member& member : members) before.push_back(member.sequence->cost_);
+  auto logits = RowBatch(members, &kept_).Run();
+  for (size_t m = 0; m < members.size(); ++m) {
+    Sequence* const sequence = members[m].sequence;
+    if (logits.ok()) {
+      sequence->Advance(1);
+      *out[m] = std::move((*logits)[m]);
+    } else if (absl::IsUnavailable(logits.status())) {
+      *out[m] = sequence->Break(logits.status());
+    } else {
+      // Whose row it was that failed is seen when each runs by itself.
+      sequence->cost_ = before[m];
+      const absl::Status recovered = sequence->Recover();
+      *out[m] = recovered.ok() ? sequence->Extend(members[m].tokens, Sequence::Role::kBudgeted)
+                               : Logits(sequence->Break(recovered));
+    }
+  }
+}
+
+}  // namespace quarry
