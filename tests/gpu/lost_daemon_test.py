@@ -53,24 +53,20 @@ class LostDaemonTest(unittest.TestCase):
             self.assertEqual(opened["status"], "UNAVAILABLE", opened)  # the session is over
             return answers, took
 
-    def test_a_killed_daemon_is_noticed_at_once(self):
+    def expect_unavailable(self, lost_by, least_s, most_s):
         for rings in SETTINGS.rings:
             for contexts in (1, 3):
                 with self.subTest(rings=rings, contexts=contexts):
-                    answers, took = self.lose(rings, signal.SIGKILL, contexts)
-                    for answer in answers:
-                        self.assertEqual(answer["status"], "UNAVAILABLE", answer)
-                    self.assertLess(took, LATE_S)
+                    answers, took = self.lose(rings, lost_by, contexts)
+                    self.assertEqual([answer["status"] for answer in answers], contexts * ["UNAVAILABLE"], answers)
+                    self.assertGreater(took, least_s)
+                    self.assertLess(took, most_s)
+
+    def test_a_killed_daemon_is_noticed_at_once(self):
+        self.expect_unavailable(signal.SIGKILL, 0, LATE_S)
 
     def test_a_stopped_daemon_is_given_up_at_the_deadline(self):
-        for rings in SETTINGS.rings:
-            for contexts in (1, 3):
-                with self.subTest(rings=rings, contexts=contexts):
-                    answers, took = self.lose(rings, signal.SIGSTOP, contexts)
-                    for answer in answers:
-                        self.assertEqual(answer["status"], "UNAVAILABLE", answer)
-                    self.assertGreater(took, DEADLINE_S / 2)
-                    self.assertLess(took, DEADLINE_S + LATE_S)
+        self.expect_unavailable(signal.SIGSTOP, DEADLINE_S / 2, DEADLINE_S + LATE_S)
 
 
 if __name__ == "__main__":
