@@ -123,12 +123,7 @@ Executor::Claimed Executor::Take() {
 }
 
 void Executor::Loop() {
-  for (Claimed next = Take(); next.job != nullptr; next = Take()) {
-    do {
-      next.job->RunTask(next.task);
-      // While no other job waits, this one's next task needs no look at the queue.
-    } while (queued_.load(std::memory_order_relaxed) <= 1 && next.job->Claim(&next.task));
-  }
+  for (Claimed next = Take(); next.job != nullptr; next = Take()) next.job->RunTask(next.task);
 }
 
 }  // namespace quarry
