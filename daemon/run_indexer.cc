@@ -121,15 +121,29 @@ bool RunIndexer::AnyHeldAlone() const {
 
 bool RunIndexer::IsFull() const { return memory_->full() && !runs_->HasIdle(); }
 
+// Forks share samples, and jobs end in any order: what waits already goes on waiting.
 void RunIndexer::Wait(Waiting waiting) {
-  const std::pair key(waiting.samples.lock().get(), waiting.layer);
   absl::MutexLock lock(&mutex_);
-  if (!stopping_) waiting_.insert_or_assign(key, std::move(waiting));
+  if (stopping_) return;
+  const auto [there, first] =
+      waiting_.try_emplace(std::pair(waiting.samples.get(), waiting.layer), waiting);
+  if (first) return;
+  std::vector<std::weak_ptr<RunIndexes>>& runs = there->second.runs;
+  runs.insert(runs.end(), waiting.runs.begin(), waiting.runs.end());
+  const std::owner_less<> before;
+  std::sort(runs.begin(), runs.end(), before);
+  const auto same = [&](const auto& a, const auto& b) { return !before(a, b) && !before(b, a); };
+  runs.erase(std::unique(runs.begin(), runs.end(), same), runs.end());
 }
 
 // Lets go of the mutex meanwhile.
 void RunIndexer::ConsiderWaiting() {
-  absl::erase_if(waiting_, [](const auto& one) { return one.second.samples.expired(); });
+  absl::erase_if(waiting_, [](const auto& one) {
+    return std::all_of(one.second.runs.begin(), one.second.runs.end(), [](const auto& indexes) {
+      const std::shared_ptr<RunIndexes> there = indexes.lock();
+      return there == nullptr || !there->used();
+    });
+  });
   if (letting_go_ > 0) return;
   ++releasing_;
   mutex_.Unlock();
@@ -147,8 +161,7 @@ void RunIndexer::ConsiderWaiting() {
     }
     std::sort(uses.begin(), uses.end(),
               [](const RunUse& a, const RunUse& b) { return a.tokens.lo < b.tokens.lo; });
-    const std::shared_ptr<const QuerySamples> samples = waiting.samples.lock();
-    if (samples != nullptr) Consider(waiting.layer, uses, waiting.shape, samples);
+    Consider(waiting.layer, uses, waiting.shape, waiting.samples);
   }
   mutex_.Lock();
   --releasing_;
@@ -259,15 +272,15 @@ absl::StatusOr<std::vector<MadeIndex>> RunIndexer::MakeHead(const Job& job, uint
 void RunIndexer::Hold(Job& job, uint32_t kv_head, Building* building) {
   absl::MutexLock lock(&mutex_);
   for (Job::Part& part : job.parts) {
-    std::shared_ptr<const Run> run = part.indexes->run();
-    if (run == nullptr) continue;
     // Where there was no room for the layer's other heads.
     if (std::shared_ptr<const KeyIndex> has = part.indexes->Get(job.layer, kv_head);
         !job.again && has != nullptr) {
-      building->like = std::move(has);
+      if (building->like == nullptr) building->like = std::move(has);
       part.built.fetch_add(1);
       continue;
     }
+    std::shared_ptr<const Run> run = part.indexes->run();
+    if (run == nullptr) continue;
     building->runs.push_back(std::move(run));
     building->parts.push_back(&part);
   }

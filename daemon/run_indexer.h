@@ -58,11 +58,11 @@ class RunIndexer {
   void Loop();
   // The next KV head of a job's layer; null: stop.
   std::shared_ptr<Job> NextHead(uint32_t* head);
-  // A layer of a context that is to be considered when there is room.
+  // A layer of runs that is to be considered when there is room, as long as somebody uses one.
   struct Waiting {
     uint32_t layer = 0;
     KvShape shape;
-    std::weak_ptr<const QuerySamples> samples;
+    std::shared_ptr<const QuerySamples> samples;
     std::vector<std::weak_ptr<RunIndexes>> runs;
   };
   void Wait(Waiting waiting) ABSL_LOCKS_EXCLUDED(mutex_);

@@ -54,6 +54,10 @@ class RunIndexes {
     absl::ReaderMutexLock lock(&mutex_);
     return run_.lock();
   }
+  bool used() const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return !run_.expired();
+  }
   void SetRun(const std::shared_ptr<const Run>& run) {
     absl::MutexLock lock(&mutex_);
     run_ = run;

@@ -1,6 +1,7 @@
 #include "daemon/run_registry.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/container/flat_hash_set.h"
 #include "proto/check.h"
@@ -48,7 +49,7 @@ std::shared_ptr<const Run> RunRegistry::Use(uint32_t i,
   const bool takes = open != nullptr && open->indexes() == entry->indexes;
   run = takes ? std::move(open) : Make(i, blocks, entry->indexes);
   entry->run = run;
-  entry->sources.clear();
+  entry->earlier = std::exchange(entry->sources, {});
   for (const auto& block : blocks) {
     entry->sources.push_back({block->id(), block->handle(), block->origin().name_space});
   }
@@ -144,8 +145,9 @@ void RunRegistry::Purge(std::string_view tenant, const std::optional<NamespaceDi
 
 void RunRegistry::Forget(BlockHandle broken) {
   ForgetIf([&](const Entry& entry) {
-    return std::any_of(entry.sources.begin(), entry.sources.end(),
-                       [&](const Source& source) { return source.handle == broken; });
+    const auto is_broken = [&](const Source& source) { return source.handle == broken; };
+    return std::any_of(entry.sources.begin(), entry.sources.end(), is_broken) ||
+           std::any_of(entry.earlier.begin(), entry.earlier.end(), is_broken);
   });
 }
 

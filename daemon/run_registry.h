@@ -152,9 +152,11 @@ class RunRegistry {
     std::weak_ptr<const Run> run;
     std::shared_ptr<RunIndexes> indexes;
     std::string tenant;
-    std::vector<Source> sources;
+    // Of the latest run, and of the one before, whose blocks its indexes may be made of.
+    std::vector<Source> sources, earlier;
     uint64_t asked = 0;  // when, by asks_
-    bool idle() const { return run.expired() && !indexes->empty(); }
+    // Nobody uses it, nor holds its indexes while they are queued or made.
+    bool idle() const { return run.expired() && indexes.use_count() == 1 && !indexes->empty(); }
   };
 
   // GetOrMake, before it is known whether the blocks stand.

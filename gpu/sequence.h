@@ -155,6 +155,7 @@ class Sequence {
   absl::Status LoadWindow();
 
   // sequence_rows.cc: few tokens; the window here, the rest in the daemon, merged.
+  size_t RowsPerMessage() const;
   absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens, Role role);
   // row_batch.cc; without a daemon, all K/V are here.
   absl::StatusOr<std::vector<float>> RunRows(std::span<const uint32_t> tokens,

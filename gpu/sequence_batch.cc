@@ -1,5 +1,6 @@
 #include "gpu/sequence_batch.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "proto/check.h"
@@ -50,19 +51,31 @@ std::vector<absl::StatusOr<std::vector<float>>> SequenceBatch::Extend(
       of_members.push_back(&out[i]);
     }
   }
-  if (members.size() == 1) {  // by a step of its own
-    *of_members[0] = members[0].sequence->Extend(members[0].tokens, Sequence::Role::kBudgeted);
-  } else if (!members.empty()) {
-    RunTogether(members, of_members);
+  const size_t step = sequences_.front()->RowsPerMessage();
+  kept_.resize(std::max(kept_.size(), (members.size() + step - 1) / step));
+  for (size_t at = 0; at < members.size(); at += step) {
+    const size_t rows = std::min(step, members.size() - at);
+    if (rows == 1) {  // by a step of its own
+      *of_members[at] = members[at].sequence->Extend(members[at].tokens, Sequence::Role::kBudgeted);
+    } else {
+      RunTogether(std::span(members).subspan(at, rows), std::span(of_members).subspan(at, rows),
+                  &kept_[at / step]);
+    }
   }
   return out;
 }
 
+uint64_t SequenceBatch::replayed_steps() const {
+  uint64_t replays = 0;
+  for (const RowBatch::Kept& kept : kept_) replays += kept.step ? kept.step->replays() : 0;
+  return replays;
+}
+
 void SequenceBatch::RunTogether(std::span<const RowBatch::Member> members,
-                                std::span<Logits* const> out) {
+                                std::span<Logits* const> out, RowBatch::Kept* kept) {
   std::vector<AttendCost> before;
   for (const RowBatch::Member& member : members) before.push_back(member.sequence->cost_);
-  auto logits = RowBatch(members, &kept_).Run();
+  auto logits = RowBatch(members, kept).Run();
   for (size_t m = 0; m < members.size(); ++m) {
     Sequence* const sequence = members[m].sequence;
     if (logits.ok()) {

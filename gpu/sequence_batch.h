@@ -19,11 +19,13 @@ class SequenceBatch {
   explicit SequenceBatch(std::vector<Sequence*> sequences);
 
   std::span<Sequence* const> sequences() const { return sequences_; }
-  // As each one's Extend with its token and Role::kBudgeted, one after the other, but for rounding;
-  // an error of one is no error of another. [sequences]
+  // As each one's Extend with its token and Role::kBudgeted, one after the other, but for rounding.
+  // What one may not run is no error of another. Where the daemon voids a row, all rows of its
+  // message are computed again, each by itself, on forks: a sequence for whose fork the daemon has
+  // no memory fails with it. [sequences]
   std::vector<absl::StatusOr<std::vector<float>>> Extend(std::span<const uint32_t> tokens);
-  // Of the step that is kept.
-  uint64_t replayed_steps() const { return kept_.step != nullptr ? kept_.step->replays() : 0; }
+  // Of the steps that are kept.
+  uint64_t replayed_steps() const;
 
  private:
   using Logits = absl::StatusOr<std::vector<float>>;
@@ -31,10 +33,11 @@ class SequenceBatch {
   // Whether the sequence's next token is a row of a batch.
   static bool TakesRow(const Sequence& sequence);
   static absl::StatusOr<Budget> PrepareRow(Sequence* sequence, std::span<const uint32_t> token);
-  void RunTogether(std::span<const RowBatch::Member> members, std::span<Logits* const> out);
+  static void RunTogether(std::span<const RowBatch::Member> members, std::span<Logits* const> out,
+                          RowBatch::Kept* kept);
 
   const std::vector<Sequence*> sequences_;
-  RowBatch::Kept kept_;
+  std::vector<RowBatch::Kept> kept_;  // of each message's rows
 };
 
 }  // namespace quarry

@@ -33,7 +33,8 @@ std::vector<uint32_t> SampledPositions(TokenRange prefill, uint32_t count) {
 class Sequence::Appender {
  public:
   Appender(KvService* service, Device* device) : service_(service), device_(device) {}
-  ~Appender() { (void)Finish(); }
+  // Without Finish what was not yet appended is dropped: the prefill has failed.
+  ~Appender() { (void)AwaitAppend(); }
   Appender(const Appender&) = delete;
   Appender& operator=(const Appender&) = delete;
 

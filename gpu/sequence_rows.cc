@@ -46,13 +46,17 @@ absl::Status Sequence::ForkContext(const NumericRecipe& recipe) {
   return closed;
 }
 
+size_t Sequence::RowsPerMessage() const {
+  const size_t row_bytes =
+      2 * (size_t{shape_.heads} * shape_.head_dim * 4 + shape_.kv_heads * shape_.vector_bytes());
+  return std::clamp<size_t>(kMessageBytes / row_bytes, 1, options_.rows_per_message);
+}
+
 absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t> tokens,
                                                         Role role) {
   QUARRY_RETURN_IF_ERROR(LoadWindow());
   QUARRY_ASSIGN_OR_RETURN(const Budget budget, SettleBudget(role));
-  const size_t row_bytes =
-      2 * (size_t{shape_.heads} * shape_.head_dim * 4 + shape_.kv_heads * shape_.vector_bytes());
-  const size_t step = std::clamp<size_t>(kMessageBytes / row_bytes, 1, options_.rows_per_message);
+  const size_t step = RowsPerMessage();
   absl::StatusOr<std::vector<float>> logits;
   for (size_t at = 0; at < tokens.size(); at += step) {
     const std::span<const uint32_t> rows = tokens.subspan(at, std::min(step, tokens.size() - at));
@@ -100,7 +104,7 @@ bool Sequence::IsOwnStep(std::span<const uint32_t> tokens) const {
 
 absl::StatusOr<std::vector<float>> Sequence::RunOwnRows(std::span<const uint32_t> tokens) {
   absl::StatusOr<std::vector<float>> logits = RunRows(tokens, {});
-  Advance(static_cast<uint32_t>(tokens.size()));
+  if (logits.ok()) Advance(static_cast<uint32_t>(tokens.size()));
   return logits;
 }
 

@@ -16,10 +16,11 @@ uint64_t WorkingBytes(const ModelConfig& c, const SequenceOptions& options, uint
       with_service
           ? std::min<uint64_t>(max_tokens, uint64_t{options.window.first} + options.window.last)
           : max_tokens;
-  // One layer's K/V at a time, or as much while a layer's grows, and what every layer keeps, with
-  // the room that it grows by.
+  // One layer's K/V at a time, or as much while a layer's grows, and what every layer keeps on the
+  // device, with the room that it grows by.
   const uint64_t buffer = max_tokens * token_bytes;
-  const uint64_t local = c.layers * (kept + kept / 8 + 64) * token_bytes;
+  const uint64_t local =
+      options.local_kv == KvMemory::kHost ? 0 : c.layers * (kept + kept / 8 + 64) * token_bytes;
   return states + LayerScratchBytes(c, shape, rows) + buffer + local + kOperationBytes;
 }
 

@@ -56,18 +56,16 @@ TEST_F(IndexChoiceTest, EachKindIsMadeForEachRunAndFitsItAlone) {
   }
 }
 
-TEST_F(IndexChoiceTest, ClustersOfAHeadHaveOneModelWhoseBytesCountOnce) {
+TEST_F(IndexChoiceTest, ClustersOfAHeadHaveOneModelWhoseBytesAreShared) {
   const std::vector<MadeIndex> made = Make({IndexKind::kClusters});
   const auto model = ModelOf(made[0]);
   ASSERT_NE(model, nullptr);
-  uint64_t bytes = model->memory_bytes();
-  uint64_t counted = 0;
   for (const MadeIndex& one : made) {
     EXPECT_EQ(ModelOf(one), model);
-    bytes += dynamic_cast<const ClusterIndex&>(*one.index).memory_bytes();
-    counted += one.bytes;
+    EXPECT_EQ(one.bytes, dynamic_cast<const ClusterIndex&>(*one.index).memory_bytes());
+    EXPECT_EQ(one.shared, model);
+    EXPECT_EQ(one.shared_bytes, model->memory_bytes());
   }
-  EXPECT_EQ(counted, bytes);
   EXPECT_EQ(model->learned_tokens, 2000u);
 }
 

@@ -43,12 +43,17 @@ class LostDaemonTest(unittest.TestCase):
 
             timer = threading.Timer(1, lose_it)
             timer.start()
-            answers = worker.call("batch", asks=asks)["answers"]
-            took = time.monotonic() - gone[0]
-            again = worker.try_call("ask", sequence=1, tokens=[5])
-            self.assertEqual(again["status"], "FAILED_PRECONDITION", again)
-            if lost_by == signal.SIGSTOP:
-                daemon.process.send_signal(signal.SIGCONT)
+            try:
+                answers = worker.call("batch", asks=asks)["answers"]
+                answered = time.monotonic()
+                timer.join()
+                took = answered - gone[0]
+                self.assertGreater(took, 0, answers)
+                again = worker.try_call("ask", sequence=1, tokens=[5])
+                self.assertEqual(again["status"], "FAILED_PRECONDITION", again)
+            finally:
+                if lost_by == signal.SIGSTOP:
+                    daemon.process.send_signal(signal.SIGCONT)
             opened = worker.try_call("open", tokens=PROMPT, max_tokens=2000)
             self.assertEqual(opened["status"], "UNAVAILABLE", opened)  # the session is over
             return answers, took

@@ -106,6 +106,15 @@ TEST_P(SequenceBatchTest, WithAServiceTheyAnswerAsAloneByOneMessageALayer) {
   EXPECT_EQ(service.armed_balance, 0);
 }
 
+TEST_P(SequenceBatchTest, MoreRowsThanAMessageCarriesGoInSeveral) {
+  options_.rows_per_message = 3;  // of four
+  FakeService service, other;
+  const auto alone = OpenAll(&other), together = OpenAll(&service);
+  SequenceBatch batch = BatchOf(together);
+  ExpectAsAlone(alone, together, &batch);
+  EXPECT_EQ(service.attends, static_cast<int>(2 * kSteps * model_->config().layers));
+}
+
 TEST_P(SequenceBatchTest, WithAllKvHereTheyAnswerAsAloneByRecordedSteps) {
   for (const auto recording : {RowStep::Recording::kOff, RowStep::Recording::kOn}) {
     options_.recording = recording;
