@@ -226,7 +226,8 @@ TEST_F(RunIndexerTest, WhatHadNoRoomIsMadeLikeTheRestAsSoonAsThereIs) {
   ASSERT_LT(there, kRuns);
   const auto model = ModelOf(0);
   Sample(10);
-  // Nobody asks again.
+  // A fork with one of the runs looks while there is no room; afterwards nobody asks again.
+  indexer_->Consider(0, std::span(uses_).last(1), kShape, samples_);
   for (size_t r = 0; r + 1 < there; ++r) uses_[r].run = nullptr;
   for (size_t r = there - 1; r < kRuns; ++r) {
     // As the one that had its index before; of the runs that are left.

@@ -101,6 +101,33 @@ TEST_F(RunRegistryTest, ARunWhoseBlocksAreGoneGivesWayToTheCallers) {
   EXPECT_EQ(Get(again), good);
 }
 
+TEST_F(RunRegistryTest, IndexesOfABlockThatBreaksGoWithItThoughTheirRunIsMadeAnew) {
+  const Blocks first = Write();
+  auto run = Get(first);
+  run->indexes()->Set(0, 0, std::make_shared<NoIndex>());
+  const auto indexes = run->indexes();
+  run.reset();
+  Break(first[1].get());
+  const Blocks again = Write();  // before the registry has been told
+  EXPECT_EQ(Get(again)->indexes(), indexes);
+  registry_.Forget(first[1]->handle());
+  EXPECT_NE(Get(again)->indexes(), indexes);
+}
+
+TEST_F(RunRegistryTest, IndexesThatQueuedWorkHoldsAreNotDroppedForRoom) {
+  const Blocks blocks = Write();
+  auto run = Get(blocks);
+  run->indexes()->Set(0, 0, std::make_shared<NoIndex>());
+  auto held = run->indexes();
+  run.reset();
+  EXPECT_FALSE(registry_.HasIdle());
+  EXPECT_FALSE(registry_.DropIdle());
+  held.reset();
+  EXPECT_TRUE(registry_.HasIdle());
+  EXPECT_TRUE(registry_.DropIdle());
+  EXPECT_FALSE(registry_.HasIdle());
+}
+
 TEST_F(RunRegistryTest, IndexesOutliveTheirBlocksAndEndWithThoseThatTookTheirPlaces) {
   auto blocks = std::make_unique<Blocks>(Write());
   auto run = Get(*blocks);
