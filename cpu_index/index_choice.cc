@@ -14,7 +14,7 @@ template <typename Index>
 absl::StatusOr<MadeIndex> Made(absl::StatusOr<std::unique_ptr<Index>> index) {
   if (!index.ok()) return index.status();
   const uint64_t bytes = (*index)->memory_bytes();
-  return MadeIndex{*std::move(index), bytes, nullptr, 0};
+  return MadeIndex{*std::move(index), bytes};
 }
 
 MadeIndex Made(std::unique_ptr<ClusterIndex> index) {

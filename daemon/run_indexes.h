@@ -54,6 +54,7 @@ class RunIndexes {
     absl::ReaderMutexLock lock(&mutex_);
     return run_.lock();
   }
+  // The same, but nobody comes to hold the run for it.
   bool used() const {
     absl::ReaderMutexLock lock(&mutex_);
     return !run_.expired();

@@ -186,9 +186,12 @@ absl::StatusOr<std::vector<float>> Sequence::Run(std::span<const uint32_t> token
   return logits;
 }
 
+bool Sequence::AttendsByRows(std::span<const uint32_t> tokens) const {
+  return tokens_ > 0 && tokens.size() <= options_.max_attend_rows;
+}
+
 absl::StatusOr<std::vector<float>> Sequence::RunNext(std::span<const uint32_t> tokens, Role role) {
-  const bool by_rows = tokens_ > 0 && tokens.size() <= options_.max_attend_rows;
-  return by_rows ? AttendRows(tokens, role) : Prefill(tokens);
+  return AttendsByRows(tokens) ? AttendRows(tokens, role) : Prefill(tokens);
 }
 
 uint32_t Sequence::SkipShifted() {

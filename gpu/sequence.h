@@ -131,6 +131,7 @@ class Sequence {
   // After an error; returns it with the token's number.
   absl::Status Break(const absl::Status& status);
   absl::StatusOr<std::vector<float>> Run(std::span<const uint32_t> tokens, Role role);
+  bool AttendsByRows(std::span<const uint32_t> tokens) const;
   absl::StatusOr<std::vector<float>> RunNext(std::span<const uint32_t> tokens, Role role);
   // Goes on behind the reused tokens that come next; returns how many there are.
   uint32_t SkipShifted();

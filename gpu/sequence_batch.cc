@@ -17,9 +17,9 @@ SequenceBatch::SequenceBatch(std::vector<Sequence*> sequences) : sequences_(std:
   }
 }
 
-bool SequenceBatch::TakesRow(const Sequence& sequence) {
-  if (sequence.tokens_ == 0 || sequence.options_.recorder != nullptr) return false;
-  if (sequence.service_ == nullptr) return sequence.options_.patterns == nullptr;
+bool SequenceBatch::TakesRow(const Sequence& sequence, std::span<const uint32_t> token) {
+  if (sequence.service_ == nullptr) return sequence.IsOwnStep(token);
+  if (!sequence.AttendsByRows(token) || sequence.options_.recorder != nullptr) return false;
   return sequence.shifted_.empty() || sequence.shifted_.front().tokens.lo != sequence.tokens_;
 }
 
@@ -42,7 +42,7 @@ std::vector<absl::StatusOr<std::vector<float>>> SequenceBatch::Extend(
     const std::span<const uint32_t> token = tokens.subspan(i, 1);
     if (absl::Status checked = sequence->Check(token); !checked.ok()) {
       out[i] = checked;
-    } else if (!TakesRow(*sequence)) {
+    } else if (!TakesRow(*sequence, token)) {
       out[i] = sequence->Extend(token, Sequence::Role::kBudgeted);
     } else if (const auto budget = PrepareRow(sequence, token); !budget.ok()) {
       out[i] = sequence->Break(budget.status());

@@ -11,8 +11,9 @@
 
 namespace quarry {
 
-// Takes the next token of each of some sequences, of one model, device and service: weights are
-// read once for all, and the daemon gets one message a layer. Not thread-safe.
+// Takes the next token of each of some sequences, of one model, device and service: the rows of one
+// message to the daemon, mostly all, go through the layers together, and weights are read once for
+// them. Not thread-safe.
 class SequenceBatch {
  public:
   // Distinct, at least one; they outlive the batch.
@@ -31,7 +32,7 @@ class SequenceBatch {
   using Logits = absl::StatusOr<std::vector<float>>;
 
   // Whether the sequence's next token is a row of a batch.
-  static bool TakesRow(const Sequence& sequence);
+  static bool TakesRow(const Sequence& sequence, std::span<const uint32_t> token);
   static absl::StatusOr<Budget> PrepareRow(Sequence* sequence, std::span<const uint32_t> token);
   static void RunTogether(std::span<const RowBatch::Member> members, std::span<Logits* const> out,
                           RowBatch::Kept* kept);

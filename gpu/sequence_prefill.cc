@@ -41,13 +41,10 @@ class Sequence::Appender {
   // Memory for chunks of at most so many bytes of K, and samples of q_bytes each.
   absl::Status Reserve(size_t kv_bytes, uint32_t samples, size_t q_bytes) {
     q_bytes_ = q_bytes;
+    sample_bytes_ = samples * q_bytes;
     for (Chunk& chunk : chunks_) {
-      for (auto [buffer, bytes] : {std::pair{&chunk.k, kv_bytes},
-                                   {&chunk.v, kv_bytes},
-                                   {&chunk.samples, samples * q_bytes}}) {
-        if (bytes == 0) continue;
-        QUARRY_ASSIGN_OR_RETURN(*buffer, device_->AllocateHost(bytes, "K/V on their way"));
-      }
+      QUARRY_ASSIGN_OR_RETURN(
+          chunk.memory, device_->AllocateHost(sample_bytes_ + 2 * kv_bytes, "K/V on their way"));
     }
     return absl::OkStatus();
   }
@@ -60,19 +57,21 @@ class Sequence::Appender {
     Chunk& chunk = chunks_[next_];  // what it held is appended
     next_ = 1 - next_;
     chunk.positions = std::move(positions);
-    request.k = chunk.k.bytes().data();
-    request.v = chunk.v.bytes().data();
-    request.query_samples = reinterpret_cast<const float*>(chunk.samples.bytes().data());
+    std::span<std::byte> samples = chunk.memory.bytes();  // in front, for they are floats
+    const std::span<std::byte> to_k = samples.subspan(sample_bytes_, kv_bytes);
+    const std::span<std::byte> to_v = samples.subspan(sample_bytes_ + kv_bytes, kv_bytes);
+    request.k = to_k.data();
+    request.v = to_v.data();
+    request.query_samples = reinterpret_cast<const float*>(samples.data());
     request.query_positions = chunk.positions;
-    device_->StartDownload(chunk.k.bytes().first(kv_bytes), k);
-    copied_ = device_->StartDownload(chunk.v.bytes().first(kv_bytes), v);
-    std::span<std::byte> to = chunk.samples.bytes();
+    device_->StartDownload(to_k, k);
+    copied_ = device_->StartDownload(to_v, v);
     for (size_t i = 0, n = 1; i < chunk.positions.size(); i += n) {  // n of them are neighbours
       const uint32_t first = chunk.positions[i];
       for (n = 1; i + n < chunk.positions.size() && chunk.positions[i + n] == first + n;) ++n;
-      copied_ =
-          device_->StartDownload(to.first(n * q_bytes_), q + (first - request.range.lo) * q_bytes_);
-      to = to.subspan(n * q_bytes_);
+      copied_ = device_->StartDownload(samples.first(n * q_bytes_),
+                                       q + (first - request.range.lo) * q_bytes_);
+      samples = samples.subspan(n * q_bytes_);
     }
     latest_ = std::move(request);
     return absl::OkStatus();
@@ -89,7 +88,7 @@ class Sequence::Appender {
 
  private:
   struct Chunk {
-    HostBuffer k, v, samples;
+    HostBuffer memory;  // samples, K, V
     std::vector<uint32_t> positions;
   };
 
@@ -106,7 +105,7 @@ class Sequence::Appender {
 
   KvService* const service_;
   Device* const device_;
-  size_t q_bytes_ = 0;  // of a position's queries
+  size_t q_bytes_ = 0, sample_bytes_ = 0;  // of a position's queries, of a chunk's at most
   std::array<Chunk, 2> chunks_;
   size_t next_ = 0;
   std::optional<AppendRequest> latest_;  // on its way down

@@ -97,8 +97,7 @@ void Sequence::Advance(uint32_t rows) {
 
 // Whether tokens are decode's, with all K/V here; a prefill would do the same in more operations.
 bool Sequence::IsOwnStep(std::span<const uint32_t> tokens) const {
-  return tokens_ > 0 &&
-         tokens.size() <= std::min(RowBatch::kMaxKeptRows, options_.max_attend_rows) &&
+  return AttendsByRows(tokens) && tokens.size() <= RowBatch::kMaxKeptRows &&
          options_.patterns == nullptr && options_.recorder == nullptr;
 }
 

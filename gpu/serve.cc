@@ -262,6 +262,10 @@ absl::StatusOr<json> WorkerSession::AnswerOf(const Asking& asking) {
   return out;
 }
 
+void WorkerSession::DropBatchOf(const Sequence* sequence) {
+  if (batch_ != nullptr && std::ranges::count(batch_->sequences(), sequence) > 0) batch_.reset();
+}
+
 absl::StatusOr<json> WorkerSession::Ask(const json& request) {
   Asking asking;
   QUARRY_RETURN_IF_ERROR(Begin(request, &asking));
@@ -275,7 +279,6 @@ absl::StatusOr<json> WorkerSession::Batch(const json& request) {
   }
   std::vector<Asking> asked(request["asks"].size());
   std::set<const Sequence*> sequences;
-  bool forked = false;
   for (size_t i = 0; i < asked.size(); ++i) {
     const json& ask = request["asks"][i];
     absl::Status begun = ask.is_object() ? Begin(ask, &asked[i])
@@ -286,12 +289,13 @@ absl::StatusOr<json> WorkerSession::Batch(const json& request) {
                                                       " once more, and no fork of it"));
     }
     if (!begun.ok()) asked[i].End(begun);
-    forked |= asked[i].fork != nullptr;
   }
   Generate(asked);
-  if (forked) batch_.reset();  // it names what ends here
   json answers = json::array();
-  for (const Asking& asking : asked) answers.push_back(Settled(AnswerOf(asking)));
+  for (const Asking& asking : asked) {
+    answers.push_back(Settled(AnswerOf(asking)));
+    if (asking.fork != nullptr) DropBatchOf(asking.fork.get());
+  }
   return json{{"answers", std::move(answers)}};
 }
 
@@ -305,7 +309,7 @@ absl::StatusOr<json> WorkerSession::Fork(const json& request) {
 
 absl::StatusOr<json> WorkerSession::Close(const json& request) {
   QUARRY_ASSIGN_OR_RETURN(const Sequence* sequence, Find(request));
-  if (batch_ != nullptr && std::ranges::count(batch_->sequences(), sequence) > 0) batch_.reset();
+  DropBatchOf(sequence);
   sequences_.erase(request["sequence"].get<uint64_t>());
   return json::object();
 }

@@ -45,6 +45,8 @@ class WorkerSession {
   std::vector<absl::StatusOr<std::vector<float>>> ExtendTogether(
       const std::vector<Sequence*>& sequences, std::span<const uint32_t> tokens);
   absl::StatusOr<nlohmann::json> AnswerOf(const Asking& asking);
+  // Before it ends.
+  void DropBatchOf(const Sequence* sequence);
   absl::StatusOr<nlohmann::json> Fork(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Close(const nlohmann::json& request);
   absl::StatusOr<nlohmann::json> Stats();

@@ -86,7 +86,7 @@ IndexSpec Baseline(BaselineKind kind, std::string built, const BaselineOptions& 
     absl::StatusOr<std::unique_ptr<BaselineIndex>> index = BuildBaseline(kind, run, options);
     if (!index.ok()) return index.status();
     const uint64_t bytes = (*index)->memory_bytes();
-    return MadeIndex{std::move(*index), bytes, nullptr, 0};
+    return MadeIndex{std::move(*index), bytes};
   });
   spec.searches = FixedSearches(kind, options);
   for (SearchSpec& search : CandidateSearches(kind, options)) {

@@ -51,6 +51,12 @@ class RunRegistryTest : public ::testing::Test {
     block->writable()[9] ^= std::byte{1};
     EXPECT_TRUE(absl::IsDataLoss(store_->CopyOut(block->handle(), 0, {})));
   }
+  // Those of a run of these blocks that nobody uses any more.
+  std::shared_ptr<RunIndexes> IdleIndexes(const Blocks& blocks) {
+    const auto run = Get(blocks);
+    run->indexes()->Set(0, 0, std::make_shared<NoIndex>());
+    return run->indexes();
+  }
   std::shared_ptr<const quarry::Run> Get(const Blocks& blocks) {
     return registry_.GetOrMake("t", 0, kShape, blocks);
   }
@@ -103,10 +109,7 @@ TEST_F(RunRegistryTest, ARunWhoseBlocksAreGoneGivesWayToTheCallers) {
 
 TEST_F(RunRegistryTest, IndexesOfABlockThatBreaksGoWithItThoughTheirRunIsMadeAnew) {
   const Blocks first = Write();
-  auto run = Get(first);
-  run->indexes()->Set(0, 0, std::make_shared<NoIndex>());
-  const auto indexes = run->indexes();
-  run.reset();
+  const auto indexes = IdleIndexes(first);
   Break(first[1].get());
   const Blocks again = Write();  // before the registry has been told
   EXPECT_EQ(Get(again)->indexes(), indexes);
@@ -115,11 +118,7 @@ TEST_F(RunRegistryTest, IndexesOfABlockThatBreaksGoWithItThoughTheirRunIsMadeAne
 }
 
 TEST_F(RunRegistryTest, IndexesThatQueuedWorkHoldsAreNotDroppedForRoom) {
-  const Blocks blocks = Write();
-  auto run = Get(blocks);
-  run->indexes()->Set(0, 0, std::make_shared<NoIndex>());
-  auto held = run->indexes();
-  run.reset();
+  auto held = IdleIndexes(Write());
   EXPECT_FALSE(registry_.HasIdle());
   EXPECT_FALSE(registry_.DropIdle());
   held.reset();
@@ -130,16 +129,13 @@ TEST_F(RunRegistryTest, IndexesThatQueuedWorkHoldsAreNotDroppedForRoom) {
 
 TEST_F(RunRegistryTest, IndexesOutliveTheirBlocksAndEndWithThoseThatTookTheirPlaces) {
   auto blocks = std::make_unique<Blocks>(Write());
-  auto run = Get(*blocks);
-  run->indexes()->Set(0, 0, std::make_shared<NoIndex>());
-  const auto indexes = run->indexes();
-  run.reset();
+  const auto indexes = IdleIndexes(*blocks);
   blocks.reset();
   ASSERT_OK(store_->Reserve("t", kBytes, (1 << 20) / kBytes));  // evicts them
   store_->Unreserve("t", kBytes, (1 << 20) / kBytes);
   const Blocks again = Write();
   EXPECT_EQ(store_->Stats().evictions, kBlocks);
-  run = Get(again);
+  auto run = Get(again);
   EXPECT_EQ(run->indexes(), indexes);
   EXPECT_EQ(registry_.FindIndexed(0, kShape, again), run);
   Break(again[2].get());
