@@ -35,7 +35,7 @@ Context::Context(const ContextServices& services, ContextParams params, ContextS
     : services_(services),
       params_(std::move(params)),
       placed_(start.table.placed),
-      start_tokens_(start.tokens),
+      copied_blocks_(std::move(start.copied_blocks)),
       frontier_(size_t{shape().layers} * shape().kv_heads),
       samples_(SamplesOf(services, params_, std::move(start.samples))),
       attends_(samples_ == nullptr ? 0 : frontier_.size()),

@@ -52,6 +52,8 @@ struct ContextStart {
   BlockTable table;                 // blocks for max_tokens
   uint32_t tokens = 0;              // present in all layers; a stretch placed there is besides
   std::vector<uint32_t> token_ids;  // known, from token 0
+  // Of which it, or a context that it descends from, has a copy of its own since a fork; rising.
+  std::vector<uint32_t> copied_blocks;
   std::shared_ptr<QuerySamples> samples;  // of the context it forks; null: its own
 };
 
@@ -108,6 +110,7 @@ class Context : public BackgroundWorker::Client,
   std::vector<uint32_t> TokenIds(uint32_t limit) const;
   // Null: indexes are off, or it is too short for a run.
   const std::shared_ptr<QuerySamples>& samples() const { return samples_; }
+  std::span<const uint32_t> copied_blocks() const { return copied_blocks_; }
 
   const std::string& tenant() const override { return params_.tenant; }
   const std::string& model() const override { return params_.spec.name; }
@@ -177,7 +180,7 @@ class Context : public BackgroundWorker::Client,
   const ContextServices services_;
   const ContextParams params_;
   const std::vector<PlacedStretch> placed_;  // as every table's
-  const uint32_t start_tokens_;              // as ContextStart::tokens
+  const std::vector<uint32_t> copied_blocks_;  // as ContextStart's
   // [layer][kv_head]: tokens stored. Written by the claim's holder under mutex_.
   std::vector<std::atomic<uint32_t>> frontier_;
   const std::shared_ptr<QuerySamples> samples_;

@@ -280,6 +280,10 @@ absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkReque
   start.token_ids = parent->TokenIds(request.tokens);
   start.table.runs = RunsBelow(table->runs, request.tokens);
   start.samples = parent->samples();
+  for (const uint32_t block : parent->copied_blocks()) {
+    if (block < whole) start.copied_blocks.push_back(block);
+  }
+  if (partial > 0) start.copied_blocks.push_back(whole);
   start.table.placed = PlacedBelow(from.spec.rope, table->placed, request.tokens);
   start.table.blocks.assign(table->blocks.begin(), table->blocks.begin() + whole);
   // Behind a placed stretch, or in the copy of a part of one, nothing is as exact as the recipe

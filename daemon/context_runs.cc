@@ -13,12 +13,12 @@ std::vector<RunUse>::iterator PlaceOf(TokenRange tokens, std::vector<RunUse>* ru
                       [&](const RunUse& use) { return use.tokens.lo >= tokens.lo; });
 }
 
-// Whether a run that came with a fork of so many tokens ends in a block of which the fork has a
-// copy of its own, where other tokens follow: the run keeps its parent's name.
-bool EndsInCopiedBlock(const Run& run, uint32_t forked,
+// Whether a run that came with a fork ends in one of the `copied` blocks, where other tokens
+// follow: the run keeps the name that it has where the fork comes from.
+bool EndsInCopiedBlock(const Run& run, std::span<const uint32_t> copied,
                        std::span<const std::shared_ptr<HeldBlock>> blocks) {
   return run.tokens().hi % kBlockTokens != 0 &&
-         forked / kBlockTokens == run.tokens().hi / kBlockTokens &&
+         std::ranges::binary_search(copied, run.tokens().hi / kBlockTokens) &&
          run.blocks().back() != blocks.back() &&
          std::ranges::equal(run.blocks().first(blocks.size() - 1), blocks.first(blocks.size() - 1));
 }
@@ -73,7 +73,7 @@ bool Context::AttachPublished(const BlockTable& table, std::vector<RunUse>* runs
     const auto blocks = table.BlocksOf(tokens);
     const bool own_whole = std::binary_search(own_open_.begin(), own_open_.end(), next_run_);
     if (whole != nullptr && !own_whole &&
-        (whole->registered() || EndsInCopiedBlock(*whole, start_tokens_, blocks))) {
+        (whole->registered() || EndsInCopiedBlock(*whole, copied_blocks_, blocks))) {
       continue;
     }
     RunUse own{

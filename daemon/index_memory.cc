@@ -10,15 +10,12 @@ absl::StatusOr<std::shared_ptr<const KeyIndex>> IndexMemory::Keep(MadeIndex* mad
   const void* const shared = made->shared.get();
   {
     absl::MutexLock lock(&mutex_);
-    const bool first = shared != nullptr && !sharers_.contains(shared);
-    const uint64_t bytes = made->bytes + (first ? made->shared_bytes : 0);
+    const uint64_t bytes = LockedBytesOf(*made);
     if (bytes > max_bytes_ || used_ > max_bytes_ - bytes) {
-      refused_ = bytes;
       return absl::ResourceExhaustedError(absl::StrCat("indexes of ", used_,
                                                        " bytes and this one of ", bytes,
                                                        " pass index.max_bytes ", max_bytes_));
     }
-    refused_ = 0;
     used_ += bytes;
     if (shared != nullptr) ++sharers_[shared];
   }
@@ -42,9 +39,14 @@ void IndexMemory::Free(uint64_t bytes, const void* shared, uint64_t shared_bytes
   used_ -= shared_bytes;
 }
 
-bool IndexMemory::full() const {
+uint64_t IndexMemory::LockedBytesOf(const MadeIndex& made) const {
+  const bool first = made.shared != nullptr && !sharers_.contains(made.shared.get());
+  return made.bytes + (first ? made.shared_bytes : 0);
+}
+
+uint64_t IndexMemory::BytesOf(const MadeIndex& made) const {
   absl::MutexLock lock(&mutex_);
-  return refused_ > 0 && (refused_ > max_bytes_ || used_ > max_bytes_ - refused_);
+  return LockedBytesOf(made);
 }
 
 uint64_t IndexMemory::used() const {

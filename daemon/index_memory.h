@@ -21,17 +21,18 @@ class IndexMemory : public std::enable_shared_from_this<IndexMemory> {
   // shares when the last of those that share it is let go. ResourceExhausted, and `made` as it was:
   // there is no room.
   absl::StatusOr<std::shared_ptr<const KeyIndex>> Keep(MadeIndex* made);
-  // Whether the last one was refused, and would be now.
-  bool full() const;
+  // Of its own, with what it is the first to share.
+  uint64_t BytesOf(const MadeIndex& made) const;
   uint64_t used() const;
+  uint64_t free() const { return max_bytes_ - used(); }
 
  private:
   void Free(uint64_t bytes, const void* shared, uint64_t shared_bytes);
+  uint64_t LockedBytesOf(const MadeIndex& made) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
 
   const uint64_t max_bytes_;
   mutable absl::Mutex mutex_;
   uint64_t used_ ABSL_GUARDED_BY(mutex_) = 0;
-  uint64_t refused_ ABSL_GUARDED_BY(mutex_) = 0;  // the last one's bytes; 0: it was kept
   // How many indexes share it.
   absl::flat_hash_map<const void*, uint64_t> sharers_ ABSL_GUARDED_BY(mutex_);
 };

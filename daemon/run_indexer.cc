@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <deque>
 #include <list>
 #include <string>
@@ -11,7 +12,7 @@
 
 #include <spdlog/spdlog.h>
 
-#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "daemon/kv_segments.h"
 #include "daemon/low_priority.h"
 #include "proto/status_macros.h"
@@ -34,7 +35,7 @@ struct RunIndexer::Job {
       part.indexes->End(layer, learning, part.built == heads(), &indexer->counts_);
     }
     if (!full) return;
-    Waiting waiting{layer, shape, samples, {others.begin(), others.end()}};
+    Waiting waiting{layer, shape, samples, bytes, {others.begin(), others.end()}};
     for (const auto& part : parts) waiting.runs.push_back(part.indexes);
     indexer->Wait(std::move(waiting));
   }
@@ -61,6 +62,7 @@ struct RunIndexer::Job {
   uint32_t next = 0;  // under the indexer's mutex
   std::atomic<bool> warned{false};
   std::atomic<bool> full{false};  // a head found no room
+  std::atomic<uint64_t> bytes{0};  // of such a head's index; or less, where that is not known
 };
 
 struct RunIndexer::Building {
@@ -68,6 +70,7 @@ struct RunIndexer::Building {
   std::vector<Job::Part*> parts;  // of these runs
   // Of the head, where other runs have had theirs for longer; null: none has.
   std::shared_ptr<const KeyIndex> like;
+  uint64_t bytes = 0;  // what there has to be room for
 };
 
 RunIndexer::RunIndexer(const IndexOptions& options, RunRegistry* runs)
@@ -119,7 +122,15 @@ bool RunIndexer::AnyHeldAlone() const {
   return false;
 }
 
-bool RunIndexer::IsFull() const { return memory_->full() && !runs_->HasIdle(); }
+bool RunIndexer::HasRoom(uint64_t bytes) const {
+  const uint64_t free = memory_->free();
+  return bytes <= free || bytes - free <= runs_->idle_bytes();
+}
+
+uint64_t RunIndexer::GuessBytes(const KvShape& shape, const Run& run) const {
+  if (std::isinf(bytes_per_element_)) return 0;
+  return static_cast<uint64_t>(bytes_per_element_ * run.tokens().size() * shape.head_dim);
+}
 
 // Forks share samples, and jobs end in any order: what waits already goes on waiting.
 void RunIndexer::Wait(Waiting waiting) {
@@ -128,6 +139,7 @@ void RunIndexer::Wait(Waiting waiting) {
   const auto [there, first] =
       waiting_.try_emplace(std::pair(waiting.samples.get(), waiting.layer), waiting);
   if (first) return;
+  there->second.bytes = std::min(there->second.bytes, waiting.bytes);
   std::vector<std::weak_ptr<RunIndexes>>& runs = there->second.runs;
   runs.insert(runs.end(), waiting.runs.begin(), waiting.runs.end());
   const std::owner_less<> before;
@@ -147,12 +159,17 @@ void RunIndexer::ConsiderWaiting() {
   if (letting_go_ > 0) return;
   ++releasing_;
   mutex_.Unlock();
-  decltype(waiting_) all;
-  if (!IsFull()) {
+  const uint64_t room = memory_->free() + runs_->idle_bytes();
+  std::vector<Waiting> due;
+  {
     absl::MutexLock lock(&mutex_);
-    all.swap(waiting_);
+    absl::erase_if(waiting_, [&](auto& one) {
+      if (one.second.bytes > room) return false;
+      due.push_back(std::move(one.second));
+      return true;
+    });
   }
-  for (const auto& [key, waiting] : all) {
+  for (const Waiting& waiting : due) {
     std::vector<RunUse> uses;
     for (const std::weak_ptr<RunIndexes>& indexes : waiting.runs) {
       const std::shared_ptr<RunIndexes> there = indexes.lock();
@@ -161,7 +178,7 @@ void RunIndexer::ConsiderWaiting() {
     }
     std::sort(uses.begin(), uses.end(),
               [](const RunUse& a, const RunUse& b) { return a.tokens.lo < b.tokens.lo; });
-    Consider(waiting.layer, uses, waiting.shape, waiting.samples);
+    Consider(waiting.layer, uses, waiting.shape, waiting.samples, waiting.bytes);
   }
   mutex_.Lock();
   --releasing_;
@@ -170,15 +187,35 @@ void RunIndexer::ConsiderWaiting() {
 void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                           const std::shared_ptr<const QuerySamples>& samples) {
   if (!enabled() || runs.empty()) return;
-  if (IsFull()) {
-    Waiting waiting{layer, shape, samples, {}};
-    for (const RunUse& use : runs) waiting.runs.push_back(use.run->indexes());
-    return Wait(std::move(waiting));
+  uint64_t bytes = 0;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto waiting = waiting_.find(std::pair(samples.get(), layer));
+    bytes =
+        waiting != waiting_.end() ? waiting->second.bytes : GuessBytes(shape, *runs.front().run);
+  }
+  Consider(layer, runs, shape, samples, bytes);
+}
+
+void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
+                          const std::shared_ptr<const QuerySamples>& samples, uint64_t bytes) {
+  RunIndexes::Learning learning;
+  learning.renewal = samples->renewal();  // first: what is looked at later may only be newer
+  learning.samples = samples->LeastKept(layer);
+  for (const RunUse& use : runs) learning.tokens += use.run->tokens().size();
+  if (!HasRoom(bytes)) {
+    Waiting waiting{layer, shape, samples, bytes, {}};
+    bool due = false;
+    for (const RunUse& use : runs) {
+      due |= use.run->indexes()->IsDue(layer, learning);
+      waiting.runs.push_back(use.run->indexes());
+    }
+    if (due) Wait(std::move(waiting));
+    return;
   }
   auto job = std::make_shared<Job>(layer, shape, samples, this);
-  job->learning.renewal = samples->renewal();  // first: what is looked at later may only be newer
-  job->learning.samples = samples->LeastKept(layer);
-  for (const RunUse& use : runs) job->learning.tokens += use.run->tokens().size();
+  job->bytes = bytes;
+  job->learning = learning;
   for (const RunUse& use : runs) {
     const std::shared_ptr<RunIndexes>& indexes = use.run->indexes();
     const RunIndexes::Due due = indexes->Begin(layer, job->learning, &counts_);
@@ -202,8 +239,14 @@ std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
   const auto any = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return due() || !waiting_.empty(); };
   for (;;) {
     mutex_.Await(absl::Condition(&any));
-    if (mutex_.AwaitWithTimeout(absl::Condition(&due), kRoomPoll)) break;
-    ConsiderWaiting();
+    if (!stopping_ && !waiting_.empty() && absl::Now() >= look_at_) {
+      look_at_ = absl::Now() + kRoomPoll;
+      ConsiderWaiting();
+    } else if (due()) {
+      break;
+    } else {
+      mutex_.AwaitWithDeadline(absl::Condition(&due), look_at_);
+    }
   }
   if (stopping_) return nullptr;
   std::shared_ptr<Job> job = queue_.front();
@@ -287,6 +330,9 @@ void RunIndexer::Hold(Job& job, uint32_t kv_head, Building* building) {
   if (job.neighbour != nullptr) {
     if (auto index = job.neighbour->Get(job.layer, kv_head)) building->like = std::move(index);
   }
+  if (!building->runs.empty()) {
+    building->bytes = std::max(job.bytes.load(), GuessBytes(job.shape, *building->runs.front()));
+  }
   building_.push_back(building);
 }
 
@@ -306,8 +352,8 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
   Hold(job, kv_head, &building);
   if (building.runs.empty()) {
     // Nobody wants them any more, or they are indexed.
-  } else if (job.full.load() || IsFull()) {
-    job.full.store(true);
+  } else if (job.full.load() || !HasRoom(building.bytes)) {
+    if (!job.full.exchange(true)) job.bytes.store(building.bytes);
     failed_.fetch_add(1, std::memory_order_relaxed);
   } else {
     BuildHeld(job, kv_head, building);
@@ -315,8 +361,15 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
   Release(&building);
 }
 
+void RunIndexer::NoteBytes(const KvShape& shape, const Run& run, uint64_t bytes) {
+  const uint64_t elements = uint64_t{run.tokens().size()} * shape.head_dim;
+  absl::MutexLock lock(&mutex_);
+  bytes_per_element_ =
+      std::min(bytes_per_element_, static_cast<double>(bytes) / static_cast<double>(elements));
+}
+
 void RunIndexer::BuildHeld(Job& job, uint32_t kv_head, const Building& building) {
-  const auto& [runs, parts, like] = building;
+  const std::vector<std::shared_ptr<const Run>>& runs = building.runs;
   std::deque<KvSegments> segments;
   std::vector<KvView> views;
   for (const auto& run : runs) {
@@ -326,17 +379,20 @@ void RunIndexer::BuildHeld(Job& job, uint32_t kv_head, const Building& building)
   }
   const OfferingProcessor offering;
   const auto start = std::chrono::steady_clock::now();
-  absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, kv_head, like.get(), views);
+  absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, kv_head, building.like.get(), views);
   absl::Status status = made.status();
   for (size_t r = 0; status.ok() && r < runs.size(); ++r) {
-    if ((*made)[r].index == nullptr) continue;
-    absl::StatusOr<std::shared_ptr<const KeyIndex>> kept = Keep(std::move((*made)[r]));
+    MadeIndex& one = (*made)[r];
+    if (one.index == nullptr) continue;
+    NoteBytes(job.shape, *runs[r], one.bytes);
+    absl::StatusOr<std::shared_ptr<const KeyIndex>> kept = Keep(&one);
     if (!kept.ok()) {
       status = kept.status();
       job.full.store(true);
+      job.bytes.store(memory_->BytesOf(one));
       break;
     }
-    parts[r]->indexes->Set(job.layer, kv_head, *std::move(kept));
+    building.parts[r]->indexes->Set(job.layer, kv_head, *std::move(kept), one.bytes);
     built_.fetch_add(1, std::memory_order_relaxed);
   }
   if (!status.ok()) {
@@ -354,13 +410,15 @@ void RunIndexer::BuildHeld(Job& job, uint32_t kv_head, const Building& building)
                           std::memory_order_relaxed);
   // Of a layer for which there was no room, nothing was learned.
   if (absl::IsResourceExhausted(status)) return;
-  for (Job::Part* part : parts) part->built.fetch_add(1);
+  for (Job::Part* part : building.parts) part->built.fetch_add(1);
 }
 
-absl::StatusOr<std::shared_ptr<const KeyIndex>> RunIndexer::Keep(MadeIndex made) {
+absl::StatusOr<std::shared_ptr<const KeyIndex>> RunIndexer::Keep(MadeIndex* made) {
   for (;;) {
-    absl::StatusOr<std::shared_ptr<const KeyIndex>> kept = memory_->Keep(&made);
-    if (kept.ok() || !runs_->DropIdle()) return kept;
+    absl::StatusOr<std::shared_ptr<const KeyIndex>> kept = memory_->Keep(made);
+    if (kept.ok()) return kept;
+    const uint64_t bytes = memory_->BytesOf(*made), free = memory_->free();
+    if (bytes > free && !runs_->DropIdle(bytes - free)) return kept;
   }
 }
 

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <span>
 #include <thread>
@@ -13,6 +14,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "cpu_index/index_choice.h"
 #include "daemon/block_table.h"
 #include "daemon/index_memory.h"
@@ -63,8 +65,12 @@ class RunIndexer {
     uint32_t layer = 0;
     KvShape shape;
     std::shared_ptr<const QuerySamples> samples;
+    uint64_t bytes = 0;  // what there was no room for
     std::vector<std::weak_ptr<RunIndexes>> runs;
   };
+  // bytes: without room for them, the layer waits.
+  void Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
+                const std::shared_ptr<const QuerySamples>& samples, uint64_t bytes);
   void Wait(Waiting waiting) ABSL_LOCKS_EXCLUDED(mutex_);
   void ConsiderWaiting() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // When a job begins: it takes what is queued behind it that can be learned from together, and finds
@@ -81,12 +87,17 @@ class RunIndexer {
   void Release(Building* building);
   // Whether nobody but those that build hold one of the runs.
   bool AnyHeldAlone() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // There was no room, nor is there now, nor could be.
-  bool IsFull() const;
+  // Or could have, if those of runs that no context uses gave way.
+  bool HasRoom(uint64_t bytes) const;
+  // What the index of a head of such a run takes, going by those that were made. Where that is too
+  // little, one is made in vain, and its bytes are known then.
+  uint64_t GuessBytes(const KvShape& shape, const Run& run) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void NoteBytes(const KvShape& shape, const Run& run, uint64_t bytes);
   absl::StatusOr<std::vector<MadeIndex>> MakeHead(const Job& job, uint32_t kv_head,
                                                   const KeyIndex* like,
                                                   std::span<const KvView> views) const;
-  absl::StatusOr<std::shared_ptr<const KeyIndex>> Keep(MadeIndex made);
+  absl::StatusOr<std::shared_ptr<const KeyIndex>> Keep(MadeIndex* made);
 
   const IndexOptions options_;
   RunRegistry* const runs_;
@@ -98,6 +109,9 @@ class RunIndexer {
   std::deque<std::shared_ptr<Job>> queue_ ABSL_GUARDED_BY(mutex_);  // with heads to begin
   absl::flat_hash_map<std::pair<const QuerySamples*, uint32_t>, Waiting> waiting_
       ABSL_GUARDED_BY(mutex_);  // by samples and layer
+  absl::Time look_at_ ABSL_GUARDED_BY(mutex_);  // for their room
+  // Least seen of an index, without what it shares. None: infinite.
+  double bytes_per_element_ ABSL_GUARDED_BY(mutex_) = std::numeric_limits<double>::infinity();
   std::vector<const Building*> building_ ABSL_GUARDED_BY(mutex_);
   uint32_t releasing_ ABSL_GUARDED_BY(mutex_) = 0;   // threads that hold runs for a moment
   uint32_t letting_go_ ABSL_GUARDED_BY(mutex_) = 0;  // callers that wait for it; no head begins

@@ -13,12 +13,12 @@ constexpr uint32_t kLeastSamples = 32, kTimesMoreSamples = 2, kTimesMoreTokens =
 
 bool RunIndexes::empty() const {
   absl::ReaderMutexLock lock(&mutex_);
-  return std::all_of(heads_.begin(), heads_.end(), [](const auto& head) { return !head; });
+  return std::all_of(heads_.begin(), heads_.end(), [](const Head& head) { return !head.index; });
 }
 
 bool RunIndexes::IsEmpty(uint32_t layer) const {
-  const auto first = heads_.begin() + static_cast<ptrdiff_t>(Head(layer, 0));
-  return std::all_of(first, first + kv_heads_, [](const auto& head) { return !head; });
+  const auto first = heads_.begin() + static_cast<ptrdiff_t>(At(layer, 0));
+  return std::all_of(first, first + kv_heads_, [](const Head& head) { return !head.index; });
 }
 
 bool RunIndexes::Learning::OutdatedBy(const Learning& now) const {
@@ -42,9 +42,7 @@ bool RunIndexes::all_learned() const {
 RunIndexes::Due RunIndexes::Begin(uint32_t number, const Learning& now, RunCounts* counts) {
   absl::MutexLock lock(&mutex_);
   Layer& layer = layers_[number];
-  if (layer.busy || (layer.learned.has_value() && !layer.learned->OutdatedBy(now))) {
-    return Due::kNo;
-  }
+  if (!layer.IsDue(now)) return Due::kNo;
   layer.busy = true;
   if (busy_layers_++ == 0) counts->busy.fetch_add(1, std::memory_order_relaxed);
   if (!layer.learned.has_value()) return Due::kFirst;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -36,11 +37,21 @@ class RunIndexes {
   // its place at any time.
   std::shared_ptr<const KeyIndex> Get(uint32_t layer, uint32_t kv_head) const {
     absl::ReaderMutexLock lock(&mutex_);
-    return heads_[Head(layer, kv_head)];
+    return heads_[At(layer, kv_head)].index;
   }
-  void Set(uint32_t layer, uint32_t kv_head, std::shared_ptr<const KeyIndex> index) {
+  // bytes: that end with the index at least.
+  void Set(uint32_t layer, uint32_t kv_head, std::shared_ptr<const KeyIndex> index,
+           uint64_t bytes = 0) {
+    Head head{std::move(index), bytes};
     absl::MutexLock lock(&mutex_);
-    heads_[Head(layer, kv_head)].swap(index);  // the old one ends outside the lock
+    std::swap(heads_[At(layer, kv_head)], head);  // the old one ends outside the lock
+    bytes_ += bytes;
+    bytes_ -= head.bytes;
+  }
+  // Of all that are set.
+  uint64_t bytes() const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return bytes_;
   }
 
   bool empty() const;
@@ -80,6 +91,10 @@ class RunIndexes {
   // who does it, until End. counts: of the one indexer of all runs.
   enum class Due { kNo, kFirst, kAgain };
   Due Begin(uint32_t layer, const Learning& now, RunCounts* counts);
+  bool IsDue(uint32_t layer, const Learning& now) const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return layers_[layer].IsDue(now);
+  }
   // learned: what all heads were learned from; or, if it was given up, those that are there, and
   // the layer is due as if Begin had not been called.
   void End(uint32_t layer, Learning learned, bool all_heads, RunCounts* counts);
@@ -96,20 +111,26 @@ class RunIndexes {
   bool all_learned() const;  // of all layers
 
  private:
+  struct Head {
+    std::shared_ptr<const KeyIndex> index;
+    uint64_t bytes = 0;
+  };
   struct Layer {
     bool busy = false;
     uint32_t again = 0;  // times begun again
     std::optional<Learning> learned;
     std::optional<Learning> partly_learned;
+    bool IsDue(const Learning& now) const {
+      return !busy && (!learned.has_value() || learned->OutdatedBy(now));
+    }
   };
   bool IsEmpty(uint32_t layer) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  size_t Head(uint32_t layer, uint32_t kv_head) const {
-    return size_t{layer} * kv_heads_ + kv_head;
-  }
+  size_t At(uint32_t layer, uint32_t kv_head) const { return size_t{layer} * kv_heads_ + kv_head; }
 
   const uint32_t kv_heads_;
   mutable absl::Mutex mutex_;
-  std::vector<std::shared_ptr<const KeyIndex>> heads_ ABSL_GUARDED_BY(mutex_);
+  std::vector<Head> heads_ ABSL_GUARDED_BY(mutex_);
+  uint64_t bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   std::vector<Layer> layers_ ABSL_GUARDED_BY(mutex_);
   std::weak_ptr<const Run> run_ ABSL_GUARDED_BY(mutex_);
   uint32_t busy_layers_ ABSL_GUARDED_BY(mutex_) = 0;

@@ -100,14 +100,21 @@ std::shared_ptr<const Run> RunRegistry::Make(uint32_t i,
                    std::move(indexes));
 }
 
-bool RunRegistry::HasIdle() const {
-  absl::MutexLock lock(&mutex_);
-  return std::any_of(runs_.begin(), runs_.end(), [](const auto& run) { return run.second.idle(); });
+uint64_t RunRegistry::LockedIdleBytes() const {
+  uint64_t bytes = 0;
+  for (const auto& [key, entry] : runs_) bytes += entry.idle() ? entry.indexes->bytes() : 0;
+  return bytes;
 }
 
-bool RunRegistry::DropIdle() {
+uint64_t RunRegistry::idle_bytes() const {
+  absl::MutexLock lock(&mutex_);
+  return LockedIdleBytes();
+}
+
+bool RunRegistry::DropIdle(uint64_t bytes) {
   std::shared_ptr<RunIndexes> dropped;  // ends outside the lock
   absl::MutexLock lock(&mutex_);
+  if (LockedIdleBytes() < bytes) return false;
   auto oldest = runs_.end();
   for (auto it = runs_.begin(); it != runs_.end(); ++it) {
     if (!it->second.idle()) continue;

@@ -110,10 +110,10 @@ class RunRegistry {
                                   std::span<const std::shared_ptr<HeldBlock>> blocks,
                                   const BlockId& last_block);
 
-  // Drops the indexes of the run that no context uses and that was longest not asked for; false if
-  // there is none.
-  bool DropIdle();
-  bool HasIdle() const;
+  // Drops the indexes of the run that no context uses and that was longest not asked for, if all
+  // such together take that many bytes; false if they do not.
+  bool DropIdle(uint64_t bytes);
+  uint64_t idle_bytes() const;
   // Forgets the tenant's runs that have any of `blocks`; or, if none are named, any of the
   // namespace; or all. Whoever uses such a run keeps it, and its indexes end with it; others end
   // here.
@@ -173,6 +173,7 @@ class RunRegistry {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   template <typename Predicate>
   void ForgetIf(Predicate predicate);
+  uint64_t LockedIdleBytes() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
 
   void SweepExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

@@ -35,7 +35,9 @@ class EngineLayersTest : public EngineTest {
     std::vector<float> q(size_t{kSamples} * kShape.heads * kShape.head_dim);
     for (float& x : q) x = normal(random);
     std::vector<uint32_t> positions(kSamples);
-    for (uint32_t i = 0; i < kSamples; ++i) positions[i] = (i + 1) * (kTokens / kSamples) - 1;
+    for (uint32_t i = 0; i < kSamples; ++i) {
+      positions[i] = tokens.lo + (i + 1) * (tokens.size() / kSamples) - 1;
+    }
     AppendRequest request;
     request.context = context;
     request.layer = layer;
@@ -256,6 +258,29 @@ TEST_F(EngineLayersTest, AForkAtTheEndOfARunKeepsItWithItsIndexes) {
   ASSERT_OK(engine_->Seal(session_, *fork).status());
   EXPECT_EQ(engine_->Stats().runs_live, 2 * kRuns - 1);
   WaitForBuilt(kLayers * (2 * kLayerHeads - kKvHeads));
+}
+
+// The first context leaves before the run's last block is full, and nobody else can find the run.
+TEST_F(EngineLayersTest, AForkOfAForkKeepsARunThatBothHaveFromAContextThatLeft) {
+  constexpr uint32_t kShared = kFirst + kRunTokens, kForked = kShared + 700;
+  const ContextId context = Open();
+  for (uint32_t layer = 0; layer < kLayers; ++layer) {
+    ASSERT_OK(AppendLayer(context, layer, {0, kShared}));
+  }
+  const auto first = engine_->Fork(session_, {context, kShared, kTokens, {}});
+  ASSERT_OK(first.status());
+  EXPECT_OK(engine_->Close(session_, context));
+  ASSERT_OK(engine_->DeclareTokens(session_, *first, Tokens(kForked - kShared, 500000)));
+  ASSERT_OK(AppendAll(*engine_, session_, *first, data_, {kShared, kForked - 1}));
+  // Which says that the last layer, too, had come as far as that.
+  ASSERT_OK(AppendAll(*engine_, session_, *first, data_, {kForked - 1, kForked}));
+  const auto second = engine_->Fork(session_, {*first, kForked, kTokens, {}});
+  ASSERT_OK(second.status());
+  ASSERT_OK(engine_->DeclareTokens(session_, *second, Tokens(kTokens - kForked, 600000)));
+  ASSERT_OK(AppendAll(*engine_, session_, *second, data_, {kForked, kTokens}));
+  ASSERT_OK(engine_->Seal(session_, *second).status());
+  WaitForBuilt(kLayers * kLayerHeads);
+  EXPECT_EQ(engine_->Stats().runs_live, kRuns - 1);
 }
 
 TEST_F(EngineLayersTest, WritersOfOneLayersHeadsAreWaitedFor) {

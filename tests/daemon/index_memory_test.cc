@@ -69,21 +69,15 @@ TEST_F(IndexMemoryTest, ARefusedOneIsAsItWasAndNamesTheBytes) {
   EXPECT_EQ(memory_->used(), 100u);
 }
 
-TEST_F(IndexMemoryTest, ItIsFullForWhatWasRefusedUntilThatHasRoom) {
-  EXPECT_FALSE(memory_->full());
-  auto first = Keep(Made(60));
-  auto second = Keep(Made(20));
-  EXPECT_FALSE(memory_->full());
-  MadeIndex third = Made(50);
-  EXPECT_FALSE(memory_->Keep(&third).ok());
-  EXPECT_TRUE(memory_->full());
-  second.reset();  // is not enough
-  EXPECT_TRUE(memory_->full());
+TEST_F(IndexMemoryTest, TheFirstThatSharesNeedsRoomForWhatIsShared) {
+  const auto model = std::make_shared<const int>(1);
+  EXPECT_EQ(memory_->BytesOf(Made(10, model, 5)), 15u);
+  auto first = Keep(Made(10, model, 5));
+  EXPECT_EQ(memory_->free(), 85u);
+  EXPECT_EQ(memory_->BytesOf(Made(10, model, 5)), 10u);
   first.reset();
-  EXPECT_FALSE(memory_->full());
-  MadeIndex more_than_all = Made(101);
-  EXPECT_FALSE(memory_->Keep(&more_than_all).ok());
-  EXPECT_TRUE(memory_->full());
+  EXPECT_EQ(memory_->BytesOf(Made(10, model, 5)), 15u);
+  EXPECT_EQ(memory_->free(), 100u);
 }
 
 TEST_F(IndexMemoryTest, AnIndexOutlivesWhoeverKeepsCount) {

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <deque>
 #include <functional>
 #include <memory>
 #include <set>
@@ -35,6 +36,14 @@ class RunIndexerTest : public ::testing::Test {
       samples_->Add(0, 0, kShape.kv_heads, held_.Queries(1).data());
     }
   }
+  // Another context's runs, with samples of its own.
+  struct Other {
+    std::vector<RunUse> uses;
+    std::shared_ptr<QuerySamples> samples =
+        std::make_shared<QuerySamples>(kShape, 128, std::make_shared<SampleMemory>(1 << 30));
+  };
+  Other MakeOther(TokenRange tokens) const { return {{{held_.RunOf(tokens), tokens}}}; }
+  void Consider(const Other& other) { indexer_->Consider(0, other.uses, kShape, other.samples); }
   // After a drift.
   void Renew() {
     while (!samples_->NoteFit(0, 0, IndexFit::kPoor)) {
@@ -235,6 +244,59 @@ TEST_F(RunIndexerTest, WhatHadNoRoomIsMadeLikeTheRestAsSoonAsThereIs) {
     EXPECT_EQ(ModelOf(r), model) << r;
   }
   EXPECT_EQ(indexer_->stats().built, kRuns);
+}
+
+TEST_F(RunIndexerTest, AnIndexThatIsTooLargeKeepsOthersNotOutAndIsMadeOnce) {
+  Start();
+  Consider(1);
+  WaitForLearned(0, kRunTokens, 0);
+  options_.max_bytes = indexer_->stats().bytes * 5 / 2;  // for two
+  uses_[0].run = held_.RunOf(uses_[0].tokens);
+  Start();
+  const Other large = MakeOther({128, 128 + kRuns * kRunTokens});
+  Consider(large);
+  WaitFor([](const IndexStats& s) { return s.failed == 1 && s.queued_runs == 0; });
+  Consider(1);
+  WaitForLearned(0, kRunTokens, 0);
+  // It is looked at again and again meanwhile, also by its context.
+  for (int looks = 0; looks < 10; ++looks) {
+    Consider(large);
+    absl::SleepFor(absl::Milliseconds(50));
+  }
+  EXPECT_EQ(indexer_->stats().failed, 1u);
+  // Going by the first one, a third has no room: it is not even tried, until the first is gone.
+  const Other second = MakeOther(uses_[1].tokens), third = MakeOther(uses_[2].tokens);
+  Consider(second);
+  WaitFor([](const IndexStats& s) { return s.built == 2; });
+  Consider(third);
+  WaitFor([](const IndexStats& s) { return s.queued_runs == 0; });
+  EXPECT_EQ(indexer_->stats().failed, 1u);
+  uses_[0].run = nullptr;
+  WaitFor([](const IndexStats& s) { return s.built == 3; });
+  EXPECT_NE(third.uses[0].run->indexes()->Get(0, 0), nullptr);
+}
+
+TEST_F(RunIndexerTest, WhatWaitsForRoomIsMadeAlthoughOthersKeepComing) {
+  Start();
+  Consider(1);
+  WaitForLearned(0, kRunTokens, 0);
+  options_.max_bytes = indexer_->stats().bytes * 3;
+  uses_[0].run = held_.RunOf(uses_[0].tokens);
+  Start();
+  const Other large = MakeOther({128, 128 + 2 * kRunTokens});
+  Consider(2);
+  for (size_t r = 0; r < 2; ++r) WaitForLearned(r, 2 * kRunTokens, 0);
+  Consider(large);
+  WaitFor([](const IndexStats& s) { return s.failed > 0 && s.queued_runs == 0; });
+  for (size_t r = 0; r < 2; ++r) uses_[r].run = nullptr;
+  const auto made = [&] { return large.uses[0].run->indexes()->Get(0, 0) != nullptr; };
+  // Each is gone as soon as it is made.
+  std::deque<Other> others;
+  EXPECT_TRUE(testing::Eventually([&] {
+    while (others.size() < 4) Consider(others.emplace_back(MakeOther(uses_[3].tokens)));
+    while (others.front().uses[0].run->indexes()->learned(0).has_value()) others.pop_front();
+    return made();
+  }));
 }
 
 }  // namespace

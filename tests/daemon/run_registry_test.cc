@@ -30,8 +30,8 @@ class RunRegistryTest : public ::testing::Test {
     options.arena.huge_pages = ArenaOptions::HugePages::kNever;
     store_ = *BlockStore::Create(options);
   }
-  // Run 0's, as one writer computes them; the last one's id is always the same.
-  Blocks Write() {
+  // Run 0's, as one writer computes them, with ids from `id`.
+  Blocks Write(uint8_t id = 1) {
     Blocks blocks;
     for (uint8_t b = 0; b < kBlocks; ++b) {
       EXPECT_OK(store_->Reserve("t", kBytes, 1));
@@ -39,8 +39,8 @@ class RunRegistryTest : public ::testing::Test {
           std::make_shared<HeldBlock>(*store_, *store_->Begin("t", kBytes), BlockOrigin{}));
       std::memset(blocks.back()->writable(), b, kBytes);
       BlockKey key;
-      key.id.bytes[0] = b + 1;
-      key.full_key = std::string(1, static_cast<char>(b));
+      key.id.bytes[0] = id + b;
+      key.full_key = std::string(1, static_cast<char>(id + b));
       const auto winner = blocks.back()->Publish(key);
       EXPECT_OK(winner.status());
       if (winner.ok() && *winner != nullptr) blocks.back() = *winner;
@@ -52,9 +52,9 @@ class RunRegistryTest : public ::testing::Test {
     EXPECT_TRUE(absl::IsDataLoss(store_->CopyOut(block->handle(), 0, {})));
   }
   // Those of a run of these blocks that nobody uses any more.
-  std::shared_ptr<RunIndexes> IdleIndexes(const Blocks& blocks) {
+  std::shared_ptr<RunIndexes> IdleIndexes(const Blocks& blocks, uint64_t bytes = 0) {
     const auto run = Get(blocks);
-    run->indexes()->Set(0, 0, std::make_shared<NoIndex>());
+    run->indexes()->Set(0, 0, std::make_shared<NoIndex>(), bytes);
     return run->indexes();
   }
   std::shared_ptr<const quarry::Run> Get(const Blocks& blocks) {
@@ -118,13 +118,25 @@ TEST_F(RunRegistryTest, IndexesOfABlockThatBreaksGoWithItThoughTheirRunIsMadeAne
 }
 
 TEST_F(RunRegistryTest, IndexesThatQueuedWorkHoldsAreNotDroppedForRoom) {
-  auto held = IdleIndexes(Write());
-  EXPECT_FALSE(registry_.HasIdle());
-  EXPECT_FALSE(registry_.DropIdle());
+  auto held = IdleIndexes(Write(), 10);
+  EXPECT_EQ(registry_.idle_bytes(), 0u);
+  EXPECT_FALSE(registry_.DropIdle(1));
   held.reset();
-  EXPECT_TRUE(registry_.HasIdle());
-  EXPECT_TRUE(registry_.DropIdle());
-  EXPECT_FALSE(registry_.HasIdle());
+  EXPECT_EQ(registry_.idle_bytes(), 10u);
+  EXPECT_TRUE(registry_.DropIdle(1));
+  EXPECT_EQ(registry_.idle_bytes(), 0u);
+}
+
+TEST_F(RunRegistryTest, NoIndexesAreDroppedForMoreThanAllOfThem) {
+  const Blocks one = Write(), other = Write(100);
+  IdleIndexes(one, 10);
+  IdleIndexes(other, 20);
+  EXPECT_FALSE(registry_.DropIdle(31));
+  EXPECT_EQ(registry_.idle_bytes(), 30u);
+  EXPECT_TRUE(registry_.DropIdle(30));
+  EXPECT_EQ(registry_.idle_bytes(), 20u);  // the older ones are gone
+  Get(other)->indexes()->Set(0, 0, std::make_shared<NoIndex>(), 5);
+  EXPECT_EQ(registry_.idle_bytes(), 5u);
 }
 
 TEST_F(RunRegistryTest, IndexesOutliveTheirBlocksAndEndWithThoseThatTookTheirPlaces) {
