@@ -20,7 +20,8 @@ struct IndexStats {
   uint64_t indexed_runs = 0;  // that contexts use now, all layers indexed at least once
   uint64_t built = 0;         // indexes of one layer and KV head, since the start
   uint64_t relearned = 0;     // runs indexed anew, as often as the layer that was most often
-  uint64_t failed = 0;        // heads that cannot have an index, or found no room
+  uint64_t failed = 0;        // heads that cannot have an index, or layers that found no room
+  uint64_t waiting_layers = 0;  // of contexts, for which there is no room now
   uint64_t build_micros = 0;  // of all threads
   uint64_t bytes = 0;         // of the indexes that are held now
   uint64_t sample_bytes = 0;  // of the queries that contexts keep

@@ -4,24 +4,26 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <deque>
 #include <list>
+#include <numeric>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include <spdlog/spdlog.h>
 
-#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "daemon/kv_segments.h"
 #include "daemon/low_priority.h"
+#include "daemon/steady_clock.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
 
 // How often those look for room that wait for it: nobody tells when a run goes out of use.
-constexpr absl::Duration kRoomPoll = absl::Milliseconds(200);
+constexpr uint64_t kRoomPollNs = 200'000'000;
 
 }  // namespace
 
@@ -35,7 +37,7 @@ struct RunIndexer::Job {
       part.indexes->End(layer, learning, part.built == heads(), &indexer->counts_);
     }
     if (!full) return;
-    Waiting waiting{layer, shape, samples, bytes, {others.begin(), others.end()}};
+    Waiting waiting{layer, shape, samples, {others.begin(), others.end()}};
     for (const auto& part : parts) waiting.runs.push_back(part.indexes);
     indexer->Wait(std::move(waiting));
   }
@@ -62,7 +64,6 @@ struct RunIndexer::Job {
   uint32_t next = 0;  // under the indexer's mutex
   std::atomic<bool> warned{false};
   std::atomic<bool> full{false};  // a head found no room
-  std::atomic<uint64_t> bytes{0};  // of such a head's index; or less, where that is not known
 };
 
 struct RunIndexer::Building {
@@ -70,13 +71,17 @@ struct RunIndexer::Building {
   std::vector<Job::Part*> parts;  // of these runs
   // Of the head, where other runs have had theirs for longer; null: none has.
   std::shared_ptr<const KeyIndex> like;
-  uint64_t bytes = 0;  // what there has to be room for
+  RunIndexes::Learning learning;
+  // What the indexes of the first runs are expected to take, as many as there is room for; those
+  // that were made before `made` take it already. Under the indexer's mutex.
+  std::vector<uint64_t> bytes;
+  size_t made = 0;
 };
 
 RunIndexer::RunIndexer(const IndexOptions& options, RunRegistry* runs)
     : options_(options),
       runs_(runs),
-      memory_(std::make_shared<IndexMemory>(options.max_bytes)),
+      room_(options.max_bytes, runs),
       sample_memory_(std::make_shared<SampleMemory>(options.max_sample_bytes)) {
   if (!enabled()) return;
   for (uint32_t i = 0; i < options.threads; ++i) {
@@ -122,24 +127,25 @@ bool RunIndexer::AnyHeldAlone() const {
   return false;
 }
 
-bool RunIndexer::HasRoom(uint64_t bytes) const {
-  const uint64_t free = memory_->free();
-  return bytes <= free || bytes - free <= runs_->idle_bytes();
-}
-
-uint64_t RunIndexer::GuessBytes(const KvShape& shape, const Run& run) const {
-  if (std::isinf(bytes_per_element_)) return 0;
-  return static_cast<uint64_t>(bytes_per_element_ * run.tokens().size() * shape.head_dim);
+uint64_t RunIndexer::ReservedBytes() const {
+  uint64_t reserved = 0;
+  for (const Building* building : building_) {
+    const auto& bytes = building->bytes;
+    reserved = std::accumulate(bytes.begin() + static_cast<ptrdiff_t>(building->made), bytes.end(),
+                               reserved);
+  }
+  return reserved;
 }
 
 // Forks share samples, and jobs end in any order: what waits already goes on waiting.
 void RunIndexer::Wait(Waiting waiting) {
   absl::MutexLock lock(&mutex_);
   if (stopping_) return;
+  if (waiting.turn == 0) waiting.turn = ++turns_;
   const auto [there, first] =
       waiting_.try_emplace(std::pair(waiting.samples.get(), waiting.layer), waiting);
   if (first) return;
-  there->second.bytes = std::min(there->second.bytes, waiting.bytes);
+  there->second.turn = std::min(there->second.turn, waiting.turn);
   std::vector<std::weak_ptr<RunIndexes>>& runs = there->second.runs;
   runs.insert(runs.end(), waiting.runs.begin(), waiting.runs.end());
   const std::owner_less<> before;
@@ -157,19 +163,17 @@ void RunIndexer::ConsiderWaiting() {
     });
   });
   if (letting_go_ > 0) return;
+  std::vector<Waiting> all;
+  for (auto& [key, waiting] : waiting_) all.push_back(std::move(waiting));
+  waiting_.clear();
+  const uint64_t reserved = ReservedBytes();
   ++releasing_;
   mutex_.Unlock();
-  const uint64_t room = memory_->free() + runs_->idle_bytes();
-  std::vector<Waiting> due;
-  {
-    absl::MutexLock lock(&mutex_);
-    absl::erase_if(waiting_, [&](auto& one) {
-      if (one.second.bytes > room) return false;
-      due.push_back(std::move(one.second));
-      return true;
-    });
-  }
-  for (const Waiting& waiting : due) {
+  std::sort(all.begin(), all.end(),
+            [](const Waiting& a, const Waiting& b) { return a.turn < b.turn; });
+  const uint64_t room = room_.UpTo(options_.max_bytes);
+  uint64_t left = room - std::min(room, reserved);
+  for (const Waiting& waiting : all) {
     std::vector<RunUse> uses;
     for (const std::weak_ptr<RunIndexes>& indexes : waiting.runs) {
       const std::shared_ptr<RunIndexes> there = indexes.lock();
@@ -178,7 +182,12 @@ void RunIndexer::ConsiderWaiting() {
     }
     std::sort(uses.begin(), uses.end(),
               [](const RunUse& a, const RunUse& b) { return a.tokens.lo < b.tokens.lo; });
-    Consider(waiting.layer, uses, waiting.shape, waiting.samples, waiting.bytes);
+    const auto has_room = [&](uint64_t bytes) {
+      if (bytes > left) return false;
+      left -= bytes;
+      return true;
+    };
+    Consider(waiting.layer, uses, waiting.shape, waiting.samples, has_room, waiting.turn);
   }
   mutex_.Lock();
   --releasing_;
@@ -186,35 +195,34 @@ void RunIndexer::ConsiderWaiting() {
 
 void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                           const std::shared_ptr<const QuerySamples>& samples) {
-  if (!enabled() || runs.empty()) return;
-  uint64_t bytes = 0;
-  {
-    absl::MutexLock lock(&mutex_);
-    const auto waiting = waiting_.find(std::pair(samples.get(), layer));
-    bytes =
-        waiting != waiting_.end() ? waiting->second.bytes : GuessBytes(shape, *runs.front().run);
-  }
-  Consider(layer, runs, shape, samples, bytes);
+  if (!enabled()) return;
+  const auto has_room = [this](uint64_t bytes) { return room_.UpTo(bytes) == bytes; };
+  Consider(layer, runs, shape, samples, has_room, 0);
 }
 
 void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
-                          const std::shared_ptr<const QuerySamples>& samples, uint64_t bytes) {
+                          const std::shared_ptr<const QuerySamples>& samples,
+                          absl::FunctionRef<bool(uint64_t)> has_room, uint64_t turn) {
   RunIndexes::Learning learning;
   learning.renewal = samples->renewal();  // first: what is looked at later may only be newer
   learning.samples = samples->LeastKept(layer);
   for (const RunUse& use : runs) learning.tokens += use.run->tokens().size();
-  if (!HasRoom(bytes)) {
-    Waiting waiting{layer, shape, samples, bytes, {}};
-    bool due = false;
-    for (const RunUse& use : runs) {
-      due |= use.run->indexes()->IsDue(layer, learning);
-      waiting.runs.push_back(use.run->indexes());
-    }
-    if (due) Wait(std::move(waiting));
-    return;
+  const bool first = std::all_of(runs.begin(), runs.end(), [&](const RunUse& use) {
+    return use.run->indexes()->empty(layer);
+  });
+  std::optional<uint64_t> least;
+  for (const RunUse& use : runs) {
+    if (!use.run->indexes()->IsDue(layer, learning)) continue;
+    const uint64_t bytes = room_.BytesFor(layer, shape, *use.run, first);
+    least = std::min(least.value_or(bytes), bytes);
+  }
+  if (!least.has_value()) return;
+  if (!has_room(*least)) {
+    Waiting waiting{layer, shape, samples, {}, turn};
+    for (const RunUse& use : runs) waiting.runs.push_back(use.run->indexes());
+    return Wait(std::move(waiting));
   }
   auto job = std::make_shared<Job>(layer, shape, samples, this);
-  job->bytes = bytes;
   job->learning = learning;
   for (const RunUse& use : runs) {
     const std::shared_ptr<RunIndexes>& indexes = use.run->indexes();
@@ -239,13 +247,15 @@ std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
   const auto any = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return due() || !waiting_.empty(); };
   for (;;) {
     mutex_.Await(absl::Condition(&any));
-    if (!stopping_ && !waiting_.empty() && absl::Now() >= look_at_) {
-      look_at_ = absl::Now() + kRoomPoll;
+    const uint64_t now = SteadyNowNs();
+    if (!stopping_ && !waiting_.empty() && now >= look_at_ns_) {
+      look_at_ns_ = now + kRoomPollNs;  // not by others meanwhile
       ConsiderWaiting();
+      look_at_ns_ = SteadyNowNs() + kRoomPollNs;
     } else if (due()) {
       break;
     } else {
-      mutex_.AwaitWithDeadline(absl::Condition(&due), look_at_);
+      mutex_.AwaitWithTimeout(absl::Condition(&due), absl::Nanoseconds(look_at_ns_ - now));
     }
   }
   if (stopping_) return nullptr;
@@ -266,11 +276,6 @@ void RunIndexer::Prepare(Job* job) {
     if (job->again && (!learned.has_value() || learned->OutdatedBy(job->learning))) continue;
     job->neighbour = other;
     job->learning = learned.value_or(job->learning);
-  }
-  for (const Job::Part& part : job->parts) {
-    const std::optional<RunIndexes::Learning> before = part.indexes->partly_learned(job->layer);
-    if (before.has_value())
-      job->learning.Limit(*before);  // its heads stay, and others are like them
   }
 }
 
@@ -296,29 +301,17 @@ void RunIndexer::Loop() {
   while (const std::shared_ptr<Job> job = NextHead(&head)) BuildHead(*job, head);
 }
 
-absl::StatusOr<std::vector<MadeIndex>> RunIndexer::MakeHead(const Job& job, uint32_t kv_head,
-                                                            const KeyIndex* like,
-                                                            std::span<const KvView> views) const {
-  const std::vector<float> queries = job.samples->Scaled(job.layer, kv_head);
-  IndexChoice choice = options_.choice;
-  choice.group = job.shape.group();
-  if (like == nullptr) return MakeIndexes(choice, views, queries);
-  std::vector<MadeIndex> made;
-  for (const KvView& view : views) {
-    QUARRY_ASSIGN_OR_RETURN(MadeIndex one,
-                            MakeIndexLike(*like, choice, view, queries));
-    made.push_back(std::move(one));
-  }
-  return made;
-}
-
 void RunIndexer::Hold(Job& job, uint32_t kv_head, Building* building) {
   absl::MutexLock lock(&mutex_);
+  building->learning = job.learning;
   for (Job::Part& part : job.parts) {
-    // Where there was no room for the layer's other heads.
-    if (std::shared_ptr<const KeyIndex> has = part.indexes->Get(job.layer, kv_head);
-        !job.again && has != nullptr) {
-      if (building->like == nullptr) building->like = std::move(has);
+    // Where there was no room for the layer's other heads, this one may have been made before.
+    const auto learned = part.indexes->learned(job.layer, kv_head);
+    if (learned.has_value() && !learned->OutdatedBy(job.learning)) {
+      if (auto has = part.indexes->Get(job.layer, kv_head); has != nullptr) {
+        building->like = std::move(has);
+        building->learning.Limit(*learned);
+      }
       part.built.fetch_add(1);
       continue;
     }
@@ -330,8 +323,16 @@ void RunIndexer::Hold(Job& job, uint32_t kv_head, Building* building) {
   if (job.neighbour != nullptr) {
     if (auto index = job.neighbour->Get(job.layer, kv_head)) building->like = std::move(index);
   }
-  if (!building->runs.empty()) {
-    building->bytes = std::max(job.bytes.load(), GuessBytes(job.shape, *building->runs.front()));
+  for (const auto& run : building->runs) {
+    const bool first = building->like == nullptr && building->bytes.empty();
+    building->bytes.push_back(room_.BytesFor(job.layer, job.shape, *run, first));
+  }
+  const uint64_t reserved = ReservedBytes();
+  uint64_t all = std::accumulate(building->bytes.begin(), building->bytes.end(), reserved);
+  const uint64_t room = room_.UpTo(all);
+  while (!building->bytes.empty() && all > room) {
+    all -= building->bytes.back();
+    building->bytes.pop_back();
   }
   building_.push_back(building);
 }
@@ -350,76 +351,77 @@ void RunIndexer::Release(Building* building) {
 void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
   Building building;
   Hold(job, kv_head, &building);
-  if (building.runs.empty()) {
-    // Nobody wants them any more, or they are indexed.
-  } else if (job.full.load() || !HasRoom(building.bytes)) {
-    if (!job.full.exchange(true)) job.bytes.store(building.bytes);
-    failed_.fetch_add(1, std::memory_order_relaxed);
-  } else {
-    BuildHeld(job, kv_head, building);
+  bool full = building.bytes.size() < building.runs.size();
+  // Of no runs if nobody wants them any more, or they are indexed.
+  if (!building.bytes.empty() && !job.full.load()) {
+    const auto start = std::chrono::steady_clock::now();
+    const absl::Status status = BuildHeld(job, kv_head, &building);
+    build_micros_.fetch_add(
+        static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
+                                  std::chrono::steady_clock::now() - start)
+                                  .count()),
+        std::memory_order_relaxed);
+    full |= absl::IsResourceExhausted(status);
+    if (!status.ok()) GiveUp(status, kv_head, building, &job);
   }
+  if (full && !job.full.exchange(true)) failed_.fetch_add(1, std::memory_order_relaxed);
   Release(&building);
 }
 
-void RunIndexer::NoteBytes(const KvShape& shape, const Run& run, uint64_t bytes) {
-  const uint64_t elements = uint64_t{run.tokens().size()} * shape.head_dim;
-  absl::MutexLock lock(&mutex_);
-  bytes_per_element_ =
-      std::min(bytes_per_element_, static_cast<double>(bytes) / static_cast<double>(elements));
+void RunIndexer::GiveUp(const absl::Status& status, uint32_t kv_head, const Building& building,
+                        Job* job) {
+  if (!job->warned.exchange(true)) {  // the other heads of the layer will say the same
+    const Run& run = *building.runs[building.made];
+    spdlog::warn("run not indexed tokens=[{}, {}) layer={} kv_head={} error=\"{}\"",
+                 run.tokens().lo, run.tokens().hi, job->layer, kv_head,
+                 std::string(status.message()));
+  }
+  if (absl::IsResourceExhausted(status)) return;  // until there is room
+  failed_.fetch_add(1, std::memory_order_relaxed);
+  for (size_t r = building.made; r < building.bytes.size(); ++r) {
+    building.parts[r]->indexes->Set(job->layer, kv_head, nullptr, 0, building.learning);
+    building.parts[r]->built.fetch_add(1);
+  }
 }
 
-void RunIndexer::BuildHeld(Job& job, uint32_t kv_head, const Building& building) {
-  const std::vector<std::shared_ptr<const Run>>& runs = building.runs;
+absl::Status RunIndexer::BuildHeld(const Job& job, uint32_t kv_head, Building* building) {
   std::deque<KvSegments> segments;
   std::vector<KvView> views;
-  for (const auto& run : runs) {
-    segments.emplace_back(job.shape, job.layer, kv_head, run->tokens(), run->blocks().data(),
-                          run->tokens().lo / kBlockTokens);
+  for (size_t r = 0; r < building->bytes.size(); ++r) {
+    const Run& run = *building->runs[r];
+    segments.emplace_back(job.shape, job.layer, kv_head, run.tokens(), run.blocks().data(),
+                          run.tokens().lo / kBlockTokens);
     views.push_back(segments.back().view());
   }
   const OfferingProcessor offering;
-  const auto start = std::chrono::steady_clock::now();
-  absl::StatusOr<std::vector<MadeIndex>> made = MakeHead(job, kv_head, building.like.get(), views);
-  absl::Status status = made.status();
-  for (size_t r = 0; status.ok() && r < runs.size(); ++r) {
-    MadeIndex& one = (*made)[r];
-    if (one.index == nullptr) continue;
-    NoteBytes(job.shape, *runs[r], one.bytes);
-    absl::StatusOr<std::shared_ptr<const KeyIndex>> kept = Keep(&one);
-    if (!kept.ok()) {
-      status = kept.status();
-      job.full.store(true);
-      job.bytes.store(memory_->BytesOf(one));
-      break;
-    }
-    building.parts[r]->indexes->Set(job.layer, kv_head, *std::move(kept), one.bytes);
-    built_.fetch_add(1, std::memory_order_relaxed);
+  const std::vector<float> queries = job.samples->Scaled(job.layer, kv_head);
+  IndexChoice choice = options_.choice;
+  choice.group = job.shape.group();
+  if (building->like == nullptr) {
+    QUARRY_ASSIGN_OR_RETURN(std::vector<MadeIndex> made, MakeIndexes(choice, views, queries));
+    for (MadeIndex& one : made) QUARRY_RETURN_IF_ERROR(Keep(job, kv_head, &one, building));
+    return absl::OkStatus();
   }
-  if (!status.ok()) {
-    failed_.fetch_add(1, std::memory_order_relaxed);
-    // The other heads of the layer will say the same.
-    if (!job.warned.exchange(true)) {
-      spdlog::warn("runs not indexed tokens=[{}, {}) layer={} kv_head={} error=\"{}\"",
-                   runs.front()->tokens().lo, runs.back()->tokens().hi, job.layer, kv_head,
-                   std::string(status.message()));
-    }
+  for (const KvView& view : views) {
+    QUARRY_ASSIGN_OR_RETURN(MadeIndex one, MakeIndexLike(*building->like, choice, view, queries));
+    QUARRY_RETURN_IF_ERROR(Keep(job, kv_head, &one, building));
   }
-  build_micros_.fetch_add(static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
-                              std::chrono::steady_clock::now() - start)
-                                                    .count()),
-                          std::memory_order_relaxed);
-  // Of a layer for which there was no room, nothing was learned.
-  if (absl::IsResourceExhausted(status)) return;
-  for (Job::Part* part : building.parts) part->built.fetch_add(1);
+  return absl::OkStatus();
 }
 
-absl::StatusOr<std::shared_ptr<const KeyIndex>> RunIndexer::Keep(MadeIndex* made) {
-  for (;;) {
-    absl::StatusOr<std::shared_ptr<const KeyIndex>> kept = memory_->Keep(made);
-    if (kept.ok()) return kept;
-    const uint64_t bytes = memory_->BytesOf(*made), free = memory_->free();
-    if (bytes > free && !runs_->DropIdle(bytes - free)) return kept;
+absl::Status RunIndexer::Keep(const Job& job, uint32_t kv_head, MadeIndex* made,
+                              Building* building) {
+  const Run& run = *building->runs[building->made];
+  std::shared_ptr<const KeyIndex> index;
+  if (made->index != nullptr) {
+    QUARRY_ASSIGN_OR_RETURN(index, room_.Keep(job.layer, job.shape, run, made));
+    built_.fetch_add(1, std::memory_order_relaxed);
   }
+  run.indexes()->Set(job.layer, kv_head, std::move(index), made->bytes, building->learning);
+  building->parts[building->made]->built.fetch_add(1);
+  absl::MutexLock lock(&mutex_);
+  ++building->made;
+  return absl::OkStatus();
 }
 
 IndexStats RunIndexer::stats() const {
@@ -430,8 +432,10 @@ IndexStats RunIndexer::stats() const {
   stats.relearned = counts_.relearned.load(std::memory_order_relaxed);
   stats.failed = failed_.load(std::memory_order_relaxed);
   stats.build_micros = build_micros_.load(std::memory_order_relaxed);
-  stats.bytes = memory_->used();
+  stats.bytes = room_.used();
   stats.sample_bytes = sample_memory_->used();
+  absl::MutexLock lock(&mutex_);
+  stats.waiting_layers = waiting_.size();
   return stats;
 }
 

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
-#include <limits>
 #include <memory>
 #include <span>
 #include <thread>
@@ -13,12 +12,13 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/time.h"
 #include "cpu_index/index_choice.h"
 #include "daemon/block_table.h"
-#include "daemon/index_memory.h"
 #include "daemon/index_options.h"
+#include "daemon/index_room.h"
 #include "daemon/query_samples.h"
 #include "daemon/run_registry.h"
 
@@ -65,12 +65,14 @@ class RunIndexer {
     uint32_t layer = 0;
     KvShape shape;
     std::shared_ptr<const QuerySamples> samples;
-    uint64_t bytes = 0;  // what there was no room for
     std::vector<std::weak_ptr<RunIndexes>> runs;
+    uint64_t turn = 0;  // of those that wait, the lowest is first; 0: it comes last
   };
-  // bytes: without room for them, the layer waits.
+  // has_room: asked once, for the least that an index of what is due may take; without, the layer
+  // waits, with the turn that it had.
   void Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
-                const std::shared_ptr<const QuerySamples>& samples, uint64_t bytes);
+                const std::shared_ptr<const QuerySamples>& samples,
+                absl::FunctionRef<bool(uint64_t bytes)> has_room, uint64_t turn);
   void Wait(Waiting waiting) ABSL_LOCKS_EXCLUDED(mutex_);
   void ConsiderWaiting() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // When a job begins: it takes what is queued behind it that can be learned from together, and finds
@@ -80,28 +82,25 @@ class RunIndexer {
   void BuildHead(Job& job, uint32_t kv_head);
   // What one thread builds, and holds meanwhile.
   struct Building;
-  // The job's runs that some context still wants; of one that is indexed for the first time, those
-  // that have no such index yet.
+  // The job's runs that some context still wants and whose head is to be learned, as many of them
+  // as there is room for.
   void Hold(Job& job, uint32_t kv_head, Building* building);
-  void BuildHeld(Job& job, uint32_t kv_head, const Building& building);
+  // Of the first so many runs that are held. ResourceExhausted: one found no room after all.
+  absl::Status BuildHeld(const Job& job, uint32_t kv_head, Building* building);
+  // The next one.
+  absl::Status Keep(const Job& job, uint32_t kv_head, MadeIndex* made, Building* building);
+  // Neither it nor those behind it get an index.
+  void GiveUp(const absl::Status& status, uint32_t kv_head, const Building& building, Job* job);
   void Release(Building* building);
   // Whether nobody but those that build hold one of the runs.
   bool AnyHeldAlone() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Or could have, if those of runs that no context uses gave way.
-  bool HasRoom(uint64_t bytes) const;
-  // What the index of a head of such a run takes, going by those that were made. Where that is too
-  // little, one is made in vain, and its bytes are known then.
-  uint64_t GuessBytes(const KvShape& shape, const Run& run) const
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void NoteBytes(const KvShape& shape, const Run& run, uint64_t bytes);
-  absl::StatusOr<std::vector<MadeIndex>> MakeHead(const Job& job, uint32_t kv_head,
-                                                  const KeyIndex* like,
-                                                  std::span<const KvView> views) const;
-  absl::StatusOr<std::shared_ptr<const KeyIndex>> Keep(MadeIndex* made);
+
+  // What others are building now.
+  uint64_t ReservedBytes() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const IndexOptions options_;
   RunRegistry* const runs_;
-  const std::shared_ptr<IndexMemory> memory_;
+  IndexRoom room_;
   const std::shared_ptr<SampleMemory> sample_memory_;
   RunCounts counts_;
   std::atomic<uint64_t> built_{0}, failed_{0}, build_micros_{0};
@@ -109,10 +108,9 @@ class RunIndexer {
   std::deque<std::shared_ptr<Job>> queue_ ABSL_GUARDED_BY(mutex_);  // with heads to begin
   absl::flat_hash_map<std::pair<const QuerySamples*, uint32_t>, Waiting> waiting_
       ABSL_GUARDED_BY(mutex_);  // by samples and layer
-  absl::Time look_at_ ABSL_GUARDED_BY(mutex_);  // for their room
-  // Least seen of an index, without what it shares. None: infinite.
-  double bytes_per_element_ ABSL_GUARDED_BY(mutex_) = std::numeric_limits<double>::infinity();
-  std::vector<const Building*> building_ ABSL_GUARDED_BY(mutex_);
+  uint64_t turns_ ABSL_GUARDED_BY(mutex_) = 0;       // that were given to those that wait
+  uint64_t look_at_ns_ ABSL_GUARDED_BY(mutex_) = 0;  // for their room, by SteadyNowNs
+  std::vector<Building*> building_ ABSL_GUARDED_BY(mutex_);
   uint32_t releasing_ ABSL_GUARDED_BY(mutex_) = 0;   // threads that hold runs for a moment
   uint32_t letting_go_ ABSL_GUARDED_BY(mutex_) = 0;  // callers that wait for it; no head begins
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;

@@ -45,28 +45,29 @@ RunIndexes::Due RunIndexes::Begin(uint32_t number, const Learning& now, RunCount
   if (!layer.IsDue(now)) return Due::kNo;
   layer.busy = true;
   if (busy_layers_++ == 0) counts->busy.fetch_add(1, std::memory_order_relaxed);
-  if (!layer.learned.has_value()) return Due::kFirst;
-  if (++layer.again > most_again_) {
-    most_again_ = layer.again;
-    counts->relearned.fetch_add(1, std::memory_order_relaxed);
-  }
-  return Due::kAgain;
+  return layer.learned.has_value() ? Due::kAgain : Due::kFirst;
 }
 
 void RunIndexes::End(uint32_t number, Learning learned, bool all_heads, RunCounts* counts) {
   absl::MutexLock lock(&mutex_);
   Layer& layer = layers_[number];
   layer.busy = false;
-  if (layer.learned.has_value()) {
-    // What was learned from other queries is not undone by fewer of the old ones, nor twice.
-    learned.samples = std::max(learned.samples, layer.learned->samples);
-    learned.renewal = std::max(learned.renewal, layer.learned->renewal);
-  }
   if (all_heads) {
+    for (uint32_t h = 0; h < kv_heads_; ++h) {
+      if (const auto& of_head = heads_[At(number, h)].learned; of_head.has_value())
+        learned.Limit(*of_head);
+    }
+    if (layer.learned.has_value()) {
+      // What was learned from other queries is not undone by fewer of the old ones, nor twice.
+      learned.samples = std::max(learned.samples, layer.learned->samples);
+      learned.renewal = std::max(learned.renewal, layer.learned->renewal);
+      if (++layer.again > most_again_) {
+        most_again_ = layer.again;
+        counts->relearned.fetch_add(1, std::memory_order_relaxed);
+      }
+    }
     layer.learned = learned;
-    layer.partly_learned.reset();
-  } else if (!layer.learned.has_value() && !IsEmpty(number)) {
-    layer.partly_learned = learned;
+    layer.refused_bytes = 0;
   }
   // Release: who sees that none is busy sees what was learned.
   if (--busy_layers_ == 0) counts->busy.fetch_sub(1, std::memory_order_release);

@@ -20,7 +20,7 @@ class Run;
 // Runs, however many of their layers.
 struct RunCounts {
   std::atomic<uint64_t> busy{0};       // of which some layer is to be indexed, or is being indexed
-  std::atomic<uint64_t> relearned{0};  // begun again, as often as the layer that was most often
+  std::atomic<uint64_t> relearned{0};  // indexed anew, as often as the layer that was most often
 };
 
 // Each layer is learned by itself, for a prefill may bring one after another.
@@ -33,16 +33,28 @@ class RunIndexes {
         heads_(size_t{shape.layers} * shape.kv_heads),
         layers_(shape.layers) {}
 
+  // What indexes were learned from.
+  struct Learning {
+    uint32_t samples = 0;  // positions whose queries were known
+    uint32_t tokens = 0;   // of the runs that were learned from together
+    uint64_t renewal = 0;  // QuerySamples::renewal, of these samples
+    // It is worth learning again: several times more is known now, or samples were renewed since.
+    bool OutdatedBy(const Learning& now) const;
+    // No more than `other` of anything.
+    void Limit(const Learning& other);
+  };
+
   // Null: none yet, the run is scanned. Whoever searches an index keeps it, so that another may take
   // its place at any time.
   std::shared_ptr<const KeyIndex> Get(uint32_t layer, uint32_t kv_head) const {
     absl::ReaderMutexLock lock(&mutex_);
     return heads_[At(layer, kv_head)].index;
   }
-  // bytes: that end with the index at least.
+  // Null: the head is scanned. bytes: that end with the index at least. learned: none: it is to be
+  // learned in any case.
   void Set(uint32_t layer, uint32_t kv_head, std::shared_ptr<const KeyIndex> index,
-           uint64_t bytes = 0) {
-    Head head{std::move(index), bytes};
+           uint64_t bytes = 0, std::optional<Learning> learned = std::nullopt) {
+    Head head{std::move(index), bytes, learned};
     absl::MutexLock lock(&mutex_);
     std::swap(heads_[At(layer, kv_head)], head);  // the old one ends outside the lock
     bytes_ += bytes;
@@ -75,17 +87,6 @@ class RunIndexes {
     run_ = run;
   }
 
-  // What a layer's indexes were learned from.
-  struct Learning {
-    uint32_t samples = 0;  // positions whose queries were known
-    uint32_t tokens = 0;   // of the runs that were learned from together
-    uint64_t renewal = 0;  // QuerySamples::renewal, of these samples
-    // It is worth learning again: several times more is known now, or samples were renewed since.
-    bool OutdatedBy(const Learning& now) const;
-    // No more than `other` of anything.
-    void Limit(const Learning& other);
-  };
-
   // Whether all heads of a layer are to be indexed now, if that much can be learned from: for the
   // first time, or again since what was learned is outdated. The caller who is told so is the one
   // who does it, until End. counts: of the one indexer of all runs.
@@ -95,18 +96,28 @@ class RunIndexes {
     absl::ReaderMutexLock lock(&mutex_);
     return layers_[layer].IsDue(now);
   }
-  // learned: what all heads were learned from; or, if it was given up, those that are there, and
-  // the layer is due as if Begin had not been called.
+  // learned: what all heads were learned from, but for those that say that they were from less. Not
+  // all heads: it was given up, and the layer is due as if Begin had not been called.
   void End(uint32_t layer, Learning learned, bool all_heads, RunCounts* counts);
   // None: never indexed.
   std::optional<Learning> learned(uint32_t layer) const {
     absl::ReaderMutexLock lock(&mutex_);
     return layers_[layer].learned;
   }
-  // The least that heads were learned from that are there while others of the layer have none.
-  std::optional<Learning> partly_learned(uint32_t layer) const {
+  // The same of one head, whether it has an index or is scanned.
+  std::optional<Learning> learned(uint32_t layer, uint32_t kv_head) const {
     absl::ReaderMutexLock lock(&mutex_);
-    return layers_[layer].partly_learned;
+    return heads_[At(layer, kv_head)].learned;
+  }
+  // What an index of the layer took for which there was no room, until all heads have theirs; 0:
+  // none.
+  uint64_t refused_bytes(uint32_t layer) const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return layers_[layer].refused_bytes;
+  }
+  void SetRefusedBytes(uint32_t layer, uint64_t bytes) {
+    absl::MutexLock lock(&mutex_);
+    layers_[layer].refused_bytes = bytes;
   }
   bool all_learned() const;  // of all layers
 
@@ -114,12 +125,13 @@ class RunIndexes {
   struct Head {
     std::shared_ptr<const KeyIndex> index;
     uint64_t bytes = 0;
+    std::optional<Learning> learned;
   };
   struct Layer {
     bool busy = false;
-    uint32_t again = 0;  // times begun again
+    uint32_t again = 0;  // times indexed anew
     std::optional<Learning> learned;
-    std::optional<Learning> partly_learned;
+    uint64_t refused_bytes = 0;
     bool IsDue(const Learning& now) const {
       return !busy && (!learned.has_value() || learned->OutdatedBy(now));
     }

@@ -267,6 +267,7 @@ TEST_F(EngineLayersTest, AForkOfAForkKeepsARunThatBothHaveFromAContextThatLeft) 
   for (uint32_t layer = 0; layer < kLayers; ++layer) {
     ASSERT_OK(AppendLayer(context, layer, {0, kShared}));
   }
+  WaitForBuilt((kLayers - 1) * kKvHeads);
   const auto first = engine_->Fork(session_, {context, kShared, kTokens, {}});
   ASSERT_OK(first.status());
   EXPECT_OK(engine_->Close(session_, context));

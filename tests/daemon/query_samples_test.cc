@@ -219,6 +219,23 @@ TEST(RunIndexesTest, AreLearnedAgainFromFourTimesTheTokensUnlessTheSamplesAreFew
   EXPECT_EQ(indexes.Begin(0, {10, 15999}, &counts), Due::kNo);
 }
 
+TEST(RunIndexesTest, ALayerIsLearnedFromAsLittleAsAnyOfItsHeads) {
+  static_assert(kShape.kv_heads > 1);
+  RunIndexes indexes(kShape);
+  RunCounts counts;
+  EXPECT_EQ(indexes.Begin(0, {40, 1000}, &counts), RunIndexes::Due::kFirst);
+  indexes.Set(0, 0, nullptr, 0, RunIndexes::Learning{40, 1000});
+  EXPECT_EQ(indexes.learned(0, 0)->samples, 40u);
+  EXPECT_FALSE(indexes.learned(0, 1).has_value());
+  indexes.SetRefusedBytes(0, 100);
+  indexes.End(0, {40, 1000}, false, &counts);  // there was no room for the other heads
+  EXPECT_EQ(indexes.Begin(0, {70, 1000}, &counts), RunIndexes::Due::kFirst);
+  indexes.End(0, {70, 1000}, true, &counts);
+  EXPECT_EQ(indexes.learned(0)->samples, 40u);
+  EXPECT_EQ(indexes.refused_bytes(0), 0u);
+  EXPECT_EQ(indexes.Begin(0, {80, 1000}, &counts), RunIndexes::Due::kAgain);
+}
+
 TEST(RunIndexesTest, EachLayerIsLearnedByItselfAndARunCountsOnce) {
   using Due = RunIndexes::Due;
   RunIndexes indexes(kShape);
@@ -239,6 +256,10 @@ TEST(RunIndexesTest, EachLayerIsLearnedByItselfAndARunCountsOnce) {
   }
   EXPECT_EQ(counts.relearned, 1u);
   EXPECT_EQ(indexes.Begin(1, {80, 1000}, &counts), Due::kAgain);
+  indexes.End(1, {}, false, &counts);  // it was given up
+  EXPECT_EQ(counts.relearned, 1u);
+  EXPECT_EQ(indexes.Begin(1, {80, 1000}, &counts), Due::kAgain);
+  indexes.End(1, RunIndexes::Learning{80, 1000}, true, &counts);
   EXPECT_EQ(counts.relearned, 2u);
 }
 

@@ -239,8 +239,7 @@ TEST_F(RunIndexerTest, WhatHadNoRoomIsMadeLikeTheRestAsSoonAsThereIs) {
   indexer_->Consider(0, std::span(uses_).last(1), kShape, samples_);
   for (size_t r = 0; r + 1 < there; ++r) uses_[r].run = nullptr;
   for (size_t r = there - 1; r < kRuns; ++r) {
-    // As the one that had its index before; of the runs that are left.
-    WaitForLearned(r, static_cast<uint32_t>(kRuns - there + 1) * kRunTokens, 10);
+    WaitForLearned(r, kRuns * kRunTokens, 10);  // as the one that had its index before
     EXPECT_EQ(ModelOf(r), model) << r;
   }
   EXPECT_EQ(indexer_->stats().built, kRuns);
@@ -276,6 +275,22 @@ TEST_F(RunIndexerTest, AnIndexThatIsTooLargeKeepsOthersNotOutAndIsMadeOnce) {
   EXPECT_NE(third.uses[0].run->indexes()->Get(0, 0), nullptr);
 }
 
+TEST_F(RunIndexerTest, NoMoreRunsAreMadeThanThereIsRoomFor) {
+  options_.max_bytes = 3 << 16;
+  Start();
+  const Other before = MakeOther(uses_[kRuns - 1].tokens);
+  Consider(before);
+  WaitFor([](const IndexStats& s) { return s.built == 1 && s.queued_runs == 0; });
+  Consider(kRuns);
+  WaitFor([](const IndexStats& s) { return s.waiting_layers == 1 && s.queued_runs == 0; });
+  const auto there = static_cast<uint32_t>(indexer_->stats().built - 1);
+  EXPECT_GT(there, 1u);
+  EXPECT_LT(there, kRuns - 1);
+  for (size_t r = 0; r < kRuns; ++r) EXPECT_EQ(ModelOf(r) != nullptr, r < there) << r;
+  EXPECT_EQ(ModelOf(0)->learned_tokens, there * kRunTokens);
+  EXPECT_EQ(indexer_->stats().failed, 1u);
+}
+
 TEST_F(RunIndexerTest, WhatWaitsForRoomIsMadeAlthoughOthersKeepComing) {
   Start();
   Consider(1);
@@ -287,14 +302,15 @@ TEST_F(RunIndexerTest, WhatWaitsForRoomIsMadeAlthoughOthersKeepComing) {
   Consider(2);
   for (size_t r = 0; r < 2; ++r) WaitForLearned(r, 2 * kRunTokens, 0);
   Consider(large);
-  WaitFor([](const IndexStats& s) { return s.failed > 0 && s.queued_runs == 0; });
+  WaitFor([](const IndexStats& s) { return s.waiting_layers == 1; });
   for (size_t r = 0; r < 2; ++r) uses_[r].run = nullptr;
   const auto made = [&] { return large.uses[0].run->indexes()->Get(0, 0) != nullptr; };
   // Each is gone as soon as it is made.
   std::deque<Other> others;
   EXPECT_TRUE(testing::Eventually([&] {
     while (others.size() < 4) Consider(others.emplace_back(MakeOther(uses_[3].tokens)));
-    while (others.front().uses[0].run->indexes()->learned(0).has_value()) others.pop_front();
+    while (!others.empty() && others.front().uses[0].run->indexes()->learned(0).has_value())
+      others.pop_front();
     return made();
   }));
 }
