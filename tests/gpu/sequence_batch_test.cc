@@ -178,6 +178,47 @@ TEST_P(SequenceBatchTest, WhenTheServiceHasGoneAllFail) {
   }
 }
 
+// Then tokens are prefilled, one by one.
+TEST_P(SequenceBatchTest, WhereNoRowsAreAskedOfTheServiceNoneAreInABatch) {
+  options_.max_attend_rows = 0;
+  FakeService service, other;
+  const auto alone = OpenAll(&other), together = OpenAll(&service);
+  SequenceBatch batch = BatchOf(together);
+  ExpectAsAlone(alone, together, &batch);
+  EXPECT_EQ(service.attends, 0);
+}
+
+TEST_P(SequenceBatchTest, TheOthersGoOnByStepsOfTheirOwnWhereOneHasEnded) {
+  constexpr uint32_t kEnd = 6;  // steps
+  options_.recording = RowStep::Recording::kOn;
+  const auto open = [&] {
+    auto sequences = OpenAll(nullptr);
+    sequences.push_back(Open(nullptr, 40, 40 + kEnd));
+    return sequences;
+  };
+  const auto alone = open(), together = open();
+  SequenceBatch batch = BatchOf(together);
+  for (uint32_t step = 0; step < 2 * kEnd; ++step) {
+    const auto tokens = TokensOf(alone.size(), step);
+    const auto got = batch.Extend(tokens);
+    for (size_t i = 0; i < alone.size(); ++i) {
+      const auto want =
+          alone[i]->Extend(std::span(tokens).subspan(i, 1), Sequence::Role::kBudgeted);
+      ASSERT_EQ(got[i].status(), want.status()) << "sequence " << i << " step " << step;
+      EXPECT_EQ(got[i].ok(), i < 4 || step < kEnd);
+      if (want.ok()) {
+        ASSERT_NO_FATAL_FAILURE(ExpectSame(*want, *got[i]));
+      }
+    }
+    if (step == kEnd - 1) {
+      EXPECT_GT(batch.replayed_steps(), 0u);
+    } else if (step == kEnd) {
+      EXPECT_EQ(batch.replayed_steps(), 0u);  // of four rows none was recorded yet
+    }
+  }
+  EXPECT_GT(batch.replayed_steps(), 0u);
+}
+
 // The first tokens of an empty sequence are a prefill.
 TEST_P(SequenceBatchTest, AnEmptySequenceMayBeAmongThem) {
   FakeService service;
