@@ -37,6 +37,7 @@ Auditor::Auditor(const AuditOptions& options, uint32_t task_tokens)
 
 Auditor::~Auditor() {
   Drain();
+  const Hurry hurry;
   for (std::thread& thread : threads_) thread.join();
   absl::MutexLock lock(&mutex_);
   TakeOver();  // what came after the last look
@@ -81,14 +82,15 @@ void Auditor::Drain() {
   news_.notify_all();
 }
 
-void Auditor::LetGo() {
+void Auditor::LetGo(absl::Duration longest) {
+  const Hurry hurry;
   absl::MutexLock lock(&mutex_);
   const auto gone = [this]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
     return std::all_of(audited_.begin(), audited_.end(), [](const Audited& audited) {
       return audited.subject == nullptr || audited.subject->Memory() != nullptr;
     });
   };
-  mutex_.Await(absl::Condition(&gone));
+  mutex_.AwaitWithTimeout(absl::Condition(&gone), longest);
 }
 
 void Auditor::Flush() {

@@ -11,6 +11,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "daemon/audit_options.h"
 #include "daemon/audit_table.h"
 #include "daemon/audited_query.h"
@@ -40,8 +41,8 @@ class Auditor {
 
   // No more audits; what waits is let go.
   void Drain();
-  // Blocks until no closed context's memory is held.
-  void LetGo();
+  // Blocks until no closed context's memory is held, or so long.
+  void LetGo(absl::Duration longest);
   // Blocks until what has been offered is audited.
   void Flush();
 

@@ -18,6 +18,10 @@ constexpr size_t kMaxInputs = 1024;
 
 uint32_t BlocksFor(uint32_t tokens) { return (tokens + kBlockTokens - 1) / kBlockTokens; }
 
+// How long a call waits for work on closed contexts that holds their memory: it should not miss a
+// client's deadline for it, nor keep a bulk thread from others.
+constexpr absl::Duration kLetGo = absl::Seconds(2);
+
 // Blocks that a context will write itself.
 struct PrivateBlocks {
   const std::string& tenant;
@@ -40,8 +44,8 @@ absl::Status BeginBlocks(const ContextServices& services, const PrivateBlocks& w
     // Closed contexts may wait in the background to be published, or be audited or indexed: that is
     // not a full arena.
     services.background->Flush();
-    services.auditor->LetGo();
-    services.indexer->LetGo();
+    services.auditor->LetGo(kLetGo);
+    services.indexer->LetGo(kLetGo);
     reserved = store.Reserve(tenant, block_bytes, count);
   }
   QUARRY_RETURN_IF_ERROR(reserved);

@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 
 #include "proto/check.h"
@@ -19,6 +20,9 @@ constexpr int kNicer = 10;
 thread_local volatile int64_t offered_ns = 0;  // processor time of the thread at its last offer
 thread_local volatile uint64_t offers = 0;
 
+std::atomic<int> hurries{0};
+static_assert(std::atomic<int>::is_always_lock_free);  // a handler reads it
+
 int64_t ThreadNs() {
   timespec now{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -30,7 +34,8 @@ int64_t ThreadNs() {
 void Offer(int) {
   const int saved = errno;
   const int64_t now = ThreadNs();
-  if (now - offered_ns >= OfferingProcessor::kStretchUs * 1000 / 2) {
+  if (hurries.load(std::memory_order_relaxed) == 0 &&
+      now - offered_ns >= OfferingProcessor::kStretchUs * 1000 / 2) {
     sched_yield();
     offered_ns = now;
     offers = offers + 1;
@@ -59,6 +64,10 @@ void RunBehindDecoding() {
   const auto thread = static_cast<id_t>(ThreadId());
   setpriority(PRIO_PROCESS, thread, getpriority(PRIO_PROCESS, thread) + kNicer);
 }
+
+Hurry::Hurry() { hurries.fetch_add(1, std::memory_order_relaxed); }
+
+Hurry::~Hurry() { hurries.fetch_sub(1, std::memory_order_relaxed); }
 
 OfferingProcessor::OfferingProcessor() {
   offered_ns = ThreadNs();

@@ -10,6 +10,15 @@ namespace quarry {
 // The calling thread yields to decode when cores are short: its nice value is 10 more than it was.
 void RunBehindDecoding();
 
+// While one lives, no thread offers its processor: somebody waits for what they do.
+class Hurry {
+ public:
+  Hurry();
+  ~Hurry();
+  Hurry(const Hurry&) = delete;
+  Hurry& operator=(const Hurry&) = delete;
+};
+
 // While it lives, the calling thread offers its processor every kStretchUs that it works. Threads
 // that spin for a token offer theirs too, and one who computes for long takes it until the system's
 // next tick, 4 ms at 250 Hz, whatever it is nice; an attend that comes right then would wait.

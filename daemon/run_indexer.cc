@@ -97,6 +97,7 @@ RunIndexer::~RunIndexer() {
     stopping_ = true;
     left.swap(queue_);
   }
+  const Hurry hurry;
   for (std::thread& thread : threads_) thread.join();
 }
 
@@ -104,13 +105,14 @@ std::shared_ptr<QuerySamples> RunIndexer::MakeSamples(const KvShape& shape) cons
   return std::make_shared<QuerySamples>(shape, options_.query_samples, sample_memory_);
 }
 
-void RunIndexer::LetGo() {
+void RunIndexer::LetGo(absl::Duration longest) {
+  const Hurry hurry;
   absl::MutexLock lock(&mutex_);
   const auto gone = [this]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
     return releasing_ == 0 && !AnyHeldAlone();
   };
   ++letting_go_;
-  mutex_.Await(absl::Condition(&gone));
+  mutex_.AwaitWithTimeout(absl::Condition(&gone), longest);
   --letting_go_;
 }
 
@@ -330,9 +332,18 @@ void RunIndexer::Hold(Job& job, uint32_t kv_head, Building* building) {
   const uint64_t reserved = ReservedBytes();
   uint64_t all = std::accumulate(building->bytes.begin(), building->bytes.end(), reserved);
   const uint64_t room = room_.UpTo(all);
+  const uint64_t first_bytes = building->bytes.empty() ? 0 : building->bytes.front();
   while (!building->bytes.empty() && all > room) {
-    all -= building->bytes.back();
+    const uint64_t refused = building->bytes.back();
+    all -= refused;
     building->bytes.pop_back();
+    // They are not looked at again before there is as much.
+    building->runs[building->bytes.size()]->indexes()->SetRefusedBytes(job.layer, refused);
+  }
+  if (building->bytes.empty()) {  // whichever is first has to have room for what all will share
+    for (const auto& run : building->runs) {
+      run->indexes()->SetRefusedBytes(job.layer, first_bytes);
+    }
   }
   building_.push_back(building);
 }
@@ -364,7 +375,14 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
     full |= absl::IsResourceExhausted(status);
     if (!status.ok()) GiveUp(status, kv_head, building, &job);
   }
-  if (full && !job.full.exchange(true)) failed_.fetch_add(1, std::memory_order_relaxed);
+  if (full && !job.full.exchange(true)) {
+    failed_.fetch_add(1, std::memory_order_relaxed);
+    if (!job.warned.exchange(true)) {
+      spdlog::info("runs wait for room in index.max_bytes tokens=[{}, {}) layer={}",
+                   building.runs[building.made]->tokens().lo, building.runs.back()->tokens().hi,
+                   job.layer);
+    }
+  }
   Release(&building);
 }
 

@@ -15,6 +15,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "cpu_index/index_choice.h"
 #include "daemon/block_table.h"
 #include "daemon/index_options.h"
@@ -46,11 +47,13 @@ class RunIndexer {
 
   // Samples of one context, within the memory of all.
   std::shared_ptr<QuerySamples> MakeSamples(const KvShape& shape) const;
-  // Waits until no head is being built of a run that no context uses any more: such a run holds its
-  // blocks meanwhile. Heads of other runs begin later for it.
-  void LetGo();
+  // Waits until no head is being built of a run that no context uses any more, or so long: such a
+  // run holds its blocks meanwhile. Heads of other runs begin later for it.
+  void LetGo(absl::Duration longest);
 
-  bool enabled() const { return options_.choice.kind != IndexKind::kExact; }
+  bool enabled() const {
+    return options_.choice.kind != IndexKind::kExact && options_.max_bytes > 0;
+  }
   const IndexOptions& options() const { return options_; }
   IndexStats stats() const;
 

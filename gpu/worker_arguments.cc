@@ -1,13 +1,29 @@
 #include "gpu/worker_arguments.h"
 
 #include <charconv>
+#include <string>
 
 #include <CLI/CLI.hpp>
 
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "client/program_socket.h"
 #include "gpu/working_bytes.h"
 
 namespace quarry {
+namespace {
+
+// CLI::Range takes what is not a number.
+CLI::Validator Between(double least, double most) {
+  const auto check = [=](const std::string& text) -> std::string {
+    double value = 0;
+    if (absl::SimpleAtod(text, &value) && value >= least && value <= most) return {};
+    return absl::StrCat("'", text, "' is not a number from ", least, " to ", most);
+  };
+  return {check, absl::StrCat("[", least, " - ", most, "]")};
+}
+
+}  // namespace
 
 std::optional<int> ParseDeviceName(std::string_view name) {
   if (name == "host") return -1;
@@ -43,16 +59,16 @@ void DescribeArguments(CLI::App* app, WorkerArguments* a) {
   app->add_option("--budget-k", a->budget_k,
                   "tokens the daemon attends; with --budget-mass, -error or -beta a cap");
   app->add_option("--budget-share", a->budget_share, "share of its tokens the daemon attends")
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(Between(1e-6, 1));
   app->add_option("--budget-mass", a->budget_mass, "softmax mass the daemon attends")
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(Between(1e-6, 1));
   app->add_option("--budget-error", a->budget_error, "tolerated relative error of the answer")
-      ->check(CLI::Range(1e-6, 0.999999));
+      ->check(Between(1e-6, 0.999999));
   app->add_option("--budget-beta", a->budget_beta,
                   "DIPR: tokens whose score is at most so many nats below the largest")
-      ->check(CLI::Range(0.0, 1e6));
+      ->check(Between(0, 1e6));
   app->add_option("--budget-lift", a->budget_lift, "SoftmaxLift: tokens that the daemon samples")
-      ->check(CLI::PositiveNumber);
+      ->check(CLI::Range(1u, ~0u));
   app->add_option("--budget-seed", a->budget_seed, "of these samples");
   for (const char* kind :
        {"--budget-share", "--budget-mass", "--budget-error", "--budget-beta", "--budget-lift"}) {
@@ -60,6 +76,9 @@ void DescribeArguments(CLI::App* app, WorkerArguments* a) {
          {"--budget-share", "--budget-mass", "--budget-error", "--budget-beta", "--budget-lift"}) {
       if (std::string_view(kind) != other) app->get_option(kind)->excludes(other);
     }
+  }
+  for (const char* kind : {"--budget-share", "--budget-lift"}) {  // these say how many themselves
+    app->get_option(kind)->excludes("--budget-k");
   }
   app->add_option("--prefill-patterns", a->patterns,
                   "what heads attend in the prefill: a file of quarry-patterns; approximate");

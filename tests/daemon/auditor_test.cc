@@ -22,6 +22,7 @@
 #include "daemon/kv_segments.h"
 #include "daemon/run_registry.h"
 #include "tests/daemon/engine_fixture.h"
+#include "tests/support/eventually.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -537,8 +538,10 @@ TEST_F(AuditorTest, ASubjectThatIsClosedWhileItIsAuditedIsLetGo) {
   auditor.Offer(Stretched(1, 0));
   asked.WaitForNotification();
   subject_->Close();
+  auditor.LetGo(absl::Milliseconds(50));  // it is not, yet
+  EXPECT_EQ(auditor.stats().given_up, 0u);
   answer.Notify();
-  auditor.LetGo();
+  auditor.LetGo(testing::kPatience);
   EXPECT_EQ(auditor.stats().given_up, 1u);
   AuditedQuery gone = Stretched(1, 0);
   gone.subject = std::make_shared<FakeSubject>(nullptr);  // and ended

@@ -48,6 +48,18 @@ TEST(LowPriorityTest, AThreadOffersItsProcessorAsLongAsItSaysSo) {
   EXPECT_LE(OfferingProcessor::Offers(), offers + 1);  // one signal may have been on its way
 }
 
+TEST(LowPriorityTest, NoneIsOfferedToWhoeverIsInAHurry) {
+  const OfferingProcessor offering;
+  const Hurry hurry;
+  Work(0.01);  // a signal may be in its handler
+  const uint64_t before = OfferingProcessor::Offers();
+  Work(0.05);
+  EXPECT_EQ(OfferingProcessor::Offers(), before);
+  { const Hurry another; }
+  Work(0.01);
+  EXPECT_EQ(OfferingProcessor::Offers(), before);
+}
+
 TEST(LowPriorityTest, ThreadsOfferEachForThemselves) {
   const OfferingProcessor offering;
   uint64_t others = 0;

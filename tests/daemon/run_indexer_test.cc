@@ -289,6 +289,33 @@ TEST_F(RunIndexerTest, NoMoreRunsAreMadeThanThereIsRoomFor) {
   for (size_t r = 0; r < kRuns; ++r) EXPECT_EQ(ModelOf(r) != nullptr, r < there) << r;
   EXPECT_EQ(ModelOf(0)->learned_tokens, there * kRunTokens);
   EXPECT_EQ(indexer_->stats().failed, 1u);
+  // As long as nothing changes they are not tried again, though one's own bytes would find room.
+  absl::SleepFor(absl::Milliseconds(500));
+  EXPECT_EQ(indexer_->stats().failed, 1u);
+  EXPECT_EQ(indexer_->stats().built, there + 1);
+}
+
+// A first index needs room for the model, too, whichever run it is of.
+TEST_F(RunIndexerTest, RunsThatHaveNoRoomForTheirFirstIndexAreNotTriedAgain) {
+  options_.max_bytes = 1 << 16;  // for one, with what it shares
+  Start();
+  const Other before = MakeOther(uses_[kRuns - 1].tokens);
+  Consider(before);
+  WaitFor([](const IndexStats& s) { return s.built == 1 && s.queued_runs == 0; });
+  Consider(4);
+  absl::SleepFor(absl::Milliseconds(700));
+  EXPECT_EQ(indexer_->stats().built, 1u);
+  EXPECT_LE(indexer_->stats().failed, 1u);
+  EXPECT_EQ(indexer_->stats().waiting_layers, 1u);
+}
+
+TEST_F(RunIndexerTest, NoMemoryIsNoIndex) {
+  options_.max_bytes = 0;
+  Start();
+  EXPECT_FALSE(indexer_->enabled());
+  Consider(2);
+  EXPECT_EQ(indexer_->stats().queued_runs, 0u);
+  EXPECT_EQ(indexer_->stats().waiting_layers, 0u);
 }
 
 TEST_F(RunIndexerTest, WhatWaitsForRoomIsMadeAlthoughOthersKeepComing) {
