@@ -38,6 +38,7 @@ struct RunIndexer::Job {
     }
     if (!full) return;
     Waiting waiting{layer, shape, samples, {others.begin(), others.end()}};
+    waiting.tried_room = indexer->UnreservedRoom();
     for (const auto& part : parts) waiting.runs.push_back(part.indexes);
     indexer->Wait(std::move(waiting));
   }
@@ -60,6 +61,7 @@ struct RunIndexer::Job {
   // Of the context's other runs, that may have learned by the time that this job begins.
   std::vector<std::shared_ptr<RunIndexes>> others;
   bool again = false;  // unless others know as much
+  bool waited = false;  // for room, before
   RunIndexes::Learning learning;
   uint32_t next = 0;  // under the indexer's mutex
   std::atomic<bool> warned{false};
@@ -139,6 +141,12 @@ uint64_t RunIndexer::ReservedBytes() const {
   return reserved;
 }
 
+uint64_t RunIndexer::UnreservedRoom() const {
+  const uint64_t room = room_.UpTo(options_.max_bytes);
+  absl::MutexLock lock(&mutex_);
+  return room - std::min(room, ReservedBytes());
+}
+
 // Forks share samples, and jobs end in any order: what waits already goes on waiting.
 void RunIndexer::Wait(Waiting waiting) {
   absl::MutexLock lock(&mutex_);
@@ -148,6 +156,7 @@ void RunIndexer::Wait(Waiting waiting) {
       waiting_.try_emplace(std::pair(waiting.samples.get(), waiting.layer), waiting);
   if (first) return;
   there->second.turn = std::min(there->second.turn, waiting.turn);
+  there->second.tried_room = std::min(there->second.tried_room, waiting.tried_room);
   std::vector<std::weak_ptr<RunIndexes>>& runs = there->second.runs;
   runs.insert(runs.end(), waiting.runs.begin(), waiting.runs.end());
   const std::owner_less<> before;
@@ -168,13 +177,11 @@ void RunIndexer::ConsiderWaiting() {
   std::vector<Waiting> all;
   for (auto& [key, waiting] : waiting_) all.push_back(std::move(waiting));
   waiting_.clear();
-  const uint64_t reserved = ReservedBytes();
   ++releasing_;
   mutex_.Unlock();
   std::sort(all.begin(), all.end(),
             [](const Waiting& a, const Waiting& b) { return a.turn < b.turn; });
-  const uint64_t room = room_.UpTo(options_.max_bytes);
-  uint64_t left = room - std::min(room, reserved);
+  uint64_t left = UnreservedRoom();
   for (const Waiting& waiting : all) {
     std::vector<RunUse> uses;
     for (const std::weak_ptr<RunIndexes>& indexes : waiting.runs) {
@@ -185,11 +192,11 @@ void RunIndexer::ConsiderWaiting() {
     std::sort(uses.begin(), uses.end(),
               [](const RunUse& a, const RunUse& b) { return a.tokens.lo < b.tokens.lo; });
     const auto has_room = [&](uint64_t bytes) {
-      if (bytes > left) return false;
+      if (bytes > left || left <= waiting.tried_room) return false;
       left -= bytes;
       return true;
     };
-    Consider(waiting.layer, uses, waiting.shape, waiting.samples, has_room, waiting.turn);
+    Consider(waiting.layer, uses, waiting.shape, waiting.samples, has_room, &waiting);
   }
   mutex_.Lock();
   --releasing_;
@@ -198,13 +205,22 @@ void RunIndexer::ConsiderWaiting() {
 void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                           const std::shared_ptr<const QuerySamples>& samples) {
   if (!enabled()) return;
-  const auto has_room = [this](uint64_t bytes) { return room_.UpTo(bytes) == bytes; };
-  Consider(layer, runs, shape, samples, has_room, 0);
+  const auto has_room = [&](uint64_t bytes) {
+    uint64_t tried_room = 0;
+    {
+      absl::MutexLock lock(&mutex_);
+      const auto waiting = waiting_.find(std::pair(samples.get(), layer));
+      if (waiting != waiting_.end()) tried_room = waiting->second.tried_room;
+    }
+    const uint64_t wanted = std::max(bytes, tried_room + 1);
+    return room_.UpTo(wanted) == wanted;
+  };
+  Consider(layer, runs, shape, samples, has_room, nullptr);
 }
 
 void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                           const std::shared_ptr<const QuerySamples>& samples,
-                          absl::FunctionRef<bool(uint64_t)> has_room, uint64_t turn) {
+                          absl::FunctionRef<bool(uint64_t)> has_room, const Waiting* before) {
   RunIndexes::Learning learning;
   learning.renewal = samples->renewal();  // first: what is looked at later may only be newer
   learning.samples = samples->LeastKept(layer);
@@ -220,12 +236,17 @@ void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const Kv
   }
   if (!least.has_value()) return;
   if (!has_room(*least)) {
-    Waiting waiting{layer, shape, samples, {}, turn};
+    Waiting waiting{layer, shape, samples, {}};
+    if (before != nullptr) {
+      waiting.turn = before->turn;
+      waiting.tried_room = before->tried_room;
+    }
     for (const RunUse& use : runs) waiting.runs.push_back(use.run->indexes());
     return Wait(std::move(waiting));
   }
   auto job = std::make_shared<Job>(layer, shape, samples, this);
   job->learning = learning;
+  job->waited = before != nullptr;
   for (const RunUse& use : runs) {
     const std::shared_ptr<RunIndexes>& indexes = use.run->indexes();
     const RunIndexes::Due due = indexes->Begin(layer, job->learning, &counts_);
@@ -332,18 +353,9 @@ void RunIndexer::Hold(Job& job, uint32_t kv_head, Building* building) {
   const uint64_t reserved = ReservedBytes();
   uint64_t all = std::accumulate(building->bytes.begin(), building->bytes.end(), reserved);
   const uint64_t room = room_.UpTo(all);
-  const uint64_t first_bytes = building->bytes.empty() ? 0 : building->bytes.front();
   while (!building->bytes.empty() && all > room) {
-    const uint64_t refused = building->bytes.back();
-    all -= refused;
+    all -= building->bytes.back();
     building->bytes.pop_back();
-    // They are not looked at again before there is as much.
-    building->runs[building->bytes.size()]->indexes()->SetRefusedBytes(job.layer, refused);
-  }
-  if (building->bytes.empty()) {  // whichever is first has to have room for what all will share
-    for (const auto& run : building->runs) {
-      run->indexes()->SetRefusedBytes(job.layer, first_bytes);
-    }
   }
   building_.push_back(building);
 }
@@ -375,7 +387,7 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
     full |= absl::IsResourceExhausted(status);
     if (!status.ok()) GiveUp(status, kv_head, building, &job);
   }
-  if (full && !job.full.exchange(true)) {
+  if (full && !job.full.exchange(true) && !job.waited) {
     failed_.fetch_add(1, std::memory_order_relaxed);
     if (!job.warned.exchange(true)) {
       spdlog::info("runs wait for room in index.max_bytes tokens=[{}, {}) layer={}",

@@ -70,12 +70,14 @@ class RunIndexer {
     std::shared_ptr<const QuerySamples> samples;
     std::vector<std::weak_ptr<RunIndexes>> runs;
     uint64_t turn = 0;  // of those that wait, the lowest is first; 0: it comes last
+    // That was too little when it was tried last, whatever is guessed: it takes more.
+    uint64_t tried_room = 0;
   };
   // has_room: asked once, for the least that an index of what is due may take; without, the layer
-  // waits, with the turn that it had.
+  // waits, in its turn if it has waited `before`.
   void Consider(uint32_t layer, std::span<const RunUse> runs, const KvShape& shape,
                 const std::shared_ptr<const QuerySamples>& samples,
-                absl::FunctionRef<bool(uint64_t bytes)> has_room, uint64_t turn);
+                absl::FunctionRef<bool(uint64_t bytes)> has_room, const Waiting* before);
   void Wait(Waiting waiting) ABSL_LOCKS_EXCLUDED(mutex_);
   void ConsiderWaiting() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // When a job begins: it takes what is queued behind it that can be learned from together, and finds
@@ -98,6 +100,7 @@ class RunIndexer {
   // Whether nobody but those that build hold one of the runs.
   bool AnyHeldAlone() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
+  uint64_t UnreservedRoom() const ABSL_LOCKS_EXCLUDED(mutex_);
   // What others are building now.
   uint64_t ReservedBytes() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

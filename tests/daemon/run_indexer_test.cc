@@ -293,6 +293,10 @@ TEST_F(RunIndexerTest, NoMoreRunsAreMadeThanThereIsRoomFor) {
   absl::SleepFor(absl::Milliseconds(500));
   EXPECT_EQ(indexer_->stats().failed, 1u);
   EXPECT_EQ(indexer_->stats().built, there + 1);
+  // Room for one of them is enough to go on.
+  uses_[0].run = nullptr;
+  WaitFor([&](const IndexStats& s) { return s.built == there + 2; });
+  EXPECT_NE(ModelOf(there), nullptr);
 }
 
 // A first index needs room for the model, too, whichever run it is of.
