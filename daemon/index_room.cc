@@ -10,7 +10,7 @@ void Follow(double seen, double* mean) { *mean += *mean == 0 ? seen : (seen - *m
 }  // namespace
 
 IndexRoom::IndexRoom(uint64_t max_bytes, RunRegistry* runs)
-    : runs_(runs), memory_(std::make_shared<IndexMemory>(max_bytes)) {}
+    : max_bytes_(max_bytes), runs_(runs), memory_(std::make_shared<IndexMemory>(max_bytes)) {}
 
 uint64_t IndexRoom::UpTo(uint64_t bytes) const {
   const uint64_t free = memory_->free();
@@ -23,8 +23,9 @@ uint64_t IndexRoom::BytesFor(uint32_t layer, const KvShape& shape, const Run& ru
   absl::MutexLock lock(&mutex_);
   const auto size = sizes_.find(shape.head_dim);
   if (size == sizes_.end()) return 0;
-  return static_cast<uint64_t>(size->second.per_token * run.tokens().size() +
-                               (first ? size->second.shared : 0));
+  const double guess =
+      size->second.per_token * run.tokens().size() + (first ? size->second.shared : 0);
+  return static_cast<uint64_t>(std::min(guess, static_cast<double>(max_bytes_)));
 }
 
 void IndexRoom::NoteSize(const KvShape& shape, const Run& run, const MadeIndex& made) {

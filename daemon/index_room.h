@@ -25,7 +25,8 @@ class IndexRoom {
   // So many bytes, or all that there is room for.
   uint64_t UpTo(uint64_t bytes) const;
   // What an index of one head of the run takes: as much as the one that was refused last, or as
-  // those of other runs took. first: and what it is the first to share. 0: it is not known.
+  // those of other runs took, but no more than there could be room for: a guess may be
+  // wrong. first: and what it is the first to share. 0: it is not known.
   uint64_t BytesFor(uint32_t layer, const KvShape& shape, const Run& run, bool first) const;
   // IndexMemory::Keep, for one head of the run. ResourceExhausted: the run knows what was refused.
   absl::StatusOr<std::shared_ptr<const KeyIndex>> Keep(uint32_t layer, const KvShape& shape,
@@ -40,6 +41,7 @@ class IndexRoom {
   };
   void NoteSize(const KvShape& shape, const Run& run, const MadeIndex& made);
 
+  const uint64_t max_bytes_;
   RunRegistry* const runs_;
   const std::shared_ptr<IndexMemory> memory_;
   mutable absl::Mutex mutex_;

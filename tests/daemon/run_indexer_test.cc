@@ -313,6 +313,23 @@ TEST_F(RunIndexerTest, RunsThatHaveNoRoomForTheirFirstIndexAreNotTriedAgain) {
   EXPECT_EQ(indexer_->stats().waiting_layers, 1u);
 }
 
+// What short runs take, with what they share, says little of long ones.
+TEST_F(RunIndexerTest, InEmptyMemoryAnIndexIsMadeThatWasGuessedToBeLarger) {
+  const Other large = MakeOther({128, 128 + 8 * kRunTokens});
+  Start();
+  Consider(large);
+  WaitFor([](const IndexStats& s) { return s.built == 1; });
+  options_.max_bytes = indexer_->stats().bytes + 100;
+  Other again = MakeOther(large.uses[0].tokens);
+  Start();
+  Other tiny = MakeOther({128, 128 + 64});  // many bytes a token
+  Consider(tiny);
+  WaitFor([](const IndexStats& s) { return s.built == 1 && s.queued_runs == 0; });
+  tiny.uses.clear();
+  Consider(again);
+  WaitFor([](const IndexStats& s) { return s.built == 2; });
+}
+
 TEST_F(RunIndexerTest, NoMemoryIsNoIndex) {
   options_.max_bytes = 0;
   Start();
