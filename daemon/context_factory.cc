@@ -5,8 +5,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "daemon/steady_clock.h"
 #include "proto/identity.h"
 #include "proto/status_macros.h"
 
@@ -46,9 +46,9 @@ absl::Status BeginBlocks(const ContextServices& services, const PrivateBlocks& w
     // Closed contexts may wait in the background to be published, or be audited or indexed: that is
     // not a full arena.
     services.background->Flush();
-    const absl::Time until = absl::Now() + kLetGo;
-    services.auditor->LetGo(until - absl::Now());
-    services.indexer->LetGo(until - absl::Now());
+    const uint64_t start_ns = SteadyNowNs();
+    services.auditor->LetGo(kLetGo);
+    services.indexer->LetGo(kLetGo - absl::Nanoseconds(SteadyNowNs() - start_ns));
     reserved = store.Reserve(tenant, block_bytes, count);
   }
   QUARRY_RETURN_IF_ERROR(reserved);

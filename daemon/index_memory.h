@@ -23,6 +23,7 @@ class IndexMemory : public std::enable_shared_from_this<IndexMemory> {
   absl::StatusOr<std::shared_ptr<const KeyIndex>> Keep(MadeIndex* made);
   // Of its own, with what it is the first to share.
   uint64_t BytesOf(const MadeIndex& made) const;
+  uint64_t max_bytes() const { return max_bytes_; }
   uint64_t used() const;
   uint64_t free() const { return max_bytes_ - used(); }
 

@@ -10,7 +10,7 @@ void Follow(double seen, double* mean) { *mean += *mean == 0 ? seen : (seen - *m
 }  // namespace
 
 IndexRoom::IndexRoom(uint64_t max_bytes, RunRegistry* runs)
-    : max_bytes_(max_bytes), runs_(runs), memory_(std::make_shared<IndexMemory>(max_bytes)) {}
+    : runs_(runs), memory_(std::make_shared<IndexMemory>(max_bytes)) {}
 
 uint64_t IndexRoom::UpTo(uint64_t bytes) const {
   const uint64_t free = memory_->free();
@@ -25,7 +25,7 @@ uint64_t IndexRoom::BytesFor(uint32_t layer, const KvShape& shape, const Run& ru
   if (size == sizes_.end()) return 0;
   const double guess =
       size->second.per_token * run.tokens().size() + (first ? size->second.shared : 0);
-  return static_cast<uint64_t>(std::min(guess, static_cast<double>(max_bytes_)));
+  return static_cast<uint64_t>(std::min(guess, static_cast<double>(memory_->max_bytes())));
 }
 
 void IndexRoom::NoteSize(const KvShape& shape, const Run& run, const MadeIndex& made) {

@@ -24,6 +24,7 @@ class IndexRoom {
 
   // So many bytes, or all that there is room for.
   uint64_t UpTo(uint64_t bytes) const;
+  uint64_t All() const { return UpTo(memory_->max_bytes()); }
   // What an index of one head of the run takes: as much as the one that was refused last, or as
   // those of other runs took, but no more than there could be room for: a guess may be
   // wrong. first: and what it is the first to share. 0: it is not known.
@@ -41,7 +42,6 @@ class IndexRoom {
   };
   void NoteSize(const KvShape& shape, const Run& run, const MadeIndex& made);
 
-  const uint64_t max_bytes_;
   RunRegistry* const runs_;
   const std::shared_ptr<IndexMemory> memory_;
   mutable absl::Mutex mutex_;

@@ -3,7 +3,6 @@
 #include <pthread.h>
 
 #include <algorithm>
-#include <chrono>
 #include <deque>
 #include <list>
 #include <numeric>
@@ -142,7 +141,7 @@ uint64_t RunIndexer::ReservedBytes() const {
 }
 
 uint64_t RunIndexer::UnreservedRoom() const {
-  const uint64_t room = room_.UpTo(options_.max_bytes);
+  const uint64_t room = room_.All();
   absl::MutexLock lock(&mutex_);
   return room - std::min(room, ReservedBytes());
 }
@@ -377,13 +376,9 @@ void RunIndexer::BuildHead(Job& job, uint32_t kv_head) {
   bool full = building.bytes.size() < building.runs.size();
   // Of no runs if nobody wants them any more, or they are indexed.
   if (!building.bytes.empty() && !job.full.load()) {
-    const auto start = std::chrono::steady_clock::now();
+    const uint64_t start_ns = SteadyNowNs();
     const absl::Status status = BuildHeld(job, kv_head, &building);
-    build_micros_.fetch_add(
-        static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
-                                  std::chrono::steady_clock::now() - start)
-                                  .count()),
-        std::memory_order_relaxed);
+    build_micros_.fetch_add((SteadyNowNs() - start_ns) / 1000, std::memory_order_relaxed);
     full |= absl::IsResourceExhausted(status);
     if (!status.ok()) GiveUp(status, kv_head, building, &job);
   }

@@ -1,6 +1,7 @@
 #include "gpu/worker_arguments.h"
 
 #include <charconv>
+#include <limits>
 #include <string>
 
 #include <CLI/CLI.hpp>
@@ -87,7 +88,7 @@ void DescribeArguments(CLI::App* app, WorkerArguments* a) {
   app->add_option("--deadline-ms", a->deadline_ms, "of every request to the daemon");
   app->add_flag("--ignore-eos", a->ignore_end, "go on behind the model's end-of-sequence token");
   app->add_option("--temperature", a->sampling.temperature, "0: greedy")
-      ->check(CLI::NonNegativeNumber);
+      ->check(Between(0, std::numeric_limits<double>::max()));
   app->add_option("--top-p", a->sampling.top_p, "nucleus of the sampling");
   app->add_option("--seed", a->sampling.seed, "of the sampling");
   app->add_option("--threads", a->threads, "of the host's work; 0: all cores");
