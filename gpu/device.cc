@@ -15,6 +15,17 @@
 
 namespace quarry {
 
+absl::StatusOr<DeviceBuffer> Device::AllocateSpare(size_t bytes, size_t, std::string_view what) {
+  return absl::ResourceExhaustedError(absl::StrCat(
+      std::string(name()), " has no spare memory: ", bytes, " bytes for ", std::string(what)));
+}
+
+bool Device::SetSpareOwner(SpareOwner* owner) {
+  if (owner != nullptr && spare_owner_ != nullptr) return false;
+  spare_owner_ = owner;
+  return true;
+}
+
 absl::StatusOr<HostBuffer> Device::AllocateHost(size_t bytes, std::string_view what) {
   void* const data = std::aligned_alloc(64, std::max<size_t>(64, (bytes + 63) / 64 * 64));
   if (data == nullptr) {
@@ -27,8 +38,7 @@ absl::StatusOr<HostBuffer> Device::AllocateHost(size_t bytes, std::string_view w
 void Device::ReleaseHost(std::span<std::byte> bytes) { std::free(bytes.data()); }
 
 Device::UploadTicket Device::StartUpload(void* to, std::span<const std::byte> from) {
-  (void)Upload(to, from);  // of a device whose uploads cannot fail
-  return 0;
+  return Upload(to, from).ok() ? 1 : 0;
 }
 
 void Device::WaitFor(UploadTicket) {}

@@ -228,8 +228,23 @@ class Device {
   virtual ~Device() = default;
   virtual std::string_view name() const = 0;
 
-  // Not initialised. ResourceExhausted names what was asked for, its bytes and the budget.
+  // Not initialised. ResourceExhausted names what was asked for, its bytes and the budget; before
+  // that, spare memory is taken back, but for what is recorded.
   virtual absl::StatusOr<DeviceBuffer> Allocate(size_t bytes, std::string_view what) = 0;
+  // Memory for what only gains by it, while nobody else wants it: somewhere at the far end, if
+  // `leave_free` bytes of the budget stay free; else, or where there is no such memory,
+  // ResourceExhausted. Its owner gives it back when asked.
+  virtual absl::StatusOr<DeviceBuffer> AllocateSpare(size_t bytes, size_t leave_free,
+                                                     std::string_view what);
+  class SpareOwner {
+   public:
+    virtual ~SpareOwner() = default;
+    // Releases some of it; false: there is none that could be. Called by any Allocate; what is
+    // released may be written by operations that are called later.
+    virtual bool GiveBack() = 0;
+  };
+  // One owner at a time: false if there is another. Null: nobody any more.
+  bool SetSpareOwner(SpareOwner* owner);
   virtual DeviceStats Stats() const = 0;
 
   // The host's memory may be reused when they return.
@@ -241,8 +256,9 @@ class Device {
   virtual absl::StatusOr<HostBuffer> AllocateHost(size_t bytes, std::string_view what);
   // Copies behind all operations called before, beside those called later: they wait for it where
   // WaitFor is called with what this returns. Until then nobody uses or releases `to`; `from` lies
-  // in a HostBuffer, and stays as it is. A failure is reported as one of an operation. Uploads run
-  // one after the other, so that waiting for one is waiting for those before it.
+  // in a HostBuffer, and stays as it is. A failure is reported as one of an operation, and if it
+  // was seen at once the ticket is 0, of an upload that nobody waits for. Uploads run one after the
+  // other, so that waiting for one is waiting for those before it.
   using UploadTicket = uint64_t;
   virtual UploadTicket StartUpload(void* to, std::span<const std::byte> from);
   virtual void WaitFor(UploadTicket upload);
@@ -312,6 +328,13 @@ class Device {
   virtual void Release(void* data, size_t bytes) = 0;    // DeviceBuffer's
   virtual void ReleaseHost(std::span<std::byte> bytes);  // HostBuffer's
   virtual void UnmapHost(std::span<std::byte> bytes);    // HostMapping's
+
+ protected:
+  // Whether there may be more room now.
+  bool TakeSpareBack() { return spare_owner_ != nullptr && spare_owner_->GiveBack(); }
+
+ private:
+  SpareOwner* spare_owner_ = nullptr;
 };
 
 inline DeviceBuffer& DeviceBuffer::operator=(DeviceBuffer&& other) noexcept {

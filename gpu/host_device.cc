@@ -59,7 +59,8 @@ class HostDevice final : public Device {
   std::string_view name() const override { return "host"; }
 
   absl::StatusOr<DeviceBuffer> Allocate(size_t bytes, std::string_view what) override {
-    if (bytes > capacity_ || used_ > capacity_ - bytes) {
+    while (bytes > capacity_ || used_ > capacity_ - bytes) {
+      if (bytes <= capacity_ && TakeSpareBack()) continue;
       return absl::ResourceExhaustedError(absl::StrCat("device memory: ", bytes, " bytes for ",
                                                        std::string(what), ", ", used_,
                                                        " in use of a budget of ", capacity_));
@@ -72,6 +73,16 @@ class HostDevice final : public Device {
     used_ += bytes;
     peak_ = std::max(peak_, used_);
     return DeviceBuffer(this, data, bytes);
+  }
+
+  absl::StatusOr<DeviceBuffer> AllocateSpare(size_t bytes, size_t leave_free,
+                                             std::string_view what) override {
+    if (leave_free > capacity_ || used_ > capacity_ - leave_free ||
+        bytes > capacity_ - leave_free - used_) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("device memory: no ", bytes, " bytes to spare for ", std::string(what)));
+    }
+    return Allocate(bytes, what);
   }
 
   void Release(void* data, size_t bytes) override {

@@ -103,6 +103,7 @@ void LayerMath::Head(const float* x, uint32_t rows, float* norm, float* logits) 
     const HeadTile& tile = model_.Head(t);
     device_.MatMul(norm, tile.weight, logits + rows * tile.first, rows, Device::Output::kOverwrite);
   }
+  model_.UseNone();
 }
 
 absl::StatusOr<std::vector<std::vector<float>>> LayerMath::ReadLogits(

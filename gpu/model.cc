@@ -152,7 +152,11 @@ absl::Status Model::Place(ModelTensors tensors, const WeightOptions& options) {
   QUARRY_ASSIGN_OR_RETURN(const Residence residence,
                           PlanResidence({bytes, options.mode, device_->Stats().capacity_bytes, free,
                                          options.reserve_bytes}));
-  QUARRY_ASSIGN_OR_RETURN(store_, WeightStore::Create(device_, units, residence));
+  const bool spare = options.mode == WeightMode::kAuto;
+  QUARRY_ASSIGN_OR_RETURN(
+      store_, WeightStore::Create(device_, units, residence,
+                                  spare ? std::optional(options.leave_free_bytes) : std::nullopt));
+  for (size_t u = 0; u < units.size(); ++u) at_.push_back(store_->At(u));
   const auto only = [&](size_t unit) { return std::move(store_->Borrow(unit).front()); };
   for (uint32_t l = 0; l < config_.layers; ++l) layers_.push_back(LayerOf(store_->Borrow(l)));
   for_tiles([&](uint32_t lo, uint32_t rows) {
@@ -165,12 +169,20 @@ absl::Status Model::Place(ModelTensors tensors, const WeightOptions& options) {
 
 const LayerWeights& Model::Layer(uint32_t layer) const {
   store_->Use(layer);
+  if (TakeMove(layer)) layers_[layer] = LayerOf(store_->Borrow(layer));
   return layers_[layer];
 }
 
 const HeadTile& Model::Head(size_t tile) const {
-  store_->Use(head_[tile].unit);
-  return head_[tile];
+  HeadTile& out = head_[tile];
+  store_->Use(out.unit);
+  if (TakeMove(out.unit)) out.weight = std::move(store_->Borrow(out.unit).front());
+  return out;
+}
+
+bool Model::TakeMove(size_t unit) const {
+  const std::byte* const now = store_->At(unit);
+  return std::exchange(at_[unit], now) != now;
 }
 
 absl::Status Model::Embed(std::span<const uint32_t> tokens, float* y) const {

@@ -24,6 +24,8 @@ struct WeightOptions {
   WeightForm form = WeightForm::kPlain;
   // What kAuto leaves of the device's budget to activations and K/V (gpu/working_bytes.h).
   uint64_t reserve_bytes = 0;
+  // What streamed weights of kAuto leave free of it while they stay in room that nobody wants.
+  uint64_t leave_free_bytes = 0;
 };
 
 // Rows [first, first + weight.rows) of the output head.
@@ -46,6 +48,9 @@ class Model {
   // of this one. Cheapest in the order of the layers, then the head's tiles.
   const LayerWeights& Layer(uint32_t layer) const;
   const HeadTile& Head(size_t tile) const;
+  // No layer or tile is in use any more: all weights may make room.
+  void UseNone() const { store_->UseNone(); }
+  uint64_t weight_moves() const { return store_->moves(); }  // WeightStore::moves
   size_t head_tiles() const { return head_.size(); }
   // Their first row; behind the last tile, the vocabulary's end.
   uint32_t head_tile_first(size_t tile) const {
@@ -55,6 +60,8 @@ class Model {
   // y[r] = embedding[tokens[r]], [tokens][hidden] on the device.
   absl::Status Embed(std::span<const uint32_t> tokens, float* y) const;
   const Residence& residence() const { return store_->residence(); }
+  // Of the streamed bytes, those that stay on the device at present.
+  uint64_t spare_weight_bytes() const { return store_->spare_bytes(); }
 
   // Identity of a context of at most max_tokens tokens whose K and V are stored as kv_dtype.
   // Weights digest: SHA-256 over config.json and every weight file, each with its length first,
@@ -65,6 +72,8 @@ class Model {
  private:
   explicit Model(Device* device) : device_(device) {}
   absl::Status Place(ModelTensors tensors, const WeightOptions& options);
+  // Whether a unit that is used is somewhere else than when this was last asked.
+  bool TakeMove(size_t unit) const;
 
   Device* const device_;
   ModelConfig config_;
@@ -73,8 +82,10 @@ class Model {
   TokenizerDigest tokenizer_digest_;
   // All but the final norm are the store's.
   std::unique_ptr<WeightStore> store_;
-  std::vector<LayerWeights> layers_;
-  std::vector<HeadTile> head_;
+  // What is borrowed of a unit follows where it is: by unit, and at_ has where it was.
+  mutable std::vector<LayerWeights> layers_;
+  mutable std::vector<HeadTile> head_;
+  mutable std::vector<const std::byte*> at_;
   DeviceMatrix embedding_, final_norm_;
   bool table_on_device_ = true;
   WeightFiles files_;  // of a table that is not on the device

@@ -20,10 +20,7 @@ static_assert(std::is_trivially_copyable_v<RungMessage>);
 
 RowStep::RowStep(const Model& model, Device& device, LayerMath& math, const KvShape& shape,
                  const Options& options)
-    : model_(model), device_(device), math_(math), shape_(shape), options_(options) {
-  // Copies of weights go on beside operations, which a recording cannot wait for.
-  if (model.residence().streamed_bytes > 0) options_.recording = Recording::kOff;
-}
+    : model_(model), device_(device), math_(math), shape_(shape), options_(options) {}
 
 absl::StatusOr<std::unique_ptr<RowStep>> RowStep::Create(const Model& model, Device& device,
                                                          LayerMath& math, const KvShape& shape,
@@ -101,8 +98,10 @@ absl::Status RowStep::Tell(std::span<const Member> members, const RungAttends* r
   return device_.Upload(told_.raw(), bytes);
 }
 
-RowStep::Frame RowStep::FrameOf(std::span<const Member> members, const RungAttends* rung) {
+RowStep::Frame RowStep::FrameOf(std::span<const Member> members, const RungAttends* rung) const {
   Frame frame;
+  // Copies of weights go on beside operations, which a recording cannot wait for.
+  frame.weight_moves = model_.weight_moves();
   for (const Member& member : members) {
     for (const LocalKv& kv : member.local) {
       std::vector<DeviceKv> parts = kv.PlacedParts();

@@ -21,7 +21,7 @@ namespace quarry {
 // What changes from token to token reaches the operations through the device's memory, by one
 // upload, so that they can be recorded: they are once two steps running used the same memory (the
 // first one also loads what the device loads late), and are replayed until it changes. Where the
-// device keeps no recordings, or weights are streamed, every step calls them anew. Not
+// device keeps no recordings, or weights come and go, every step calls them anew. Not
 // thread-safe. Model, device and math outlive it.
 class RowStep {
  public:
@@ -67,6 +67,7 @@ class RowStep {
     std::vector<uint32_t> answered_bits;    // by layer
     // By member and layer; without the growing part's tokens.
     std::vector<std::vector<DeviceKv>> kv;
+    uint64_t weight_moves = 0;  // before the step
     bool operator==(const Frame&) const = default;
   };
   // What the host says of a step: offsets in told_.
@@ -78,7 +79,7 @@ class RowStep {
           const Options& options);
   Told Layout(const RungAttends* rung) const;
   absl::Status Tell(std::span<const Member> members, const RungAttends* rung);
-  static Frame FrameOf(std::span<const Member> members, const RungAttends* rung);
+  Frame FrameOf(std::span<const Member> members, const RungAttends* rung) const;
   void Call(std::span<const Member> members, const RungAttends* rung);
   void AttendLocal(uint32_t layer, std::span<const Member> members);
   DeviceRing RingOf(uint32_t layer, const RungAttends& rung) const;

@@ -115,6 +115,7 @@ class Sequence::Appender {
 
 absl::StatusOr<std::vector<float>> Sequence::Prefill(std::span<const uint32_t> tokens) {
   const auto rows = static_cast<uint32_t>(tokens.size());
+  model_.UseNone();  // of a pass that failed
   QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x, Embed(tokens));
   QUARRY_ASSIGN_OR_RETURN(LayerScratch scratch,
                           math_.Allocate(std::min(rows, std::max(1u, options_.prefill_rows)),

@@ -331,7 +331,8 @@ absl::StatusOr<json> WorkerSession::Stats() {
               {"device_mapped_bytes", device.mapped_bytes},
               {"device_driver_used_bytes", device.driver_used_bytes},
               {"weights_resident_bytes", model_.residence().resident_bytes},
-              {"weights_streamed_bytes", model_.residence().streamed_bytes}};
+              {"weights_streamed_bytes", model_.residence().streamed_bytes},
+              {"weights_spare_bytes", model_.spare_weight_bytes()}};
 }
 
 }  // namespace quarry

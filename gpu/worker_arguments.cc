@@ -178,6 +178,7 @@ WeightOptions WeightOptionsOf(const WorkerArguments& a, const ModelConfig& confi
   weights.reserve_bytes = a.reserve_bytes ? *a.reserve_bytes
                                           : WorkingBytes(config, SequenceOptionsOf(a, config),
                                                          max_tokens, a.attention == "daemon");
+  weights.leave_free_bytes = kOperationBytes;
   return weights;
 }
 

@@ -130,7 +130,7 @@ class Bench:
                "device": stats["device"],
                **{name: stats[name] for name in ("device_peak_bytes", "device_overhead_bytes", "device_mapped_bytes",
                                                  "device_driver_used_bytes", "weights_resident_bytes",
-                                                 "weights_streamed_bytes")}}
+                                                 "weights_streamed_bytes", "weights_spare_bytes")}}
         print(json.dumps(row), flush=True)
 
 

@@ -78,8 +78,23 @@ absl::Status Arena::MapTo(uint64_t end) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<void*> Arena::Allocate(uint64_t bytes, std::string_view what) {
-  QUARRY_ASSIGN_OR_RETURN(const uint64_t offset, map_.Allocate(bytes, what));
+absl::StatusOr<void*> Arena::Allocate(uint64_t bytes, std::string_view what, uint64_t leave_end) {
+  QUARRY_ASSIGN_OR_RETURN(const uint64_t offset, map_.Allocate(bytes, what, leave_end));
+  return WithPages(offset, bytes, what);
+}
+
+absl::StatusOr<void*> Arena::AllocateSpare(uint64_t bytes, uint64_t leave_free,
+                                           std::string_view what) {
+  const uint64_t unmapped = map_.limit() - std::min(map_.limit(), mapped_);
+  QUARRY_ASSIGN_OR_RETURN(
+      const uint64_t offset,
+      map_.AllocateSpare(bytes, spare_refused_ ? std::max(leave_free, unmapped) : leave_free));
+  absl::StatusOr<void*> data = WithPages(offset, bytes, what);
+  spare_refused_ |= !data.ok();
+  return data;
+}
+
+absl::StatusOr<void*> Arena::WithPages(uint64_t offset, uint64_t bytes, std::string_view what) {
   if (const absl::Status mapped = MapTo(offset + bytes); !mapped.ok()) {
     map_.Release(offset, bytes);
     return absl::Status(

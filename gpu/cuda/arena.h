@@ -30,8 +30,10 @@ class Arena {
                                                        const Options& options);
   ~Arena();  // of what nothing on the device uses any more
 
-  // ResourceExhausted as ArenaMap's; or that the card itself has no more pages.
-  absl::StatusOr<void*> Allocate(uint64_t bytes, std::string_view what);
+  // ResourceExhausted as ArenaMap's; or that the card itself has no more pages, for which spare
+  // memory does not ask a second time.
+  absl::StatusOr<void*> Allocate(uint64_t bytes, std::string_view what, uint64_t leave_end = 0);
+  absl::StatusOr<void*> AllocateSpare(uint64_t bytes, uint64_t leave_free, std::string_view what);
   void Release(void* data, uint64_t bytes);
   // What is mapped already stays.
   void SetOverhead(uint64_t bytes) { map_.SetOverhead(bytes); }
@@ -47,6 +49,8 @@ class Arena {
         map_(options.budget_bytes, options.overhead_bytes, page) {}
   // Pages for [0, end).
   absl::Status MapTo(uint64_t end);
+  // The address of a piece of the map, which is released if there are no pages for it.
+  absl::StatusOr<void*> WithPages(uint64_t offset, uint64_t bytes, std::string_view what);
 
   const Driver driver_;
   const Options options_;
@@ -54,6 +58,7 @@ class Arena {
   ArenaMap map_;
   uint64_t reserved_ = 0;  // bytes of addresses
   uint64_t mapped_ = 0;
+  bool spare_refused_ = false;  // pages for spare memory
   CUdeviceptr base_ = 0;
   std::vector<std::pair<CUmemGenericAllocationHandle, uint64_t>> pieces_;  // mapped, with bytes
 };

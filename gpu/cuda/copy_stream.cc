@@ -49,9 +49,12 @@ cudaError_t CopyStream::Start(void* to, const void* from, size_t bytes, uint64_t
         cudaMemcpyAsync(static_cast<std::byte*>(to) + at, static_cast<const std::byte*>(from) + at,
                         std::min(kPieceBytes, bytes - at), kind_, copies_);
   }
-  if (error != cudaSuccess) return error;
-  error = cudaEventRecord(done_[started_ % done_.size()], copies_);
-  if (error == cudaSuccess) *number = started_;
+  if (error == cudaSuccess) error = cudaEventRecord(done_[started_ % done_.size()], copies_);
+  if (error == cudaSuccess) {
+    *number = started_;
+  } else {
+    cudaStreamSynchronize(copies_);  // nobody can wait for the pieces that are on their way
+  }
   return error;
 }
 

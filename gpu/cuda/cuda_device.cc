@@ -94,9 +94,20 @@ class CudaDevice final : public Device {
 
   absl::StatusOr<DeviceBuffer> Allocate(size_t bytes, std::string_view what) override {
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), what));
-    QUARRY_ASSIGN_OR_RETURN(void* const data, recorded_ != nullptr
-                                                  ? recorded_->Allocate(bytes, what)
-                                                  : arena_->Allocate(bytes, what));
+    // Nothing is given back meanwhile: what is recorded may read it at every replay.
+    if (recorded_ != nullptr) {
+      QUARRY_ASSIGN_OR_RETURN(void* const data, recorded_->Allocate(bytes, what));
+      return DeviceBuffer(this, data, bytes);
+    }
+    QUARRY_ASSIGN_OR_RETURN(void* const data, AllocateBeforeSpare(bytes, what));
+    return DeviceBuffer(this, data, bytes);
+  }
+
+  absl::StatusOr<DeviceBuffer> AllocateSpare(size_t bytes, size_t leave_free,
+                                             std::string_view what) override {
+    QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), what));
+    QUARRY_ASSIGN_OR_RETURN(void* const data, arena_->AllocateSpare(bytes, leave_free, what));
+    leave_end_ = leave_free / 4;
     return DeviceBuffer(this, data, bytes);
   }
 
@@ -319,6 +330,20 @@ class CudaDevice final : public Device {
   explicit CudaDevice(const CudaDeviceOptions& options)
       : options_(options), name_(absl::StrCat("cuda:", options.ordinal)) {}
 
+  // Spare memory is taken back before the last of the budget is mapped: pages stay, and what
+  // recordings and CUDA itself take later would come on top of it.
+  absl::StatusOr<void*> AllocateBeforeSpare(size_t bytes, std::string_view what) {
+    const ArenaMap& map = arena_->map();
+    while (map.spare() > 0) {
+      absl::StatusOr<void*> data = arena_->Allocate(bytes, what, leave_end_);
+      if (data.ok()) return data;
+      const uint64_t needed = map.used() - map.spare();
+      const bool hopeless = needed > map.limit() || bytes > map.limit() - needed;
+      if (hopeless || !TakeSpareBack()) break;
+    }
+    return arena_->Allocate(bytes, what);
+  }
+
   // Names the card; FailedPrecondition if it is none for us.
   absl::Status FindCard() {
     int count = 0;
@@ -484,6 +509,7 @@ class CudaDevice final : public Device {
   cudaStream_t stream_ = nullptr;
   Driver driver_;
   std::unique_ptr<Arena> arena_;
+  uint64_t leave_end_ = 0;     // bytes, while somebody has spare memory
   DeviceBuffer ring_arrived_;  // blocks of a Ring, while it runs
   std::unique_ptr<Staging> staging_;
   std::unique_ptr<CopyStream> uploads_, downloads_;

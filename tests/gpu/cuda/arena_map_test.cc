@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -83,6 +84,30 @@ TEST(ArenaMapTest, TheSmallestPieceThatFitsIsTaken) {
   EXPECT_EQ(map.high_water(), 9 * kUnit);
 }
 
+TEST(ArenaMapTest, SparePiecesLieAtTheFarEndAndOthersBeforeThem) {
+  ArenaMap map(20 * kUnit, 2 * kUnit);  // a limit of 18
+  ASSERT_EQ(*map.Allocate(3 * kUnit, "low"), 0u);
+  EXPECT_EQ(*map.AllocateSpare(4 * kUnit, 2 * kUnit), 12 * kUnit);
+  EXPECT_EQ(*map.AllocateSpare(4 * kUnit, 2 * kUnit), 8 * kUnit);
+  EXPECT_EQ(map.AllocateSpare(6 * kUnit, 2 * kUnit).status().code(),
+            absl::StatusCode::kResourceExhausted);
+  // The piece of two units behind them is the smallest, but not before them.
+  EXPECT_EQ(*map.Allocate(2 * kUnit, "x"), 3 * kUnit);
+  EXPECT_EQ(*map.Allocate(3 * kUnit, "y"), 5 * kUnit);
+  EXPECT_FALSE(map.Allocate(kUnit, "not at the end", 2 * kUnit).ok());
+  EXPECT_EQ(*map.Allocate(kUnit, "behind, for there is no other room", kUnit), 16 * kUnit);
+  EXPECT_EQ(map.AllocateSpare(1, 2 * kUnit).status().code(), absl::StatusCode::kResourceExhausted);
+  map.Release(8 * kUnit, 4 * kUnit);
+  EXPECT_EQ(map.largest_free(), 4 * kUnit);
+  EXPECT_EQ(*map.Allocate(4 * kUnit, "where it was"), 8 * kUnit);
+  map.Release(12 * kUnit, 4 * kUnit);
+  EXPECT_EQ(*map.Allocate(1, "z"), 17 * kUnit);  // none is spare any more: the smallest piece
+  EXPECT_EQ(map.AllocateSpare(~uint64_t{0}, 0).status().code(),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(map.AllocateSpare(1, ~uint64_t{0}).status().code(),
+            absl::StatusCode::kResourceExhausted);
+}
+
 TEST(ArenaMapTest, RandomUseAgreesWithTheOracle) {
   std::mt19937_64 random(Seed());
   constexpr uint64_t kUnits = 300;
@@ -92,7 +117,8 @@ TEST(ArenaMapTest, RandomUseAgreesWithTheOracle) {
   };
   std::vector<Piece> pieces;
   std::vector<bool> taken(kUnits, false);
-  uint64_t used = 0, peak = 0, high_water = 0;
+  uint64_t used = 0, peak = 0, high_water = 0, spare_bytes = 0;
+  std::set<uint64_t> spares;  // their offsets
   int refused = 0;
   for (int step = 0; step < 40000; ++step) {
     if (!pieces.empty() && random() % 100 < 45) {
@@ -103,6 +129,7 @@ TEST(ArenaMapTest, RandomUseAgreesWithTheOracle) {
       const uint64_t units = std::max<uint64_t>(1, (p.bytes + kUnit - 1) / kUnit);
       for (uint64_t i = 0; i < units; ++i) taken[p.offset / kUnit + i] = false;
       used -= units * kUnit;
+      if (spares.erase(p.offset) > 0) spare_bytes -= units * kUnit;
     } else {
       const uint64_t most = random() % 10 == 0 ? 80 : 12;
       const uint64_t bytes = random() % (most * kUnit);
@@ -113,11 +140,36 @@ TEST(ArenaMapTest, RandomUseAgreesWithTheOracle) {
         longest = std::max(longest, run);
       }
       ASSERT_EQ(map.largest_free(), longest * kUnit);
-      const auto got = map.Allocate(bytes, "piece");
-      ASSERT_EQ(got.ok(), units <= longest) << got.status();
+      const bool spare = random() % 4 == 0;
+      const uint64_t leave_free = random() % 60 * kUnit;
+      const auto got = spare ? map.AllocateSpare(bytes, leave_free) : map.Allocate(bytes, "piece");
+      if (spare) {  // free units that end early enough, and enough others
+        const uint64_t top = kUnits - std::min(kUnits, leave_free / kUnit);
+        uint64_t free_run = 0, most = 0;
+        for (uint64_t i = 0; i < top; ++i) {
+          free_run = taken[i] ? 0 : free_run + 1;
+          most = std::max(most, free_run);
+        }
+        ASSERT_EQ(got.ok(), units <= most && used / kUnit + units <= top) << got.status();
+      } else {
+        ASSERT_EQ(got.ok(), units <= longest) << got.status();
+      }
       if (!got.ok()) {
         ++refused;
         continue;
+      }
+      if (spare) {
+        ASSERT_LE(used + units * kUnit + leave_free, kUnits * kUnit);
+        ASSERT_LE(*got + units * kUnit + leave_free, kUnits * kUnit);
+        spares.insert(*got);
+        spare_bytes += units * kUnit;
+      } else if (!spares.empty() && *got > *spares.begin()) {
+        // There was no room before them.
+        uint64_t free_run = 0;
+        for (uint64_t i = 0; i < *spares.begin() / kUnit; ++i) {
+          free_run = taken[i] ? 0 : free_run + 1;
+          ASSERT_LT(free_run, units);
+        }
       }
       ASSERT_EQ(*got % kUnit, 0u);
       ASSERT_LE(*got / kUnit + units, kUnits);
@@ -131,6 +183,7 @@ TEST(ArenaMapTest, RandomUseAgreesWithTheOracle) {
       high_water = std::max(high_water, *got + units * kUnit);
     }
     ASSERT_EQ(map.used(), used);
+    ASSERT_EQ(map.spare(), spare_bytes);
     ASSERT_EQ(map.peak(), peak);
     ASSERT_EQ(map.high_water(), high_water);
   }

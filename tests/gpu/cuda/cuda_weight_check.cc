@@ -1,6 +1,7 @@
 // The CUDA device's weights as codes, against double references, and weights that are streamed,
 // against the same ones resident.
 #include <cstring>
+#include <functional>
 
 #include "gpu/weights/codes.h"
 #include "gpu/weights/pack_matrix.h"
@@ -178,6 +179,67 @@ TEST_F(CudaWeightCheck, StreamedLayersGiveWhatResidentOnesGiveToTheBit) {
       }
     }
   }
+}
+
+// A device of its own, for its budget.
+TEST_F(CudaWeightCheck, StreamedLayersStayWhileNobodyWantsTheirMemory) {
+  constexpr size_t kLayers = 7, kHidden = 1536, kInner = 4096, kRows = 3;
+  constexpr uint64_t kBudget = uint64_t{1} << 30, kLeaveFree = uint64_t{64} << 20;
+  auto made = MakeCudaDevice({.capacity_bytes = kBudget});
+  ASSERT_TRUE(made.ok()) << made.status();
+  Device& own = **made;
+  const ChainWeights weights(kLayers, kHidden, kInner, WeightForm::kPlain, &random_);
+  const std::vector<float> x = Random(kRows * kHidden);
+  const auto states = own.Allocate(x.size() * sizeof(float), "states");
+  ASSERT_TRUE(states.ok()) << states.status();
+  const auto pass = [&](const std::function<void()>& run) {
+    EXPECT_TRUE(own.Upload(states->raw(), std::as_bytes(std::span(x))).ok());
+    run();
+    std::vector<float> out(x.size());
+    EXPECT_TRUE(own.Download(std::as_writable_bytes(std::span(out)), states->raw()).ok());
+    return out;
+  };
+  std::vector<float> want;
+  {
+    LayerChain resident(&own, weights, 0);
+    ASSERT_TRUE(resident.status().ok()) << resident.status();
+    want = pass([&] { resident.Run(states->floats(), kRows); });
+  }
+  LayerChain chain(&own, weights, kLayers, kLeaveFree);
+  ASSERT_TRUE(chain.status().ok()) << chain.status();
+  const auto run = [&] { chain.Run(states->floats(), kRows); };
+  const uint64_t unit = weights.unit_bytes(own), all = (kLayers - 2) * unit;
+  EXPECT_EQ(pass(run), want);
+  EXPECT_EQ(chain.store().spare_bytes(), all);
+  const uint64_t moves = chain.store().moves();
+  EXPECT_EQ(pass(run), want);
+  EXPECT_EQ(chain.store().moves(), moves);
+  // Nothing comes any more: a pass can be recorded.
+  {
+    const auto recording = own.Record(run);
+    ASSERT_TRUE(recording.ok()) << recording.status();
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(pass([&] { own.Replay(**recording); }), want);
+  }
+  EXPECT_EQ(chain.store().moves(), moves);
+  // Who wants memory gets it, at whatever time, and the others are streamed again.
+  for (uint64_t bytes = unit / 2; bytes < kBudget; bytes += unit + unit / 3) {
+    const DeviceStats before = own.Stats();
+    const uint64_t others = before.used_bytes + before.overhead_bytes - chain.store().spare_bytes();
+    if (bytes + others + unit > kBudget) break;  // one may be in use, or be in the way
+    const auto wanted = own.Allocate(bytes, "somebody else's");
+    ASSERT_TRUE(wanted.ok()) << wanted.status();
+    std::vector<std::byte> pattern(bytes, std::byte{0x5a});
+    ASSERT_TRUE(own.Upload(wanted->raw(), pattern).ok());
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(pass(run), want) << bytes;
+    std::vector<std::byte> read(bytes);
+    ASSERT_TRUE(own.Download(read, wanted->raw()).ok());
+    EXPECT_EQ(read, pattern) << bytes;
+    const DeviceStats stats = own.Stats();
+    EXPECT_LE(stats.used_bytes + stats.overhead_bytes, kBudget);
+    EXPECT_LE(stats.mapped_bytes + stats.overhead_bytes, kBudget);
+  }
+  for (int i = 0; i < 2; ++i) EXPECT_EQ(pass(run), want);
+  EXPECT_EQ(chain.store().spare_bytes(), all);
 }
 
 // On a device of its own: of the shared one all memory may be mapped, before libraries took theirs.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
@@ -53,8 +54,9 @@ class ChainWeights {
 
 class LayerChain {
  public:
-  // `streamed` of its layers are.
-  LayerChain(Device* device, const ChainWeights& weights, size_t streamed)
+  // `streamed` of its layers are; leave_free as the store's.
+  LayerChain(Device* device, const ChainWeights& weights, size_t streamed,
+             std::optional<uint64_t> leave_free = std::nullopt)
       : device_(*device), weights_(weights) {
     const size_t layers = weights.units().size();
     const uint64_t bytes = weights.unit_bytes(*device);
@@ -66,11 +68,12 @@ class LayerChain {
     }
     residence.slots = static_cast<uint32_t>(std::min<size_t>(2, streamed));
     residence.slot_bytes = streamed > 0 ? bytes : 0;
-    auto store = WeightStore::Create(device, weights.units(), residence);
+    auto store = WeightStore::Create(device, weights.units(), residence, leave_free);
     status_ = store.status();
     if (store.ok()) store_ = *std::move(store);
   }
   const absl::Status& status() const { return status_; }
+  const WeightStore& store() const { return *store_; }
   const Residence& residence() const { return store_->residence(); }
 
   // x [rows][hidden], in place.

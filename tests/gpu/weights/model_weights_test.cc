@@ -11,6 +11,7 @@
 #include "gpu/model.h"
 #include "gpu/weights/weight_store.h"
 #include "gpu/working_bytes.h"
+#include "tests/gpu/fake_service.h"
 #include "tests/gpu/golden.h"
 #include "tests/gpu/tiny_models.h"
 
@@ -27,25 +28,28 @@ struct Answers {
   std::vector<uint32_t> greedy;
   Residence residence;
   DeviceStats stats;
+  uint64_t replayed = 0;  // steps
 };
 
 SequenceOptions Options() {
   SequenceOptions options;
   options.kv_dtype = DType::kFp32;
   options.prefill_rows = 16;
+  options.window = {8, 16, false};
   return options;
 }
 
 // A prefill in chunks and greedy steps behind it.
 Answers RunModel(const std::string& directory, const WeightOptions& weights, uint64_t capacity,
-                 const std::vector<uint32_t>& prompt, uint32_t steps) {
+                 const std::vector<uint32_t>& prompt, uint32_t steps,
+                 KvService* service = nullptr) {
   Answers out;
   const std::unique_ptr<Device> device = MakeHostDevice({.capacity_bytes = capacity, .threads = 2});
   auto model = Model::Load(directory, device.get(), weights);
   EXPECT_TRUE(model.ok()) << model.status();
   if (!model.ok()) return out;
   out.residence = (*model)->residence();
-  auto sequence = Sequence::Open(**model, *device, nullptr, Options(), prompt,
+  auto sequence = Sequence::Open(**model, *device, service, Options(), prompt,
                                  static_cast<uint32_t>(prompt.size()) + steps);
   EXPECT_TRUE(sequence.ok()) << sequence.status();
   auto logits = (*sequence)->Extend(prompt, Sequence::Role::kPrompt);
@@ -56,6 +60,7 @@ Answers RunModel(const std::string& directory, const WeightOptions& weights, uin
   }
   EXPECT_TRUE(logits.ok()) << logits.status();
   out.stats = device->Stats();
+  out.replayed = (*sequence)->replayed_steps();
   return out;
 }
 
@@ -104,6 +109,71 @@ TEST_P(TinyModels, ABudgetBetweenTheTwoStreamsAPart) {
     EXPECT_LT(run.residence.device_bytes(), all.residence.device_bytes());
     EXPECT_LE(run.stats.peak_bytes, capacity);
   }
+}
+
+// They come while a prefill is, stay behind it, and go again for the next one.
+TEST_P(TinyModels, StreamedWeightsStayInRoomThatAPrefillLeaves) {
+  const std::string directory = kTiny + GetParam();
+  constexpr uint32_t kSteps = 6;
+  const auto config = LoadModelConfig(directory);
+  ASSERT_TRUE(config.ok()) << config.status();
+  const std::vector<uint32_t> prompt = Prompt(config->max_tokens - kSteps);
+  testing::FakeService service;
+  const Answers all = RunModel(directory, {}, uint64_t{1} << 30, prompt, kSteps, &service);
+  // More of the weights fit beside a step than beside a prefill.
+  const uint64_t working = all.stats.peak_bytes - all.residence.device_bytes();
+  const Answers streamed =
+      RunModel(directory, {WeightMode::kStreamed}, uint64_t{1} << 30, prompt, kSteps);
+  WeightOptions options;
+  options.reserve_bytes = working + 16384;  // forks of the daemon's side have windows twice
+  options.leave_free_bytes = 1024;
+  const uint64_t capacity = streamed.residence.device_bytes() + options.reserve_bytes + 4096;
+  const std::unique_ptr<Device> device = MakeHostDevice({.capacity_bytes = capacity, .threads = 2});
+  auto loaded = Model::Load(directory, device.get(), options);
+  ASSERT_TRUE(loaded.ok()) << loaded.status();
+  const Model& model = **loaded;
+  ASSERT_GT(model.residence().streamed_bytes, 0u);
+  for (int i = 0; i < 3; ++i) {
+    auto opened = Sequence::Open(model, *device, &service, Options(), prompt, config->max_tokens);
+    ASSERT_TRUE(opened.ok()) << opened.status();
+    Sequence& sequence = **opened;
+    auto logits = sequence.Extend(prompt, Sequence::Role::kPrompt);
+    const uint64_t behind_prefill = model.weight_moves();
+    uint64_t before_last = 0;
+    for (uint32_t step = 0; step < kSteps; ++step) {
+      ASSERT_TRUE(logits.ok()) << logits.status();
+      EXPECT_EQ(*logits, all.logits[step]) << "sequence " << i << ", step " << step;
+      before_last = model.weight_moves();
+      logits = sequence.Extend(std::span(&all.greedy[step], 1), Sequence::Role::kBudgeted);
+    }
+    ASSERT_TRUE(logits.ok()) << logits.status();
+    EXPECT_GT(model.weight_moves(), behind_prefill);
+    EXPECT_EQ(model.weight_moves(), before_last);
+    EXPECT_GT(model.spare_weight_bytes(), 0u);
+    EXPECT_LE(device->Stats().peak_bytes, capacity);
+  }
+}
+
+TEST_P(TinyModels, StepsAreRecordedOnceAllStreamedWeightsStay) {
+  const std::string directory = kTiny + GetParam();
+  const std::vector<uint32_t> prompt = Prompt(50);
+  constexpr uint32_t kSteps = 6;
+  const Answers all = RunModel(directory, {}, uint64_t{1} << 30, prompt, kSteps);
+  const Answers streamed =
+      RunModel(directory, {WeightMode::kStreamed}, uint64_t{1} << 30, prompt, kSteps);
+  EXPECT_EQ(streamed.replayed, 0u);
+  // Room for all, planned for other things.
+  WeightOptions options;
+  options.reserve_bytes = all.stats.peak_bytes;
+  const uint64_t capacity = streamed.residence.device_bytes() + options.reserve_bytes;
+  const Answers spare = RunModel(directory, options, capacity, prompt, kSteps);
+  EXPECT_GT(spare.residence.streamed_bytes, 0u);
+  EXPECT_EQ(spare.logits, all.logits);
+  EXPECT_EQ(spare.replayed, all.replayed);
+  EXPECT_GT(spare.replayed, 0u);
+  // None where they are to leave everything free.
+  options.leave_free_bytes = capacity;
+  EXPECT_EQ(RunModel(directory, options, capacity, prompt, kSteps).replayed, 0u);
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, TinyModels,
