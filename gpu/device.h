@@ -15,6 +15,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "gpu/sampler.h"
 #include "proto/rung_attend.h"
 #include "proto/types.h"
 
@@ -208,6 +209,20 @@ class DeviceRecording {
   virtual ~DeviceRecording() = default;
 };
 
+// Logits of some rows: of `tile` ids of the vocabulary after the other, and what is left of it at
+// the end, all rows, [rows][ids].
+struct DeviceLogits {
+  const float* logits = nullptr;
+  uint32_t rows = 0, vocab = 0, tile = 0;  // tile: at least 1
+};
+
+inline constexpr uint32_t kEveryToken = ~0u;
+struct ChosenToken {
+  uint32_t id = 0;
+  // The first id whose logit is no finite number; then nothing is chosen. kEveryToken: all are.
+  uint32_t unfit = kEveryToken;
+};
+
 struct DeviceStats {
   // The budget, what is handed out of it, and the most that ever was.
   uint64_t capacity_bytes = 0, used_bytes = 0, peak_bytes = 0;
@@ -289,6 +304,9 @@ class Device {
   virtual void SwiGlu(const float* gate_up, float* y, size_t rows, size_t width) = 0;
   // y[r] = table[tokens[r]], which is plain.
   virtual void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) = 0;
+  // out [logits.rows], on the device: ChooseToken of each row (gpu/sampler.h), but for rounding.
+  virtual void Choose(const DeviceLogits& logits, std::span<const TokenDraw> draws,
+                      ChosenToken* out) = 0;
   // to[i] = from[i] rounded to nearest even.
   virtual void Round(const float* from, DType dtype, void* to, size_t elements) = 0;
   virtual void StoreKv(const DeviceKvStore& store) = 0;

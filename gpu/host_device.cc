@@ -200,6 +200,24 @@ class HostDevice final : public Device {
     }
   }
 
+  void Choose(const DeviceLogits& l, std::span<const TokenDraw> draws, ChosenToken* out) override {
+    if (recording_ != nullptr) {
+      const std::vector<TokenDraw> kept(draws.begin(), draws.end());
+      Keeps([=, this] { Choose(l, kept, out); });
+      return;
+    }
+    std::vector<float> row(l.vocab);
+    for (uint32_t r = 0; r < l.rows; ++r) {
+      for (uint32_t first = 0; first < l.vocab; first += l.tile) {
+        const uint32_t ids = std::min(l.tile, l.vocab - first);
+        std::copy_n(l.logits + size_t{l.rows} * first + size_t{r} * ids, ids, row.begin() + first);
+      }
+      const auto unfit = std::ranges::find_if_not(row, [](float x) { return std::isfinite(x); });
+      out[r] = unfit != row.end() ? ChosenToken{0, static_cast<uint32_t>(unfit - row.begin())}
+                                  : ChosenToken{ChooseToken(row, draws[r]), kEveryToken};
+    }
+  }
+
   void Round(const float* from, DType dtype, void* to, size_t elements) override {
     if (Keeps([=, this] { Round(from, dtype, to, elements); })) return;
     for (size_t i = 0; i < elements; ++i) StoreFromFloat(to, i, dtype, from[i]);

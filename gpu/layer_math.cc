@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "absl/strings/str_cat.h"
+#include "proto/check.h"
 #include "proto/status_macros.h"
 
 namespace quarry {
@@ -36,6 +37,11 @@ std::vector<Piece> PiecesOf(const ModelConfig& c, const KvShape& shape, uint32_t
           {&S::activated, mlp_rows * c.intermediate * 4, "MLP activations"},
           {&S::far_o, q * 4, "the daemon's output", true},
           {&S::far_lse, rows * c.heads * 4, "the daemon's lse", true}};
+}
+
+absl::Status NotFinite(size_t id, uint32_t token) {
+  return absl::InternalError(
+      absl::StrCat("the logit of id ", id, " after token ", token, " is no finite number"));
 }
 
 }  // namespace
@@ -106,42 +112,59 @@ void LayerMath::Head(const float* x, uint32_t rows, float* norm, float* logits) 
   model_.UseNone();
 }
 
-absl::StatusOr<std::vector<std::vector<float>>> LayerMath::ReadLogits(
-    const float* logits, std::span<const uint32_t> tokens) {
+absl::StatusOr<std::vector<Prediction>> LayerMath::ReadLogits(const float* logits,
+                                                              std::span<const uint32_t> tokens) {
   const size_t rows = tokens.size(), vocab = model_.config().vocab;
   std::vector<float> tiles(rows * vocab);
   QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(tiles)), logits));
-  std::vector<std::vector<float>> out(rows, std::vector<float>(vocab));
+  std::vector<Prediction> out(rows);
+  for (Prediction& prediction : out) prediction.logits.resize(vocab);
   for (size_t t = 0; t < model_.head_tiles(); ++t) {
     const size_t first = model_.head_tile_first(t), last = model_.head_tile_first(t + 1);
     for (size_t r = 0; r < rows; ++r) {
       const auto from = tiles.begin() + static_cast<ptrdiff_t>(rows * first + r * (last - first));
-      std::copy_n(from, last - first, out[r].begin() + static_cast<ptrdiff_t>(first));
+      std::copy_n(from, last - first, out[r].logits.begin() + static_cast<ptrdiff_t>(first));
     }
   }
   for (size_t r = 0; r < rows; ++r) {
-    for (size_t id = 0; id < vocab; ++id) {
-      if (std::isfinite(out[r][id])) continue;
-      return absl::InternalError(
-          absl::StrCat("the logit of id ", id, " after token ", tokens[r], " is ", out[r][id]));
-    }
+    const auto unfit =
+        std::ranges::find_if_not(out[r].logits, [](float x) { return std::isfinite(x); });
+    if (unfit == out[r].logits.end()) continue;
+    return NotFinite(static_cast<size_t>(unfit - out[r].logits.begin()), tokens[r]);
   }
   return out;
 }
 
-absl::StatusOr<std::vector<std::vector<float>>> LayerMath::Logits(
-    const float* x, std::span<const uint32_t> tokens) {
+absl::StatusOr<std::vector<Prediction>> LayerMath::Predict(const float* logits,
+                                                           std::span<const uint32_t> tokens,
+                                                           std::span<const TokenDraw> draws) {
+  if (draws.empty()) return ReadLogits(logits, tokens);
+  QUARRY_CHECK(draws.size() == tokens.size());
+  const DeviceLogits of_device{logits, static_cast<uint32_t>(tokens.size()), model_.config().vocab,
+                               model_.head_tile_first(1)};
+  std::vector<ChosenToken> chosen(tokens.size());
+  const auto bytes = std::as_writable_bytes(std::span(chosen));
+  QUARRY_ASSIGN_OR_RETURN(const DeviceBuffer memory,
+                          device_.Allocate(bytes.size(), "chosen tokens"));
+  device_.Choose(of_device, draws, reinterpret_cast<ChosenToken*>(memory.raw()));
+  QUARRY_RETURN_IF_ERROR(device_.Download(bytes, memory.raw()));
+  std::vector<Prediction> out(tokens.size());
+  for (size_t r = 0; r < tokens.size(); ++r) {
+    if (chosen[r].unfit != kEveryToken) return NotFinite(chosen[r].unfit, tokens[r]);
+    out[r].token = chosen[r].id;
+  }
+  return out;
+}
+
+absl::StatusOr<std::vector<Prediction>> LayerMath::PredictFrom(const float* x,
+                                                               std::span<const uint32_t> tokens,
+                                                               std::span<const TokenDraw> draws) {
   const ModelConfig& c = model_.config();
   const size_t rows = tokens.size();
   QUARRY_ASSIGN_OR_RETURN(DeviceBuffer norm, device_.Allocate(rows * c.hidden * 4, "last states"));
   QUARRY_ASSIGN_OR_RETURN(DeviceBuffer logits, device_.Allocate(rows * c.vocab * 4, "logits"));
   Head(x, static_cast<uint32_t>(rows), norm.floats(), logits.floats());
-  return ReadLogits(logits.floats(), tokens);
-}
-
-absl::StatusOr<std::vector<float>> LayerMath::Logits(const float* x, uint32_t token) {
-  QUARRY_ASSIGN_OR_RETURN(std::vector<std::vector<float>> logits, Logits(x, {&token, 1}));
-  return std::move(logits.front());
+  return Predict(logits.floats(), tokens, draws);
 }
 
 DeviceAttention LayerMath::Attention(uint32_t first, uint32_t rows, std::span<const DeviceKv> parts,

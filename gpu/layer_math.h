@@ -34,6 +34,12 @@ struct TokenRows {
   const DevicePlace* place = nullptr;  // not null: says on the device what `first` is
 };
 
+// What comes of the logits after a token.
+struct Prediction {
+  std::vector<float> logits;  // where none was drawn
+  uint32_t token = 0;         // that was
+};
+
 // Not thread-safe. Model and device outlive it.
 class LayerMath {
  public:
@@ -57,16 +63,18 @@ class LayerMath {
   // Adds the output projection of s->o, then the MLP, to x.
   void Finish(uint32_t layer, float* x, uint32_t rows, LayerScratch* s);
   // Of some tokens' hidden states x [rows][hidden]; norm [rows][hidden] is working memory, logits
-  // has room for [rows][vocab], to be read by ReadLogits.
+  // has room for [rows][vocab], for Predict.
   void Head(const float* x, uint32_t rows, float* norm, float* logits);
-  // After each of `tokens`, which names them in errors: Internal if they are not finite, for no
-  // token is to be chosen from such.
-  absl::StatusOr<std::vector<std::vector<float>>> ReadLogits(const float* logits,
-                                                             std::span<const uint32_t> tokens);
-  // Both, with memory of their own.
-  absl::StatusOr<std::vector<std::vector<float>>> Logits(const float* x,
-                                                         std::span<const uint32_t> tokens);
-  absl::StatusOr<std::vector<float>> Logits(const float* x, uint32_t token);
+  // After each of `tokens`, whose numbers name them in errors: the logits, or, with a draw for
+  // each, the next token, chosen by the device. Waits for it. Internal if logits are not finite,
+  // for no token is to be chosen from such.
+  absl::StatusOr<std::vector<Prediction>> Predict(const float* logits,
+                                                  std::span<const uint32_t> tokens,
+                                                  std::span<const TokenDraw> draws);
+  // Head and Predict, with memory of their own.
+  absl::StatusOr<std::vector<Prediction>> PredictFrom(const float* x,
+                                                      std::span<const uint32_t> tokens,
+                                                      std::span<const TokenDraw> draws);
 
   // What attention of tokens [first, first + rows) needs to know beside its parts; they are the
   // scratch's rows from `at` on.
@@ -74,6 +82,9 @@ class LayerMath {
                             const LayerScratch& s, uint32_t at = 0) const;
 
  private:
+  absl::StatusOr<std::vector<Prediction>> ReadLogits(const float* logits,
+                                                     std::span<const uint32_t> tokens);
+
   const Model& model_;
   Device& device_;
   const KvShape shape_;

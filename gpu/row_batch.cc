@@ -19,7 +19,8 @@ struct Armed {
 
 }  // namespace
 
-RowBatch::RowBatch(std::span<const Member> members, Kept* kept) : members_(members), kept_(kept) {
+RowBatch::RowBatch(std::span<const Member> members, std::span<const TokenDraw> draws, Kept* kept)
+    : members_(members), draws_(draws), kept_(kept) {
   for (const Member& member : members) {
     QUARRY_CHECK(!member.tokens.empty() && (members.size() == 1 || member.tokens.size() == 1));
     rows_ += static_cast<uint32_t>(member.tokens.size());
@@ -28,7 +29,7 @@ RowBatch::RowBatch(std::span<const Member> members, Kept* kept) : members_(membe
   }
 }
 
-RowBatch::Logits RowBatch::Run() {
+RowBatch::Predictions RowBatch::Run() {
   KvService* const service = first().service_;
   if (service == nullptr) return RunStep({});
   const Armed armed(service);
@@ -55,7 +56,7 @@ std::vector<AttendRow> RowBatch::AskedRows(uint32_t layer) const {
   return asked;
 }
 
-RowBatch::Logits RowBatch::RunSent() {
+RowBatch::Predictions RowBatch::RunSent() {
   LayerMath& math = first().math_;
   QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x, first().Embed(ids_));
   QUARRY_ASSIGN_OR_RETURN(LayerScratch scratch, math.Allocate(rows_, LayerMath::Answers::kFar));
@@ -77,7 +78,7 @@ RowBatch::Logits RowBatch::RunSent() {
   }
   // With several members, all rows are last ones.
   const size_t skipped = rows_ - members_.size();
-  return math.Logits(x.floats() + skipped * first().model_.config().hidden, last_);
+  return math.PredictFrom(x.floats() + skipped * first().model_.config().hidden, last_, draws_);
 }
 
 absl::Status RowBatch::AttendSent(uint32_t layer, LayerScratch* scratch) {
@@ -143,7 +144,7 @@ absl::Status RowBatch::PrepareStep() {
   return absl::OkStatus();
 }
 
-RowBatch::Logits RowBatch::RunStep(std::span<const AttendRow> asked) {
+RowBatch::Predictions RowBatch::RunStep(std::span<const AttendRow> asked) {
   QUARRY_RETURN_IF_ERROR(PrepareStep());
   RowStep& step = *kept_->step;
   std::unique_ptr<RungAttends> rung;
@@ -163,9 +164,9 @@ RowBatch::Logits RowBatch::RunStep(std::span<const AttendRow> asked) {
     QUARRY_RETURN_IF_ERROR(TakeRung(*rung, *seen, asked));
   }
   QUARRY_RETURN_IF_ERROR(called);
-  Logits logits = step.Logits(last_);
+  Predictions predictions = step.Predict(last_, draws_);
   CountStep();
-  return logits;
+  return predictions;
 }
 
 absl::Status RowBatch::TakeRung(const RungAttends& rung, std::span<const std::byte> seen,

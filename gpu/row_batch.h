@@ -34,23 +34,24 @@ class RowBatch {
   // sequence are a prompt's.
   static constexpr uint32_t kMaxKeptRows = 8;
 
-  // Of one model, device, service and shape; both outlive the batch.
-  RowBatch(std::span<const Member> members, Kept* kept);
-  // The logits after each member's last token. An error is of all members: some layers may have
+  // Of one model, device, service and shape. draws: of each member, or none: logits are wanted. All
+  // outlive the batch.
+  RowBatch(std::span<const Member> members, std::span<const TokenDraw> draws, Kept* kept);
+  // What comes after each member's last token. An error is of all members: some layers may have
   // stored rows, here and in the daemon.
-  absl::StatusOr<std::vector<std::vector<float>>> Run();
+  absl::StatusOr<std::vector<Prediction>> Run();
 
  private:
-  using Logits = absl::StatusOr<std::vector<std::vector<float>>>;
+  using Predictions = absl::StatusOr<std::vector<Prediction>>;
 
   bool KeepsRows() const { return members_.size() > 1 || rows_ <= kMaxKeptRows; }
   Sequence& first() const { return *members_.front().sequence; }
   std::vector<AttendRow> AskedRows(uint32_t layer) const;
   // The host sends them, layer by layer.
-  Logits RunSent();
+  Predictions RunSent();
   absl::Status AttendSent(uint32_t layer, LayerScratch* scratch);
   // Without the host on the path; nothing is asked where there is no daemon.
-  Logits RunStep(std::span<const AttendRow> asked);
+  Predictions RunStep(std::span<const AttendRow> asked);
   absl::Status PrepareStep();
   absl::Status TakeRung(const RungAttends& rung, std::span<const std::byte> seen,
                         std::span<const AttendRow> asked);
@@ -58,6 +59,7 @@ class RowBatch {
   void CountStep();
 
   const std::span<const Member> members_;
+  const std::span<const TokenDraw> draws_;
   Kept* const kept_;
   uint32_t rows_ = 0;           // of all members
   std::vector<uint32_t> ids_;   // of the rows

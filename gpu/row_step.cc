@@ -186,8 +186,9 @@ absl::StatusOr<std::vector<std::byte>> RowStep::Outcomes() {
   return out;
 }
 
-absl::StatusOr<std::vector<std::vector<float>>> RowStep::Logits(std::span<const uint32_t> last) {
-  return math_.ReadLogits(logits_.floats(), last);
+absl::StatusOr<std::vector<Prediction>> RowStep::Predict(std::span<const uint32_t> last,
+                                                         std::span<const TokenDraw> draws) {
+  return math_.Predict(logits_.floats(), last, draws);
 }
 
 }  // namespace quarry

@@ -56,8 +56,9 @@ class RowStep {
                    const RungAttends* rung);
   // Both wait for the operations. What was seen of the answers, [layers][RungOutcomeBytes(rows)].
   absl::StatusOr<std::vector<std::byte>> Outcomes();
-  // After each sequence's last token, which has this number; errors as LayerMath's.
-  absl::StatusOr<std::vector<std::vector<float>>> Logits(std::span<const uint32_t> last);
+  // After each sequence's last token, which has this number, as LayerMath's.
+  absl::StatusOr<std::vector<Prediction>> Predict(std::span<const uint32_t> last,
+                                                  std::span<const TokenDraw> draws);
 
  private:
   // The memory that recorded operations use beside the step's own.

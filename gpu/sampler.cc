@@ -7,9 +7,15 @@
 
 namespace quarry {
 
-uint32_t Sampler::Next(std::span<const float> logits) {
+TokenDraw Sampler::Draw() {
+  if (options_.temperature <= 0) return {};
+  return {options_.temperature, options_.top_p,
+          std::uniform_real_distribution<double>(0, 1)(random_)};
+}
+
+uint32_t ChooseToken(std::span<const float> logits, const TokenDraw& draw) {
   const auto best = std::max_element(logits.begin(), logits.end());
-  if (options_.temperature <= 0) return static_cast<uint32_t>(best - logits.begin());
+  if (draw.temperature <= 0) return static_cast<uint32_t>(best - logits.begin());
   std::vector<uint32_t> order(logits.size());
   std::iota(order.begin(), order.end(), 0u);
   std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
@@ -18,15 +24,15 @@ uint32_t Sampler::Next(std::span<const float> logits) {
   std::vector<double> probability;
   double total = 0;
   for (uint32_t id : order) {
-    probability.push_back(std::exp((double{logits[id]} - *best) / options_.temperature));
+    probability.push_back(std::exp((double{logits[id]} - *best) / draw.temperature));
     total += probability.back();
   }
   double kept = 0;
   size_t count = 0;
-  while (count < order.size() && (count == 0 || kept < options_.top_p * total)) {
+  while (count < order.size() && (count == 0 || kept < draw.top_p * total)) {
     kept += probability[count++];
   }
-  double at = std::uniform_real_distribution<double>(0, kept)(random_);
+  double at = draw.at * kept;
   for (size_t i = 0; i + 1 < count; ++i) {
     if (at < probability[i]) return order[i];
     at -= probability[i];

@@ -7,9 +7,20 @@
 
 namespace quarry {
 
+// How one token is chosen.
+struct TokenDraw {
+  double temperature = 0;  // 0: the largest logit's, of several the lowest id
+  double top_p = 1;        // among the fewest tokens, most probable first, whose probability
+                           // reaches this; of equal ones lower ids come first
+  double at = 0;           // of [0, 1): where among those, by their probability
+};
+
+// logits: at least one, finite.
+uint32_t ChooseToken(std::span<const float> logits, const TokenDraw& draw);
+
 struct SamplerOptions {
-  double temperature = 0;  // 0: greedy
-  double top_p = 1;        // the fewest tokens whose probability reaches this
+  double temperature = 0;
+  double top_p = 1;
   uint64_t seed = 0;
 };
 
@@ -17,8 +28,8 @@ struct SamplerOptions {
 class Sampler {
  public:
   explicit Sampler(const SamplerOptions& options) : options_(options), random_(options.seed) {}
-  // The lowest id of the largest logits when greedy.
-  uint32_t Next(std::span<const float> logits);
+  TokenDraw Draw();
+  uint32_t Next(std::span<const float> logits) { return ChooseToken(logits, Draw()); }
 
  private:
   const SamplerOptions options_;

@@ -162,36 +162,51 @@ absl::Status Sequence::Break(const absl::Status& status) {
 }
 
 absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> tokens, Role role) {
+  QUARRY_ASSIGN_OR_RETURN(Prediction prediction, ExtendFor(tokens, role, {}));
+  return std::move(prediction.logits);
+}
+
+absl::StatusOr<uint32_t> Sequence::ExtendAndDraw(std::span<const uint32_t> tokens, Role role,
+                                                 const TokenDraw& draw) {
+  QUARRY_ASSIGN_OR_RETURN(const Prediction prediction, ExtendFor(tokens, role, {&draw, 1}));
+  return prediction.token;
+}
+
+absl::StatusOr<Prediction> Sequence::ExtendFor(std::span<const uint32_t> tokens, Role role,
+                                               Draw draw) {
   QUARRY_RETURN_IF_ERROR(Check(tokens));
   if (options_.recorder != nullptr && role == Role::kPrompt) {
     options_.recorder->BeginPrompt({tokens_, tokens_ + static_cast<uint32_t>(tokens.size())});
   }
-  absl::StatusOr<std::vector<float>> logits = Run(tokens, role);
-  if (logits.ok()) return logits;
-  return Break(logits.status());
+  absl::StatusOr<Prediction> prediction = Run(tokens, role, draw);
+  if (prediction.ok()) return prediction;
+  return Break(prediction.status());
 }
 
-absl::StatusOr<std::vector<float>> Sequence::Run(std::span<const uint32_t> tokens, Role role) {
-  if (service_ == nullptr) return IsOwnStep(tokens) ? RunOwnRows(tokens) : Prefill(tokens);
+absl::StatusOr<Prediction> Sequence::Run(std::span<const uint32_t> tokens, Role role, Draw draw) {
+  if (service_ == nullptr) {
+    return IsOwnStep(tokens) ? RunOwnRows(tokens, draw) : Prefill(tokens, draw);
+  }
   QUARRY_RETURN_IF_ERROR(DeclareNew(tokens));
-  absl::StatusOr<std::vector<float>> logits;
+  absl::StatusOr<Prediction> prediction;
   do {
     tokens = tokens.subspan(SkipShifted());
     const size_t next = shifted_.empty() ? tokens.size() : shifted_.front().tokens.lo - tokens_;
     const std::span<const uint32_t> piece = tokens.first(std::min(next, tokens.size()));
-    logits = RunNext(piece, role);
-    if (!logits.ok()) return logits;
+    prediction = RunNext(piece, role, draw);
+    if (!prediction.ok()) return prediction;
     tokens = tokens.subspan(piece.size());
   } while (!tokens.empty());
-  return logits;
+  return prediction;
 }
 
 bool Sequence::AttendsByRows(std::span<const uint32_t> tokens) const {
   return tokens_ > 0 && tokens.size() <= options_.max_attend_rows;
 }
 
-absl::StatusOr<std::vector<float>> Sequence::RunNext(std::span<const uint32_t> tokens, Role role) {
-  return AttendsByRows(tokens) ? AttendRows(tokens, role) : Prefill(tokens);
+absl::StatusOr<Prediction> Sequence::RunNext(std::span<const uint32_t> tokens, Role role,
+                                             Draw draw) {
+  return AttendsByRows(tokens) ? AttendRows(tokens, role, draw) : Prefill(tokens, draw);
 }
 
 uint32_t Sequence::SkipShifted() {

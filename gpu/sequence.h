@@ -93,6 +93,9 @@ class Sequence {
   // tokens than were declared when the sequence was opened, or an end among reused tokens.
   enum class Role { kPrompt, kBudgeted };
   absl::StatusOr<std::vector<float>> Extend(std::span<const uint32_t> tokens, Role role);
+  // The same, but the device chooses the token that comes next, and its logits stay there.
+  absl::StatusOr<uint32_t> ExtendAndDraw(std::span<const uint32_t> tokens, Role role,
+                                         const TokenDraw& draw);
 
   // A sequence that goes on from here by itself.
   absl::StatusOr<std::unique_ptr<Sequence>> Fork();
@@ -130,9 +133,12 @@ class Sequence {
   absl::Status Check(std::span<const uint32_t> tokens) const;
   // After an error; returns it with the token's number.
   absl::Status Break(const absl::Status& status);
-  absl::StatusOr<std::vector<float>> Run(std::span<const uint32_t> tokens, Role role);
+  // `draw`: one, or none; logits are wanted then.
+  using Draw = std::span<const TokenDraw>;
+  absl::StatusOr<Prediction> ExtendFor(std::span<const uint32_t> tokens, Role role, Draw draw);
+  absl::StatusOr<Prediction> Run(std::span<const uint32_t> tokens, Role role, Draw draw);
   bool AttendsByRows(std::span<const uint32_t> tokens) const;
-  absl::StatusOr<std::vector<float>> RunNext(std::span<const uint32_t> tokens, Role role);
+  absl::StatusOr<Prediction> RunNext(std::span<const uint32_t> tokens, Role role, Draw draw);
   // Goes on behind the reused tokens that come next; returns how many there are.
   uint32_t SkipShifted();
   absl::StatusOr<DeviceBuffer> Embed(std::span<const uint32_t> tokens);
@@ -141,7 +147,7 @@ class Sequence {
   absl::Status ReadLocalKv(uint32_t layer, std::span<std::byte> k, std::span<std::byte> v);
 
   // sequence_prefill.cc: many tokens, a layer at a time, the layer's K/V in one buffer.
-  absl::StatusOr<std::vector<float>> Prefill(std::span<const uint32_t> tokens);
+  absl::StatusOr<Prediction> Prefill(std::span<const uint32_t> tokens, Draw draw);
   absl::Status PrefillLayer(uint32_t layer, float* x, uint32_t rows, LayerScratch* scratch,
                             TokenSpan* buffer, Appender* appender);
   absl::Status StoreChunk(uint32_t layer, TokenRange chunk, TokenRange prefill,
@@ -157,12 +163,12 @@ class Sequence {
 
   // sequence_rows.cc: few tokens; the window here, the rest in the daemon, merged.
   size_t RowsPerMessage() const;
-  absl::StatusOr<std::vector<float>> AttendRows(std::span<const uint32_t> tokens, Role role);
+  absl::StatusOr<Prediction> AttendRows(std::span<const uint32_t> tokens, Role role, Draw draw);
   // row_batch.cc; without a daemon, all K/V are here.
-  absl::StatusOr<std::vector<float>> RunRows(std::span<const uint32_t> tokens,
-                                             const Budget& budget);
+  absl::StatusOr<Prediction> RunRows(std::span<const uint32_t> tokens, const Budget& budget,
+                                     Draw draw);
   bool IsOwnStep(std::span<const uint32_t> tokens) const;
-  absl::StatusOr<std::vector<float>> RunOwnRows(std::span<const uint32_t> tokens);
+  absl::StatusOr<Prediction> RunOwnRows(std::span<const uint32_t> tokens, Draw draw);
   void Advance(uint32_t rows);
   std::vector<AttendRow> AskedRows(uint32_t layer, uint32_t rows, const Budget& budget) const;
   absl::Status AttendWindow(uint32_t layer, uint32_t rows, const LayerScratch& scratch,

@@ -25,16 +25,24 @@ class SequenceBatch {
   // message are computed again, each by itself, on forks: a sequence for whose fork the daemon has
   // no memory fails with it. [sequences]
   std::vector<absl::StatusOr<std::vector<float>>> Extend(std::span<const uint32_t> tokens);
+  // As each one's ExtendAndDraw. draws: [sequences]
+  std::vector<absl::StatusOr<uint32_t>> ExtendAndDraw(std::span<const uint32_t> tokens,
+                                                      std::span<const TokenDraw> draws);
   // Of the steps that are kept.
   uint64_t replayed_steps() const;
 
  private:
-  using Logits = absl::StatusOr<std::vector<float>>;
+  using Outcome = absl::StatusOr<Prediction>;
 
   // Whether the sequence's next token is a row of a batch.
   static bool TakesRow(const Sequence& sequence, std::span<const uint32_t> token);
   static absl::StatusOr<Budget> PrepareRow(Sequence* sequence, std::span<const uint32_t> token);
-  static void RunTogether(std::span<const RowBatch::Member> members, std::span<Logits* const> out,
+  // draws: [sequences], or none; logits are wanted then.
+  std::vector<Outcome> ExtendFor(std::span<const uint32_t> tokens,
+                                 std::span<const TokenDraw> draws);
+  // draws: [members], or none
+  static void RunTogether(std::span<const RowBatch::Member> members,
+                          std::span<const TokenDraw> draws, std::span<Outcome* const> out,
                           RowBatch::Kept* kept);
 
   const std::vector<Sequence*> sequences_;

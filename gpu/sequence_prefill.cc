@@ -113,7 +113,7 @@ class Sequence::Appender {
   std::future<absl::Status> pending_;
 };
 
-absl::StatusOr<std::vector<float>> Sequence::Prefill(std::span<const uint32_t> tokens) {
+absl::StatusOr<Prediction> Sequence::Prefill(std::span<const uint32_t> tokens, Draw draw) {
   const auto rows = static_cast<uint32_t>(tokens.size());
   model_.UseNone();  // of a pass that failed
   QUARRY_ASSIGN_OR_RETURN(DeviceBuffer x, Embed(tokens));
@@ -135,7 +135,11 @@ absl::StatusOr<std::vector<float>> Sequence::Prefill(std::span<const uint32_t> t
   QUARRY_RETURN_IF_ERROR(appender.Finish());
   tokens_ += rows;
   window_loaded_ = true;
-  return math_.Logits(x.floats() + size_t{rows - 1} * model_.config().hidden, tokens_ - 1);
+  const uint32_t last = tokens_ - 1;
+  QUARRY_ASSIGN_OR_RETURN(
+      std::vector<Prediction> predictions,
+      math_.PredictFrom(x.floats() + size_t{rows - 1} * model_.config().hidden, {&last, 1}, draw));
+  return std::move(predictions.front());
 }
 
 absl::Status Sequence::PrefillLayer(uint32_t layer, float* x, uint32_t rows, LayerScratch* scratch,

@@ -52,25 +52,25 @@ size_t Sequence::RowsPerMessage() const {
   return std::clamp<size_t>(kMessageBytes / row_bytes, 1, options_.rows_per_message);
 }
 
-absl::StatusOr<std::vector<float>> Sequence::AttendRows(std::span<const uint32_t> tokens,
-                                                        Role role) {
+absl::StatusOr<Prediction> Sequence::AttendRows(std::span<const uint32_t> tokens, Role role,
+                                                Draw draw) {
   QUARRY_RETURN_IF_ERROR(LoadWindow());
   QUARRY_ASSIGN_OR_RETURN(const Budget budget, SettleBudget(role));
   const size_t step = RowsPerMessage();
-  absl::StatusOr<std::vector<float>> logits;
+  absl::StatusOr<Prediction> prediction;
   for (size_t at = 0; at < tokens.size(); at += step) {
     const std::span<const uint32_t> rows = tokens.subspan(at, std::min(step, tokens.size() - at));
     const AttendCost before = cost_;
-    logits = RunRows(rows, budget);
-    if (!logits.ok() && !absl::IsUnavailable(logits.status())) {
+    prediction = RunRows(rows, budget, draw);
+    if (!prediction.ok() && !absl::IsUnavailable(prediction.status())) {
       cost_ = before;  // what was voided
       QUARRY_RETURN_IF_ERROR(Recover());
-      logits = RunRows(rows, budget);
+      prediction = RunRows(rows, budget, draw);
     }
-    if (!logits.ok()) return logits;
+    if (!prediction.ok()) return prediction;
     Advance(static_cast<uint32_t>(rows.size()));
   }
-  return logits;
+  return prediction;
 }
 
 // Some layers may have stored the voided tokens, here and in the daemon: both go back to what is
@@ -81,12 +81,12 @@ absl::Status Sequence::Recover() {
   return service_ != nullptr ? ForkContext(recipe_) : absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<float>> Sequence::RunRows(std::span<const uint32_t> tokens,
-                                                     const Budget& budget) {
+absl::StatusOr<Prediction> Sequence::RunRows(std::span<const uint32_t> tokens, const Budget& budget,
+                                             Draw draw) {
   const RowBatch::Member member{this, tokens, budget};
-  QUARRY_ASSIGN_OR_RETURN(std::vector<std::vector<float>> logits,
-                          RowBatch({&member, 1}, &kept_).Run());
-  return std::move(logits.front());
+  QUARRY_ASSIGN_OR_RETURN(std::vector<Prediction> predictions,
+                          RowBatch({&member, 1}, draw, &kept_).Run());
+  return std::move(predictions.front());
 }
 
 // Goes on behind rows that have run.
@@ -101,10 +101,10 @@ bool Sequence::IsOwnStep(std::span<const uint32_t> tokens) const {
          options_.patterns == nullptr && options_.recorder == nullptr;
 }
 
-absl::StatusOr<std::vector<float>> Sequence::RunOwnRows(std::span<const uint32_t> tokens) {
-  absl::StatusOr<std::vector<float>> logits = RunRows(tokens, {});
-  if (logits.ok()) Advance(static_cast<uint32_t>(tokens.size()));
-  return logits;
+absl::StatusOr<Prediction> Sequence::RunOwnRows(std::span<const uint32_t> tokens, Draw draw) {
+  absl::StatusOr<Prediction> prediction = RunRows(tokens, {}, draw);
+  if (prediction.ok()) Advance(static_cast<uint32_t>(tokens.size()));
+  return prediction;
 }
 
 // What the daemon is asked for the next tokens of a layer, without buffers.

@@ -148,10 +148,10 @@ absl::StatusOr<json> WorkerSession::Open(const json& request) {
                           Sequence::Open(model_, device_, service_, options_, tokens, max_tokens));
   json out = {{"sequence", next_}, {"reused_tokens", sequence->reused_tokens()}};
   if (!tokens.empty()) {
-    QUARRY_ASSIGN_OR_RETURN(std::vector<float> logits,
-                            sequence->Extend(std::span(tokens).subspan(sequence->reused_tokens()),
-                                             Sequence::Role::kPrompt));
-    out["predicted"] = Sampler({}).Next(logits);
+    QUARRY_ASSIGN_OR_RETURN(
+        out["predicted"],
+        sequence->ExtendAndDraw(std::span(tokens).subspan(sequence->reused_tokens()),
+                                Sequence::Role::kPrompt, {}));
   }
   out["ttft_ms"] = MsSince(start);
   AddCost(*sequence, {}, &out);
@@ -178,11 +178,12 @@ struct WorkerSession::Asking {
     total_ms = MsSince(start);
     next.clear();
   }
-  // Takes the logits after what was to run.
-  void Take(const absl::StatusOr<std::vector<float>>& logits) {
-    if (!logits.ok() || predicted.size() == wanted) return End(logits.status());
+  // Of the token after what is to run.
+  TokenDraw NextDraw() { return predicted.size() < wanted ? sampler->Draw() : TokenDraw(); }
+  void Take(const absl::StatusOr<uint32_t>& token) {
+    if (!token.ok() || predicted.size() == wanted) return End(token.status());
     const size_t i = predicted.size();
-    predicted.push_back(sampler->Next(*logits));
+    predicted.push_back(*token);
     if (i == 0) ttft_ms = MsSince(start);
     const bool stops = std::find(stop.begin(), stop.end(), predicted.back()) != stop.end();
     // The last token is run only if it is a gold one.
@@ -204,6 +205,10 @@ absl::Status WorkerSession::Begin(const json& request, Asking* asking) {
         absl::StrCat("temperature is ", sampling.temperature, ", it must be at least 0"));
   }
   QUARRY_ASSIGN_OR_RETURN(sampling.top_p, NumberOf(request, "top_p", 1));
+  if (!(sampling.top_p > 0 && sampling.top_p <= 1)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("top_p is ", sampling.top_p, ", it must be above 0 and at most 1"));
+  }
   QUARRY_ASSIGN_OR_RETURN(sampling.seed, CountOf(request, "seed", 0));
   if (!asking->gold.empty() && asking->gold.size() != asking->wanted) {
     return absl::InvalidArgumentError(
@@ -227,6 +232,7 @@ void WorkerSession::Generate(std::span<Asking> asked) {
     std::vector<Asking*> together;
     std::vector<Sequence*> sequences;
     std::vector<uint32_t> tokens;
+    std::vector<TokenDraw> draws;
     bool any = false;
     for (Asking& asking : asked) {
       any |= !asking.done();
@@ -234,24 +240,29 @@ void WorkerSession::Generate(std::span<Asking> asked) {
         together.push_back(&asking);
         sequences.push_back(asking.sequence);
         tokens.push_back(asking.next.front());
+        draws.push_back(asking.NextDraw());
       } else if (!asking.done()) {
-        asking.Take(asking.sequence->Extend(asking.next, Sequence::Role::kBudgeted));
+        asking.Take(asking.sequence->ExtendAndDraw(asking.next, Sequence::Role::kBudgeted,
+                                                   asking.NextDraw()));
       }
     }
     if (!any) return;
     if (together.empty()) continue;
-    const auto logits = ExtendTogether(sequences, tokens);
-    for (size_t i = 0; i < together.size(); ++i) together[i]->Take(logits[i]);
+    const auto chosen = ExtendTogether(sequences, tokens, draws);
+    for (size_t i = 0; i < together.size(); ++i) together[i]->Take(chosen[i]);
   }
 }
 
-std::vector<absl::StatusOr<std::vector<float>>> WorkerSession::ExtendTogether(
-    const std::vector<Sequence*>& sequences, std::span<const uint32_t> tokens) {
-  if (sequences.size() == 1) return {sequences[0]->Extend(tokens, Sequence::Role::kBudgeted)};
+std::vector<absl::StatusOr<uint32_t>> WorkerSession::ExtendTogether(
+    const std::vector<Sequence*>& sequences, std::span<const uint32_t> tokens,
+    std::span<const TokenDraw> draws) {
+  if (sequences.size() == 1) {
+    return {sequences[0]->ExtendAndDraw(tokens, Sequence::Role::kBudgeted, draws[0])};
+  }
   if (batch_ == nullptr || !std::ranges::equal(batch_->sequences(), sequences)) {
     batch_ = std::make_unique<SequenceBatch>(sequences);
   }
-  return batch_->Extend(tokens);
+  return batch_->ExtendAndDraw(tokens, draws);
 }
 
 absl::StatusOr<json> WorkerSession::AnswerOf(const Asking& asking) {

@@ -42,8 +42,9 @@ class WorkerSession {
   absl::Status Begin(const nlohmann::json& request, Asking* asking);
   // Runs what is to run, and predicts tokens, until all are done.
   void Generate(std::span<Asking> asked);
-  std::vector<absl::StatusOr<std::vector<float>>> ExtendTogether(
-      const std::vector<Sequence*>& sequences, std::span<const uint32_t> tokens);
+  std::vector<absl::StatusOr<uint32_t>> ExtendTogether(const std::vector<Sequence*>& sequences,
+                                                       std::span<const uint32_t> tokens,
+                                                       std::span<const TokenDraw> draws);
   absl::StatusOr<nlohmann::json> AnswerOf(const Asking& asking);
   // Before it ends.
   void DropBatchOf(const Sequence* sequence);

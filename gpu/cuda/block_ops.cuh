@@ -83,29 +83,31 @@ struct Threshold {
   uint32_t least, ties;
 };
 
-// Shared memory of a search: numbers of keys by eight bits of them, in as many copies as keep
-// threads that add at once apart.
-template <uint32_t kCopiesT>
+// Shared memory of a search: numbers of keys by eight bits of them, or what they weigh, in as many
+// copies as keep threads that add at once apart.
+template <uint32_t kCopiesT, typename CountT = uint32_t>
 struct SearchShared {
+  using Count = CountT;
   static constexpr uint32_t kBins = 256, kCopies = kCopiesT;
-  uint32_t counts[kBins * kCopies];
-  uint32_t totals[kBins];
-  uint32_t found[3];  // the bin, and what lies in the bins above it; kBins: there is none
+  Count counts[kBins * kCopies];
+  Count totals[kBins];
+  Count found[3];  // the bin, and what lies in the bins above it; kBins: there is none
 };
 
 template <typename Shared>
-__device__ void ClearBins(uint32_t threads, uint32_t* counts) {
+__device__ void ClearBins(uint32_t threads, typename Shared::Count* counts) {
   for (uint32_t i = threadIdx.x; i < Shared::kBins * Shared::kCopies; i += threads) counts[i] = 0;
 }
 template <typename Shared>
-__device__ uint32_t* BinOf(uint32_t* counts, uint32_t bin) {
+__device__ typename Shared::Count* BinOf(typename Shared::Count* counts, uint32_t bin) {
   return counts + bin * Shared::kCopies + threadIdx.x % Shared::kCopies;
 }
 // totals[bin] from its copies.
 template <typename Shared>
-__device__ void JoinCopies(uint32_t threads, const uint32_t* counts, uint32_t* totals) {
+__device__ void JoinCopies(uint32_t threads, const typename Shared::Count* counts,
+                           typename Shared::Count* totals) {
   for (uint32_t bin = threadIdx.x; bin < Shared::kBins; bin += threads) {
-    uint32_t sum = 0;
+    typename Shared::Count sum = 0;
 #pragma unroll 8
     for (uint32_t i = 0; i < Shared::kCopies; ++i) {
       // Neighbours read different banks.
@@ -117,22 +119,25 @@ __device__ void JoinCopies(uint32_t threads, const uint32_t* counts, uint32_t* t
 // By one warp: the first bin from the top whose totals, with those above it, reach `wanted` > 0,
 // and what lies above it.
 template <typename Shared>
-__device__ void FindBin(const uint32_t* totals, uint32_t wanted, uint32_t* found) {
+__device__ void FindBin(const typename Shared::Count* totals, typename Shared::Count wanted,
+                        typename Shared::Count* found) {
+  using Count = typename Shared::Count;
   constexpr uint32_t kEach = Shared::kBins / 32;
   const uint32_t lane = threadIdx.x, top = Shared::kBins - 1 - lane * kEach;
-  uint32_t mine = 0;
+  Count mine = 0;
   for (uint32_t i = 0; i < kEach; ++i) mine += totals[top - i];
-  uint32_t upto = mine;
+  Count upto = mine;
 #pragma unroll
   for (uint32_t step = 1; step < 32; step *= 2) {
-    const uint32_t other = ShuffleUp(upto, step);
+    const Count other = ShuffleUp(upto, step);
     if (lane >= step) upto += other;
   }
   const uint32_t reached = Ballot(upto >= wanted);
   if (reached == 0) {
     if (lane == 0) found[0] = Shared::kBins;
   } else if (lane == FirstBit(reached)) {
-    uint32_t above = upto - mine, bin = top;
+    Count above = upto - mine;
+    uint32_t bin = top;
     while (above + totals[bin] < wanted) above += totals[bin--];
     found[0] = bin;
     found[1] = above;

@@ -24,6 +24,7 @@
 #include "gpu/cuda/row_kernels.h"
 #include "gpu/cuda/sparse_prefill.h"
 #include "gpu/cuda/staging.h"
+#include "gpu/cuda/token_choice.h"
 #include "gpu/cuda/weight_kernels.h"
 #include "gpu/cuda/weight_products.h"
 #include "proto/status_macros.h"
@@ -240,6 +241,19 @@ class CudaDevice final : public Device {
     }
   }
 
+  void Choose(const DeviceLogits& logits, std::span<const TokenDraw> draws,
+              ChosenToken* out) override {
+    if (logits.rows == 0 || logits.vocab == 0 || !Begin("Choose")) return;
+    TokenChoiceArgs args = {};
+    args.logits = logits;
+    for (; args.first_row < logits.rows; args.first_row += args.rows) {
+      args.rows = std::min(kMaxDraws, logits.rows - args.first_row);
+      args.out = out + args.first_row;
+      std::copy_n(draws.begin() + args.first_row, args.rows, args.draws);
+      Note(LaunchTokenChoice(args, stream_), "Choose");
+    }
+  }
+
   void Round(const float* from, DType dtype, void* to, size_t elements) override {
     if (elements == 0 || !Begin("Round")) return;
     Note(LaunchRound(from, dtype, to, elements, stream_), "Round");
@@ -400,8 +414,9 @@ class CudaDevice final : public Device {
   }
 
   absl::Status LoadKernels() const {
-    for (const cudaError_t error : {PrepareRowKernels(), PrepareWeightKernels(), PrepareAttention(),
-                                    PrepareSparseKernels(), PrepareRingKernels()}) {
+    for (const cudaError_t error :
+         {PrepareRowKernels(), PrepareWeightKernels(), PrepareAttention(), PrepareSparseKernels(),
+          PrepareRingKernels(), PrepareTokenChoice()}) {
       if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
         return absl::FailedPreconditionError(
             absl::StrCat(name_, ": this program has no code for it"));

@@ -157,9 +157,13 @@ __device__ inline void SyncWarp() { __syncwarp(); }
 
 // Change shared memory that other threads change, too.
 __device__ inline void AddShared(uint32_t* to, uint32_t x) { atomicAdd(to, x); }
+__device__ inline void AddShared(uint64_t* to, uint64_t x) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(x));
+}
 __device__ inline void OrShared(uint32_t* to, uint32_t x) { atomicOr(to, x); }
 
 __device__ inline uint32_t BitsOf(float x) { return __float_as_uint(x); }
+__device__ inline float FloatOf(uint32_t bits) { return __uint_as_float(bits); }
 __device__ inline uint32_t RoundToWhole(float x) { return __float2uint_rn(x); }
 __device__ inline uint32_t CountBits(uint32_t x) {
   return static_cast<uint32_t>(__popc(static_cast<int>(x)));

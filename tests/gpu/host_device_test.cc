@@ -47,6 +47,33 @@ class HostDeviceTest : public ::testing::Test {
   std::unique_ptr<Device> device_ = MakeHostDevice({.threads = 3});
 };
 
+TEST_F(HostDeviceTest, TokensAreChosenFromRowsInTiles) {
+  constexpr uint32_t kRows = 4, kVocab = 100;
+  for (const uint32_t tile : {1u, 7u, 100u, 200u}) {
+    std::vector<std::vector<float>> rows;
+    std::vector<TokenDraw> draws;
+    for (uint32_t r = 0; r < kRows; ++r) {
+      rows.push_back(Random(kVocab, 2));
+      draws.push_back({r * 0.5, 0.9, 0.3});
+    }
+    rows[3][50] = NAN;
+    std::vector<float> tiles;
+    for (uint32_t first = 0; first < kVocab; first += tile) {
+      for (const std::vector<float>& row : rows) {
+        const auto from = row.begin() + first;
+        tiles.insert(tiles.end(), from, from + std::min(tile, kVocab - first));
+      }
+    }
+    ChosenToken chosen[kRows];
+    device_->Choose({tiles.data(), kRows, kVocab, tile}, draws, chosen);
+    for (uint32_t r = 0; r < 3; ++r) {
+      EXPECT_EQ(chosen[r].unfit, kEveryToken);
+      EXPECT_EQ(chosen[r].id, ChooseToken(rows[r], draws[r]));
+    }
+    EXPECT_EQ(chosen[3].unfit, 50u);
+  }
+}
+
 // What a layer of decode does with a place, called one by one with the numbers themselves, and
 // recorded once and replayed with the place written anew.
 TEST_F(HostDeviceTest, ReplaysAreTheOperationsForOtherTokens) {

@@ -115,6 +115,37 @@ TEST_P(SequenceBatchTest, MoreRowsThanAMessageCarriesGoInSeveral) {
   EXPECT_EQ(service.attends, static_cast<int>(2 * kSteps * model_->config().layers));
 }
 
+TEST_P(SequenceBatchTest, DrawnTokensAreThoseOfTheLogits) {
+  options_.rows_per_message = 3;  // of four: the last one's step is its own
+  FakeService service, other;
+  for (const auto& [for_logits, for_tokens] :
+       {std::pair<KvService*, KvService*>{nullptr, nullptr}, {&other, &service}}) {
+    const auto alone = OpenAll(for_logits), together = OpenAll(for_tokens);
+    SequenceBatch batch = BatchOf(together);
+    for (uint32_t step = 0; step < kSteps; ++step) {
+      const auto tokens = TokensOf(alone.size(), step);
+      std::vector<TokenDraw> draws;
+      for (size_t i = 0; i < alone.size(); ++i) {
+        draws.push_back({i % 2 == 0 ? 0 : 0.8, i == 1 ? 0.9 : 1, 0.05 + 0.9 * step / kSteps});
+      }
+      const auto got = batch.ExtendAndDraw(tokens, draws);
+      for (size_t i = 0; i < alone.size(); ++i) {
+        const auto logits =
+            alone[i]->Extend(std::span(tokens).subspan(i, 1), Sequence::Role::kBudgeted);
+        ASSERT_TRUE(logits.ok()) << logits.status();
+        ASSERT_TRUE(got[i].ok()) << got[i].status();
+        EXPECT_EQ(*got[i], ChooseToken(*logits, draws[i])) << "sequence " << i << " step " << step;
+      }
+    }
+    // Several tokens at a time, too.
+    const auto logits = alone[0]->Extend(std::span(tokens_).first(9), Sequence::Role::kBudgeted);
+    const auto token = together[0]->ExtendAndDraw(std::span(tokens_).first(9),
+                                                  Sequence::Role::kBudgeted, {0.8, 0.9, 0.4});
+    ASSERT_TRUE(logits.ok() && token.ok()) << logits.status() << token.status();
+    EXPECT_EQ(*token, ChooseToken(*logits, {0.8, 0.9, 0.4}));
+  }
+}
+
 TEST_P(SequenceBatchTest, WithAllKvHereTheyAnswerAsAloneByRecordedSteps) {
   for (const auto recording : {RowStep::Recording::kOff, RowStep::Recording::kOn}) {
     options_.recording = recording;

@@ -202,6 +202,10 @@ TEST_F(ServeTest, BadRequestsAreAnsweredWithWhatIsWrong) {
               "no tokens");
   ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", {1}}, {"temperature", -1}},
               "INVALID_ARGUMENT", "temperature is -1");
+  ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", {1}}, {"top_p", 1.5}}, "INVALID_ARGUMENT",
+              "top_p is 1.5");
+  ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", {1}}, {"top_p", 0}}, "INVALID_ARGUMENT",
+              "top_p is 0");
   ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", {1}}, {"gold", {1, 2, 3}}},
               "INVALID_ARGUMENT", "gold has 3");
   ExpectError({{"op", "ask"}, {"sequence", 1}, {"tokens", {1}}, {"new", 41}}, "FAILED_PRECONDITION",

@@ -69,6 +69,10 @@ class WatchedDevice final : public Device {
   void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) override {
     inner_->Embed(table, tokens, y);
   }
+  void Choose(const DeviceLogits& logits, std::span<const TokenDraw> draws,
+              ChosenToken* out) override {
+    inner_->Choose(logits, draws, out);
+  }
   void Round(const float* from, DType dtype, void* to, size_t elements) override {
     inner_->Round(from, dtype, to, elements);
   }

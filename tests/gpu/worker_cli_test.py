@@ -213,7 +213,7 @@ class WorkerTest(unittest.TestCase):
         for arguments in (("--attention", "some"), ("--kv-dtype", "int4"), ("--budget-share", "2"), ("--query-samples", "4097"),
                           ("--budget-share", "0"), ("--budget-mass", "nan"), ("--budget-error", "nan"), ("--budget-beta", "nan"),
                           ("--budget-share", "nan"), ("--budget-lift", "0"), ("--budget-share", "0.5", "--budget-k", "8"),
-                          ("--temperature", "-1"), ("--temperature", "nan"), ("--weights", "some"),
+                          ("--temperature", "-1"), ("--top-p", "0"), ("--top-p", "nan"), ("--temperature", "nan"), ("--weights", "some"),
                           ("--weights-dtype", "int3"),
                           ("--no-such-option",), ("--dump-kv", ""), ("--dump-queries", "5"),
                           ("--dump-layers", "1"), ("--dump-seed", "1")):

@@ -1,6 +1,8 @@
 // The CUDA device's memory, products and kernels of rows, against double references.
 #include "absl/strings/match.h"
+#include "gpu/sampler.h"
 #include "tests/gpu/cuda/device_fixture.h"
+#include "tests/gpu/token_choices.h"
 
 namespace quarry {
 namespace {
@@ -330,6 +332,46 @@ TEST_F(CudaDeviceCheck, MergesAgreeAlsoWithEmptySides) {
         const size_t at = r * head_dim + i;
         ASSERT_NEAR(o[at], empty ? 0 : (x * o_a[at] + y * o_b[at]) / (x + y), 1e-5);
       }
+    }
+  }
+}
+
+TEST_F(CudaDeviceCheck, ChosenTokensAreThoseOfExactArithmetic) {
+  for (const auto& [vocab, tile] :
+       {std::pair{128256u, 53248u}, {32064u, 32064u}, {5003u, 17u}, {1u, 1u}, {262144u, 262144u}}) {
+    const uint32_t rows = vocab > 200000 ? 2 : 70;  // more than one launch
+    std::vector<std::vector<float>> logits;
+    std::vector<TokenDraw> draws;
+    for (uint32_t r = 0; r < rows; ++r) {
+      logits.push_back(testing::MadeLogits(random_, vocab));
+      draws.push_back(testing::MadeDraw(random_));
+    }
+    if (rows > 5 && vocab > 1) logits[5][vocab - 1] = NAN;
+    std::vector<float> tiles;
+    for (uint32_t first = 0; first < vocab; first += tile) {
+      for (const std::vector<float>& row : logits) {
+        const auto from = row.begin() + first;
+        tiles.insert(tiles.end(), from, from + std::min(tile, vocab - first));
+      }
+    }
+    const DeviceBuffer on_card = Put(tiles);
+    const DeviceBuffer out = Put(std::vector<std::byte>(rows * sizeof(ChosenToken), kPoison));
+    std::vector<ChosenToken> chosen(rows), again(rows);
+    for (std::vector<ChosenToken>* to : {&chosen, &again}) {
+      device_->Choose({on_card.floats(), rows, vocab, tile}, draws,
+                      reinterpret_cast<ChosenToken*>(out.raw()));
+      ASSERT_TRUE(device_->Download(std::as_writable_bytes(std::span(*to)), out.raw()).ok());
+    }
+    for (uint32_t r = 0; r < rows; ++r) {
+      if (r == 5 && vocab > 1) {
+        EXPECT_EQ(chosen[r].unfit, vocab - 1);
+        continue;
+      }
+      ASSERT_EQ(chosen[r].unfit, kEveryToken);
+      EXPECT_EQ(chosen[r].id, again[r].id);
+      EXPECT_EQ(testing::WrongChoice(logits[r], draws[r], chosen[r].id, 1e-5), "")
+          << "row " << r << " of " << vocab << " ids, temperature " << draws[r].temperature
+          << ", top_p " << draws[r].top_p;
     }
   }
 }

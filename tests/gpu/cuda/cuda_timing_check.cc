@@ -92,5 +92,74 @@ TEST_F(DISABLED_CudaTiming, Rows) {
               6e-9 * rows * width / gate);
 }
 
+// Of one token of an 8B model: what a step of decode does for each context.
+TEST_F(DISABLED_CudaTiming, OneToken) {
+  constexpr uint32_t kHeads = 32, kKvHeads = 8, kDim = 128;
+  const std::vector<float> inv_freq(64, 0.01f);
+  const DeviceBuffer q = Noise(kHeads * kDim, 1, true), o = Allocate(q.bytes()),
+                     lse = Allocate(kHeads * 4);
+  const DeviceBuffer wide = Noise(kKvHeads * kDim, 1, true);
+  const DeviceBuffer place = Put(std::vector<std::byte>(sizeof(DevicePlace)));
+  const auto* const at = reinterpret_cast<const DevicePlace*>(place.raw());
+  const double rope = Time([&] {
+    device_->Rope({q.floats(), 7, 1, kHeads, kDim, inv_freq, 1.0f});
+  });
+  const double placed_rope = Time([&] {
+    device_->Rope({q.floats(), 7, 1, kHeads, kDim, inv_freq, 1.0f, at});
+  });
+  const double round =
+      Time([&] { device_->Round(wide.floats(), DType::kBf16, o.raw(), kKvHeads * kDim); });
+  std::printf("a token's rope: %.2f us (%.2f by a place), rounding: %.2f\n", rope * 1e6,
+              placed_rope * 1e6, round * 1e6);
+  for (const uint32_t tokens : {64u, 640u, 2048u, 32768u}) {
+    const DeviceBuffer k = Noise(size_t{kKvHeads} * tokens * kDim, 1, false);
+    const DeviceBuffer v = Noise(size_t{kKvHeads} * tokens * kDim, 1, false);
+    const DevicePlace told{tokens - 1, 0, 0};
+    ASSERT_TRUE(device_->Upload(place.raw(), std::as_bytes(std::span(&told, 1))).ok());
+    DeviceKvStore store{wide.raw(), wide.raw(), k.raw(),  v.raw(),    size_t{tokens} * kDim * 2,
+                        kDim * 2,   1,          kKvHeads, tokens - 1, at};
+    const double stored = Time([&] { device_->StoreKv(store); });
+    const DeviceKv part{k.raw(), v.raw(), store.head_stride, {0, tokens}};
+    DeviceAttention a;
+    a.parts = {&part, 1};
+    a.heads = kHeads;
+    a.kv_heads = kKvHeads;
+    a.head_dim = kDim;
+    a.first_token = tokens - 1;
+    a.rows = 1;
+    a.q = q.floats();
+    a.o = o.floats();
+    a.lse = lse.floats();
+    const double attended = Time([&] { device_->Attend(a); });
+    a.place = at;
+    const double placed = Time([&] { device_->Attend(a); });
+    std::printf("%5u tokens: K/V stored in %.2f us, attended in %.2f (%.2f by a place)\n", tokens,
+                stored * 1e6, attended * 1e6, placed * 1e6);
+  }
+}
+
+TEST_F(DISABLED_CudaTiming, ChosenTokens) {
+  constexpr uint32_t kVocab = 128256, kTile = 53248;
+  for (const uint32_t rows : {1u, 8u}) {
+    const DeviceBuffer logits = Put(Random(size_t{rows} * kVocab, 3)),
+                       out = Allocate(rows * sizeof(ChosenToken));
+    const double read = Time([&] {
+      std::vector<float> all(size_t{rows} * kVocab);
+      ASSERT_TRUE(device_->Download(std::as_writable_bytes(std::span(all)), logits.raw()).ok());
+    });
+    for (const TokenDraw& draw : {TokenDraw{}, TokenDraw{0.8, 1, 0.7}, TokenDraw{0.8, 0.9, 0.7}}) {
+      const std::vector<TokenDraw> draws(rows, draw);
+      const double chosen = Time([&] {
+        device_->Choose({logits.floats(), rows, kVocab, kTile}, draws,
+                        reinterpret_cast<ChosenToken*>(out.raw()));
+      });
+      std::printf(
+          "a token of %u rows of %u logits, temperature %.1f, top_p %.1f: %.1f us; the logits come "
+          "down in %.1f us\n",
+          rows, kVocab, draw.temperature, draw.top_p, chosen * 1e6, read * 1e6);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace quarry

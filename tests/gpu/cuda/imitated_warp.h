@@ -302,9 +302,11 @@ inline void SyncWarp() {
 }
 // Threads take turns only where they meet.
 inline void AddShared(uint32_t* to, uint32_t x) { *to += x; }
+inline void AddShared(uint64_t* to, uint64_t x) { *to += x; }
 inline void OrShared(uint32_t* to, uint32_t x) { *to |= x; }
 
 inline uint32_t BitsOf(float x) { return std::bit_cast<uint32_t>(x); }
+inline float FloatOf(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t RoundToWhole(float x) { return static_cast<uint32_t>(std::llrint(x)); }
 inline uint32_t CountBits(uint32_t x) { return static_cast<uint32_t>(std::popcount(x)); }
 inline uint32_t FirstBit(uint32_t x) { return static_cast<uint32_t>(std::countr_zero(x)); }

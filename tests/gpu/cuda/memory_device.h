@@ -52,6 +52,9 @@ class MemoryDevice : public Device {
   void Embed(const DeviceMatrix&, std::span<const uint32_t>, float*) override {
     QUARRY_CHECK(false);
   }
+  void Choose(const DeviceLogits&, std::span<const TokenDraw>, ChosenToken*) override {
+    QUARRY_CHECK(false);
+  }
   void Round(const float*, DType, void*, size_t) override { QUARRY_CHECK(false); }
   void StoreKv(const DeviceKvStore&) override { QUARRY_CHECK(false); }
   void Attend(const DeviceAttention&) override { QUARRY_CHECK(false); }
