@@ -62,6 +62,14 @@ absl::StatusOr<DeviceMatrix> Device::Load(std::span<const HostMatrix> stacked, s
   return DeviceMatrix{std::move(data), layout.dtype, layout.rows, layout.width, layout.form};
 }
 
+void Device::StoreKvEach(std::span<const DeviceKvStore> stores) {
+  for (const DeviceKvStore& store : stores) StoreKv(store);
+}
+
+void Device::AttendEach(std::span<const DeviceAttention> attentions) {
+  for (const DeviceAttention& attention : attentions) Attend(attention);
+}
+
 absl::StatusOr<std::unique_ptr<SparsePlan>> Device::PlanSparse(std::span<const HeadPattern>,
                                                                TokenRange, const DeviceAttention&) {
   return absl::UnimplementedError(absl::StrCat("no sparse prefill on ", std::string(name())));

@@ -160,7 +160,8 @@ struct DeviceRope {
   uint32_t first_token = 0, rows = 0, heads = 0, head_dim = 0;
   std::span<const float> inv_freq;
   float attention_scale = 1.0f;
-  const DevicePlace* place = nullptr;  // not null: its first_token instead
+  const DevicePlace* place = nullptr;  // not null: its first_token instead,
+  bool place_each = false;             // or, of [rows] places, each row that of its own
 };
 
 // An attend message that a device writes into its slot and submits, and its answer (proto/SHM.md,
@@ -311,6 +312,9 @@ class Device {
   virtual void Round(const float* from, DType dtype, void* to, size_t elements) = 0;
   virtual void StoreKv(const DeviceKvStore& store) = 0;
   virtual void Attend(const DeviceAttention& attention) = 0;
+  // The same of each, which do not depend on one another.
+  virtual void StoreKvEach(std::span<const DeviceKvStore> stores);
+  virtual void AttendEach(std::span<const DeviceAttention> attentions);
 
   // Sparse prefill, if the device has it; else Unimplemented. `attention` has one part, of all
   // tokens from 0 to its last row or beyond, and no window.

@@ -156,11 +156,15 @@ class HostDevice final : public Device {
       return;
     }
     const size_t half = rope.inv_freq.size();
-    const uint32_t first = rope.place != nullptr ? rope.place->first_token : rope.first_token;
+    const auto token = [&](size_t r) {
+      if (rope.place == nullptr) return rope.first_token + static_cast<uint32_t>(r);
+      if (rope.place_each) return rope.place[r].first_token;
+      return rope.place->first_token + static_cast<uint32_t>(r);
+    };
     ForRows(rope.rows, half * (40 + 6 * rope.heads), [&](size_t r) {
       thread_local std::vector<float> turn;  // cosines, then sines
       turn.resize(2 * half);
-      const float position = static_cast<float>(first + r);
+      const float position = static_cast<float>(token(r));
       for (size_t i = 0; i < half; ++i) {
         const float angle = position * rope.inv_freq[i];
         turn[i] = std::cos(angle) * rope.attention_scale;

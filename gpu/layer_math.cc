@@ -39,6 +39,22 @@ std::vector<Piece> PiecesOf(const ModelConfig& c, const KvShape& shape, uint32_t
           {&S::far_lse, rows * c.heads * 4, "the daemon's lse", true}};
 }
 
+// Whether all are one row each, of places one behind the other, that turn alike.
+bool TurnTogether(std::span<const TokenRows> tokens) {
+  const TokenRows& first = tokens.front();
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const TokenRows& t = tokens[i];
+    if (t.rows != 1 || first.place == nullptr || t.place != first.place + i) return false;
+    if (t.rope == first.rope) continue;
+    if (t.rope == nullptr || first.rope == nullptr) return false;
+    if (t.rope->inv_freq != first.rope->inv_freq ||
+        t.rope->attention_scale != first.rope->attention_scale) {
+      return false;
+    }
+  }
+  return true;
+}
+
 absl::Status NotFinite(size_t id, uint32_t token) {
   return absl::InternalError(
       absl::StrCat("the logit of id ", id, " after token ", token, " is no finite number"));
@@ -73,12 +89,13 @@ void LayerMath::Project(uint32_t layer, const float* x, std::span<const TokenRow
        {std::pair{&w.q, &s->q}, {&w.k, &s->k_wide}, {&w.v, &s->v_wide}}) {
     device_.MatMul(s->norm.floats(), *weight, out->floats(), rows, Device::Output::kOverwrite);
   }
+  const bool together = TurnTogether(tokens);
   for (const auto& [turned, heads] : {std::pair{&s->q, c.heads}, {&s->k_wide, c.kv_heads}}) {
     float* vectors = turned->floats();
-    for (const TokenRows& t : tokens) {
+    for (const TokenRows& t : together ? tokens.first(1) : tokens) {
       const RopeSpec& rope = t.rope != nullptr ? *t.rope : rope_;
-      device_.Rope({vectors, t.first, t.rows, heads, c.head_dim, rope.inv_freq,
-                    rope.attention_scale, t.place});
+      device_.Rope({vectors, t.first, together ? rows : t.rows, heads, c.head_dim, rope.inv_freq,
+                    rope.attention_scale, t.place, together});
       vectors += size_t{t.rows} * heads * c.head_dim;
     }
   }

@@ -144,18 +144,21 @@ void RowStep::Call(std::span<const Member> members, const RungAttends* rung) {
 
 void RowStep::AttendLocal(uint32_t layer, std::span<const Member> members) {
   const size_t kv_bytes = shape_.kv_heads * shape_.vector_bytes();  // of a row
+  std::vector<DeviceKvStore> stores;
+  std::vector<std::vector<DeviceKv>> parts;
+  std::vector<DeviceAttention> attentions;
   for (size_t m = 0; m < members.size(); ++m) {
     const auto& [first, rope, local] = members[m];
     const auto at = static_cast<uint32_t>(m) * options_.rows;
-    DeviceKvStore store = local[layer].StoreOf(
-        first, options_.rows, scratch_.k.raw() + at * kv_bytes, scratch_.v.raw() + at * kv_bytes);
-    store.place = PlaceOf(layer, m);
-    device_.StoreKv(store);
-    const std::vector<DeviceKv> parts = local[layer].PlacedParts();
-    DeviceAttention attention = math_.Attention(first, options_.rows, parts, scratch_, at);
-    attention.place = PlaceOf(layer, m);
-    device_.Attend(attention);
+    stores.push_back(local[layer].StoreOf(first, options_.rows, scratch_.k.raw() + at * kv_bytes,
+                                          scratch_.v.raw() + at * kv_bytes));
+    stores.back().place = PlaceOf(layer, m);
+    parts.push_back(local[layer].PlacedParts());
+    attentions.push_back(math_.Attention(first, options_.rows, parts.back(), scratch_, at));
+    attentions.back().place = PlaceOf(layer, m);
   }
+  device_.StoreKvEach(stores);
+  device_.AttendEach(attentions);
 }
 
 DeviceRing RowStep::RingOf(uint32_t layer, const RungAttends& rung) const {

@@ -20,24 +20,29 @@ struct AttentionPart {
 
 // Parts of one launch: they travel as kernel parameters, 4 KiB in all.
 inline constexpr uint32_t kMaxAttentionParts = 64;
+// Parts of rows with a place: the last one grows, others may be empty.
+inline constexpr uint32_t kPlacedParts = 2;
+// Attentions of one launch, if their rows have places.
+inline constexpr uint32_t kMaxAttentionMembers = kMaxAttentionParts / kPlacedParts;
 
 // The query heads of a KV head's group and a token's rows lie behind one another: "query" i of a
 // KV head is head i % group of row i / group.
 struct AttentionArgs {
   const float* q;  // [rows][heads][head_dim]
-  // [splits][rows][heads][head_dim] and [splits][rows][heads]: split s of the launch writes the
-  // partial of its share of the key tiles there.
+  // [splits][members][rows][heads][head_dim] and without the last: split s of the launch writes the
+  // partials of its share of the key tiles there.
   float* o;
   float* lse;
+  // Attentions that the launch does, with a place one behind the other and kPlacedParts parts each;
+  // without, one. Their q, o and lse lie one behind the other.
+  uint32_t members;
   uint32_t heads, group, head_dim, rows, first_token, window;
   uint32_t splits, part_count;
   float scale_log2;  // of scores: log2(e) / sqrt(head_dim)
   AttentionPart parts[kMaxAttentionParts];
-  // As DeviceAttention's; not null: at most kMaxPlacedParts parts.
-  const DevicePlace* place;
-  size_t vector_bytes;  // of K's and V's
+  const DevicePlace* place;  // as DeviceAttention's, [members]
+  size_t vector_bytes;       // of K's and V's
 };
-inline constexpr uint32_t kMaxPlacedParts = 2;
 
 // Keys of one step of the kernel.
 inline constexpr uint32_t kAttentionKeys = 64;

@@ -23,13 +23,13 @@ uint64_t KeyTiles(const DeviceAttention& a) {
 
 }  // namespace
 
-AttentionPlan PlanAttention(const DeviceAttention& a, uint32_t multiprocessors) {
+AttentionPlan PlanAttention(const DeviceAttention& a, uint32_t multiprocessors, uint32_t at_once) {
   AttentionPlan plan;
   const uint64_t queries = uint64_t{a.rows} * (a.heads / a.kv_heads);
   plan.row_tiles = queries > AttentionQueries(1) ? 2 : 1;
   const uint64_t per_tile = AttentionQueries(plan.row_tiles);
   plan.query_tiles = static_cast<uint32_t>((queries + per_tile - 1) / per_tile);
-  const uint64_t blocks = uint64_t{plan.query_tiles} * a.kv_heads;
+  const uint64_t blocks = uint64_t{plan.query_tiles} * a.kv_heads * at_once;
   const uint64_t room = uint64_t{kBlocksPerMultiprocessor} * multiprocessors;
   const uint64_t most = std::max<uint64_t>(1, KeyTiles(a) / kStepsPerSplit);
   plan.splits = static_cast<uint32_t>(std::clamp<uint64_t>(room / blocks, 1, most));

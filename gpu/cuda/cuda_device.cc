@@ -44,8 +44,18 @@ bool IsVectorAligned(const DeviceAttention& a) {
   return aligned;
 }
 
+// `parts` in so many places, the last ones of them.
+void SetParts(std::span<const DeviceKv> parts, size_t places, AttentionPart* to) {
+  to += places - parts.size();
+  for (const DeviceKv& part : parts) {
+    *to++ = {static_cast<const std::byte*>(part.k), static_cast<const std::byte*>(part.v),
+             part.head_stride, part.tokens.lo, part.tokens.hi};
+  }
+}
+
 AttentionArgs ArgsOf(const DeviceAttention& a, std::span<const DeviceKv> parts) {
   AttentionArgs args = {};
+  args.members = 1;
   args.q = a.q;
   args.o = a.o;
   args.lse = a.lse;
@@ -58,15 +68,36 @@ AttentionArgs ArgsOf(const DeviceAttention& a, std::span<const DeviceKv> parts) 
   args.place = a.place;
   args.vector_bytes = a.head_dim * DTypeBytes(a.dtype);
   args.splits = 1;
-  args.part_count = static_cast<uint32_t>(parts.size());
+  args.part_count = a.place != nullptr ? kPlacedParts : static_cast<uint32_t>(parts.size());
   args.scale_log2 =
       std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(a.head_dim));
-  for (size_t i = 0; i < parts.size(); ++i) {
-    args.parts[i] = {static_cast<const std::byte*>(parts[i].k),
-                     static_cast<const std::byte*>(parts[i].v), parts[i].head_stride,
-                     parts[i].tokens.lo, parts[i].tokens.hi};
-  }
+  SetParts(parts, args.part_count, args.parts);
   return args;
+}
+
+bool HasPlacedParts(const DeviceAttention& a) {
+  return !a.parts.empty() && a.parts.size() <= kPlacedParts;
+}
+
+// Whether the tensor kernel does all of them at once: they have places, and their rows and those
+// lie one behind the other.
+bool RunTogether(std::span<const DeviceAttention> attentions) {
+  const DeviceAttention& first = attentions.front();
+  const size_t vectors = size_t{first.rows} * first.heads;
+  for (size_t i = 0; i < attentions.size(); ++i) {
+    const DeviceAttention& a = attentions[i];
+    if (a.dtype != first.dtype || a.heads != first.heads || a.kv_heads != first.kv_heads ||
+        a.head_dim != first.head_dim || a.rows != first.rows || a.window != first.window) {
+      return false;
+    }
+    if (first.place == nullptr || a.place != first.place + i || !HasPlacedParts(a)) return false;
+    const size_t skipped = i * vectors * a.head_dim;
+    if (a.q != first.q + skipped || a.o != first.o + skipped || a.lse != first.lse + i * vectors) {
+      return false;
+    }
+    if (!HasTensorAttention(a.dtype, a.head_dim) || !IsVectorAligned(a)) return false;
+  }
+  return true;
 }
 
 class CudaDevice final : public Device {
@@ -217,6 +248,7 @@ class CudaDevice final : public Device {
     args.pairs = static_cast<uint32_t>(rope.inv_freq.size());
     args.attention_scale = rope.attention_scale;
     args.place = rope.place;
+    args.place_each = rope.place_each;
     std::copy(rope.inv_freq.begin(), rope.inv_freq.end(), args.inv_freq);
     Note(LaunchRope(args, stream_), "Rope");
   }
@@ -259,14 +291,35 @@ class CudaDevice final : public Device {
     Note(LaunchRound(from, dtype, to, elements, stream_), "Round");
   }
 
-  void StoreKv(const DeviceKvStore& store) override {
-    if (store.rows == 0 || store.vector_bytes == 0 || !Begin("StoreKv")) return;
-    Note(LaunchStoreKv(store, stream_), "StoreKv");
+  void StoreKv(const DeviceKvStore& store) override { StoreKvEach({&store, 1}); }
+  void StoreKvEach(std::span<const DeviceKvStore> stores) override {
+    KvStores launch = {};
+    const auto store = [&] {
+      if (launch.count > 0 && Begin("StoreKv")) Note(LaunchStoreKv(launch, stream_), "StoreKv");
+      launch.count = 0;
+    };
+    for (const DeviceKvStore& s : stores) {
+      if (s.rows == 0 || s.vector_bytes == 0) continue;
+      launch.stores[launch.count++] = s;
+      if (launch.count == kMaxStores) store();
+    }
+    store();
   }
 
   void Attend(const DeviceAttention& attention) override {
     if (attention.rows == 0 || attention.heads == 0 || !Begin("Attend")) return;
     Note(AttendParts(attention), "Attend");
+  }
+  void AttendEach(std::span<const DeviceAttention> attentions) override {
+    while (!attentions.empty()) {
+      const auto some = attentions.first(std::min<size_t>(kMaxAttentionMembers, attentions.size()));
+      attentions = attentions.subspan(some.size());
+      if (some.size() == 1 || some[0].rows == 0 || some[0].heads == 0 || !RunTogether(some)) {
+        for (const DeviceAttention& attention : some) Attend(attention);
+      } else if (Begin("Attend")) {
+        Note(AttendTogether(some), "Attend");
+      }
+    }
   }
 
   absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
@@ -470,9 +523,9 @@ class CudaDevice final : public Device {
   }
 
   absl::Status AttendParts(const DeviceAttention& a) {
-    if (a.place != nullptr && (a.parts.empty() || a.parts.size() > kMaxPlacedParts)) {
+    if (a.place != nullptr && !HasPlacedParts(a)) {
       return absl::InvalidArgumentError(
-          absl::StrCat(a.parts.size(), " parts with a place, of 1 to ", kMaxPlacedParts));
+          absl::StrCat(a.parts.size(), " parts with a place, of 1 to ", kPlacedParts));
     }
     const bool tensor = HasTensorAttention(a.dtype, a.head_dim) && IsVectorAligned(a);
     struct Launch {
@@ -515,6 +568,36 @@ class CudaDevice final : public Device {
     if (partials == 1) return absl::OkStatus();
     return CudaStatus(
         LaunchSplitMerge({o, lse, a.o, a.lse, vectors, partials, a.head_dim}, stream_),
+        "merge of partials");
+  }
+
+  // Attentions of which RunTogether holds.
+  absl::Status AttendTogether(std::span<const DeviceAttention> attentions) {
+    const DeviceAttention& first = attentions.front();
+    AttentionArgs args = ArgsOf(first, first.parts);
+    args.members = static_cast<uint32_t>(attentions.size());
+    uint32_t row_tiles = 1;
+    for (size_t m = 0; m < attentions.size(); ++m) {
+      SetParts(attentions[m].parts, kPlacedParts, args.parts + m * kPlacedParts);
+      const AttentionPlan plan = PlanAttention(attentions[m], multiprocessors_, args.members);
+      args.splits = std::max(args.splits, plan.splits);
+      row_tiles = plan.row_tiles;  // the same of all
+    }
+    const size_t vectors = size_t{args.members} * first.rows * first.heads;
+    DeviceBuffer memory;
+    if (args.splits > 1) {
+      QUARRY_ASSIGN_OR_RETURN(memory,
+                              Allocate(args.splits * vectors * (first.head_dim + 1) * sizeof(float),
+                                       "partials of attention"));
+      args.o = memory.floats();
+      args.lse = memory.floats() + args.splits * vectors * first.head_dim;
+    }
+    QUARRY_RETURN_IF_ERROR(CudaStatus(LaunchTensorAttention(args, first.dtype, row_tiles, stream_),
+                                      "attention kernel"));
+    if (args.splits == 1) return absl::OkStatus();
+    return CudaStatus(
+        LaunchSplitMerge(
+            {args.o, args.lse, first.o, first.lse, vectors, args.splits, first.head_dim}, stream_),
         "merge of partials");
   }
 

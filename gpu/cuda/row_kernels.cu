@@ -59,8 +59,12 @@ __global__ void __launch_bounds__(kThreads) Rope(const __grid_constant__ RopeArg
   const uint64_t row = i / a.pairs;
   const uint32_t pair = i % a.pairs;
   if (row >= a.rows) return;
-  const uint32_t first_token = a.place != nullptr ? a.place->first_token : a.first_token;
-  const float position = static_cast<float>(first_token + static_cast<uint32_t>(row));
+  uint32_t token = a.first_token + static_cast<uint32_t>(row);
+  if (a.place != nullptr) {
+    token =
+        a.place_each ? a.place[row].first_token : a.place->first_token + static_cast<uint32_t>(row);
+  }
+  const float position = static_cast<float>(token);
   float sine, cosine;
   sincosf(__fmul_rn(position, a.inv_freq[pair]), &sine, &cosine);
   sine *= a.attention_scale;
@@ -160,9 +164,10 @@ cudaError_t LaunchCopyOf(const CopyArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// A thread for a unit of a vector; grid.y: K, V.
+// A thread for a unit of a vector; grid.y: K, V; grid.z: the store.
 template <typename Unit>
-__global__ void __launch_bounds__(kThreads) StoreKv(const DeviceKvStore s) {
+__global__ void __launch_bounds__(kThreads) StoreKv(const __grid_constant__ KvStores a) {
+  const DeviceKvStore& s = a.stores[blockIdx.z];
   const uint64_t i = blockIdx.x * uint64_t{kThreads} + threadIdx.x;
   const auto per_vector = static_cast<uint32_t>(s.vector_bytes / sizeof(Unit));
   const uint64_t vector = i / per_vector;
@@ -178,10 +183,14 @@ __global__ void __launch_bounds__(kThreads) StoreKv(const DeviceKvStore s) {
 }
 
 template <typename Unit>
-cudaError_t LaunchStoreOf(const DeviceKvStore& s, cudaStream_t stream) {
-  const size_t units = size_t{s.rows} * s.kv_heads * (s.vector_bytes / sizeof(Unit));
-  const dim3 grid(static_cast<uint32_t>((units + kThreads - 1) / kThreads), 2);
-  StoreKv<Unit><<<grid, kThreads, 0, stream>>>(s);
+cudaError_t LaunchStoreOf(const KvStores& a, cudaStream_t stream) {
+  size_t units = 0;  // of the largest
+  for (uint32_t i = 0; i < a.count; ++i) {
+    const DeviceKvStore& s = a.stores[i];
+    units = std::max(units, size_t{s.rows} * s.kv_heads * (s.vector_bytes / sizeof(Unit)));
+  }
+  const dim3 grid(static_cast<uint32_t>((units + kThreads - 1) / kThreads), 2, a.count);
+  StoreKv<Unit><<<grid, kThreads, 0, stream>>>(a);
   return cudaGetLastError();
 }
 
@@ -242,13 +251,17 @@ cudaError_t LaunchEmbed(const EmbedArgs& args, cudaStream_t stream) {
   });
 }
 
-cudaError_t LaunchStoreKv(const DeviceKvStore& s, cudaStream_t stream) {
-  const auto all = reinterpret_cast<uintptr_t>(s.k) | reinterpret_cast<uintptr_t>(s.v) |
-                   reinterpret_cast<uintptr_t>(s.to_k) | reinterpret_cast<uintptr_t>(s.to_v) |
-                   s.head_stride | s.vector_bytes;
-  if (all % 16 == 0) return LaunchStoreOf<uint4>(s, stream);
-  if (all % 4 == 0) return LaunchStoreOf<uint32_t>(s, stream);
-  return LaunchStoreOf<char>(s, stream);
+cudaError_t LaunchStoreKv(const KvStores& stores, cudaStream_t stream) {
+  uintptr_t all = 0;
+  for (uint32_t i = 0; i < stores.count; ++i) {
+    const DeviceKvStore& s = stores.stores[i];
+    all |= reinterpret_cast<uintptr_t>(s.k) | reinterpret_cast<uintptr_t>(s.v) |
+           reinterpret_cast<uintptr_t>(s.to_k) | reinterpret_cast<uintptr_t>(s.to_v) |
+           s.head_stride | s.vector_bytes;
+  }
+  if (all % 16 == 0) return LaunchStoreOf<uint4>(stores, stream);
+  if (all % 4 == 0) return LaunchStoreOf<uint32_t>(stores, stream);
+  return LaunchStoreOf<char>(stores, stream);
 }
 
 cudaError_t LaunchRound(const float* from, DType dtype, void* to, size_t elements,

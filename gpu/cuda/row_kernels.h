@@ -32,6 +32,7 @@ struct RopeArgs {
   uint32_t first_token, rows, heads, head_dim, pairs;
   float attention_scale;
   const DevicePlace* place;  // null: first_token counts
+  bool place_each;           // of [rows] places, each row that of its own
   float inv_freq[kMaxRopePairs];
 };
 cudaError_t LaunchRope(const RopeArgs& args, cudaStream_t stream);
@@ -51,8 +52,14 @@ struct EmbedArgs {
 };
 cudaError_t LaunchEmbed(const EmbedArgs& args, cudaStream_t stream);
 
+// Stores of one launch: they travel as kernel parameters.
+inline constexpr uint32_t kMaxStores = 32;
+struct KvStores {
+  uint32_t count;  // at least 1
+  DeviceKvStore stores[kMaxStores];
+};
 // Any alignment; 16 bytes at a time where all is a multiple of 16, else 4 or 1.
-cudaError_t LaunchStoreKv(const DeviceKvStore& store, cudaStream_t stream);
+cudaError_t LaunchStoreKv(const KvStores& stores, cudaStream_t stream);
 
 // to is aligned to its elements.
 cudaError_t LaunchRound(const float* from, DType dtype, void* to, size_t elements,

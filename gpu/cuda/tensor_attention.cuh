@@ -87,14 +87,14 @@ __device__ void FetchKeys(const KeyTiles& tiles, uint32_t kv_head, char* k_share
   FetchVectors<Tile>(part.k + at, part.v + at, tiles.hi() - tiles.lo(), k_shared);
 }
 
-// Grid: query tiles, KV heads, splits.
+// Grid: query tiles, KV heads, splits of each member.
 template <typename T, typename Tile>
 __device__ void AttendTile(const AttentionArgs& a, char* shared) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp_row = static_cast<int>(threadIdx.x / 32) * 16 * Tile::kRowTiles;
   // The last queries see the most: they come first.
   const uint32_t first = (gridDim.x - 1 - blockIdx.x) * Tile::kQueries;
-  const uint32_t kv_head = blockIdx.y, split = blockIdx.z;
+  const uint32_t kv_head = blockIdx.y, split = blockIdx.z % a.splits;
   const GroupQueries group{a, kv_head, first};
   char* const keys = shared + Tile::kQueries * Tile::kVectorBytes;
 
@@ -141,7 +141,7 @@ __device__ void AttendTile(const AttentionArgs& a, char* shared) {
     __syncthreads();  // before the next fetch overwrites this stage
   }
   if (!works) return;
-  const size_t vectors = size_t{a.rows} * a.heads;
+  const size_t vectors = size_t{a.members} * a.rows * a.heads;
   state.Finish(group, warp_row, lane, a.o + split * vectors * Tile::kHeadDim,
                a.lse + split * vectors);
 }

@@ -48,7 +48,7 @@ template <typename T, typename Tile>
 cudaError_t LaunchTile(const AttentionArgs& args, cudaStream_t stream) {
   const uint32_t queries = args.rows * args.group;
   const dim3 grid((queries + Tile::kQueries - 1) / Tile::kQueries, args.heads / args.group,
-                  args.splits);
+                  args.members * args.splits);
   const auto kernel =
       args.place != nullptr ? PlacedTensorAttention<T, Tile> : TensorAttention<T, Tile>;
   kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(args);

@@ -126,6 +126,96 @@ TEST_F(CudaRecordingCheck, ReplaysAreTheOperationsForOtherTokens) {
   }
 }
 
+// By one launch where they are alike; the last shape has no kernel that takes several.
+TEST_F(CudaRecordingCheck, RowsOfSeveralSequencesAreAsThoseOfEach) {
+  struct Shape {
+    uint32_t heads, kv_heads, head_dim;
+    DType dtype;
+  };
+  for (const Shape& s : {Shape{32, 8, 128, DType::kBf16}, Shape{6, 2, 64, DType::kFp16},
+                         Shape{4, 4, 96, DType::kBf16}, Shape{6, 3, 40, DType::kBf16}}) {
+    for (const uint32_t members : {1u, 3u, 8u, 40u}) {
+      SCOPED_TRACE(absl::StrCat(members, " of ", s.heads, " heads of ", s.head_dim));
+      const size_t q = size_t{s.heads} * s.head_dim, kv = size_t{s.kv_heads} * s.head_dim;
+      const size_t vector = s.head_dim * DTypeBytes(s.dtype);
+      const std::vector<float> inv_freq = Random(s.head_dim / 2);
+      const DeviceBuffer k = Put(Stored(Random(members * kv), s.dtype));
+      const DeviceBuffer v = Put(Stored(Random(members * kv), s.dtype));
+      const std::vector<float> rows = Random(members * q);
+      const std::vector<std::byte> room = Stored(Random(members * kv * kRoom), s.dtype);
+      const std::vector<std::byte> first = Stored(Random(members * kv * kRoom), s.dtype);
+      const DeviceBuffer first_k = Put(first), first_v = Put(first);
+      std::vector<DevicePlace> places;
+      std::vector<uint32_t> firsts;  // tokens of the first part; 0: there is none
+      for (uint32_t m = 0; m < members; ++m) {
+        firsts.push_back(m % 3 == 1 ? 0 : 1 + Below(128));
+        const uint32_t lo = 200 + Below(100);
+        places.push_back({lo + Below(300), lo, Below(100)});
+      }
+      const DeviceBuffer told = Put(std::as_bytes(std::span(places)));
+      const auto* const place = reinterpret_cast<const DevicePlace*>(told.raw());
+      struct Results {
+        DeviceBuffer x, room_k, room_v, o, lse;
+      };
+      const auto run = [&](bool together) {
+        Results r{Put(rows), Put(room), Put(room), Output(members * q),
+                  Output(size_t{members} * s.heads)};
+        std::vector<DeviceKvStore> stores;
+        std::vector<std::vector<DeviceKv>> parts(members);
+        std::vector<DeviceAttention> attentions;
+        for (uint32_t m = 0; m < members; ++m) {
+          const size_t at = m * kv * kRoom * DTypeBytes(s.dtype), stride = kRoom * vector;
+          stores.push_back({k.raw() + m * s.kv_heads * vector, v.raw() + m * s.kv_heads * vector,
+                            r.room_k.raw() + at, r.room_v.raw() + at, stride, vector, 1, s.kv_heads,
+                            0, place + m});
+          if (firsts[m] > 0) {
+            parts[m].push_back({first_k.raw() + at, first_v.raw() + at, stride, {0, firsts[m]}});
+          }
+          parts[m].push_back({r.room_k.raw() + at,
+                              r.room_v.raw() + at,
+                              stride,
+                              {places[m].kv_lo, places[m].first_token + 1}});
+          DeviceAttention a;
+          a.parts = parts[m];
+          a.dtype = s.dtype;
+          a.heads = s.heads;
+          a.kv_heads = s.kv_heads;
+          a.head_dim = s.head_dim;
+          a.first_token = places[m].first_token;
+          a.rows = 1;
+          a.q = r.x.floats() + m * q;
+          a.o = r.o.floats() + m * q;
+          a.lse = r.lse.floats() + size_t{m} * s.heads;
+          a.place = place + m;
+          attentions.push_back(a);
+        }
+        if (together) {
+          device_->Rope(
+              {r.x.floats(), 0, members, s.heads, s.head_dim, inv_freq, 1.5f, place, true});
+          device_->StoreKvEach(stores);
+          device_->AttendEach(attentions);
+          return r;
+        }
+        for (uint32_t m = 0; m < members; ++m) {
+          device_->Rope(
+              {r.x.floats() + m * q, 0, 1, s.heads, s.head_dim, inv_freq, 1.5f, place + m});
+          device_->StoreKv(stores[m]);
+          device_->Attend(attentions[m]);
+        }
+        return r;
+      };
+      const Results alone = run(false), together = run(true);
+      EXPECT_EQ(Floats(together.x), Floats(alone.x));
+      EXPECT_EQ(Floats(together.room_k), Floats(alone.room_k));
+      EXPECT_EQ(Floats(together.room_v), Floats(alone.room_v));
+      // The work is cut up in other ways.
+      EXPECT_LE(WorstRow(Get(together.o), Get(alone.o), s.head_dim), 1e-4);
+      const std::vector<float> lse = Get(together.lse), want = Get(alone.lse);
+      for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(lse[i], want[i], 1e-4) << i;
+    }
+  }
+}
+
 // Other programs on the card would be mistaken for it, but for a few MiB.
 TEST_F(CudaRecordingCheck, RecordingsThatHaveGoneTakeNothing) {
   const std::vector<float> values = Random(1024);

@@ -75,6 +75,7 @@ class TensorAttentionTest : public ::testing::Test {
     args.first_token = c.first_token;
     args.window = c.window;
     args.splits = c.splits;
+    args.members = 1;
     args.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(kHeadDim));
     std::vector<Side> keys, values;
     for (const TokenRange& range : c.held) {
