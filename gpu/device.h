@@ -305,7 +305,8 @@ class Device {
   virtual void SwiGlu(const float* gate_up, float* y, size_t rows, size_t width) = 0;
   // y[r] = table[tokens[r]], which is plain.
   virtual void Embed(const DeviceMatrix& table, std::span<const uint32_t> tokens, float* y) = 0;
-  // out [logits.rows], on the device: ChooseToken of each row (gpu/sampler.h), but for rounding.
+  // draws [logits.rows]; out [logits.rows], on the device: ChooseToken of each row (gpu/sampler.h),
+  // but for rounding.
   virtual void Choose(const DeviceLogits& logits, std::span<const TokenDraw> draws,
                       ChosenToken* out) = 0;
   // to[i] = from[i] rounded to nearest even.

@@ -161,6 +161,12 @@ absl::Status Sequence::Break(const absl::Status& status) {
                       absl::StrCat("token ", tokens_, " is void: ", status.message()));
 }
 
+// The quickest, of what nobody wants.
+Sequence::Draw Sequence::AnyDraw(Draw draw) {
+  static constexpr TokenDraw kGreedy;
+  return draw.empty() ? draw : Draw(&kGreedy, 1);
+}
+
 absl::StatusOr<std::vector<float>> Sequence::Extend(std::span<const uint32_t> tokens, Role role) {
   QUARRY_ASSIGN_OR_RETURN(Prediction prediction, ExtendFor(tokens, role, {}));
   return std::move(prediction.logits);
@@ -193,7 +199,7 @@ absl::StatusOr<Prediction> Sequence::Run(std::span<const uint32_t> tokens, Role 
     tokens = tokens.subspan(SkipShifted());
     const size_t next = shifted_.empty() ? tokens.size() : shifted_.front().tokens.lo - tokens_;
     const std::span<const uint32_t> piece = tokens.first(std::min(next, tokens.size()));
-    prediction = RunNext(piece, role, draw);
+    prediction = RunNext(piece, role, piece.size() == tokens.size() ? draw : AnyDraw(draw));
     if (!prediction.ok()) return prediction;
     tokens = tokens.subspan(piece.size());
   } while (!tokens.empty());

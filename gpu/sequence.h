@@ -135,6 +135,7 @@ class Sequence {
   absl::Status Break(const absl::Status& status);
   // `draw`: one, or none; logits are wanted then.
   using Draw = std::span<const TokenDraw>;
+  static Draw AnyDraw(Draw draw);  // in place of it, for tokens that others follow
   absl::StatusOr<Prediction> ExtendFor(std::span<const uint32_t> tokens, Role role, Draw draw);
   absl::StatusOr<Prediction> Run(std::span<const uint32_t> tokens, Role role, Draw draw);
   bool AttendsByRows(std::span<const uint32_t> tokens) const;

@@ -89,7 +89,8 @@ void DescribeArguments(CLI::App* app, WorkerArguments* a) {
   app->add_flag("--ignore-eos", a->ignore_end, "go on behind the model's end-of-sequence token");
   app->add_option("--temperature", a->sampling.temperature, "0: greedy")
       ->check(Between(0, std::numeric_limits<double>::max()));
-  app->add_option("--top-p", a->sampling.top_p, "nucleus of the sampling")->check(Between(1e-6, 1));
+  app->add_option("--top-p", a->sampling.top_p, "nucleus of the sampling: above 0, at most 1")
+      ->check(Between(std::numeric_limits<double>::denorm_min(), 1));
   app->add_option("--seed", a->sampling.seed, "of the sampling");
   app->add_option("--threads", a->threads, "of the host's work; 0: all cores");
   app->add_option("--device", a->device, "where the model runs: host, cuda or cuda:N")

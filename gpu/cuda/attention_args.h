@@ -44,6 +44,8 @@ struct AttentionArgs {
   size_t vector_bytes;       // of K's and V's
 };
 
+static_assert(sizeof(AttentionArgs) <= 4096);  // what a kernel's parameters may have everywhere
+
 // Keys of one step of the kernel.
 inline constexpr uint32_t kAttentionKeys = 64;
 // Queries of one block of threads, by 16-row tiles per warp (1 or 2).

@@ -23,15 +23,22 @@ uint64_t KeyTiles(const DeviceAttention& a) {
 
 }  // namespace
 
-AttentionPlan PlanAttention(const DeviceAttention& a, uint32_t multiprocessors, uint32_t at_once) {
+AttentionPlan PlanAttention(std::span<const DeviceAttention> attentions, uint32_t multiprocessors) {
+  const DeviceAttention& first = attentions.front();
   AttentionPlan plan;
-  const uint64_t queries = uint64_t{a.rows} * (a.heads / a.kv_heads);
+  const uint64_t queries = uint64_t{first.rows} * (first.heads / first.kv_heads);
   plan.row_tiles = queries > AttentionQueries(1) ? 2 : 1;
   const uint64_t per_tile = AttentionQueries(plan.row_tiles);
   plan.query_tiles = static_cast<uint32_t>((queries + per_tile - 1) / per_tile);
-  const uint64_t blocks = uint64_t{plan.query_tiles} * a.kv_heads * at_once;
-  const uint64_t room = uint64_t{kBlocksPerMultiprocessor} * multiprocessors;
-  const uint64_t most = std::max<uint64_t>(1, KeyTiles(a) / kStepsPerSplit);
+  uint64_t longest = 1, all = 0;  // key tiles
+  for (const DeviceAttention& a : attentions) {
+    const uint64_t tiles = std::max<uint64_t>(1, KeyTiles(a));
+    longest = std::max(longest, tiles);
+    all += tiles;
+  }
+  const uint64_t blocks = uint64_t{plan.query_tiles} * first.kv_heads;
+  const uint64_t room = uint64_t{kBlocksPerMultiprocessor} * multiprocessors * longest / all;
+  const uint64_t most = std::max<uint64_t>(1, longest / kStepsPerSplit);
   plan.splits = static_cast<uint32_t>(std::clamp<uint64_t>(room / blocks, 1, most));
   return plan;
 }

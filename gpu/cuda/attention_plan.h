@@ -1,7 +1,8 @@
-// How one attention is cut into blocks of threads: host arithmetic without a device.
+// How attentions are cut into blocks of threads: host arithmetic without a device.
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "gpu/device.h"
 
@@ -13,10 +14,10 @@ struct AttentionPlan {
   uint32_t splits = 1;       // blocks among which a query tile's keys are shared out
 };
 
-// For the tensor kernel on a device of so many multiprocessors, of which so many attentions like
-// this one run at once. Few queries (a decode step) leave most of them idle: their keys are split
-// until two blocks each are busy, or a block has 256 keys.
-AttentionPlan PlanAttention(const DeviceAttention& attention, uint32_t multiprocessors,
-                            uint32_t at_once = 1);
+// Of attentions that run at once, for the tensor kernel on a device of so many multiprocessors;
+// they differ in their parts and places alone. Few queries (a decode step) leave most of them idle:
+// keys are split until two blocks each are busy, which attentions share by their keys, or a block
+// has 256 keys. All are split alike.
+AttentionPlan PlanAttention(std::span<const DeviceAttention> attentions, uint32_t multiprocessors);
 
 }  // namespace quarry::cuda

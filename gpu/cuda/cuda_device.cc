@@ -81,7 +81,7 @@ bool HasPlacedParts(const DeviceAttention& a) {
 
 // Whether the tensor kernel does all of them at once: they have places, and their rows and those
 // lie one behind the other.
-bool RunTogether(std::span<const DeviceAttention> attentions) {
+bool CanRunTogether(std::span<const DeviceAttention> attentions) {
   const DeviceAttention& first = attentions.front();
   const size_t vectors = size_t{first.rows} * first.heads;
   for (size_t i = 0; i < attentions.size(); ++i) {
@@ -314,7 +314,7 @@ class CudaDevice final : public Device {
     while (!attentions.empty()) {
       const auto some = attentions.first(std::min<size_t>(kMaxAttentionMembers, attentions.size()));
       attentions = attentions.subspan(some.size());
-      if (some.size() == 1 || some[0].rows == 0 || some[0].heads == 0 || !RunTogether(some)) {
+      if (some.size() == 1 || some[0].rows == 0 || some[0].heads == 0 || !CanRunTogether(some)) {
         for (const DeviceAttention& attention : some) Attend(attention);
       } else if (Begin("Attend")) {
         Note(AttendTogether(some), "Attend");
@@ -541,7 +541,7 @@ class CudaDevice final : public Device {
       if (tensor) {
         DeviceAttention of_these = a;
         of_these.parts = launch.parts;
-        launch.plan = PlanAttention(of_these, multiprocessors_);
+        launch.plan = PlanAttention({&of_these, 1}, multiprocessors_);
       }
       partials += launch.plan.splits;
     }
@@ -571,18 +571,16 @@ class CudaDevice final : public Device {
         "merge of partials");
   }
 
-  // Attentions of which RunTogether holds.
+  // Attentions of which CanRunTogether holds.
   absl::Status AttendTogether(std::span<const DeviceAttention> attentions) {
     const DeviceAttention& first = attentions.front();
     AttentionArgs args = ArgsOf(first, first.parts);
     args.members = static_cast<uint32_t>(attentions.size());
-    uint32_t row_tiles = 1;
     for (size_t m = 0; m < attentions.size(); ++m) {
       SetParts(attentions[m].parts, kPlacedParts, args.parts + m * kPlacedParts);
-      const AttentionPlan plan = PlanAttention(attentions[m], multiprocessors_, args.members);
-      args.splits = std::max(args.splits, plan.splits);
-      row_tiles = plan.row_tiles;  // the same of all
     }
+    const AttentionPlan plan = PlanAttention(attentions, multiprocessors_);
+    args.splits = plan.splits;
     const size_t vectors = size_t{args.members} * first.rows * first.heads;
     DeviceBuffer memory;
     if (args.splits > 1) {
@@ -592,8 +590,8 @@ class CudaDevice final : public Device {
       args.o = memory.floats();
       args.lse = memory.floats() + args.splits * vectors * first.head_dim;
     }
-    QUARRY_RETURN_IF_ERROR(CudaStatus(LaunchTensorAttention(args, first.dtype, row_tiles, stream_),
-                                      "attention kernel"));
+    QUARRY_RETURN_IF_ERROR(CudaStatus(
+        LaunchTensorAttention(args, first.dtype, plan.row_tiles, stream_), "attention kernel"));
     if (args.splits == 1) return absl::OkStatus();
     return CudaStatus(
         LaunchSplitMerge(

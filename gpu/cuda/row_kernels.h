@@ -58,6 +58,7 @@ struct KvStores {
   uint32_t count;  // at least 1
   DeviceKvStore stores[kMaxStores];
 };
+static_assert(sizeof(KvStores) <= 4096);  // what a kernel's parameters may have everywhere
 // Any alignment; 16 bytes at a time where all is a multiple of 16, else 4 or 1.
 cudaError_t LaunchStoreKv(const KvStores& stores, cudaStream_t stream);
 

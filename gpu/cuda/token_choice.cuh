@@ -50,13 +50,17 @@ struct LogitWeights {
   static constexpr float kMost = 1ull << 40;  // of 2^22 logits the sum is less than 2^63
   float largest, scale;                       // of logits to powers of 2
 
+  // By how many powers of 2 it weighs less, of x that is not the largest; a number even where the
+  // two are as far apart as can be and the scale is 0.
+  __device__ float Depth(float x) const { return min(largest - x, 3e38f) * scale; }
   __device__ uint64_t Of(float x) const {
     // Where the scale is infinite all others weigh nothing.
-    return static_cast<uint64_t>((x == largest ? 1.0f : Exp2((x - largest) * scale)) * kMost);
+    const float less = x == largest ? 0.0f : -Depth(x);
+    return static_cast<uint64_t>(Exp2(less) * kMost);
   }
   // Of 256 bins, logits of as many equal parts of what weighs anything; larger ones are higher.
   __device__ uint32_t Bin(float x) const {
-    const float depth = x == largest ? 0.0f : (largest - x) * scale * (256.0f / 41.0f);
+    const float depth = x == largest ? 0.0f : Depth(x) * (256.0f / 41.0f);
     return 255 - static_cast<uint32_t>(min(depth, 255.0f));
   }
 };
@@ -136,12 +140,12 @@ __device__ inline void ChooseTokenOfRow(const RowOfLogits& row, const TokenDraw&
   });
   best = Fold<Larger>(best, threads, shared->wide).all;
   unfit = Fold<Larger>(unfit, threads, shared->narrow).all;
-  const uint32_t first = ~static_cast<uint32_t>(best);
+  const uint32_t best_id = ~static_cast<uint32_t>(best);
   if (unfit != 0 || !(draw.temperature > 0)) {
-    if (threadIdx.x == 0) *out = {first, ~unfit};
+    if (threadIdx.x == 0) *out = {best_id, ~unfit};
     return;
   }
-  const LogitWeights weights{row.At(first),
+  const LogitWeights weights{row.At(best_id),
                              static_cast<float>(1.4426950408889634 / draw.temperature)};
   uint64_t sum = 0;
   row.ForAll(threads, [&](uint32_t, float x) { sum += weights.Of(x); });

@@ -19,6 +19,8 @@ struct TokenChoiceArgs {
   TokenDraw draws[kMaxDraws];
 };
 
+static_assert(sizeof(TokenChoiceArgs) <= 4096);  // what a kernel's parameters may have everywhere
+
 cudaError_t PrepareTokenChoice();
 cudaError_t LaunchTokenChoice(const TokenChoiceArgs& args, cudaStream_t stream);
 

@@ -169,6 +169,15 @@ TEST_P(SequenceBatchTest, WhatOneMayNotRunIsNoErrorOfAnother) {
     ASSERT_TRUE(got[i].ok()) << got[i].status();
     ExpectSame(*want, *got[i]);
   }
+  // Draws stay with their sequences where one of them has no row.
+  const std::vector<TokenDraw> draws = {{0.8, 1, 0.1}, {0.8, 1, 0.4}, {0.8, 1, 0.6}, {0.8, 1, 0.9}};
+  const auto drawn = batch.ExtendAndDraw(tokens, draws);
+  EXPECT_TRUE(absl::IsInvalidArgument(drawn[1].status())) << drawn[1].status();
+  for (const size_t i : {0u, 2u, 3u}) {
+    const auto want = alone[i]->Extend(std::span(tokens).subspan(i, 1), Sequence::Role::kBudgeted);
+    ASSERT_TRUE(want.ok() && drawn[i].ok()) << want.status() << drawn[i].status();
+    EXPECT_EQ(*drawn[i], ChooseToken(*want, draws[i]));
+  }
   const auto next = batch.Extend(TokensOf(4, 1));  // it is as it was
   for (const auto& logits : next) EXPECT_TRUE(logits.ok()) << logits.status();
 }
@@ -181,12 +190,14 @@ TEST_P(SequenceBatchTest, AVoidedRowIsComputedAgainAndTheOthersWithIt) {
   service.failure = absl::ResourceExhaustedError("queue full");
   for (uint32_t step = 0; step < 5; ++step) {
     const auto tokens = TokensOf(4, step);
-    const auto got = batch.Extend(tokens);
+    std::vector<TokenDraw> draws;
+    for (size_t i = 0; i < 4; ++i) draws.push_back({0.8, 0.95, 0.1 + 0.2 * i + 0.05 * step});
+    const auto got = batch.ExtendAndDraw(tokens, draws);
     for (size_t i = 0; i < 4; ++i) {
       const auto want =
           alone[i]->Extend(std::span(tokens).subspan(i, 1), Sequence::Role::kBudgeted);
-      ASSERT_TRUE(got[i].ok()) << got[i].status();
-      ASSERT_NO_FATAL_FAILURE(ExpectSame(*want, *got[i])) << "sequence " << i << " step " << step;
+      ASSERT_TRUE(want.ok() && got[i].ok()) << want.status() << got[i].status();
+      EXPECT_EQ(*got[i], ChooseToken(*want, draws[i])) << "sequence " << i << " step " << step;
     }
   }
   for (size_t i = 0; i < 4; ++i) {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <numeric>
 #include <random>
 #include <string>
@@ -27,13 +28,14 @@ inline std::vector<float> MadeLogits(std::mt19937_64& random, uint32_t vocab) {
 }
 
 inline TokenDraw MadeDraw(std::mt19937_64& random) {
-  constexpr double kTemperatures[] = {0, 1e-30, 0.05, 0.7, 1, 3, 1e6};
+  constexpr double kTemperatures[] = {0, 5e-324, 1e-300, 1e-30, 0.05, 0.7, 1, 3, 1e6, 1e308};
   constexpr double kTopP[] = {1, 0.999, 0.9, 0.5, 1e-6};
   std::uniform_real_distribution<double> uniform(0, 1);
   double at = uniform(random);
   if (random() % 8 == 0) at = 0;
   if (random() % 8 == 0) at = std::nextafter(1.0, 0.0);
-  return {kTemperatures[random() % 7], kTopP[random() % 5], at};
+  return {kTemperatures[random() % std::size(kTemperatures)], kTopP[random() % std::size(kTopP)],
+          at};
 }
 
 // Empty if it is; `rounding` is of probabilities.
@@ -67,8 +69,10 @@ inline std::string WrongChoice(const std::vector<float>& logits, const TokenDraw
                most = end_for(draw.top_p * total + slack);
   const size_t place =
       static_cast<size_t>(std::find(order.begin(), order.end(), id) - order.begin());
-  if (upto[place + 1] + slack >= draw.at * least && upto[place] - slack <= draw.at * most)
+  if (upto[place + 1] + slack >= draw.at * least && upto[place] - slack <= draw.at * most &&
+      upto[place] < most) {
     return "";
+  }
   return "id " + std::to_string(id) + " lies in [" + std::to_string(upto[place] / total) + ", " +
          std::to_string(upto[place + 1] / total) + ") of the order, the draw at " +
          std::to_string(draw.at * least / total) + " to " + std::to_string(draw.at * most / total);

@@ -132,6 +132,7 @@ TEST_F(CudaRecordingCheck, RowsOfSeveralSequencesAreAsThoseOfEach) {
     uint32_t heads, kv_heads, head_dim;
     DType dtype;
   };
+  constexpr uint32_t kTokens = 1200;  // of a part's memory: enough to be split
   for (const Shape& s : {Shape{32, 8, 128, DType::kBf16}, Shape{6, 2, 64, DType::kFp16},
                          Shape{4, 4, 96, DType::kBf16}, Shape{6, 3, 40, DType::kBf16}}) {
     for (const uint32_t members : {1u, 3u, 8u, 40u}) {
@@ -142,15 +143,15 @@ TEST_F(CudaRecordingCheck, RowsOfSeveralSequencesAreAsThoseOfEach) {
       const DeviceBuffer k = Put(Stored(Random(members * kv), s.dtype));
       const DeviceBuffer v = Put(Stored(Random(members * kv), s.dtype));
       const std::vector<float> rows = Random(members * q);
-      const std::vector<std::byte> room = Stored(Random(members * kv * kRoom), s.dtype);
-      const std::vector<std::byte> first = Stored(Random(members * kv * kRoom), s.dtype);
+      const std::vector<std::byte> room = Stored(Random(members * kv * kTokens), s.dtype);
+      const std::vector<std::byte> first = Stored(Random(members * kv * kTokens), s.dtype);
       const DeviceBuffer first_k = Put(first), first_v = Put(first);
       std::vector<DevicePlace> places;
       std::vector<uint32_t> firsts;  // tokens of the first part; 0: there is none
       for (uint32_t m = 0; m < members; ++m) {
-        firsts.push_back(m % 3 == 1 ? 0 : 1 + Below(128));
+        firsts.push_back(m % 3 == 0 ? 0 : 1 + Below(128));
         const uint32_t lo = 200 + Below(100);
-        places.push_back({lo + Below(300), lo, Below(100)});
+        places.push_back({lo + Below(1000), lo, Below(100)});
       }
       const DeviceBuffer told = Put(std::as_bytes(std::span(places)));
       const auto* const place = reinterpret_cast<const DevicePlace*>(told.raw());
@@ -164,7 +165,7 @@ TEST_F(CudaRecordingCheck, RowsOfSeveralSequencesAreAsThoseOfEach) {
         std::vector<std::vector<DeviceKv>> parts(members);
         std::vector<DeviceAttention> attentions;
         for (uint32_t m = 0; m < members; ++m) {
-          const size_t at = m * kv * kRoom * DTypeBytes(s.dtype), stride = kRoom * vector;
+          const size_t at = m * kv * kTokens * DTypeBytes(s.dtype), stride = kTokens * vector;
           stores.push_back({k.raw() + m * s.kv_heads * vector, v.raw() + m * s.kv_heads * vector,
                             r.room_k.raw() + at, r.room_v.raw() + at, stride, vector, 1, s.kv_heads,
                             0, place + m});

@@ -21,6 +21,7 @@
 #include "proto/half.h"
 
 #define __device__
+#define __shared__ static  // blocks run one after the other
 
 namespace quarry::cuda {
 

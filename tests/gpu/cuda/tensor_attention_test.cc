@@ -11,6 +11,7 @@
 
 #include "tests/gpu/cuda/imitated_warp.h"
 // After the operations that it uses.
+#include "gpu/cuda/placed_attention.cuh"
 #include "gpu/cuda/tensor_attention.cuh"
 #include "proto/types.h"
 #include "tests/support/seed.h"
@@ -164,6 +165,84 @@ class TensorAttentionTest : public ::testing::Test {
     }
   }
 
+  // Cases alike but for their places and what is held, done by one launch: the last range held is
+  // of the growing part, whose memory begins some tokens before it.
+  template <typename T, DType kDType, int kHeadDim, int kRowTiles>
+  void RunTogether(const std::vector<Case>& cases) {
+    using Tile = TensorTile<kHeadDim, kRowTiles>;
+    const Case& first = cases.front();
+    AttentionArgs args = {};
+    args.heads = first.heads;
+    args.group = first.heads / first.kv_heads;
+    args.head_dim = kHeadDim;
+    args.rows = first.rows;
+    args.window = first.window;
+    args.splits = first.splits;
+    args.part_count = kPlacedParts;
+    args.members = static_cast<uint32_t>(cases.size());
+    args.vector_bytes = size_t{kHeadDim} * DTypeBytes(kDType);
+    args.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(kHeadDim));
+    std::vector<std::vector<Side>> keys(cases.size()), values(cases.size());
+    std::vector<DevicePlace> places;
+    for (size_t m = 0; m < cases.size(); ++m) {
+      const Case& c = cases[m];
+      for (size_t p = 0; p < c.held.size(); ++p) {
+        const bool grows = p + 1 == c.held.size();
+        const uint32_t slot = grows ? static_cast<uint32_t>(random_() % 5) : 0;
+        const size_t elements = size_t{c.held[p].size()} * kHeadDim;
+        const size_t stride = elements * 2 + 16 * (random_() % 5);
+        keys[m].push_back(MakeSide(kDType, c.kv_heads, elements, stride));
+        values[m].push_back(MakeSide(kDType, c.kv_heads, elements, stride));
+        const size_t before = slot * args.vector_bytes;
+        // Of the growing part nobody looks at the tokens that are said here.
+        args.parts[(m + 1) * kPlacedParts - c.held.size() + p] = {
+            keys[m][p].at - before, values[m][p].at - before, stride, c.held[p].lo,
+            grows ? c.held[p].lo : c.held[p].hi};
+        if (grows) places.push_back({c.first_token, c.held[p].lo, slot});
+      }
+    }
+    args.place = places.data();
+    const size_t vectors = size_t{first.rows} * first.heads, all = cases.size() * vectors;
+    Values q = Random(all * kHeadDim, 2.0f);
+    std::vector<float4> aligned_q(q.size() / 4);
+    std::memcpy(aligned_q.data(), q.data(), q.size() * sizeof(float));
+    args.q = &aligned_q.data()->x;
+    for (float& x : q) {
+      std::byte stored[2];
+      StoreFromFloat(stored, 0, kDType, x);
+      x = LoadAsFloat(stored, 0, kDType);
+    }
+    Values o(first.splits * all * kHeadDim, NAN), lse(first.splits * all, NAN);
+    args.o = o.data();
+    args.lse = lse.data();
+    gridDim = {(first.rows * args.group + Tile::kQueries - 1) / Tile::kQueries, first.kv_heads,
+               args.members * first.splits};
+    const auto shared = std::make_unique<Shared<Tile::kSharedBytes>>();
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+        for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
+          std::memset(shared->bytes, 0xff, Tile::kSharedBytes);
+          ImitatedBlock block(Tile::kThreads, random_());
+          block.Run([&] { AttendTile<T, Tile>(Placed(args), shared->bytes); });
+        }
+      }
+    }
+    for (size_t m = 0; m < cases.size(); ++m) {
+      Values own_o, own_lse;
+      for (uint32_t s = 0; s < first.splits; ++s) {
+        const auto at = static_cast<ptrdiff_t>((s * cases.size() + m) * vectors);
+        const auto n = static_cast<ptrdiff_t>(vectors);
+        own_o.insert(own_o.end(), o.begin() + at * kHeadDim, o.begin() + (at + n) * kHeadDim);
+        own_lse.insert(own_lse.end(), lse.begin() + at, lse.begin() + at + n);
+      }
+      const auto from = q.begin() + static_cast<ptrdiff_t>(m * vectors * kHeadDim);
+      const Values own_q(from, from + static_cast<ptrdiff_t>(vectors * kHeadDim));
+      SCOPED_TRACE("member " + std::to_string(m));
+      Compare(cases[m], kHeadDim, kDType == DType::kBf16 ? 1e-2 : 1.5e-3, own_q, keys[m], values[m],
+              own_o, own_lse);
+    }
+  }
+
   template <int kHeadDim, int kRowTiles>
   void RunBoth(const Case& c) {
     SCOPED_TRACE("head_dim " + std::to_string(kHeadDim) + ", " + std::to_string(kRowTiles) +
@@ -222,6 +301,25 @@ TEST_F(TensorAttentionTest, ManySmallParts) {
   c.first_token = token - 40;
   RunBoth<64, 2>(c);
   RunBoth<128, 1>(c);
+}
+
+// Members with and without a first part, of other lengths; some splits of the short ones are empty.
+TEST_F(TensorAttentionTest, SequencesOfABatchAreAttendedAtOnce) {
+  for (const uint32_t splits : {1u, 2u, 5u}) {
+    for (const uint32_t window : {0u, 150u}) {
+      const std::vector<Case> cases = {{8, 2, 300, 1, window, {{40, 301}}, splits},
+                                       {8, 2, 75, 1, window, {{0, 16}, {60, 76}}, splits},
+                                       {8, 2, 700, 1, window, {{0, 100}, {188, 701}}, splits},
+                                       {8, 2, 0, 1, window, {{0, 1}}, splits}};
+      RunTogether<Bf16, DType::kBf16, 128, 1>(cases);
+      RunTogether<Fp16, DType::kFp16, 64, 1>(cases);
+    }
+  }
+  // Rows that fill several tiles of queries.
+  const std::vector<Case> several = {{24, 1, 97, 6, 0, {{0, 20}, {33, 103}}, 2},
+                                     {24, 1, 194, 6, 0, {{100, 200}}, 2}};
+  RunTogether<Bf16, DType::kBf16, 96, 1>(several);
+  RunTogether<Bf16, DType::kBf16, 96, 2>(several);
 }
 
 }  // namespace
