@@ -14,6 +14,7 @@
 #include "proto/half.h"
 #include "proto/retrieval_types.h"
 #include "proto/status_macros.h"
+#include "tests/gpu/token_choices.h"
 #include "tests/support/normal_floats.h"
 #include "tests/support/seed.h"
 
@@ -57,13 +58,7 @@ TEST_F(HostDeviceTest, TokensAreChosenFromRowsInTiles) {
       draws.push_back({r * 0.5, 0.9, 0.3});
     }
     rows[3][50] = NAN;
-    std::vector<float> tiles;
-    for (uint32_t first = 0; first < kVocab; first += tile) {
-      for (const std::vector<float>& row : rows) {
-        const auto from = row.begin() + first;
-        tiles.insert(tiles.end(), from, from + std::min(tile, kVocab - first));
-      }
-    }
+    const std::vector<float> tiles = testing::InTiles(rows, tile);
     ChosenToken chosen[kRows];
     device_->Choose({tiles.data(), kRows, kVocab, tile}, draws, chosen);
     for (uint32_t r = 0; r < 3; ++r) {

@@ -38,6 +38,19 @@ inline TokenDraw MadeDraw(std::mt19937_64& random) {
           at};
 }
 
+// Rows of logits as a device has them: of `tile` ids after the other, all rows.
+inline std::vector<float> InTiles(const std::vector<std::vector<float>>& rows, uint32_t tile) {
+  const auto vocab = static_cast<uint32_t>(rows.front().size());
+  std::vector<float> out;
+  for (uint32_t first = 0; first < vocab; first += tile) {
+    for (const std::vector<float>& row : rows) {
+      const auto from = row.begin() + first;
+      out.insert(out.end(), from, from + std::min(tile, vocab - first));
+    }
+  }
+  return out;
+}
+
 // Empty if it is; `rounding` is of probabilities.
 inline std::string WrongChoice(const std::vector<float>& logits, const TokenDraw& draw, uint32_t id,
                                double rounding) {

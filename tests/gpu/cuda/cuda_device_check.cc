@@ -347,13 +347,7 @@ TEST_F(CudaDeviceCheck, ChosenTokensAreThoseOfExactArithmetic) {
       draws.push_back(testing::MadeDraw(random_));
     }
     if (rows > 5 && vocab > 1) logits[5][vocab - 1] = NAN;
-    std::vector<float> tiles;
-    for (uint32_t first = 0; first < vocab; first += tile) {
-      for (const std::vector<float>& row : logits) {
-        const auto from = row.begin() + first;
-        tiles.insert(tiles.end(), from, from + std::min(tile, vocab - first));
-      }
-    }
+    const std::vector<float> tiles = testing::InTiles(logits, tile);
     const DeviceBuffer on_card = Put(tiles);
     const DeviceBuffer out = Put(std::vector<std::byte>(rows * sizeof(ChosenToken), kPoison));
     std::vector<ChosenToken> chosen(rows), again(rows);

@@ -65,10 +65,14 @@ class TensorAttentionTest : public ::testing::Test {
     return side;
   }
 
+  struct Attended {
+    Values q;  // as the kernel rounds them
+    Values o, lse;
+  };
+  // By a launch of so many members that are like `c`; args has their parts, and places if any.
   template <typename T, DType kDType, int kHeadDim, int kRowTiles>
-  void Run(const Case& c) {
+  Attended Launch(const Case& c, uint32_t members, AttentionArgs args) {
     using Tile = TensorTile<kHeadDim, kRowTiles>;
-    AttentionArgs args = {};
     args.heads = c.heads;
     args.group = c.heads / c.kv_heads;
     args.head_dim = kHeadDim;
@@ -76,44 +80,61 @@ class TensorAttentionTest : public ::testing::Test {
     args.first_token = c.first_token;
     args.window = c.window;
     args.splits = c.splits;
-    args.members = 1;
+    args.members = members;
+    args.vector_bytes = size_t{kHeadDim} * DTypeBytes(kDType);
     args.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(kHeadDim));
-    std::vector<Side> keys, values;
-    for (const TokenRange& range : c.held) {
-      const size_t elements = size_t{range.size()} * kHeadDim;
-      const size_t stride = elements * 2 + 16 * (random_() % 5);
-      keys.push_back(MakeSide(kDType, c.kv_heads, elements, stride));
-      values.push_back(MakeSide(kDType, c.kv_heads, elements, stride));
-      args.parts[args.part_count++] = {keys.back().at, values.back().at, stride, range.lo,
-                                       range.hi};
-    }
-    const size_t vectors = size_t{c.rows} * c.heads;
-    Values q = Random(vectors * kHeadDim, 2.0f);
-    std::vector<float4> aligned_q(q.size() / 4);
-    std::memcpy(aligned_q.data(), q.data(), q.size() * sizeof(float));
+    const size_t vectors = size_t{members} * c.rows * c.heads;
+    Attended out{Random(vectors * kHeadDim, 2.0f), Values(c.splits * vectors * kHeadDim, NAN),
+                 Values(c.splits * vectors, NAN)};
+    std::vector<float4> aligned_q(out.q.size() / 4);
+    std::memcpy(aligned_q.data(), out.q.data(), out.q.size() * sizeof(float));
     args.q = &aligned_q.data()->x;
-    for (float& x : q) {
+    for (float& x : out.q) {
       std::byte stored[2];
       StoreFromFloat(stored, 0, kDType, x);
       x = LoadAsFloat(stored, 0, kDType);
     }
-    Values o(c.splits * vectors * kHeadDim, NAN), lse(c.splits * vectors, NAN);
-    args.o = o.data();
-    args.lse = lse.data();
-
-    gridDim = {(c.rows * args.group + Tile::kQueries - 1) / Tile::kQueries, c.kv_heads, c.splits};
+    args.o = out.o.data();
+    args.lse = out.lse.data();
+    gridDim = {(c.rows * args.group + Tile::kQueries - 1) / Tile::kQueries, c.kv_heads,
+               members * c.splits};
     const auto shared = std::make_unique<Shared<Tile::kSharedBytes>>();
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
       for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
         for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
           std::memset(shared->bytes, 0xff, Tile::kSharedBytes);
           ImitatedBlock block(Tile::kThreads, random_());
-          block.Run([&] { AttendTile<T, Tile>(args, shared->bytes); });
+          block.Run([&] {
+            AttendTile<T, Tile>(args.place != nullptr ? Placed(args) : args, shared->bytes);
+          });
         }
       }
     }
-    Compare(c, kHeadDim, kDType == DType::kBf16 ? 1e-2 : 1.5e-3, q, keys, values, o, lse);
+    return out;
   }
+
+  // K and V of tokens, and where they are told to be.
+  AttentionPart MakePart(DType dtype, const Case& c, uint32_t head_dim, TokenRange tokens,
+                         std::vector<Side>* keys, std::vector<Side>* values) {
+    const size_t elements = size_t{tokens.size()} * head_dim;
+    const size_t stride = elements * 2 + 16 * (random_() % 5);
+    keys->push_back(MakeSide(dtype, c.kv_heads, elements, stride));
+    values->push_back(MakeSide(dtype, c.kv_heads, elements, stride));
+    return {keys->back().at, values->back().at, stride, tokens.lo, tokens.hi};
+  }
+
+  template <typename T, DType kDType, int kHeadDim, int kRowTiles>
+  void Run(const Case& c) {
+    AttentionArgs args = {};
+    std::vector<Side> keys, values;
+    for (const TokenRange& range : c.held) {
+      args.parts[args.part_count++] = MakePart(kDType, c, kHeadDim, range, &keys, &values);
+    }
+    const Attended got = Launch<T, kDType, kHeadDim, kRowTiles>(c, 1, args);
+    Compare(c, kHeadDim, Limit(kDType), got.q, keys, values, got.o, got.lse);
+  }
+
+  static double Limit(DType dtype) { return dtype == DType::kBf16 ? 1e-2 : 1.5e-3; }
 
   static void Compare(const Case& c, uint32_t head_dim, double limit, const Values& q,
                       const std::vector<Side>& keys, const std::vector<Side>& values,
@@ -169,77 +190,44 @@ class TensorAttentionTest : public ::testing::Test {
   // of the growing part, whose memory begins some tokens before it.
   template <typename T, DType kDType, int kHeadDim, int kRowTiles>
   void RunTogether(const std::vector<Case>& cases) {
-    using Tile = TensorTile<kHeadDim, kRowTiles>;
-    const Case& first = cases.front();
     AttentionArgs args = {};
-    args.heads = first.heads;
-    args.group = first.heads / first.kv_heads;
-    args.head_dim = kHeadDim;
-    args.rows = first.rows;
-    args.window = first.window;
-    args.splits = first.splits;
     args.part_count = kPlacedParts;
-    args.members = static_cast<uint32_t>(cases.size());
-    args.vector_bytes = size_t{kHeadDim} * DTypeBytes(kDType);
-    args.scale_log2 = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(kHeadDim));
     std::vector<std::vector<Side>> keys(cases.size()), values(cases.size());
     std::vector<DevicePlace> places;
     for (size_t m = 0; m < cases.size(); ++m) {
       const Case& c = cases[m];
-      for (size_t p = 0; p < c.held.size(); ++p) {
-        const bool grows = p + 1 == c.held.size();
-        const uint32_t slot = grows ? static_cast<uint32_t>(random_() % 5) : 0;
-        const size_t elements = size_t{c.held[p].size()} * kHeadDim;
-        const size_t stride = elements * 2 + 16 * (random_() % 5);
-        keys[m].push_back(MakeSide(kDType, c.kv_heads, elements, stride));
-        values[m].push_back(MakeSide(kDType, c.kv_heads, elements, stride));
-        const size_t before = slot * args.vector_bytes;
-        // Of the growing part nobody looks at the tokens that are said here.
-        args.parts[(m + 1) * kPlacedParts - c.held.size() + p] = {
-            keys[m][p].at - before, values[m][p].at - before, stride, c.held[p].lo,
-            grows ? c.held[p].lo : c.held[p].hi};
-        if (grows) places.push_back({c.first_token, c.held[p].lo, slot});
+      AttentionPart* to = args.parts + (m + 1) * kPlacedParts - c.held.size();
+      for (const TokenRange& range : c.held) {
+        *to++ = MakePart(kDType, c, kHeadDim, range, &keys[m], &values[m]);
       }
+      // Nobody looks at what is said here of the growing part's tokens.
+      AttentionPart& last = *(to - 1);
+      const auto slot = static_cast<uint32_t>(random_() % 5);
+      const size_t before = slot * size_t{kHeadDim} * DTypeBytes(kDType);
+      last.k -= before;
+      last.v -= before;
+      last.hi = last.lo;
+      places.push_back({c.first_token, last.lo, slot});
     }
     args.place = places.data();
-    const size_t vectors = size_t{first.rows} * first.heads, all = cases.size() * vectors;
-    Values q = Random(all * kHeadDim, 2.0f);
-    std::vector<float4> aligned_q(q.size() / 4);
-    std::memcpy(aligned_q.data(), q.data(), q.size() * sizeof(float));
-    args.q = &aligned_q.data()->x;
-    for (float& x : q) {
-      std::byte stored[2];
-      StoreFromFloat(stored, 0, kDType, x);
-      x = LoadAsFloat(stored, 0, kDType);
-    }
-    Values o(first.splits * all * kHeadDim, NAN), lse(first.splits * all, NAN);
-    args.o = o.data();
-    args.lse = lse.data();
-    gridDim = {(first.rows * args.group + Tile::kQueries - 1) / Tile::kQueries, first.kv_heads,
-               args.members * first.splits};
-    const auto shared = std::make_unique<Shared<Tile::kSharedBytes>>();
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-      for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-        for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
-          std::memset(shared->bytes, 0xff, Tile::kSharedBytes);
-          ImitatedBlock block(Tile::kThreads, random_());
-          block.Run([&] { AttendTile<T, Tile>(Placed(args), shared->bytes); });
-        }
-      }
-    }
+    const Case& first = cases.front();
+    const auto members = static_cast<uint32_t>(cases.size());
+    const Attended got = Launch<T, kDType, kHeadDim, kRowTiles>(first, members, args);
+    const size_t vectors = size_t{first.rows} * first.heads;
+    const auto take = [](const Values& from, size_t at, size_t n, Values* to) {
+      const auto begin = from.begin() + static_cast<ptrdiff_t>(at);
+      to->insert(to->end(), begin, begin + static_cast<ptrdiff_t>(n));
+    };
     for (size_t m = 0; m < cases.size(); ++m) {
-      Values own_o, own_lse;
-      for (uint32_t s = 0; s < first.splits; ++s) {
-        const auto at = static_cast<ptrdiff_t>((s * cases.size() + m) * vectors);
-        const auto n = static_cast<ptrdiff_t>(vectors);
-        own_o.insert(own_o.end(), o.begin() + at * kHeadDim, o.begin() + (at + n) * kHeadDim);
-        own_lse.insert(own_lse.end(), lse.begin() + at, lse.begin() + at + n);
-      }
-      const auto from = q.begin() + static_cast<ptrdiff_t>(m * vectors * kHeadDim);
-      const Values own_q(from, from + static_cast<ptrdiff_t>(vectors * kHeadDim));
       SCOPED_TRACE("member " + std::to_string(m));
-      Compare(cases[m], kHeadDim, kDType == DType::kBf16 ? 1e-2 : 1.5e-3, own_q, keys[m], values[m],
-              own_o, own_lse);
+      Attended own;
+      take(got.q, m * vectors * kHeadDim, vectors * kHeadDim, &own.q);
+      for (size_t s = 0; s < first.splits; ++s) {
+        const size_t at = (s * members + m) * vectors;
+        take(got.o, at * kHeadDim, vectors * kHeadDim, &own.o);
+        take(got.lse, at, vectors, &own.lse);
+      }
+      Compare(cases[m], kHeadDim, Limit(kDType), own.q, keys[m], values[m], own.o, own.lse);
     }
   }
 

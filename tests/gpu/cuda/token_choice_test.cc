@@ -33,19 +33,6 @@ class TokenChoiceTest : public ::testing::Test {
     return out;
   }
 
-  // [rows][vocab] as a device has them.
-  static std::vector<float> InTiles(const std::vector<std::vector<float>>& rows, uint32_t tile) {
-    const auto vocab = static_cast<uint32_t>(rows.front().size());
-    std::vector<float> out;
-    for (uint32_t first = 0; first < vocab; first += tile) {
-      for (const std::vector<float>& row : rows) {
-        const auto from = row.begin() + first;
-        out.insert(out.end(), from, from + std::min(tile, vocab - first));
-      }
-    }
-    return out;
-  }
-
   std::mt19937_64 random_{Seed()};
 };
 
@@ -55,7 +42,7 @@ TEST_F(TokenChoiceTest, ChoicesAreThoseOfExactArithmetic) {
     const uint32_t rows = 1 + Below(3), tile = round % 3 == 0 ? vocab : 1 + Below(vocab);
     std::vector<std::vector<float>> logits;
     for (uint32_t r = 0; r < rows; ++r) logits.push_back(testing::MadeLogits(random_, vocab));
-    const std::vector<float> tiles = InTiles(logits, tile);
+    const std::vector<float> tiles = testing::InTiles(logits, tile);
     for (uint32_t r = 0; r < rows; ++r) {
       const TokenDraw draw = testing::MadeDraw(random_);
       const ChosenToken chosen = Choose({tiles.data(), r, rows, vocab, tile}, draw);
