@@ -189,6 +189,56 @@ TEST_P(WorkerDaemonRingsTest, SequencesThatDecodeTogetherAnswerAsAlone) {
   }
 }
 
+// The daemon voids the row of a context that it no longer has; the others' are computed again, each
+// by itself, and go on together.
+TEST_P(WorkerDaemonRingsTest, ARowThatIsVoidTakesNoOtherSequenceAlong) {
+  constexpr uint32_t kVoid = 12;  // step
+  ASSERT_NO_FATAL_FAILURE(Load(GoldenOf("llama-a", "n1500")));
+  options_.window = {16, 32, false};
+  options_.kv_dtype = DType::kFp32;
+  const std::span<const uint32_t> prompt(golden_.prompt);
+  std::vector<std::unique_ptr<Sequence>> alone, together;
+  for (auto* const all : {&alone, &together}) {
+    for (const uint32_t tokens : {700u, 400u, 300u}) {
+      // All ids are known from the opening, so that it is an attend that fails.
+      all->push_back(Open(service_.get(), prompt.first(tokens + 2 * kVoid), 1500));
+      ASSERT_NO_FATAL_FAILURE(
+          Extend(all->back().get(), prompt.first(tokens).subspan(all->back()->tokens())));
+    }
+  }
+  SequenceBatch batch({together[0].get(), together[1].get(), together[2].get()});
+  for (uint32_t step = 0; step < 2 * kVoid; ++step) {
+    if (step == kVoid) {
+      EXPECT_EQ(batch.replayed_steps() > 0, GetParam() == Sender::kRecording);
+      ASSERT_TRUE(service_->Close(together[1]->context()).ok());
+    }
+    std::vector<uint32_t> tokens;
+    std::vector<TokenDraw> draws;
+    for (size_t i = 0; i < alone.size(); ++i) {
+      tokens.push_back(prompt[alone[i]->tokens()]);
+      draws.push_back({0.8, 0.95, 0.1 + 0.3 * static_cast<double>(i) + 0.01 * step});
+    }
+    const auto got = batch.ExtendAndDraw(tokens, draws);
+    for (size_t i = 0; i < alone.size(); ++i) {
+      const auto want =
+          alone[i]->Extend(std::span(tokens).subspan(i, 1), Sequence::Role::kBudgeted);
+      ASSERT_TRUE(want.ok()) << want.status();
+      if (i == 1 && step >= kVoid) {
+        EXPECT_EQ(got[i].status().code(), step == kVoid ? absl::StatusCode::kNotFound
+                                                        : absl::StatusCode::kFailedPrecondition)
+            << got[i].status();
+        continue;
+      }
+      ASSERT_TRUE(got[i].ok()) << "step " << step << ", " << i << ": " << got[i].status();
+      EXPECT_EQ(*got[i], ChooseToken(*want, draws[i])) << "sequence " << i << " step " << step;
+    }
+  }
+  for (const size_t i : {0u, 2u}) {
+    EXPECT_EQ(together[i]->cost().recoveries, 1u);
+    EXPECT_EQ(together[i]->tokens(), alone[i]->tokens());
+  }
+}
+
 // A document cached behind one text, reused behind another: keys of the first layer know nothing
 // but their token and position, so there reuse is exact. All ropes, LongRoPE in both regimes.
 TEST_F(WorkerDaemonTest, ADocumentReusedAtAnotherPositionIsExactInTheFirstLayer) {
