@@ -15,6 +15,15 @@
 
 namespace quarry {
 
+std::vector<float> RowOf(const DeviceLogits& l, uint32_t row) {
+  std::vector<float> out(l.vocab);
+  for (uint32_t first = 0; first < l.vocab; first += l.tile) {
+    const uint32_t ids = std::min(l.tile, l.vocab - first);
+    std::copy_n(l.logits + size_t{l.rows} * first + size_t{row} * ids, ids, out.begin() + first);
+  }
+  return out;
+}
+
 absl::StatusOr<DeviceBuffer> Device::AllocateSpare(size_t bytes, size_t, std::string_view what) {
   return absl::ResourceExhaustedError(absl::StrCat(
       std::string(name()), " has no spare memory: ", bytes, " bytes for ", std::string(what)));

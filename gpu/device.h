@@ -216,12 +216,12 @@ struct DeviceLogits {
   const float* logits = nullptr;
   uint32_t rows = 0, vocab = 0, tile = 0;  // tile: at least 1
 };
+// [vocab] of one row, where they lie in memory of the host.
+std::vector<float> RowOf(const DeviceLogits& logits, uint32_t row);
 
-inline constexpr uint32_t kEveryToken = ~0u;
 struct ChosenToken {
   uint32_t id = 0;
-  // The first id whose logit is no finite number; then nothing is chosen. kEveryToken: all are.
-  uint32_t unfit = kEveryToken;
+  uint32_t unfit = kEveryToken;  // FirstUnfit; if there is one, nothing is chosen
 };
 
 struct DeviceStats {

@@ -210,15 +210,10 @@ class HostDevice final : public Device {
       Keeps([=, this] { Choose(l, kept, out); });
       return;
     }
-    std::vector<float> row(l.vocab);
     for (uint32_t r = 0; r < l.rows; ++r) {
-      for (uint32_t first = 0; first < l.vocab; first += l.tile) {
-        const uint32_t ids = std::min(l.tile, l.vocab - first);
-        std::copy_n(l.logits + size_t{l.rows} * first + size_t{r} * ids, ids, row.begin() + first);
-      }
-      const auto unfit = std::ranges::find_if_not(row, [](float x) { return std::isfinite(x); });
-      out[r] = unfit != row.end() ? ChosenToken{0, static_cast<uint32_t>(unfit - row.begin())}
-                                  : ChosenToken{ChooseToken(row, draws[r]), kEveryToken};
+      const std::vector<float> row = RowOf(l, r);
+      const uint32_t unfit = FirstUnfit(row);
+      out[r] = {unfit == kEveryToken ? ChooseToken(row, draws[r]) : 0, unfit};
     }
   }
 

@@ -1,7 +1,6 @@
 #include "gpu/layer_math.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "absl/strings/str_cat.h"
 #include "proto/check.h"
@@ -55,7 +54,7 @@ bool TurnTogether(std::span<const TokenRows> tokens) {
   return true;
 }
 
-absl::Status NotFinite(size_t id, uint32_t token) {
+absl::Status NotFinite(uint32_t id, uint32_t token) {
   return absl::InternalError(
       absl::StrCat("the logit of id ", id, " after token ", token, " is no finite number"));
 }
@@ -129,25 +128,16 @@ void LayerMath::Head(const float* x, uint32_t rows, float* norm, float* logits) 
   model_.UseNone();
 }
 
-absl::StatusOr<std::vector<Prediction>> LayerMath::ReadLogits(const float* logits,
+absl::StatusOr<std::vector<Prediction>> LayerMath::ReadLogits(DeviceLogits logits,
                                                               std::span<const uint32_t> tokens) {
-  const size_t rows = tokens.size(), vocab = model_.config().vocab;
-  std::vector<float> tiles(rows * vocab);
-  QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(tiles)), logits));
-  std::vector<Prediction> out(rows);
-  for (Prediction& prediction : out) prediction.logits.resize(vocab);
-  for (size_t t = 0; t < model_.head_tiles(); ++t) {
-    const size_t first = model_.head_tile_first(t), last = model_.head_tile_first(t + 1);
-    for (size_t r = 0; r < rows; ++r) {
-      const auto from = tiles.begin() + static_cast<ptrdiff_t>(rows * first + r * (last - first));
-      std::copy_n(from, last - first, out[r].logits.begin() + static_cast<ptrdiff_t>(first));
-    }
-  }
-  for (size_t r = 0; r < rows; ++r) {
-    const auto unfit =
-        std::ranges::find_if_not(out[r].logits, [](float x) { return std::isfinite(x); });
-    if (unfit == out[r].logits.end()) continue;
-    return NotFinite(static_cast<size_t>(unfit - out[r].logits.begin()), tokens[r]);
+  std::vector<float> here(size_t{logits.rows} * logits.vocab);
+  QUARRY_RETURN_IF_ERROR(device_.Download(std::as_writable_bytes(std::span(here)), logits.logits));
+  logits.logits = here.data();
+  std::vector<Prediction> out(logits.rows);
+  for (uint32_t r = 0; r < logits.rows; ++r) {
+    out[r].logits = RowOf(logits, r);
+    const uint32_t unfit = FirstUnfit(out[r].logits);
+    if (unfit != kEveryToken) return NotFinite(unfit, tokens[r]);
   }
   return out;
 }
@@ -155,10 +145,10 @@ absl::StatusOr<std::vector<Prediction>> LayerMath::ReadLogits(const float* logit
 absl::StatusOr<std::vector<Prediction>> LayerMath::Predict(const float* logits,
                                                            std::span<const uint32_t> tokens,
                                                            std::span<const TokenDraw> draws) {
-  if (draws.empty()) return ReadLogits(logits, tokens);
-  QUARRY_CHECK(draws.size() == tokens.size());
   const DeviceLogits of_device{logits, static_cast<uint32_t>(tokens.size()), model_.config().vocab,
-                               model_.head_tile_first(1)};
+                               model_.head_tile_rows()};
+  if (draws.empty()) return ReadLogits(of_device, tokens);
+  QUARRY_CHECK(draws.size() == tokens.size());
   std::vector<ChosenToken> chosen(tokens.size());
   const auto bytes = std::as_writable_bytes(std::span(chosen));
   QUARRY_ASSIGN_OR_RETURN(const DeviceBuffer memory,

@@ -82,7 +82,7 @@ class LayerMath {
                             const LayerScratch& s, uint32_t at = 0) const;
 
  private:
-  absl::StatusOr<std::vector<Prediction>> ReadLogits(const float* logits,
+  absl::StatusOr<std::vector<Prediction>> ReadLogits(DeviceLogits logits,
                                                      std::span<const uint32_t> tokens);
 
   const Model& model_;

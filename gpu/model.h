@@ -52,10 +52,8 @@ class Model {
   void UseNone() const { store_->UseNone(); }
   uint64_t weight_moves() const { return store_->moves(); }  // WeightStore::moves
   size_t head_tiles() const { return head_.size(); }
-  // Their first row; behind the last tile, the vocabulary's end.
-  uint32_t head_tile_first(size_t tile) const {
-    return tile < head_.size() ? head_[tile].first : config_.vocab;
-  }
+  // Rows of each; the last one may have fewer.
+  uint32_t head_tile_rows() const { return static_cast<uint32_t>(head_.front().weight.rows); }
   const DeviceMatrix& final_norm() const { return final_norm_; }  // [1][hidden]
   // y[r] = embedding[tokens[r]], [tokens][hidden] on the device.
   absl::Status Embed(std::span<const uint32_t> tokens, float* y) const;

@@ -13,6 +13,11 @@ TokenDraw Sampler::Draw() {
           std::uniform_real_distribution<double>(0, 1)(random_)};
 }
 
+uint32_t FirstUnfit(std::span<const float> logits) {
+  const auto unfit = std::ranges::find_if_not(logits, [](float x) { return std::isfinite(x); });
+  return unfit != logits.end() ? static_cast<uint32_t>(unfit - logits.begin()) : kEveryToken;
+}
+
 uint32_t ChooseToken(std::span<const float> logits, const TokenDraw& draw) {
   const auto best = std::max_element(logits.begin(), logits.end());
   if (draw.temperature <= 0) return static_cast<uint32_t>(best - logits.begin());

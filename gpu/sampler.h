@@ -15,6 +15,11 @@ struct TokenDraw {
   double at = 0;           // of [0, 1): where among those, by their probability
 };
 
+inline constexpr uint32_t kEveryToken = ~0u;
+// The first id whose logit is no finite number, from which no token is to be chosen; kEveryToken:
+// all are.
+uint32_t FirstUnfit(std::span<const float> logits);
+
 // logits: at least one, finite.
 uint32_t ChooseToken(std::span<const float> logits, const TokenDraw& draw);
 

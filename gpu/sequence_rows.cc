@@ -61,12 +61,12 @@ absl::StatusOr<Prediction> Sequence::AttendRows(std::span<const uint32_t> tokens
   for (size_t at = 0; at < tokens.size(); at += step) {
     const std::span<const uint32_t> rows = tokens.subspan(at, std::min(step, tokens.size() - at));
     const AttendCost before = cost_;
-    const bool last = at + step >= tokens.size();
-    prediction = RunRows(rows, budget, last ? draw : AnyDraw(draw));
+    const Draw own = at + step < tokens.size() ? AnyDraw(draw) : draw;
+    prediction = RunRows(rows, budget, own);
     if (!prediction.ok() && !absl::IsUnavailable(prediction.status())) {
       cost_ = before;  // what was voided
       QUARRY_RETURN_IF_ERROR(Recover());
-      prediction = RunRows(rows, budget, last ? draw : AnyDraw(draw));
+      prediction = RunRows(rows, budget, own);
     }
     if (!prediction.ok()) return prediction;
     Advance(static_cast<uint32_t>(rows.size()));

@@ -3,9 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <cmath>
 #include <functional>
-#include <numbers>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,12 +11,12 @@
 #include "absl/strings/str_cat.h"
 #include "gpu/cuda/arena.h"
 #include "gpu/cuda/attention.h"
-#include "gpu/cuda/attention_plan.h"
 #include "gpu/cuda/copy_stream.h"
 #include "gpu/cuda/cuda_sparse_kernels.h"
 #include "gpu/cuda/cuda_status.h"
 #include "gpu/cuda/driver.h"
 #include "gpu/cuda/overhead.h"
+#include "gpu/cuda/parts_attention.h"
 #include "gpu/cuda/recording.h"
 #include "gpu/cuda/ring_kernels.h"
 #include "gpu/cuda/row_kernels.h"
@@ -31,74 +29,6 @@
 
 namespace quarry::cuda {
 namespace {
-
-bool IsVectorAligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-// Whether the tensor kernel can read and write these addresses.
-bool IsVectorAligned(const DeviceAttention& a) {
-  bool aligned = IsVectorAligned(a.q) && IsVectorAligned(a.o);
-  for (const DeviceKv& part : a.parts) {
-    aligned = aligned && IsVectorAligned(part.k) && IsVectorAligned(part.v) &&
-              part.head_stride % 16 == 0;
-  }
-  return aligned;
-}
-
-// `parts` in so many places, the last ones of them.
-void SetParts(std::span<const DeviceKv> parts, size_t places, AttentionPart* to) {
-  to += places - parts.size();
-  for (const DeviceKv& part : parts) {
-    *to++ = {static_cast<const std::byte*>(part.k), static_cast<const std::byte*>(part.v),
-             part.head_stride, part.tokens.lo, part.tokens.hi};
-  }
-}
-
-AttentionArgs ArgsOf(const DeviceAttention& a, std::span<const DeviceKv> parts) {
-  AttentionArgs args = {};
-  args.members = 1;
-  args.q = a.q;
-  args.o = a.o;
-  args.lse = a.lse;
-  args.heads = a.heads;
-  args.group = a.heads / a.kv_heads;
-  args.head_dim = a.head_dim;
-  args.rows = a.rows;
-  args.first_token = a.first_token;
-  args.window = a.window;
-  args.place = a.place;
-  args.vector_bytes = a.head_dim * DTypeBytes(a.dtype);
-  args.splits = 1;
-  args.part_count = a.place != nullptr ? kPlacedParts : static_cast<uint32_t>(parts.size());
-  args.scale_log2 =
-      std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(a.head_dim));
-  SetParts(parts, args.part_count, args.parts);
-  return args;
-}
-
-bool HasPlacedParts(const DeviceAttention& a) {
-  return !a.parts.empty() && a.parts.size() <= kPlacedParts;
-}
-
-// Whether the tensor kernel does all of them at once: they have places, and their rows and those
-// lie one behind the other.
-bool CanRunTogether(std::span<const DeviceAttention> attentions) {
-  const DeviceAttention& first = attentions.front();
-  const size_t vectors = size_t{first.rows} * first.heads;
-  for (size_t i = 0; i < attentions.size(); ++i) {
-    const DeviceAttention& a = attentions[i];
-    if (a.dtype != first.dtype || a.heads != first.heads || a.kv_heads != first.kv_heads ||
-        a.head_dim != first.head_dim || a.rows != first.rows || a.window != first.window) {
-      return false;
-    }
-    if (first.place == nullptr || a.place != first.place + i || !HasPlacedParts(a)) return false;
-    const size_t skipped = i * vectors * a.head_dim;
-    if (a.q != first.q + skipped || a.o != first.o + skipped || a.lse != first.lse + i * vectors) {
-      return false;
-    }
-    if (!HasTensorAttention(a.dtype, a.head_dim) || !IsVectorAligned(a)) return false;
-  }
-  return true;
-}
 
 class CudaDevice final : public Device {
  public:
@@ -308,18 +238,10 @@ class CudaDevice final : public Device {
 
   void Attend(const DeviceAttention& attention) override {
     if (attention.rows == 0 || attention.heads == 0 || !Begin("Attend")) return;
-    Note(AttendParts(attention), "Attend");
+    Note(attention_->Attend(attention), "Attend");
   }
   void AttendEach(std::span<const DeviceAttention> attentions) override {
-    while (!attentions.empty()) {
-      const auto some = attentions.first(std::min<size_t>(kMaxAttentionMembers, attentions.size()));
-      attentions = attentions.subspan(some.size());
-      if (some.size() == 1 || some[0].rows == 0 || some[0].heads == 0 || !CanRunTogether(some)) {
-        for (const DeviceAttention& attention : some) Attend(attention);
-      } else if (Begin("Attend")) {
-        Note(AttendTogether(some), "Attend");
-      }
-    }
+    if (Begin("Attend")) Note(attention_->AttendEach(attentions), "Attend");
   }
 
   absl::StatusOr<std::unique_ptr<SparsePlan>> PlanSparse(std::span<const HeadPattern> patterns,
@@ -333,7 +255,7 @@ class CudaDevice final : public Device {
     if (a.rows == 0 || a.heads == 0) return absl::OkStatus();
     QUARRY_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.ordinal), "AttendSparse"));
     const auto& on_card = static_cast<const DevicePlan&>(plan);
-    return on_card.AllDense() ? AttendParts(a) : sparse_->Attend(on_card, a);
+    return on_card.AllDense() ? attention_->Attend(a) : sparse_->Attend(on_card, a);
   }
 
   absl::StatusOr<HostMapping> MapHost(std::span<std::byte> bytes) override {
@@ -445,6 +367,7 @@ class CudaDevice final : public Device {
     QUARRY_RETURN_IF_ERROR(
         CudaStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), name_));
     QUARRY_RETURN_IF_ERROR(LoadKernels());
+    attention_ = std::make_unique<PartsAttention>(this, multiprocessors_, stream_);
     sparse_kernels_ = std::make_unique<CudaSparseKernels>(stream_);
     sparse_ =
         std::make_unique<SparsePrefill>(this, sparse_kernels_.get(), SparsePrefill::Options{});
@@ -522,83 +445,6 @@ class CudaDevice final : public Device {
     return HostMapping(this, bytes);
   }
 
-  absl::Status AttendParts(const DeviceAttention& a) {
-    if (a.place != nullptr && !HasPlacedParts(a)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(a.parts.size(), " parts with a place, of 1 to ", kPlacedParts));
-    }
-    const bool tensor = HasTensorAttention(a.dtype, a.head_dim) && IsVectorAligned(a);
-    struct Launch {
-      AttentionPlan plan;
-      std::span<const DeviceKv> parts;
-    };
-    std::vector<Launch> launches;
-    uint32_t partials = 0;
-    for (size_t at = 0; at == 0 || at < a.parts.size(); at += kMaxAttentionParts) {
-      Launch& launch = launches.emplace_back();
-      launch.parts = a.parts.subspan(at).first(
-          std::min<size_t>(kMaxAttentionParts, a.parts.size() - at));
-      if (tensor) {
-        DeviceAttention of_these = a;
-        of_these.parts = launch.parts;
-        launch.plan = PlanAttention({&of_these, 1}, multiprocessors_);
-      }
-      partials += launch.plan.splits;
-    }
-    const size_t vectors = size_t{a.rows} * a.heads, elements = vectors * a.head_dim;
-    DeviceBuffer memory;
-    if (partials > 1) {
-      QUARRY_ASSIGN_OR_RETURN(memory, Allocate(partials * (elements + vectors) * sizeof(float),
-                                               "partials of attention"));
-    }
-    float* const o = partials > 1 ? memory.floats() : a.o;
-    float* const lse = partials > 1 ? memory.floats() + partials * elements : a.lse;
-    size_t done = 0;
-    for (const Launch& launch : launches) {
-      AttentionArgs args = ArgsOf(a, launch.parts);
-      args.o = o + done * elements;
-      args.lse = lse + done * vectors;
-      args.splits = launch.plan.splits;
-      done += launch.plan.splits;
-      QUARRY_RETURN_IF_ERROR(CudaStatus(
-          tensor ? LaunchTensorAttention(args, a.dtype, launch.plan.row_tiles, stream_)
-                 : LaunchPlainAttention(args, a.dtype, stream_),
-          "attention kernel"));
-    }
-    if (partials == 1) return absl::OkStatus();
-    return CudaStatus(
-        LaunchSplitMerge({o, lse, a.o, a.lse, vectors, partials, a.head_dim}, stream_),
-        "merge of partials");
-  }
-
-  // Attentions of which CanRunTogether holds.
-  absl::Status AttendTogether(std::span<const DeviceAttention> attentions) {
-    const DeviceAttention& first = attentions.front();
-    AttentionArgs args = ArgsOf(first, first.parts);
-    args.members = static_cast<uint32_t>(attentions.size());
-    for (size_t m = 0; m < attentions.size(); ++m) {
-      SetParts(attentions[m].parts, kPlacedParts, args.parts + m * kPlacedParts);
-    }
-    const AttentionPlan plan = PlanAttention(attentions, multiprocessors_);
-    args.splits = plan.splits;
-    const size_t vectors = size_t{args.members} * first.rows * first.heads;
-    DeviceBuffer memory;
-    if (args.splits > 1) {
-      QUARRY_ASSIGN_OR_RETURN(memory,
-                              Allocate(args.splits * vectors * (first.head_dim + 1) * sizeof(float),
-                                       "partials of attention"));
-      args.o = memory.floats();
-      args.lse = memory.floats() + args.splits * vectors * first.head_dim;
-    }
-    QUARRY_RETURN_IF_ERROR(CudaStatus(
-        LaunchTensorAttention(args, first.dtype, plan.row_tiles, stream_), "attention kernel"));
-    if (args.splits == 1) return absl::OkStatus();
-    return CudaStatus(
-        LaunchSplitMerge(
-            {args.o, args.lse, first.o, first.lse, vectors, args.splits, first.head_dim}, stream_),
-        "merge of partials");
-  }
-
   const CudaDeviceOptions options_;
   std::string name_;
   uint32_t multiprocessors_ = 1;
@@ -610,6 +456,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<Staging> staging_;
   std::unique_ptr<CopyStream> uploads_, downloads_;
   std::unique_ptr<WeightProducts> products_;
+  std::unique_ptr<PartsAttention> attention_;
   std::unique_ptr<CudaSparseKernels> sparse_kernels_;
   std::unique_ptr<SparsePrefill> sparse_;
   RecordedMemory* recorded_ = nullptr;  // while a recording is made
