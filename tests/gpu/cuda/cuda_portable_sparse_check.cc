@@ -10,6 +10,8 @@ class CudaPortableSparseCheck : public CudaSparseFixture {
   CudaPortableSparseCheck() : CudaSparseFixture(cuda::AttentionPath::kPortable) {}
 };
 
+TEST_F(CudaPortableSparseCheck, FewRowsOfEachHeadDim) { RunFewRowsOfEachHeadDim(); }
+
 TEST_F(CudaPortableSparseCheck, Prefills) {
   for (const DType dtype : {DType::kBf16, DType::kFp16}) {
     for (const uint32_t head_dim : {64u, 96u, 128u}) {

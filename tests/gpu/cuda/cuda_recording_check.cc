@@ -209,8 +209,9 @@ TEST_F(CudaRecordingCheck, RowsOfSeveralSequencesAreAsThoseOfEach) {
       EXPECT_EQ(Floats(together.x), Floats(alone.x));
       EXPECT_EQ(Floats(together.room_k), Floats(alone.room_k));
       EXPECT_EQ(Floats(together.room_v), Floats(alone.room_v));
-      // The work is cut up in other ways.
-      EXPECT_LE(WorstRow(Get(together.o), Get(alone.o), s.head_dim), 1e-4);
+      // The work is cut up in other ways: weights are rounded beside other maxima.
+      const double rounding = s.dtype == DType::kBf16 ? 0x1p-8 : 0x1p-11;
+      EXPECT_LE(WorstRow(Get(together.o), Get(alone.o), s.head_dim), rounding);
       const std::vector<float> lse = Get(together.lse), want = Get(alone.lse);
       for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(lse[i], want[i], 1e-4) << i;
     }

@@ -12,6 +12,9 @@ class CudaSparseCheck : public CudaSparseFixture {
   CudaSparseCheck() : CudaSparseFixture(cuda::AttentionPath::kBest) {}
 };
 
+// Small enough for racecheck, which slows a kernel down a thousandfold.
+TEST_F(CudaSparseCheck, FewRowsOfEachHeadDim) { RunFewRowsOfEachHeadDim(); }
+
 TEST_F(CudaSparseCheck, ShortPrefills) {
   for (const DType dtype : {DType::kBf16, DType::kFp16}) {
     for (const uint32_t head_dim : {64u, 96u, 128u}) {

@@ -127,7 +127,7 @@ TEST_F(CudaWeightCheck, DownloadsBesideOperationsAreOrderedByWaiting) {
   const std::vector<float> values = Random(2 * n);
   const DeviceBuffer both = Put(values), slot = Allocate(bytes);
   const DeviceMatrix w = Load(Random(size_t{4096} * 4096), 4096, DType::kBf16);
-  const DeviceBuffer x = Put(Random(size_t{4096} * 4096)), y = Allocate(x.bytes());
+  const DeviceBuffer x = Put(Random(size_t{4096} * 4096)), y = Output(size_t{4096} * 4096);
   const auto work = [&] {
     for (int i = 0; i < 20; ++i) {
       device_->MatMul(x.floats(), w, y.floats(), 4096, Device::Output::kOverwrite);
@@ -210,10 +210,10 @@ TEST_F(CudaWeightCheck, StreamedLayersStayWhileNobodyWantsTheirMemory) {
   const auto run = [&] { chain.Run(states->floats(), kRows); };
   const uint64_t unit = weights.unit_bytes(own), all = (kLayers - 2) * unit;
   EXPECT_EQ(pass(run), want);
-  EXPECT_EQ(chain.store().spare_bytes(), all);
+  ASSERT_EQ(chain.store().spare_bytes(), all);
   const uint64_t moves = chain.store().moves();
   EXPECT_EQ(pass(run), want);
-  EXPECT_EQ(chain.store().moves(), moves);
+  ASSERT_EQ(chain.store().moves(), moves);
   // Nothing comes any more: a pass can be recorded.
   {
     const auto recording = own.Record(run);

@@ -155,6 +155,10 @@ class CudaSparseFixture : public CudaDeviceCheck {
     }
   }
 
+  void RunFewRowsOfEachHeadDim() {
+    for (const uint32_t head_dim : {64u, 96u, 128u}) Run({DType::kBf16, 8, 2, head_dim, 100, 130});
+  }
+
   // As the device does it: by its own plan, which may be dense.
   void RunOnDevice(const testing::CaseShape& shape) {
     const testing::SparseCase c = Made(shape);
