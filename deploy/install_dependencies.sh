@@ -12,6 +12,8 @@ packages=(
   libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
   # status, containers and synchronisation; memory placement
   libabsl-dev libnuma-dev
+  # the disk tier: io_uring, CRC32C
+  liburing-dev libisal-dev
   # digests
   libxxhash-dev libssl-dev
   # configuration, command lines, logs, metrics, JSON
