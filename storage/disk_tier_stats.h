@@ -1,0 +1,33 @@
+// What the disk tier has done and has.
+#pragma once
+
+#include <cstdint>
+
+namespace quarry {
+
+// Of the log on the disk. Bytes of blocks are without frames.
+struct BlockLogStats {
+  uint64_t capacity_bytes = 0;  // of all segments
+  uint64_t segments = 0, free_segments = 0, condemned_segments = 0;
+  uint64_t blocks = 0, bytes = 0;
+  // Since the start, of callers; to the disk, frames and what was moved included.
+  uint64_t appended_blocks = 0, appended_bytes = 0, written_bytes = 0;
+  uint64_t moved_bytes = 0;  // by reclaiming
+  uint64_t dropped_blocks = 0, dropped_bytes = 0;
+  uint64_t read_blocks = 0, read_bytes = 0;
+  uint64_t broken_blocks = 0;  // read, and not what was written
+  uint64_t read_errors = 0, write_errors = 0;
+  uint64_t recovered_blocks = 0, incomplete_blocks = 0, scanned_segments = 0;
+  double recovery_seconds = 0;
+};
+
+struct DiskTierStats {
+  BlockLogStats log;
+  uint64_t queued_bytes = 0;       // that wait to be written
+  uint64_t not_admitted = 0;       // blocks that were not queued, or that could not be written
+  uint64_t promoted = 0;           // blocks read into RAM
+  uint64_t failed_promotions = 0;  // a block was on the disk, and the look-up a miss
+  bool refuses = false;            // for a while, after a write that failed
+};
+
+}  // namespace quarry

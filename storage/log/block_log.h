@@ -1,0 +1,102 @@
+// The disk tier's log: blocks that survive a restart. Format: storage/FORMAT.md.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "proto/types.h"
+#include "storage/block_key.h"
+#include "storage/disk/disk.h"
+#include "storage/disk_tier_stats.h"
+
+namespace quarry {
+
+// The smallest disk that a log of such segments can be on.
+constexpr uint64_t LeastLogBytes(uint64_t segment_bytes) {
+  return (1ull << 20) + 4 * segment_bytes + kSectorBytes;
+}
+
+// What is known of a block on the disk when its segment is to be used anew.
+struct ReclaimCandidate {
+  std::string_view tenant;
+  BlockId id;
+  uint64_t bytes = 0;
+  uint32_t uses = 0;  // since it was written, half of those before it was moved
+};
+
+struct BlockLogOptions {
+  uint64_t segment_bytes = 64ull << 20;  // of a disk that is formatted now; whole sectors
+  uint64_t max_part_bytes = 8ull << 20;
+  // Whether to move a block on rather than drop it. At most three quarters of a segment are moved,
+  // whatever it says. Called under the log's locks. Default: what was used since.
+  std::function<bool(const ReclaimCandidate&)> keep;
+  // Random numbers that differ from start to start. Default: of the system; tests have their own.
+  std::function<uint64_t()> random;
+};
+
+// A block to write. What it refers to must live until Append returns.
+struct BlockToLog {
+  std::string_view tenant;
+  const BlockKey* key = nullptr;
+  ByteDigest digest;
+  std::span<const std::byte> bytes;
+  // Asked when nothing can come between the answer and the writing, for instance a purge; no: the
+  // block is Cancelled. Null: it is wanted.
+  std::function<bool()> still_wanted;
+};
+
+// Found by id alone: whether the whole key is the same is seen by Read.
+struct LoggedBlockInfo {
+  BlockId id, parent;
+  NamespaceDigest name_space;
+  ByteDigest digest;
+  uint64_t bytes = 0;
+  uint64_t born = 0;  // another one's is another number; changes when it is moved
+};
+
+// Thread-safe. Calls that write (Append, Purge) wait for one another, for the disk, and for
+// segments to be reclaimed; Read waits for the disk only. Every answer of Read is checked: place,
+// generation, whole key and digests.
+class BlockLog {
+ public:
+  // Formats a blank disk; recovers what a log has. FailedPrecondition: another thing's disk, or a
+  // version that this program does not know; nothing is changed then. InvalidArgument names an
+  // option and its value.
+  static absl::StatusOr<std::unique_ptr<BlockLog>> Open(std::unique_ptr<Disk> disk,
+                                                        const BlockLogOptions& options);
+  virtual ~BlockLog() = default;
+
+  // One group commit of all, or a few where segments end: when it returns, a block whose status is
+  // OK is durable and can be found. DataLoss: the bytes do not have their digest; nothing of the
+  // block is kept. InvalidArgument: it is larger than an eighth of the log. ResourceExhausted: no
+  // segment could be had, or the disk is full; Unavailable: the disk failed; then the blocks behind
+  // it are not tried. Of blocks of one id the last stays.
+  virtual std::vector<absl::Status> Append(std::span<const BlockToLog> blocks) = 0;
+  // As BlockStore::Purge; when it returns OK, the blocks never come back. They cannot be found from
+  // the call on, also if it fails. Returns how many there were.
+  virtual absl::StatusOr<uint64_t> Purge(std::string_view tenant,
+                                         const std::optional<NamespaceDigest>& name_space,
+                                         std::span<const BlockId> blocks) = 0;
+
+  // Counts as a use, whoever answers it. False: it is not there.
+  virtual bool Touch(std::string_view tenant, const BlockId& id) = 0;
+  virtual std::optional<LoggedBlockInfo> Find(std::string_view tenant, const BlockId& id) const = 0;
+  // The bytes of the block, info.bytes of them, and their digest. NotFound: it is not there, or
+  // under another key. DataLoss: it is not what was written; counted, logged, and gone from now on.
+  // Unavailable: the disk. What is in `out` after an error is to be used by nobody.
+  virtual absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
+                                          std::span<std::byte> out) = 0;
+  // At most `limit` of the tenant's, in no order.
+  virtual std::vector<LoggedBlockInfo> List(std::string_view tenant, uint32_t limit) const = 0;
+  virtual BlockLogStats Stats() const = 0;
+};
+
+}  // namespace quarry

@@ -1,0 +1,157 @@
+// What the log writes about itself, as bytes: storage/FORMAT.md. Encoding makes whole sectors;
+// decoding trusts nothing: what is not exactly right is DataLoss.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "proto/types.h"
+#include "storage/block_key.h"
+#include "storage/disk/aligned_buffer.h"
+#include "storage/disk/disk.h"
+
+namespace quarry {
+
+inline constexpr uint32_t kLogVersion = 1;
+inline constexpr uint64_t kMinSegmentBytes = 16 * kSectorBytes;
+inline constexpr uint64_t kMaxSegmentBytes = 1ull << 30;
+// Of a frame without its payload.
+inline constexpr uint64_t kMaxFrameBytes = 128ull << 10;
+
+using DeviceId = std::array<uint8_t, 16>;
+
+// Where a frame is, which it says itself: a frame that was written elsewhere, or before its segment
+// was used anew, is not mistaken for it.
+struct FramePlace {
+  DeviceId device{};
+  uint32_t segment = 0;
+  uint64_t generation = 0;  // of the segment: drawn at random whenever it is used anew
+  uint64_t offset = 0;      // on the disk
+  friend bool operator==(const FramePlace&, const FramePlace&) = default;
+};
+
+// The disk's, the same in every copy; written once.
+struct Superblock {
+  DeviceId device{};
+  uint64_t segment_bytes = 0;
+  uint32_t segments = 0;
+
+  static constexpr uint64_t kFirstSegment = 1ull << 20;
+  static constexpr int kCopies = 3;
+  uint64_t SegmentOffset(uint32_t segment) const { return kFirstSegment + segment * segment_bytes; }
+  uint64_t CopyOffset(int copy) const {
+    return copy == 0 ? 0 : copy == 1 ? kFirstSegment / 2 : SegmentOffset(segments);
+  }
+};
+
+// A part of a block's bytes, which follow the frame in whole sectors.
+struct PartFrame {
+  std::string tenant;
+  BlockKey key;
+  ByteDigest block_digest;  // of the whole block
+  ByteDigest digest;        // of this part
+  uint64_t block_bytes = 0;
+  uint64_t part_offset = 0;  // in the block; a multiple of kSectorBytes
+  uint64_t part_bytes = 0;
+  // The sequence at which the block was written first, the same for all its parts, wherever they
+  // are moved to.
+  uint64_t born = 0;
+};
+
+// A block with this id that was born before is gone.
+struct PurgedBlock {
+  BlockId id;
+  uint64_t born = 0;
+};
+
+// Blocks are gone: these; or, if there are none, those of the namespace that were born before
+// `born`; or all of the tenant that were. Every purge is written twice, in frames of their own.
+struct PurgeFrame {
+  std::string tenant;
+  bool has_name_space = false;
+  NamespaceDigest name_space;       // also of the blocks
+  std::vector<PurgedBlock> blocks;  // at most kMaxBlocks
+  uint64_t born = 0;                // the latest of them
+
+  static constexpr size_t kMaxBlocks = 2048;
+};
+
+// The frames of a segment with sequences [first, first + count) and all bytes that follow them were
+// on the disk before this was written.
+struct CommitFrame {
+  uint64_t first = 0;
+  uint32_t count = 0;
+};
+
+enum class FrameKind : uint8_t { kSuperblock, kSegment, kPart, kPurge, kCommit, kFooter };
+
+// What every frame begins with.
+struct FrameHead {
+  FrameKind kind = FrameKind::kSegment;
+  uint64_t bytes = 0;  // in whole sectors, without payload
+  FramePlace place;
+  uint64_t sequence = 0;
+};
+
+AlignedBuffer EncodeSuperblock(const Superblock& superblock, uint64_t offset);
+AlignedBuffer EncodeSegmentStart(const FramePlace& place, uint64_t sequence);
+AlignedBuffer EncodePart(const FramePlace& place, uint64_t sequence, const PartFrame& part);
+AlignedBuffer EncodePurge(const FramePlace& place, uint64_t sequence, const PurgeFrame& purge);
+AlignedBuffer EncodeCommit(const FramePlace& place, uint64_t sequence, const CommitFrame& commit);
+// Bytes that the frame of a part takes.
+uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key);
+
+// The head of the frame that begins here, by its first sector, whose checksum may not be known yet;
+// DataLoss: there is none, or one of another version. Of more sectors, read head.bytes of them.
+absl::StatusOr<FrameHead> PeekFrame(std::span<const std::byte> sector);
+// The whole frame. DataLoss: its checksum is wrong, or it is not of this kind or place.
+absl::StatusOr<Superblock> DecodeSuperblock(std::span<const std::byte> frame, uint64_t offset);
+absl::StatusOr<FrameHead> DecodeSegmentStart(std::span<const std::byte> frame);
+absl::StatusOr<PartFrame> DecodePart(std::span<const std::byte> frame, const FramePlace& place,
+                                     uint64_t sequence);
+absl::StatusOr<PurgeFrame> DecodePurge(std::span<const std::byte> frame, const FramePlace& place,
+                                       uint64_t sequence);
+absl::StatusOr<CommitFrame> DecodeCommit(std::span<const std::byte> frame, const FramePlace& place,
+                                         uint64_t sequence);
+
+// What a footer says of one frame of its segment; of a purge only where it is.
+struct FooterEntry {
+  FrameKind kind = FrameKind::kPart;
+  uint64_t offset = 0;  // on the disk
+  uint64_t frame_bytes = 0;
+  uint64_t sequence = 0;
+  uint64_t born = 0;
+  std::string tenant;
+  BlockId id, parent;
+  NamespaceDigest name_space;
+  ByteDigest block_digest;
+  uint64_t block_bytes = 0, part_offset = 0, part_bytes = 0;
+};
+
+// All but where it is.
+FooterEntry EntryOf(const PartFrame& part);
+FooterEntry EntryOf(const PurgeFrame& purge);
+
+// Bytes of a footer, which ends with its segment: the entries and a last sector that names them.
+uint64_t FooterBytes(uint64_t entry_bytes);
+uint64_t FooterEntryBytes(std::string_view tenant);
+AlignedBuffer EncodeFooter(const FramePlace& segment_end, uint64_t sequence,
+                           std::span<const FooterEntry> entries);
+struct FooterPlace {
+  FrameHead head;
+  uint64_t entries_offset = 0, entries_bytes = 0;  // on the disk, in whole sectors
+  uint32_t entries = 0, crc = 0;
+};
+// By the last sector of its segment.
+absl::StatusOr<FooterPlace> DecodeFooterPlace(std::span<const std::byte> sector);
+absl::StatusOr<std::vector<FooterEntry>> DecodeFooter(const FooterPlace& place,
+                                                      std::span<const std::byte> entries);
+
+}  // namespace quarry

@@ -1,0 +1,423 @@
+#include "storage/log/log_recovery.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include <spdlog/spdlog.h>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
+#include "storage/log/block_log.h"
+#include "storage/log/footer.h"
+#include "storage/log/sectors.h"
+#include "storage/slot_size.h"
+
+namespace quarry {
+namespace {
+
+bool IsBlank(std::span<const std::byte> bytes) {
+  return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
+}
+
+absl::Status WriteSuperblocks(Disk* disk, const Superblock& superblock) {
+  for (int copy = 0; copy < Superblock::kCopies; ++copy) {
+    const uint64_t offset = superblock.CopyOffset(copy);
+    const AlignedBuffer frame = EncodeSuperblock(superblock, offset);
+    const std::span<const std::byte> piece[] = {frame.bytes()};
+    QUARRY_RETURN_IF_ERROR(disk->Write(offset, piece));
+  }
+  return disk->Sync();
+}
+
+}  // namespace
+
+absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
+                                          const std::function<uint64_t()>& random) {
+  const uint64_t least = LeastLogBytes(segment_bytes);
+  if (disk->bytes() < least) {
+    return absl::FailedPreconditionError(absl::StrCat("disk ", disk->name(), " has ", disk->bytes(),
+                                                      " bytes; a log of segments of ",
+                                                      segment_bytes, " needs ", least));
+  }
+  Superblock fresh;
+  for (size_t i = 0; i < fresh.device.size(); i += 8) {
+    const uint64_t number = random();
+    std::memcpy(fresh.device.data() + i, &number, 8);
+  }
+  fresh.segment_bytes = segment_bytes;
+  fresh.segments = static_cast<uint32_t>(
+      (disk->bytes() - Superblock::kFirstSegment - kSectorBytes) / segment_bytes);
+  // The place of the last copy is known from any other; on a disk that was formatted with another
+  // size of segments the fresh one's has something else.
+  bool blank = true;
+  absl::Status trouble;
+  AlignedBuffer sector(kSectorBytes);
+  for (int copy = 0; copy < Superblock::kCopies; ++copy) {
+    const uint64_t offset = fresh.CopyOffset(copy);
+    if (absl::Status read = ReadSectors(disk, offset, &sector); !read.ok()) {
+      trouble = read;  // above all else: what is there is not known
+      blank = false;
+      continue;
+    }
+    const absl::StatusOr<Superblock> found = DecodeSuperblock(sector.bytes(), offset);
+    if (!found.ok()) {
+      if (!IsBlank(sector.bytes())) {
+        blank = false;
+        trouble.Update(found.status());
+      }
+      continue;
+    }
+    const uint64_t end = found->CopyOffset(Superblock::kCopies - 1) + kSectorBytes;
+    if (end > disk->bytes()) {
+      return absl::FailedPreconditionError(absl::StrCat("the log on ", disk->name(), " has ", end,
+                                                        " bytes, the disk ", disk->bytes()));
+    }
+    return *found;
+  }
+  if (absl::IsUnavailable(trouble)) return trouble;
+  if (!blank) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        disk->name(), " is not blank, and no log of this version: ", std::string(trouble.message()),
+        "; it is left as it is"));
+  }
+  QUARRY_RETURN_IF_ERROR(WriteSuperblocks(disk, fresh));
+  return fresh;
+}
+
+namespace {
+
+// Reads a stretch of the disk from its start to its end, in large pieces. What cannot be read is
+// zeros.
+class SectorReader {
+ public:
+  SectorReader(Disk* disk, uint64_t end) : disk_(disk), end_(end) {}
+
+  // Whether all could be read so far.
+  bool complete() const { return complete_; }
+  // Until the next call.
+  std::span<const std::byte> At(uint64_t offset, uint64_t bytes) {
+    if (offset < from_ || offset + bytes > from_ + window_.size()) Fill(offset, bytes);
+    return window_.bytes().subspan(offset - from_, bytes);
+  }
+
+ private:
+  static constexpr uint64_t kWindowBytes = 1ull << 20;
+
+  void Fill(uint64_t offset, uint64_t bytes) {
+    from_ = offset;
+    window_ = AlignedBuffer(std::max(bytes, std::min(kWindowBytes, end_ - offset)));
+    if (ReadSectors(disk_, offset, &window_).ok()) return;
+    AlignedBuffer sector(kSectorBytes);
+    for (uint64_t at = 0; at < window_.size(); at += kSectorBytes) {
+      const bool read = ReadSectors(disk_, offset + at, &sector).ok();
+      if (!read) std::memset(sector.bytes().data(), 0, kSectorBytes);
+      complete_ &= read;
+      std::memcpy(window_.bytes().data() + at, sector.bytes().data(), kSectorBytes);
+    }
+  }
+
+  Disk* const disk_;
+  const uint64_t end_;
+  uint64_t from_ = 0;
+  AlignedBuffer window_;
+  bool complete_ = true;
+};
+
+// More than any log writes from one start to the next.
+constexpr uint64_t kUnreadSequences = 1ull << 40;
+
+class Recovery {
+ public:
+  Recovery(Disk* disk, const Superblock& superblock, TenantNames* tenants)
+      : disk_(disk),
+        superblock_(superblock),
+        tenants_(tenants),
+        out_{superblock, LogIndex(superblock.segments), SegmentTable(superblock.segments),
+             PurgeTable(superblock.segments)} {}
+
+  absl::StatusOr<RecoveredLog> Run() {
+    for (uint32_t s = 0; s < superblock_.segments; ++s) RecoverSegment(s);
+    if (unreadable_ == superblock_.segments) {
+      return absl::UnavailableError(absl::StrCat("none of the ", unreadable_, " segments of ",
+                                                 disk_->name(), " can be read"));
+    }
+    ReplaceUnknownPurges();
+    ChooseBlocks();
+    // What could not be read may have any sequence up to there.
+    if (incomplete_) {
+      out_.next_sequence += kUnreadSequences;
+      out_.doubtful_before = out_.next_sequence;
+    }
+    return std::move(out_);
+  }
+
+ private:
+  using BlockName = std::pair<TenantName, BlockId>;
+
+  void Saw(uint64_t sequence) { out_.next_sequence = std::max(out_.next_sequence, sequence + 1); }
+
+  void RecoverSegment(uint32_t s) {
+    SegmentInfo info;
+    bool complete = true;  // all that there may be has been read
+    const std::optional<FrameHead> start = FindStart(s, &complete);
+    std::optional<uint64_t> generation;
+    if (start.has_value()) {
+      generation = start->place.generation;
+      info.first_sequence = start->sequence;
+    }
+    absl::StatusOr<Footer> footer = ReadFooter(disk_, superblock_, s, generation);
+    const bool sealed = footer.ok();
+    if (sealed) {
+      Saw(footer->sequence);
+    } else {
+      complete &= !absl::IsUnavailable(footer.status());
+      footer = Footer{generation.value_or(0), 0, {}};
+      if (generation.has_value()) {
+        ++out_.scanned_segments;
+        footer->entries = Scan(s, *generation, &complete);
+      } else if (!complete) {
+        ++unreadable_;
+      }
+    }
+    info.generation = footer->generation;
+    for (const FooterEntry& entry : footer->entries) {
+      Saw(entry.sequence);
+      if (entry.kind != FrameKind::kPart) continue;
+      info.oldest_born = std::min(info.oldest_born, entry.born);
+    }
+    absl::Status usable;
+    if (!sealed && !complete) {
+      info.oldest_born = 0;
+      incomplete_ = true;
+      usable = absl::UnavailableError("something of it cannot be read");
+    } else if (!sealed && !footer->entries.empty()) {
+      usable = Seal(s, &*footer);
+    }
+    info.state = SegmentState::kSealed;
+    if (footer->entries.empty()) info.state = SegmentState::kFree;
+    if (!usable.ok()) {
+      info.state = SegmentState::kCondemned;
+      spdlog::error("segment {} of {} is not written any more: {}", s, disk_->name(),
+                    std::string(usable.message()));
+    }
+    out_.segments.Set(s, info);
+    Take(s, info.generation, footer->entries);
+  }
+
+  absl::Status Seal(uint32_t s, Footer* footer) {
+    footer->sequence = out_.next_sequence++;
+    QUARRY_RETURN_IF_ERROR(WriteFooter(disk_, superblock_, s, *footer).status());
+    return disk_->Sync();
+  }
+
+  // The start of a segment, or the frame behind it where that is broken; nothing where neither is
+  // one of this segment, or not `complete`, where they cannot be read.
+  std::optional<FrameHead> FindStart(uint32_t s, bool* complete) {
+    const uint64_t start = superblock_.SegmentOffset(s);
+    AlignedBuffer sector(kSectorBytes);
+    for (const uint64_t at : {start, start + kSectorBytes}) {
+      if (!ReadSectors(disk_, at, &sector).ok()) {
+        *complete = false;
+        continue;
+      }
+      const absl::StatusOr<FrameHead> head =
+          at == start ? DecodeSegmentStart(sector.bytes()) : PeekFrame(sector.bytes());
+      if (!head.ok() || head->place.device != superblock_.device || head->place.segment != s ||
+          head->place.offset != at) {
+        continue;
+      }
+      Saw(head->sequence);
+      *complete = true;  // it is known which use of the segment this is
+      return *head;
+    }
+    return std::nullopt;
+  }
+
+  // What was committed in a segment without a footer. Where a frame is broken, or cannot be read,
+  // the next one is looked for; a purge counts whether it was committed or not.
+  std::vector<FooterEntry> Scan(uint32_t s, uint64_t generation, bool* complete) {
+    const uint64_t end = superblock_.SegmentOffset(s) + superblock_.segment_bytes;
+    std::vector<FooterEntry> committed, pending;
+    SectorReader sectors(disk_, end);
+    for (uint64_t at = superblock_.SegmentOffset(s) + kSectorBytes; at < end;) {
+      const FramePlace place{superblock_.device, s, generation, at};
+      const absl::StatusOr<FrameHead> head = PeekFrame(sectors.At(at, kSectorBytes));
+      if (!head.ok() || head->place != place || head->bytes > end - at) {
+        at += kSectorBytes;
+        continue;
+      }
+      const std::span<const std::byte> frame = sectors.At(at, head->bytes);
+      if (head->kind == FrameKind::kCommit) {
+        const auto commit = DecodeCommit(frame, place, head->sequence);
+        if (!commit.ok()) {
+          at += kSectorBytes;
+          continue;
+        }
+        for (FooterEntry& entry : pending) {
+          if (entry.sequence - commit->first < commit->count) {
+            committed.push_back(std::move(entry));
+          }
+        }
+        pending.clear();
+        Saw(head->sequence);
+        at += head->bytes;
+        continue;
+      }
+      std::optional<FooterEntry> entry = EntryAt(frame, place, *head);
+      const uint64_t payload = entry.has_value() ? RoundUp(entry->part_bytes, kSectorBytes) : 0;
+      if (!entry.has_value() || payload > end - at - head->bytes) {
+        at += kSectorBytes;
+        continue;
+      }
+      (entry->kind == FrameKind::kPurge ? committed : pending).push_back(*std::move(entry));
+      Saw(head->sequence);
+      at += head->bytes + payload;
+    }
+    *complete &= sectors.complete();
+    return committed;
+  }
+
+  std::optional<FooterEntry> EntryAt(std::span<const std::byte> frame, const FramePlace& place,
+                                     const FrameHead& head) {
+    FooterEntry entry;
+    if (head.kind == FrameKind::kPart) {
+      const absl::StatusOr<PartFrame> part = DecodePart(frame, place, head.sequence);
+      if (!part.ok()) return std::nullopt;
+      entry = EntryOf(*part);
+    } else if (head.kind == FrameKind::kPurge) {
+      const absl::StatusOr<PurgeFrame> purge = DecodePurge(frame, place, head.sequence);
+      if (!purge.ok()) return std::nullopt;
+      entry = EntryOf(*purge);
+    } else {
+      return std::nullopt;
+    }
+    entry.offset = place.offset;
+    entry.frame_bytes = head.bytes;
+    entry.sequence = head.sequence;
+    return entry;
+  }
+
+  // Blocks by id and birth, and purges.
+  void Take(uint32_t s, uint64_t generation, std::span<const FooterEntry> entries) {
+    for (const FooterEntry& entry : entries) {
+      const FramePlace place{superblock_.device, s, generation, entry.offset};
+      if (entry.kind == FrameKind::kPurge) {
+        TakePurge(place, entry);
+      } else if (entry.kind == FrameKind::kPart && !entry.tenant.empty()) {
+        TakePart(place, entry);
+      }
+    }
+  }
+
+  void TakePurge(const FramePlace& place, const FooterEntry& entry) {
+    absl::StatusOr<PurgeFrame> purge = absl::DataLossError("its length is wrong");
+    if (entry.frame_bytes % kSectorBytes == 0 && entry.frame_bytes <= kMaxFrameBytes) {
+      AlignedBuffer frame(entry.frame_bytes);
+      const absl::Status read = ReadSectors(disk_, place.offset, &frame);
+      purge = read.ok() ? DecodePurge(frame.bytes(), place, entry.sequence) : read;
+    }
+    if (purge.ok()) {
+      const TenantName tenant = tenants_->Intern(purge->tenant);
+      known_purges_.insert({tenant, purge->born});
+      out_.purges.Add(tenant, *purge, place.segment);
+      return;
+    }
+    unknown_purges_.push_back({entry, place.segment, std::string(purge.status().message())});
+  }
+
+  // Of a purge that cannot be read in either place it is known whose it was: better that too much
+  // of the tenant's is gone.
+  void ReplaceUnknownPurges() {
+    for (const UnknownPurge& unknown : unknown_purges_) {
+      const TenantName tenant = tenants_->Intern(unknown.entry.tenant);
+      if (known_purges_.contains({tenant, unknown.entry.born})) continue;
+      spdlog::error(
+          "a purge of tenant {} on {} cannot be read: all that the tenant had before is "
+          "dropped ({})",
+          unknown.entry.tenant, disk_->name(), unknown.why);
+      PurgeFrame all;
+      all.tenant = unknown.entry.tenant;
+      all.born = unknown.entry.born;
+      out_.purges.Add(tenant, all, unknown.segment);
+    }
+  }
+
+  void TakePart(const FramePlace& place, const FooterEntry& entry) {
+    LoggedBlock& block = found_[{tenants_->Intern(entry.tenant), entry.id}][entry.born];
+    if (block.parts.empty()) {
+      block.tenant = tenants_->Intern(entry.tenant);
+      block.id = entry.id;
+      block.parent = entry.parent;
+      block.name_space = entry.name_space;
+      block.digest = entry.block_digest;
+      block.bytes = entry.block_bytes;
+      block.born = entry.born;
+    }
+    const LoggedPart part{place, entry.sequence, entry.frame_bytes, entry.part_offset,
+                          entry.part_bytes};
+    for (LoggedPart& other : block.parts) {
+      if (other.part_offset != part.part_offset) continue;
+      if (other.sequence < part.sequence) other = part;  // it was moved
+      return;
+    }
+    block.parts.push_back(part);
+  }
+
+  static bool IsWhole(LoggedBlock* block) {
+    std::sort(
+        block->parts.begin(), block->parts.end(),
+        [](const LoggedPart& a, const LoggedPart& b) { return a.part_offset < b.part_offset; });
+    uint64_t next = 0;
+    for (const LoggedPart& part : block->parts) {
+      if (part.part_offset != next) return false;
+      next += part.part_bytes;
+    }
+    return next == block->bytes && next > 0;
+  }
+
+  void ChooseBlocks() {
+    for (auto& [name, births] : found_) {
+      for (auto birth = births.rbegin(); birth != births.rend(); ++birth) {
+        LoggedBlock& block = birth->second;
+        if (out_.purges.Covers(block)) break;  // and so are older ones
+        if (!IsWhole(&block)) {
+          ++out_.incomplete_blocks;
+          continue;
+        }
+        out_.index.Add(std::move(block));
+        break;
+      }
+      births.clear();
+    }
+  }
+
+  Disk* const disk_;
+  const Superblock superblock_;
+  TenantNames* const tenants_;
+  RecoveredLog out_;
+  uint32_t unreadable_ = 0;
+  absl::flat_hash_map<BlockName, std::map<uint64_t, LoggedBlock>> found_;  // by birth
+  struct UnknownPurge {
+    FooterEntry entry;
+    uint32_t segment = 0;
+    std::string why;
+  };
+  absl::flat_hash_set<std::pair<TenantName, uint64_t>> known_purges_;  // by birth
+  std::vector<UnknownPurge> unknown_purges_;
+  bool incomplete_ = false;
+};
+
+}  // namespace
+
+absl::StatusOr<RecoveredLog> RecoverLog(Disk* disk, const Superblock& superblock,
+                                        TenantNames* tenants) {
+  return Recovery(disk, superblock, tenants).Run();
+}
+
+}  // namespace quarry

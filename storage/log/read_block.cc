@@ -1,0 +1,103 @@
+#include "storage/log/read_block.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "proto/byte_digest.h"
+#include "proto/status_macros.h"
+#include "storage/slot_size.h"
+
+namespace quarry {
+namespace {
+
+std::string Hex(const ByteDigest& digest) {
+  return absl::StrCat(absl::Hex(digest.high, absl::kZeroPad16),
+                      absl::Hex(digest.low, absl::kZeroPad16));
+}
+
+absl::Status CheckDigest(std::span<const std::byte> bytes, const ByteDigest& expected,
+                         const LoggedPart& part) {
+  const ByteDigest actual = DigestOf(bytes);
+  if (actual == expected) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat(
+      "bytes [", part.part_offset, ", +", part.part_bytes, ") in segment ", part.place.segment,
+      ", offset ", part.place.offset, " have digest ", Hex(actual), ", expected ", Hex(expected)));
+}
+
+bool IsAligned(const std::byte* data) {
+  return reinterpret_cast<uintptr_t>(data) % kSectorBytes == 0;
+}
+
+// The frame of a part, checked against where it is and what the index has of it.
+absl::StatusOr<PartFrame> CheckedPart(std::span<const std::byte> frame, const LoggedBlock& block,
+                                      const LoggedPart& part) {
+  QUARRY_ASSIGN_OR_RETURN(PartFrame found, DecodePart(frame, part.place, part.sequence));
+  const bool same = found.key.id == block.id && found.key.parent == block.parent &&
+                    found.key.name_space == block.name_space && found.tenant == *block.tenant &&
+                    found.born == block.born && found.block_bytes == block.bytes &&
+                    found.block_digest == block.digest && found.part_offset == part.part_offset &&
+                    found.part_bytes == part.part_bytes;
+  if (same) return found;
+  return absl::DataLossError(absl::StrCat(
+      "a frame in segment ", part.place.segment, ", offset ", part.place.offset, " is of block ",
+      found.key.id.Hex(), ", born ", found.born, ", not ", block.id.Hex(), ", born ", block.born));
+}
+
+// Where one part's sectors go: into the block's memory, but for the frame and what is not whole
+// sectors at aligned memory.
+struct PartTarget {
+  const LoggedPart* part = nullptr;
+  std::span<std::byte> here;  // of the block
+  uint64_t straight = 0;      // bytes that are read right there
+  AlignedBuffer frame, rest;
+
+  PartTarget(const LoggedPart& p, std::span<std::byte> block)
+      : part(&p), here(block.subspan(p.part_offset, p.part_bytes)), frame(p.frame_bytes) {
+    if (IsAligned(here.data())) straight = here.size() / kSectorBytes * kSectorBytes;
+    rest = AlignedBuffer(RoundUp(here.size() - straight, kSectorBytes));
+  }
+  void AddPieces(std::vector<std::span<std::byte>>* pieces) {
+    for (const auto piece : {frame.bytes(), here.first(straight), rest.bytes()}) {
+      if (!piece.empty()) pieces->push_back(piece);
+    }
+  }
+  absl::StatusOr<BlockKey> Check(const LoggedBlock& block) {
+    QUARRY_ASSIGN_OR_RETURN(PartFrame found, CheckedPart(frame.bytes(), block, *part));
+    if (straight < here.size()) {
+      std::memcpy(here.data() + straight, rest.bytes().data(), here.size() - straight);
+    }
+    QUARRY_RETURN_IF_ERROR(CheckDigest(here, found.digest, *part));
+    return std::move(found.key);
+  }
+};
+
+}  // namespace
+
+absl::StatusOr<BlockKey> ReadBlock(Disk* disk, const LoggedBlock& block, std::span<std::byte> out) {
+  BlockKey key;
+  for (auto part = block.parts.begin(); part != block.parts.end();) {
+    // Parts that follow one another on the disk are read at once.
+    const uint64_t offset = part->place.offset;
+    std::vector<PartTarget> targets;
+    std::vector<std::span<std::byte>> pieces;
+    for (uint64_t next = offset; part != block.parts.end() && part->place.offset == next; ++part) {
+      targets.emplace_back(*part, out).AddPieces(&pieces);
+      next += part->disk_bytes();
+    }
+    QUARRY_RETURN_IF_ERROR(disk->Read(offset, pieces));
+    for (PartTarget& target : targets) {
+      QUARRY_ASSIGN_OR_RETURN(BlockKey found, target.Check(block));
+      if (target.part != &block.parts.front() && found.full_key != key.full_key) {
+        return absl::DataLossError(
+            absl::StrCat("parts of block ", block.id.Hex(), " have different keys"));
+      }
+      key = std::move(found);
+    }
+  }
+  return key;
+}
+
+}  // namespace quarry

@@ -1,0 +1,536 @@
+#include "storage/log/segmented_log.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <random>
+#include <utility>
+
+#include <spdlog/spdlog.h>
+
+#include "absl/strings/str_cat.h"
+#include "proto/byte_digest.h"
+#include "proto/status_macros.h"
+#include "storage/log/footer.h"
+#include "storage/log/read_block.h"
+#include "storage/slot_size.h"
+
+namespace quarry {
+namespace {
+
+// Left for reclaiming, which must have room to move to.
+constexpr uint32_t kReservedSegments = 1;
+
+static_assert(LeastLogBytes(0) == Superblock::kFirstSegment + kSectorBytes);
+
+uint64_t RandomNumber() {
+  std::random_device random;
+  return uint64_t{random()} << 32 | random();
+}
+
+LogWriterOptions WriterOptions(const BlockLogOptions& options, const Superblock& superblock) {
+  LogWriterOptions out;
+  // A few parts to a segment, so that its end is used.
+  const uint64_t most = superblock.segment_bytes / 4 / kSectorBytes * kSectorBytes;
+  out.max_part_bytes = std::min(options.max_part_bytes, most);
+  out.min_part_bytes = std::min(out.min_part_bytes, out.max_part_bytes / 4);
+  out.min_part_bytes = RoundUp(out.min_part_bytes, kSectorBytes);
+  out.random = options.random;
+  return out;
+}
+
+// Block ids in one frame of a purge; both of its frames are in one segment.
+size_t MostPurged(const Superblock& superblock) {
+  return std::min<size_t>(PurgeFrame::kMaxBlocks,
+                          superblock.segment_bytes / 8 / sizeof(PurgedBlock));
+}
+
+LoggedBlockInfo InfoOf(const LoggedBlock& block) {
+  return {block.id, block.parent, block.name_space, block.digest, block.bytes, block.born};
+}
+
+}  // namespace
+
+SegmentedLog::SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& options,
+                           TenantNames tenants, RecoveredLog recovered, double recovery_seconds)
+    : disk_(std::move(disk)),
+      superblock_(recovered.superblock),
+      options_(options),
+      recovered_blocks_(recovered.index.blocks()),
+      incomplete_blocks_(recovered.incomplete_blocks),
+      scanned_segments_(recovered.scanned_segments),
+      doubtful_before_(recovered.doubtful_before),
+      recovery_seconds_(recovery_seconds),
+      tenants_(std::move(tenants)),
+      index_(std::move(recovered.index)),
+      segments_(std::move(recovered.segments)),
+      writer_(disk_.get(), superblock_, WriterOptions(options, superblock_), &segments_, &mutex_,
+              recovered.next_sequence),
+      purges_(std::move(recovered.purges)) {}
+
+absl::StatusOr<std::unique_ptr<BlockLog>> BlockLog::Open(std::unique_ptr<Disk> disk,
+                                                         const BlockLogOptions& given) {
+  BlockLogOptions options = given;
+  if (options.segment_bytes % kSectorBytes != 0 || options.segment_bytes < kMinSegmentBytes ||
+      options.segment_bytes > kMaxSegmentBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("segment_bytes ", options.segment_bytes,
+                                                   " is not in whole sectors from ",
+                                                   kMinSegmentBytes, " to ", kMaxSegmentBytes));
+  }
+  if (options.max_part_bytes % kSectorBytes != 0 || options.max_part_bytes == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_part_bytes ", options.max_part_bytes, " is not in whole sectors"));
+  }
+  if (options.random == nullptr) options.random = RandomNumber;
+  const auto start = std::chrono::steady_clock::now();
+  QUARRY_ASSIGN_OR_RETURN(const Superblock superblock,
+                          OpenSuperblock(disk.get(), options.segment_bytes, options.random));
+  TenantNames tenants;
+  QUARRY_ASSIGN_OR_RETURN(RecoveredLog recovered, RecoverLog(disk.get(), superblock, &tenants));
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  spdlog::info(
+      "log on {}: {} blocks, {} bytes, in {} segments of {} bytes, {} of them free; read "
+      "in {:.3f} s, {} segments scanned",
+      disk->name(), recovered.index.blocks(), recovered.index.bytes(), superblock.segments,
+      superblock.segment_bytes, recovered.segments.free(), took.count(),
+      recovered.scanned_segments);
+  return std::make_unique<SegmentedLog>(std::move(disk), options, std::move(tenants),
+                                        std::move(recovered), took.count());
+}
+
+// ---- Appending.
+
+absl::Status SegmentedLog::Place(const PartFrame& block, std::span<const std::byte> bytes,
+                                 uint32_t reserved, LoggedBlock* out) {
+  PartFrame part = block;
+  part.block_bytes = bytes.size();
+  part.part_offset = 0;
+  part.born = 0;
+  {
+    absl::MutexLock lock(&mutex_);
+    out->tenant = tenants_.Intern(part.tenant);
+  }
+  out->id = part.key.id;
+  out->parent = part.key.parent;
+  out->name_space = part.key.name_space;
+  out->digest = part.block_digest;
+  out->bytes = bytes.size();
+  while (part.part_offset < part.block_bytes) {
+    QUARRY_ASSIGN_OR_RETURN(const LoggedPart placed,
+                            writer_.AddPart(&part, bytes.subspan(part.part_offset), reserved));
+    out->parts.push_back(placed);
+    part.part_offset += placed.part_bytes;
+  }
+  out->born = part.born;
+  return absl::OkStatus();
+}
+
+absl::Status SegmentedLog::Add(const BlockToLog& block, LoggedBlock* out) {
+  if (const ByteDigest actual = DigestOf(block.bytes); !(actual == block.digest)) {
+    ++broken_blocks_;
+    return absl::DataLossError(absl::StrCat("block ", block.key->id.Hex(), " of ",
+                                            block.bytes.size(),
+                                            " bytes is not what its digest is of: not logged"));
+  }
+  PartFrame frame;
+  frame.tenant = std::string(block.tenant);
+  frame.key = *block.key;
+  frame.block_digest = block.digest;
+  return Place(frame, block.bytes, kReservedSegments, out);
+}
+
+absl::Status SegmentedLog::Commit() {
+  absl::Status committed = writer_.Commit();
+  written_bytes_ = writer_.written_bytes();
+  if (!committed.ok()) ++write_errors_;
+  return committed;
+}
+
+absl::Status SegmentedLog::CommitAdded(std::vector<Added>* added,
+                                       std::span<absl::Status> statuses) {
+  absl::Status committed = Commit();
+  absl::MutexLock lock(&mutex_);
+  for (Added& one : *added) {
+    statuses[one.number] = committed;
+    if (!committed.ok()) continue;
+    ++appended_blocks_;
+    appended_bytes_ += one.block.bytes;
+    index_.Add(std::move(one.block));
+  }
+  added->clear();
+  return committed;
+}
+
+absl::Status SegmentedLog::MakeRoom(const BlockToLog& block, std::vector<Added>* added,
+                                    std::span<absl::Status> statuses) {
+  if (block.bytes.empty() || block.tenant.empty()) {
+    return absl::InvalidArgumentError("a block without bytes or tenant");
+  }
+  const uint64_t capacity = uint64_t{superblock_.segments} * superblock_.segment_bytes;
+  const uint64_t frames =
+      (block.bytes.size() / WriterOptions(options_, superblock_).min_part_bytes + 1) *
+      PartFrameBytes(block.tenant, *block.key);
+  const uint64_t bytes = block.bytes.size() + frames;
+  if (bytes > capacity / 8) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("block ", block.key->id.Hex(), " takes up to ", bytes,
+                     " bytes, more than an eighth of the log's ", capacity));
+  }
+  // As many as it may reach into, and one to begin in.
+  const auto wanted =
+      static_cast<uint32_t>(kReservedSegments + 1 + bytes / (superblock_.segment_bytes / 8 * 7));
+  {
+    absl::MutexLock lock(&mutex_);
+    if (segments_.free() >= wanted) return absl::OkStatus();
+  }
+  QUARRY_RETURN_IF_ERROR(CommitAdded(added, statuses));
+  return FreeSegments(wanted);
+}
+
+std::vector<absl::Status> SegmentedLog::Append(std::span<const BlockToLog> blocks) {
+  std::vector<absl::Status> statuses(blocks.size());
+  std::vector<Added> added;
+  absl::MutexLock append_lock(&append_mutex_);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const BlockToLog& block = blocks[i];
+    statuses[i] = MakeRoom(block, &added, statuses);
+    // Nothing waits for the disk from here to the commit but what is written, so that who purges
+    // after the answer purges what is written.
+    if (statuses[i].ok() && block.still_wanted != nullptr && !block.still_wanted()) {
+      statuses[i] = absl::CancelledError("the block is no longer wanted");
+    }
+    if (statuses[i].ok()) {
+      Added one{i, {}};
+      statuses[i] = Add(block, &one.block);
+      if (statuses[i].ok()) added.push_back(std::move(one));
+    }
+    if (absl::IsUnavailable(statuses[i]) || absl::IsResourceExhausted(statuses[i])) {
+      std::fill(statuses.begin() + static_cast<ptrdiff_t>(i) + 1, statuses.end(), statuses[i]);
+      break;
+    }
+  }
+  (void)CommitAdded(&added, statuses);
+  return statuses;
+}
+
+// ---- Purging.
+
+absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
+                                             const std::optional<NamespaceDigest>& name_space,
+                                             std::span<const BlockId> blocks) {
+  PurgeFrame purge;
+  purge.tenant = std::string(tenant);
+  purge.has_name_space = name_space.has_value();
+  if (name_space.has_value()) purge.name_space = *name_space;
+  absl::MutexLock append_lock(&append_mutex_);
+  uint64_t purged;
+  TenantName owner;
+  {
+    absl::MutexLock lock(&mutex_);
+    owner = tenants_.Intern(tenant);
+    purged = index_.Purge(owner, name_space, blocks);
+  }
+  do {
+    const std::span<const BlockId> now =
+        blocks.first(std::min(MostPurged(superblock_), blocks.size()));
+    blocks = blocks.subspan(now.size());
+    purge.born = 0;
+    purge.blocks.clear();
+    for (const BlockId& id : now) purge.blocks.push_back({id, 0});
+    absl::Status status = FreeSegments(kReservedSegments + 1);
+    uint32_t segment = 0;
+    // Where there is no room to reclaim by, the reserve is for this.
+    if (status.ok() || absl::IsResourceExhausted(status)) {
+      const absl::StatusOr<uint32_t> added = writer_.AddPurge(&purge);
+      status = added.status();
+      if (added.ok()) segment = *added;
+    }
+    if (status.ok()) status = Commit();
+    if (!status.ok()) {
+      return absl::Status(status.code(), absl::StrCat("purge of tenant ", std::string(tenant),
+                                                      " on ", disk_->name(), " is not durable: ",
+                                                      std::string(status.message())));
+    }
+    purges_.Add(owner, purge, segment);
+  } while (!blocks.empty());
+  return purged;
+}
+
+// ---- Reclaiming.
+
+absl::Status SegmentedLog::FreeSegments(uint32_t wanted) {
+  absl::flat_hash_set<uint32_t> unreadable;
+  for (uint32_t tries = 0; tries <= 2 * superblock_.segments; ++tries) {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (segments_.free() >= wanted) return absl::OkStatus();
+    }
+    const std::optional<uint32_t> victim = ChooseVictim(unreadable);
+    if (!victim.has_value()) break;
+    const absl::Status reclaimed = Reclaim(*victim);
+    if (reclaimed.ok()) continue;
+    if (!absl::IsDataLoss(reclaimed)) return reclaimed;
+    // Another will do; but where one after the other is so, it is the disk.
+    unreadable.insert(*victim);
+    if (unreadable.size() > 2) return absl::UnavailableError(reclaimed.message());
+  }
+  absl::MutexLock lock(&mutex_);
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "log of ", disk_->name(), ": ", segments_.free(), " of ", segments_.size(),
+      " segments are free, ", wanted, " are wanted, and none can be reclaimed (",
+      segments_.condemned(), " are condemned, ", unreadable.size(), " cannot be read)"));
+}
+
+std::optional<uint32_t> SegmentedLog::ChooseVictim(
+    const absl::flat_hash_set<uint32_t>& except) const {
+  std::optional<uint32_t> emptiest, oldest;
+  uint64_t least = 0;
+  absl::MutexLock lock(&mutex_);
+  for (uint32_t s = 0; s < segments_.size(); ++s) {
+    if (segments_.at(s).state != SegmentState::kSealed || except.contains(s)) continue;
+    const uint64_t kept = index_.live_bytes(s) + purges_.bytes(s);
+    if (!emptiest.has_value() || kept < least) {
+      emptiest = s;
+      least = kept;
+    }
+    if (!oldest.has_value() ||
+        segments_.at(s).first_sequence < segments_.at(*oldest).first_sequence) {
+      oldest = s;
+    }
+  }
+  // Little to move, or else what was written longest ago.
+  return emptiest.has_value() && least < superblock_.segment_bytes / 4 ? emptiest : oldest;
+}
+
+absl::Status SegmentedLog::Reclaim(uint32_t segment) {
+  uint64_t generation;
+  {
+    absl::MutexLock lock(&mutex_);
+    generation = segments_.at(segment).generation;
+  }
+  const absl::StatusOr<Footer> footer = ReadFooter(disk_.get(), superblock_, segment, generation);
+  if (!footer.ok()) {
+    ++read_errors_;
+    spdlog::error("segment {} of {} cannot be reclaimed: {}", segment, disk_->name(),
+                  std::string(footer.status().message()));
+    return absl::DataLossError(footer.status().message());
+  }
+  QUARRY_RETURN_IF_ERROR(MoveOrDrop(segment, footer->entries));
+  absl::MutexLock lock(&mutex_);
+  segments_.Move(segment, SegmentState::kFree);
+  return absl::OkStatus();
+}
+
+bool SegmentedLog::Keeps(const LoggedBlock& block) const {
+  if (block.born < doubtful_before_) return false;
+  if (options_.keep == nullptr) return block.uses > 0;
+  return options_.keep({*block.tenant, block.id, block.bytes, block.uses});
+}
+
+std::vector<LoggedBlock> SegmentedLog::TakeStock(uint32_t segment,
+                                                 std::span<const FooterEntry> entries) const {
+  std::vector<LoggedBlock> live;
+  absl::flat_hash_set<std::pair<TenantName, BlockId>> seen;
+  absl::MutexLock lock(&mutex_);
+  for (const FooterEntry& entry : entries) {
+    if (entry.kind != FrameKind::kPart) continue;
+    const TenantName tenant = tenants_.Find(entry.tenant);
+    const LoggedBlock* const block = tenant == nullptr ? nullptr : index_.Find(tenant, entry.id);
+    if (block == nullptr || seen.contains({tenant, entry.id})) continue;
+    const bool here =
+        std::any_of(block->parts.begin(), block->parts.end(),
+                    [&](const LoggedPart& part) { return part.place.segment == segment; });
+    if (!here) continue;
+    seen.insert({tenant, entry.id});
+    live.push_back(*block);
+  }
+  std::stable_sort(live.begin(), live.end(),
+                   [](const LoggedBlock& a, const LoggedBlock& b) { return a.uses > b.uses; });
+  return live;
+}
+
+absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved>* moved) {
+  Moved one{block, {}, AlignedBuffer(RoundUp(block.bytes, kSectorBytes))};
+  const std::span<std::byte> bytes = one.bytes.bytes().first(block.bytes);
+  absl::StatusOr<BlockKey> key = ReadBlock(disk_.get(), block, bytes);
+  if (!key.ok()) {
+    absl::IsDataLoss(key.status()) ? ++broken_blocks_ : ++read_errors_;
+    spdlog::error("block {} cannot be moved and is dropped: {}", block.id.Hex(),
+                  std::string(key.status().message()));
+    return absl::DataLossError(key.status().message());
+  }
+  PartFrame frame;
+  frame.tenant = *block.tenant;
+  frame.key = *std::move(key);
+  frame.block_digest = block.digest;
+  const absl::Status placed = Place(frame, bytes, 0, &one.to);
+  one.to.uses = block.uses / 2;
+  moved->push_back(std::move(one));  // also where it failed: what is pending borrows its bytes
+  return placed;
+}
+
+absl::Status SegmentedLog::HandOver(std::span<const LoggedBlock> live, MovedPurges* purges,
+                                    std::vector<Moved>* moved, std::vector<LoggedBlock>* dropped) {
+  for (size_t i = 0; i < purges->frames.size(); ++i) {
+    QUARRY_ASSIGN_OR_RETURN(purges->places[i], writer_.AddPurge(&purges->frames[i]));
+  }
+  uint64_t room = superblock_.segment_bytes / 4 * 3;
+  room -= std::min(room, writer_.pending_bytes());
+  for (const LoggedBlock& block : live) {
+    uint64_t bytes = 0;
+    for (const LoggedPart& part : block.parts) bytes += part.disk_bytes();
+    absl::Status kept = absl::DataLossError("it is not wanted");
+    if (Keeps(block) && bytes <= room) kept = MoveBlock(block, moved);
+    if (kept.ok()) {
+      room -= bytes;
+    } else if (absl::IsDataLoss(kept)) {
+      dropped->push_back(block);
+    } else {
+      return kept;
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SegmentedLog::MoveOrDrop(uint32_t segment, std::span<const FooterEntry> entries) {
+  uint64_t oldest;
+  {
+    absl::MutexLock lock(&mutex_);
+    oldest = segments_.OldestBornExcept(segment);
+  }
+  MovedPurges purges;
+  purges.frames = purges_.Take(segment, oldest, MostPurged(superblock_));
+  purges.places.resize(purges.frames.size(), segment);
+  std::vector<Moved> moved;
+  std::vector<LoggedBlock> dropped;
+  absl::Status status = HandOver(TakeStock(segment, entries), &purges, &moved, &dropped);
+  // Also where it failed: nothing may stay pending that borrows what ends here.
+  status.Update(Commit());
+  absl::MutexLock lock(&mutex_);
+  for (size_t i = 0; i < purges.frames.size(); ++i) {
+    purges_.Add(tenants_.Intern(purges.frames[i].tenant), purges.frames[i],
+                status.ok() ? purges.places[i] : segment);
+  }
+  QUARRY_RETURN_IF_ERROR(status);
+  for (Moved& one : moved) {
+    const LoggedBlock* const now = index_.Find(one.from.tenant, one.from.id);
+    if (now == nullptr || now->born != one.from.born) continue;  // found broken meanwhile
+    moved_bytes_ += one.from.bytes;
+    index_.Add(std::move(one.to));
+  }
+  for (const LoggedBlock& block : dropped) {
+    ++dropped_blocks_;
+    dropped_bytes_ += block.bytes;
+    index_.Remove(block.tenant, block.id);
+  }
+  return absl::OkStatus();
+}
+
+// ---- Reading.
+
+bool SegmentedLog::Touch(std::string_view tenant, const BlockId& id) {
+  absl::MutexLock lock(&mutex_);
+  const TenantName owner = tenants_.Find(tenant);
+  LoggedBlock* const block = owner == nullptr ? nullptr : index_.Find(owner, id);
+  if (block == nullptr) return false;
+  if (block->uses < ~0u) ++block->uses;
+  return true;
+}
+
+std::optional<LoggedBlockInfo> SegmentedLog::Find(std::string_view tenant,
+                                                  const BlockId& id) const {
+  absl::MutexLock lock(&mutex_);
+  const TenantName owner = tenants_.Find(tenant);
+  const LoggedBlock* const block = owner == nullptr ? nullptr : index_.Find(owner, id);
+  if (block == nullptr) return std::nullopt;
+  return InfoOf(*block);
+}
+
+absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const BlockKey& key,
+                                              std::span<std::byte> out) {
+  absl::Status status;
+  LoggedBlock block;
+  for (int tries = 0; tries < 3; ++tries) {
+    {
+      absl::MutexLock lock(&mutex_);
+      const TenantName owner = tenants_.Find(tenant);
+      LoggedBlock* const found = owner == nullptr ? nullptr : index_.Find(owner, key.id);
+      if (found == nullptr) {
+        return absl::NotFoundError(absl::StrCat("block ", key.id.Hex(), " is not in the log"));
+      }
+      if (found->bytes != out.size()) {
+        return absl::InvalidArgumentError(absl::StrCat("block ", key.id.Hex(), " has ",
+                                                       found->bytes, " bytes, not ", out.size()));
+      }
+      if (tries > 0 && found->parts == block.parts) break;
+      if (tries == 0 && found->uses < ~0u) ++found->uses;
+      block = *found;
+    }
+    const absl::StatusOr<BlockKey> read = ReadBlock(disk_.get(), block, out);
+    status = read.status();
+    if (read.ok()) {
+      if (read->full_key != key.full_key || read->parent != key.parent ||
+          read->name_space != key.name_space) {
+        return absl::NotFoundError(
+            absl::StrCat("block id ", key.id.Hex(), " names a block of another key"));
+      }
+      ++read_blocks_;
+      read_bytes_ += block.bytes;
+      return block.digest;
+    }
+    // It may have been moved while it was read.
+  }
+  if (!absl::IsDataLoss(status)) {
+    ++read_errors_;
+    return status;
+  }
+  ++broken_blocks_;
+  {
+    absl::MutexLock lock(&mutex_);
+    const LoggedBlock* const found = index_.Find(block.tenant, block.id);
+    if (found != nullptr && found->parts == block.parts) index_.Remove(block.tenant, block.id);
+  }
+  spdlog::error("block {} of {} bytes on {} is broken: {}", block.id.Hex(), block.bytes,
+                disk_->name(), std::string(status.message()));
+  return status;
+}
+
+std::vector<LoggedBlockInfo> SegmentedLog::List(std::string_view tenant, uint32_t limit) const {
+  std::vector<LoggedBlockInfo> out;
+  absl::MutexLock lock(&mutex_);
+  const TenantName owner = tenants_.Find(tenant);
+  index_.ForAll([&](const LoggedBlock& block) {
+    if (block.tenant == owner && out.size() < limit) out.push_back(InfoOf(block));
+    return out.size() < limit;
+  });
+  return out;
+}
+
+BlockLogStats SegmentedLog::Stats() const {
+  BlockLogStats s;
+  s.capacity_bytes = uint64_t{superblock_.segments} * superblock_.segment_bytes;
+  s.appended_blocks = appended_blocks_;
+  s.appended_bytes = appended_bytes_;
+  s.written_bytes = written_bytes_;
+  s.moved_bytes = moved_bytes_;
+  s.dropped_blocks = dropped_blocks_;
+  s.dropped_bytes = dropped_bytes_;
+  s.read_blocks = read_blocks_;
+  s.read_bytes = read_bytes_;
+  s.broken_blocks = broken_blocks_;
+  s.read_errors = read_errors_;
+  s.write_errors = write_errors_;
+  s.recovered_blocks = recovered_blocks_;
+  s.incomplete_blocks = incomplete_blocks_;
+  s.scanned_segments = scanned_segments_;
+  s.recovery_seconds = recovery_seconds_;
+  absl::MutexLock lock(&mutex_);
+  s.segments = segments_.size();
+  s.free_segments = segments_.free();
+  s.condemned_segments = segments_.condemned();
+  s.blocks = index_.blocks();
+  s.bytes = index_.bytes();
+  return s;
+}
+
+}  // namespace quarry

@@ -1,0 +1,114 @@
+// BlockLog over the segments of one disk.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/synchronization/mutex.h"
+#include "storage/log/block_log.h"
+#include "storage/log/log_index.h"
+#include "storage/log/log_recovery.h"
+#include "storage/log/log_writer.h"
+#include "storage/log/purge_table.h"
+#include "storage/log/segment_table.h"
+
+namespace quarry {
+
+class SegmentedLog final : public BlockLog {
+ public:
+  SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& options, TenantNames tenants,
+               RecoveredLog recovered, double recovery_seconds);
+
+  std::vector<absl::Status> Append(std::span<const BlockToLog> blocks) override;
+  absl::StatusOr<uint64_t> Purge(std::string_view tenant,
+                                 const std::optional<NamespaceDigest>& name_space,
+                                 std::span<const BlockId> blocks) override;
+  bool Touch(std::string_view tenant, const BlockId& id) override;
+  std::optional<LoggedBlockInfo> Find(std::string_view tenant, const BlockId& id) const override;
+  absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
+                                  std::span<std::byte> out) override;
+  std::vector<LoggedBlockInfo> List(std::string_view tenant, uint32_t limit) const override;
+  BlockLogStats Stats() const override;
+
+ private:
+  // A block on its way to the next commit.
+  struct Added {
+    size_t number = 0;  // in Append's list
+    LoggedBlock block;
+  };
+  // A block that reclaiming moves: as it was, as it will be, and its bytes until it is.
+  struct Moved {
+    LoggedBlock from, to;
+    AlignedBuffer bytes;
+  };
+  // Purges that it moves, and the segments that they are moved to.
+  struct MovedPurges {
+    std::vector<PurgeFrame> frames;
+    std::vector<uint32_t> places;
+  };
+
+  // Hands the block to the writer; its bytes must live until the commit.
+  absl::Status Place(const PartFrame& block, std::span<const std::byte> bytes, uint32_t reserved,
+                     LoggedBlock* out) ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  absl::Status Add(const BlockToLog& block, LoggedBlock* out)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  absl::Status Commit() ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  absl::Status CommitAdded(std::vector<Added>* added, std::span<absl::Status> statuses)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  // Makes sure of segments for the block; `added` is committed first where others are reclaimed.
+  absl::Status MakeRoom(const BlockToLog& block, std::vector<Added>* added,
+                        std::span<absl::Status> statuses)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  // So many segments free, by reclaiming others.
+  absl::Status FreeSegments(uint32_t wanted) ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  std::optional<uint32_t> ChooseVictim(const absl::flat_hash_set<uint32_t>& except) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  // DataLoss: what the segment has cannot be read now.
+  absl::Status Reclaim(uint32_t segment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  // Moves what is to be kept of a segment's entries and drops the rest; nothing, if that fails.
+  absl::Status MoveOrDrop(uint32_t segment, std::span<const FooterEntry> entries)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  // Hands what is kept to the writer, and tells the rest.
+  absl::Status HandOver(std::span<const LoggedBlock> live, MovedPurges* purges,
+                        std::vector<Moved>* moved, std::vector<LoggedBlock>* dropped)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  // The blocks that have parts in the segment, the most used first.
+  std::vector<LoggedBlock> TakeStock(uint32_t segment, std::span<const FooterEntry> entries) const
+      ABSL_LOCKS_EXCLUDED(mutex_);
+  bool Keeps(const LoggedBlock& block) const;
+  // DataLoss: what is there cannot be read. Else as the writer says.
+  absl::Status MoveBlock(const LoggedBlock& block, std::vector<Moved>* moved)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+
+  const std::unique_ptr<Disk> disk_;
+  const Superblock superblock_;
+  const BlockLogOptions options_;
+  const uint64_t recovered_blocks_, incomplete_blocks_, scanned_segments_;
+  // What was born before is not moved, which would be another birth: after a start that reads what
+  // this one could not, a purge may mean it.
+  const uint64_t doubtful_before_;
+  const double recovery_seconds_;
+
+  // One writer at a time; held while the disk is waited for.
+  absl::Mutex append_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);
+  // Held for bookkeeping only.
+  mutable absl::Mutex mutex_;
+  TenantNames tenants_ ABSL_GUARDED_BY(mutex_);
+  LogIndex index_ ABSL_GUARDED_BY(mutex_);
+  SegmentTable segments_ ABSL_GUARDED_BY(mutex_);
+  LogWriter writer_ ABSL_GUARDED_BY(append_mutex_);
+  PurgeTable purges_ ABSL_GUARDED_BY(append_mutex_);
+
+  std::atomic<uint64_t> appended_blocks_{0}, appended_bytes_{0}, written_bytes_{0}, moved_bytes_{0};
+  std::atomic<uint64_t> dropped_blocks_{0}, dropped_bytes_{0}, read_blocks_{0}, read_bytes_{0};
+  std::atomic<uint64_t> broken_blocks_{0}, read_errors_{0}, write_errors_{0};
+};
+
+}  // namespace quarry

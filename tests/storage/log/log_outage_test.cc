@@ -1,0 +1,258 @@
+// Disks that cannot be read or written for a while, or in places: what comes of the log meanwhile,
+// and afterwards.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <set>
+
+#include "tests/storage/disk/hooked_disk.h"
+#include "tests/storage/disk/simulated_disk.h"
+#include "tests/storage/log/log_case.h"
+#include "tests/support/seed.h"
+
+namespace quarry {
+namespace {
+
+using testing::AppendOne;
+using testing::LoggedBatch;
+using testing::OwnedBlock;
+using testing::ReadVersion;
+
+constexpr uint64_t kSegment = 256 << 10, kFirst = 1 << 20;
+
+class LogOutageTest : public ::testing::Test {
+ protected:
+  void Make(uint32_t segments, uint64_t segment_bytes = kSegment) {
+    segment_bytes_ = segment_bytes;
+    disk_ = std::make_unique<testing::SimulatedDisk>(testing::SimulatedDiskOptions{
+        .bytes = kFirst + 4096 + segments * segment_bytes, .seed = Seed()});
+    Open();
+  }
+  // As after a stop; what was open is sealed.
+  void Open() {
+    log_ = nullptr;
+    BlockLogOptions options;
+    options.segment_bytes = segment_bytes_;
+    options.max_part_bytes = 32 << 10;
+    options.keep = keep_;
+    auto log = BlockLog::Open(std::make_unique<testing::HookedDisk>(disk_.get(), &hooks_), options);
+    ASSERT_TRUE(log.ok()) << log.status();
+    log_ = *std::move(log);
+  }
+  void AppendAll(uint32_t tenant, uint32_t first, uint32_t count) {
+    for (uint32_t i = first; i < first + count; ++i) {
+      const absl::Status status = AppendOne(*log_, {tenant, i, 1, 30000});
+      ASSERT_TRUE(status.ok()) << i << ": " << status;
+    }
+  }
+  void FailReads(uint64_t lo, uint64_t hi) {
+    hooks_.fails_read = [=](uint64_t offset, uint64_t bytes) {
+      return offset < hi && offset + bytes > lo;
+    };
+  }
+  bool Has(uint32_t tenant, uint32_t number) { return ReadVersion(*log_, {tenant, number}).ok(); }
+  absl::Status PurgeOne(uint32_t tenant, uint32_t number) {
+    const BlockId id[] = {OwnedBlock{tenant, number}.key().id};
+    return log_->Purge(OwnedBlock{tenant}.tenant_name(), std::nullopt, id).status();
+  }
+
+  uint64_t segment_bytes_ = kSegment;
+  std::unique_ptr<testing::SimulatedDisk> disk_;
+  testing::DiskHooks hooks_;
+  std::function<bool(const ReclaimCandidate&)> keep_;
+  std::unique_ptr<BlockLog> log_;
+};
+
+TEST_F(LogOutageTest, AnUnreadableStartOfASegmentCostsNothing) {
+  Make(40);
+  AppendAll(0, 1, 1);
+  Open();
+  ASSERT_TRUE(log_->Purge("tenant-0", std::nullopt, {}).ok());
+  AppendAll(1, 1, 1);
+  Open();
+  const uint64_t second = kFirst + kSegment;
+  FailReads(second, second + 4096);
+  Open();
+  EXPECT_FALSE(Has(0, 1)) << "purged in that segment";
+  EXPECT_TRUE(Has(1, 1));
+}
+
+// For one start everything of a segment but its first sectors cannot be read.
+TEST_F(LogOutageTest, WhatCouldNotBeReadForAWhileIsThereAfterwards) {
+  keep_ = [](const ReclaimCandidate& block) { return block.tenant == "tenant-0"; };
+  Make(12);
+  AppendAll(0, 0, 6);
+  Open();
+  AppendAll(0, 50, 1);
+  ASSERT_TRUE(PurgeOne(0, 1).ok());
+  Open();
+  const uint64_t second = kFirst + kSegment;
+  FailReads(second + 4096, second + kSegment);
+  Open();
+  EXPECT_EQ(log_->Stats().condemned_segments, 1u);
+  hooks_ = {};
+  AppendAll(1, 0, 64);  // around it
+  Open();
+  EXPECT_FALSE(Has(0, 1)) << "purged";
+  EXPECT_TRUE(Has(0, 50)) << "durable";
+}
+
+TEST_F(LogOutageTest, PurgesMeanAlsoWhatCannotBeReadNow) {
+  for (const uint32_t others : {0u, 200u}) {
+    Make(12);
+    AppendAll(0, 0, 6);
+    Open();
+    FailReads(kFirst, kFirst + kSegment);
+    Open();
+    ASSERT_TRUE(log_->Purge("tenant-0", std::nullopt, {}).ok());
+    AppendAll(1, 0, others);
+    hooks_ = {};
+    Open();
+    for (uint32_t i = 0; i < 6; ++i) EXPECT_FALSE(Has(0, i)) << i;
+  }
+}
+
+TEST_F(LogOutageTest, NobodyFindsWhatAFailedPurgeMeant) {
+  Make(40);
+  std::vector<BlockId> ids;
+  for (uint32_t i = 0; i < 5000; ++i) ids.push_back(OwnedBlock{0, i}.key().id);
+  AppendAll(0, 4999, 1);
+  hooks_.fails_sync = [] { return true; };
+  EXPECT_TRUE(absl::IsUnavailable(log_->Purge("tenant-0", std::nullopt, ids).status()));
+  EXPECT_FALSE(log_->Find("tenant-0", ids[4999]).has_value());
+}
+
+TEST_F(LogOutageTest, ReadErrorsWhilePurgesAreMovedCostNoBlocks) {
+  keep_ = [](const ReclaimCandidate& block) { return block.tenant == "tenant-0"; };
+  Make(8);
+  AppendAll(0, 0, 4);
+  Open();
+  ASSERT_TRUE(PurgeOne(0, 3).ok());
+  Open();
+  hooks_.fails_read = [seen = std::set<uint64_t>()](uint64_t offset, uint64_t bytes) mutable {
+    return bytes == 4096 && seen.insert(offset).second;  // the first of each
+  };
+  AppendAll(1, 0, 60);
+  hooks_ = {};
+  for (int round = 0; round < 2; ++round) {
+    for (uint32_t i = 0; i < 4; ++i) EXPECT_EQ(Has(0, i), i < 3) << i;
+    Open();
+  }
+}
+
+// A write that fails takes nothing away from what is there, and the log goes on afterwards.
+TEST_F(LogOutageTest, AWriteOutageDropsNothing) {
+  for (const bool kept : {false, true}) {
+    keep_ = [kept](const ReclaimCandidate&) { return kept; };
+    Make(20);
+    uint32_t count = 0;
+    for (; log_->Stats().free_segments > 2; ++count) AppendAll(0, count, 1);
+    const uint64_t blocks = log_->Stats().blocks;
+    hooks_.fails_write = [](uint64_t, uint64_t) { return true; };
+    LoggedBatch batch;
+    for (uint32_t i = 0; i < 100; ++i) batch.Add({1, i, 1, 30000});
+    for (int i = 0; i < 10; ++i) {
+      for (const absl::Status& status : log_->Append(batch.blocks())) {
+        EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+      }
+    }
+    EXPECT_EQ(log_->Stats().blocks, blocks);
+    EXPECT_LE(log_->Stats().condemned_segments, 1u);
+    hooks_ = {};
+    AppendAll(1, 0, 5);
+    EXPECT_TRUE(Has(1, 4));
+  }
+}
+
+TEST_F(LogOutageTest, AReadOutageDropsNothing) {
+  Make(40);
+  uint32_t count = 0;
+  for (; log_->Stats().free_segments > 2; ++count) AppendAll(0, count, 1);
+  const uint64_t blocks = log_->Stats().blocks;
+  hooks_.fails_read = [](uint64_t, uint64_t) { return true; };
+  LoggedBatch batch;
+  for (uint32_t i = 0; i < 20; ++i) batch.Add({1, i, 1, 30000});
+  const auto statuses = log_->Append(batch.blocks());
+  EXPECT_TRUE(absl::IsUnavailable(statuses.back())) << statuses.back();
+  EXPECT_GE(log_->Stats().blocks, blocks);
+  EXPECT_EQ(log_->Stats().condemned_segments, 0u);
+  hooks_ = {};
+  AppendAll(1, 0, 20);
+}
+
+TEST_F(LogOutageTest, ABlockThatCannotFitTakesNothingFromOthers) {
+  Make(40);
+  AppendAll(0, 0, 200);
+  const uint64_t blocks = log_->Stats().blocks;
+  EXPECT_TRUE(absl::IsInvalidArgument(AppendOne(*log_, {1, 1, 1, 40 * kSegment})));
+  EXPECT_EQ(log_->Stats().blocks, blocks);
+}
+
+TEST_F(LogOutageTest, AKeyThatFitsNoSegmentCostsNothing) {
+  Make(40, 64 << 10);
+  AppendAll(0, 0, 20);
+  const BlockLogStats before = log_->Stats();
+  LoggedBatch batch;
+  batch.Add({1, 1, 1, 100});
+  BlockKey key = OwnedBlock{1, 1}.key();
+  key.full_key = std::string(60000, 'k');
+  batch.at(0).key = &key;
+  for (int i = 0; i < 50; ++i) {
+    EXPECT_TRUE(absl::IsInvalidArgument(log_->Append(batch.blocks())[0]));
+  }
+  EXPECT_EQ(log_->Stats().free_segments, before.free_segments);
+  EXPECT_EQ(log_->Stats().written_bytes, before.written_bytes);
+}
+
+TEST_F(LogOutageTest, PurgesDoNotStarveTheLog) {
+  for (const uint64_t segment_bytes : {64ull << 10, 256ull << 10}) {
+    Make(segment_bytes == kSegment ? 40 : 16, segment_bytes);
+    AppendAll(0, 0, 200);
+    for (uint32_t i = 0; i < 3000; ++i) {
+      const absl::Status status = PurgeOne(0, 1000 + i);
+      ASSERT_TRUE(status.ok()) << i << ": " << status;
+      if (i % 100 == 0) AppendAll(1, i, 1);
+    }
+    AppendAll(0, 300, 20);
+    EXPECT_TRUE(Has(0, 319));
+    const uint64_t before = log_->Stats().written_bytes;
+    ASSERT_TRUE(PurgeOne(0, 9999).ok());
+    EXPECT_LT(log_->Stats().written_bytes - before, 8 * segment_bytes);
+    Open();
+    EXPECT_TRUE(Has(0, 319));
+  }
+}
+
+// A block that is asked for all the time stays, whatever segments it lies in.
+TEST_F(LogOutageTest, AHotBlockOverTwoSegmentsStays) {
+  Make(12);
+  AppendAll(0, 7, 4);
+  const OwnedBlock hot{0, 1, 1, 150000};
+  ASSERT_TRUE(AppendOne(*log_, hot).ok());
+  for (uint32_t i = 0; i < 400; ++i) {
+    EXPECT_TRUE(log_->Touch("tenant-0", hot.key().id)) << i;
+    AppendAll(1, i, 1);
+  }
+  EXPECT_EQ(*ReadVersion(*log_, hot), 1u);
+}
+
+TEST_F(LogOutageTest, ManyPurgesAreReadInNoTime) {
+  Make(20, 4 << 20);
+  for (uint32_t i = 0; i < 4000; i += 200) {
+    LoggedBatch batch;
+    for (uint32_t j = 0; j < 200; ++j) batch.Add({0, i + j, 1, 4000});
+    for (const absl::Status& status : log_->Append(batch.blocks())) ASSERT_TRUE(status.ok());
+  }
+  for (uint32_t p = 0; p < 40; ++p) {
+    std::vector<BlockId> ids;
+    for (uint32_t i = 0; i < 2000; ++i) ids.push_back(OwnedBlock{0, 10000 + p * 2000 + i}.key().id);
+    ASSERT_TRUE(log_->Purge("tenant-0", std::nullopt, ids).ok());
+  }
+  Open();
+  EXPECT_EQ(log_->Stats().blocks, 4000u);
+  // 320 million comparisons of ids would take longer.
+  EXPECT_LT(log_->Stats().recovery_seconds, 5);
+}
+
+}  // namespace
+}  // namespace quarry

@@ -1,0 +1,255 @@
+// The log against disks that lose power, fail and lie, by seed: no wrong byte ever; on disks that
+// do not lie, nothing that was durable is lost and nothing that was purged comes back.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <set>
+
+#include "tests/storage/disk/hooked_disk.h"
+#include "tests/storage/disk/simulated_disk.h"
+#include "tests/storage/log/log_case.h"
+#include "tests/support/seed.h"
+
+namespace quarry {
+namespace {
+
+using testing::Fault;
+using testing::LoggedBatch;
+using testing::OwnedBlock;
+using testing::ReadVersion;
+using testing::SimulatedDisk;
+
+constexpr uint32_t kTenants = 2, kNumbers = 24;
+constexpr uint64_t kSegment = 128 << 10;
+
+// What a disk with such faults still owes.
+struct Promise {
+  bool durable = true, purged = true;
+};
+
+class Simulation {
+ public:
+  Simulation(uint64_t seed, uint32_t segments, std::vector<Fault::Kind> kinds, Promise promise)
+      : random_(seed), kinds_(std::move(kinds)), promise_(promise) {
+    disk_ = std::make_unique<SimulatedDisk>(
+        testing::SimulatedDiskOptions{.bytes = (1 << 20) + 4096 + segments * kSegment,
+                                      .seed = seed,
+                                      .torn_bytes = Below(2) == 0 ? 512u : 4096u});
+  }
+
+  void Run() {
+    const uint32_t lives = 2 + Below(3);
+    for (uint32_t life = 0; life < lives && !::testing::Test::HasFailure(); ++life) {
+      SCOPED_TRACE(absl::StrCat("life ", life));
+      Live(life + 1 == lives);
+    }
+  }
+  uint64_t crashes() const { return crashes_; }
+
+ private:
+  // What a log may have of a block.
+  struct Owed {
+    uint32_t durable = 0;  // the latest version that was acknowledged; 0: none
+    uint32_t tried = 0;    // the latest that was handed over
+    uint32_t purged = 0;   // none up to this may be there
+    bool may_be_gone = false;
+  };
+  using Name = std::pair<uint32_t, uint32_t>;
+
+  uint32_t Below(uint32_t n) { return static_cast<uint32_t>(random_() % n); }
+
+  void Live(bool last) {
+    // Faults of this life, and for most the end of it.
+    for (const Fault::Kind kind : kinds_) {
+      for (uint32_t n = Below(4); n > 0; --n) disk_->Schedule({kind, Below(120)});
+    }
+    if (!last) disk_->Schedule({Fault::kCrash, Below(3) == 0 ? Below(40) : Below(160)});
+    SimulatedDisk* const disk = disk_.get();
+    BlockLogOptions options;
+    options.segment_bytes = kSegment;
+    options.max_part_bytes = 16 << 10;
+    options.random = [this] { return random_(); };
+    options.keep = [this](const ReclaimCandidate& block) {
+      uint32_t number;
+      std::memcpy(&number, block.id.bytes.data(), sizeof(number));
+      owed_[{block.tenant == "tenant-0" ? 0u : 1u, number}].may_be_gone = true;
+      return Below(4) != 0;
+    };
+    auto log = BlockLog::Open(std::make_unique<testing::HookedDisk>(disk, &hooks_), options);
+    if (log.ok()) {
+      // What a segment has that cannot be read at all, blocks and purges, nobody knows.
+      unreadable_ = (*log)->Stats().condemned_segments > 0;
+      CheckAll(**log);
+      for (int i = 0; i < 60 && !::testing::Test::HasFailure(); ++i) Step(**log);
+      // Also what is found without a restart.
+      if (disk->struck(Fault::kCrash) == 0) CheckAll(**log);
+      log->reset();
+    } else {
+      EXPECT_TRUE(absl::IsUnavailable(log.status()) || absl::IsResourceExhausted(log.status()) ||
+                  (!promise_.durable && absl::IsFailedPrecondition(log.status())))
+          << log.status();
+    }
+    crashes_ += disk->struck(Fault::kCrash);
+    disk_ = disk->Crashed(random_());
+  }
+
+  void Step(BlockLog& log) {
+    const uint32_t what = Below(20);
+    if (what == 0) return Purge(log);
+    if (what < 8) return Append(log);
+    const OwnedBlock block{Below(kTenants), Below(kNumbers)};
+    CheckOne(log, block, /*at_rest=*/false);
+  }
+
+  void Append(BlockLog& log) {
+    LoggedBatch batch;
+    std::vector<OwnedBlock> blocks;
+    for (uint32_t n = 1 + Below(4); n > 0; --n) {
+      OwnedBlock block{Below(kTenants), Below(kNumbers)};
+      block.version = ++version_;
+      block.bytes = 8 + Below(Below(3) == 0 ? 60000 : 5000);
+      owed_[{block.tenant, block.number}].tried = block.version;
+      blocks.push_back(block);
+      batch.Add(block);
+    }
+    const auto statuses = log.Append(batch.blocks());
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      Owed& owed = owed_[{blocks[i].tenant, blocks[i].number}];
+      if (!statuses[i].ok()) {
+        EXPECT_TRUE(absl::IsUnavailable(statuses[i]) || absl::IsResourceExhausted(statuses[i]))
+            << statuses[i];
+        continue;
+      }
+      owed.durable = blocks[i].version;
+      owed.may_be_gone = false;
+    }
+    // Reclaiming in the middle of the batch may have dropped what came early in it.
+    for (const OwnedBlock& block : blocks) {
+      Owed& owed = owed_[{block.tenant, block.number}];
+      if (!log.Find(block.tenant_name(), block.key().id).has_value() && dropped(log)) {
+        owed.may_be_gone = true;
+      }
+    }
+  }
+  bool dropped(BlockLog& log) const { return log.Stats().dropped_blocks > 0; }
+
+  void Purge(BlockLog& log) {
+    const uint32_t tenant = Below(kTenants);
+    std::optional<NamespaceDigest> name_space;
+    std::vector<BlockId> ids;
+    std::set<uint32_t> numbers;
+    const uint32_t kind = Below(3);
+    for (uint32_t number = 0; number < kNumbers; ++number) {
+      if (kind == 0 || (kind == 1 && number % 2 == 1) || (kind == 2 && Below(8) == 0)) {
+        numbers.insert(number);
+      }
+    }
+    if (kind == 1) name_space = OwnedBlock{0, 1}.key().name_space;
+    if (kind == 2) {
+      numbers.insert(0);
+      for (const uint32_t number : numbers) ids.push_back(OwnedBlock{0, number}.key().id);
+    }
+    const auto purged = log.Purge(absl::StrCat("tenant-", tenant), name_space, ids);
+    for (const uint32_t number : numbers) {
+      Owed& owed = owed_[{tenant, number}];
+      owed.may_be_gone = true;
+      if (purged.ok()) owed.purged = std::max(owed.purged, owed.tried);
+      EXPECT_FALSE(
+          log.Find(absl::StrCat("tenant-", tenant), OwnedBlock{0, number}.key().id).has_value());
+    }
+  }
+
+  void CheckAll(BlockLog& log) {
+    for (uint32_t tenant = 0; tenant < kTenants; ++tenant) {
+      for (uint32_t number = 0; number < kNumbers; ++number) {
+        CheckOne(log, {tenant, number}, /*at_rest=*/true);
+      }
+    }
+  }
+
+  void CheckOne(BlockLog& log, const OwnedBlock& block, bool at_rest) {
+    SCOPED_TRACE(absl::StrCat("tenant ", block.tenant, ", block ", block.number));
+    Owed& owed = owed_[{block.tenant, block.number}];
+    const auto version = ReadVersion(log, block);
+    if (!version.ok()) {
+      // Without power the disk says so, or has said so when the log was opened.
+      if (absl::IsUnavailable(version.status()) || disk_->struck(Fault::kCrash) > 0) return;
+      EXPECT_TRUE(absl::IsNotFound(version.status()) || absl::IsDataLoss(version.status()))
+          << version.status();
+      if (absl::IsDataLoss(version.status())) {
+        EXPECT_FALSE(promise_.durable) << version.status();
+      }
+      if (promise_.durable && !unreadable_) {
+        EXPECT_TRUE(owed.may_be_gone || owed.durable == 0) << "lost: version " << owed.durable;
+      }
+      return;
+    }
+    ASSERT_NE(*version, ~0u) << "wrong bytes";
+    EXPECT_LE(*version, owed.tried) << "never written";
+    if (promise_.durable && !owed.may_be_gone && !unreadable_) {
+      EXPECT_GE(*version, owed.durable) << "stale";
+    }
+    if (promise_.purged && !unreadable_) {
+      EXPECT_GT(*version, owed.purged) << "purged";
+    }
+    if (at_rest && *version >= owed.durable) owed.may_be_gone = false;
+  }
+
+  std::mt19937_64 random_;
+  const std::vector<Fault::Kind> kinds_;
+  const Promise promise_;
+  std::unique_ptr<SimulatedDisk> disk_;
+  const testing::DiskHooks hooks_;  // none: the disk outlives the log
+  std::map<Name, Owed> owed_;
+  uint32_t version_ = 0;
+  uint64_t crashes_ = 0;
+  bool unreadable_ = false;  // some segment, in this life
+};
+
+uint64_t Seeds() {
+  const char* const given = std::getenv("QUARRY_SIMULATION_SEEDS");
+  return given != nullptr ? std::strtoull(given, nullptr, 10) : 150;
+}
+
+struct Kind {
+  const char* name;
+  uint32_t segments;
+  std::vector<Fault::Kind> faults;
+  Promise promise;
+};
+class LogSimulationTest : public ::testing::TestWithParam<Kind> {};
+
+TEST_P(LogSimulationTest, KeepsItsPromises) {
+  uint64_t crashes = 0;
+  for (uint64_t i = 0; i < Seeds() && !HasFailure(); ++i) {
+    const uint64_t seed = Seed() + i * 7919;
+    SCOPED_TRACE(absl::StrCat("seed ", seed));
+    Simulation simulation(seed, GetParam().segments, GetParam().faults, GetParam().promise);
+    simulation.Run();
+    crashes += simulation.crashes();
+  }
+  EXPECT_GT(crashes, Seeds() / 2) << "power cuts";
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Disks, LogSimulationTest,
+    ::testing::Values(Kind{"ThatLosePower", 60, {}, {}}, Kind{"ThatAreSmall", 9, {}, {}},
+                      Kind{"ThatFail",
+                           60,
+                           {Fault::kError, Fault::kShort, Fault::kNoSpace, Fault::kFailedSync},
+                           {}},
+                      Kind{"ThatAreSmallAndFail",
+                           12,
+                           {Fault::kError, Fault::kShort, Fault::kNoSpace, Fault::kFailedSync},
+                           {}},
+                      Kind{"ThatFlipBits", 20, {Fault::kBitFlip}, {false, true}},
+                      Kind{"ThatLie",
+                           20,
+                           {Fault::kLost, Fault::kMisdirected, Fault::kLyingSync, Fault::kBitFlip},
+                           {false, false}}),
+    [](const auto& instance) { return std::string(instance.param.name); });
+
+}  // namespace
+}  // namespace quarry
