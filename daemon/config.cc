@@ -107,6 +107,25 @@ absl::Status CheckSocketPath(std::string_view key, const std::string& path) {
   return absl::OkStatus();
 }
 
+absl::Status CheckDisk(const DiskTierOptions& disk) {
+  const std::string& path = disk.file.path;
+  if (path.empty()) return absl::OkStatus();
+  if (path[0] != '/') return Bad("disk.path", Quoted(path), "must be an absolute path");
+  for (const auto& [key, bytes] : {std::pair("disk.bytes", disk.file.bytes),
+                                   std::pair("disk.segment_bytes", disk.log.segment_bytes)}) {
+    if (bytes % kSectorBytes != 0) {
+      return Bad(key, Quoted(PrintBytes(bytes)),
+                 absl::StrCat("must be a multiple of ", kSectorBytes));
+    }
+  }
+  const uint64_t least = LeastLogBytes(disk.log.segment_bytes);
+  if (disk.file.bytes != 0 && disk.file.bytes < least) {
+    return Bad("disk.bytes", Quoted(PrintBytes(disk.file.bytes)),
+               absl::StrCat("must be 0 or at least ", least, ", for four segments"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckShm(const Config& c) {
   if (c.shm.socket.empty()) return Bad("shm.socket", "\"\"", "must name a socket path");
   QUARRY_RETURN_IF_ERROR(CheckSocketPath("shm.socket", c.shm.socket));
@@ -256,6 +275,7 @@ absl::Status ValidateConfig(const Config& config) {
   RangeChecker ranges;
   VisitConfigKeys(ranges, config);
   QUARRY_RETURN_IF_ERROR(ranges.status);
+  QUARRY_RETURN_IF_ERROR(CheckDisk(config.engine.disk));
   QUARRY_RETURN_IF_ERROR(CheckShm(config));
   QUARRY_RETURN_IF_ERROR(CheckGrpc(config));
   return CheckEngineAndMetrics(config);

@@ -33,6 +33,13 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Count("engine.max_leases_per_session", c.engine.max_leases_per_session, 1, 1u << 24);
   v.Count("engine.max_context_tokens", c.engine.max_context_tokens, 256, 1u << 30);
 
+  v.Text("disk.path", c.engine.disk.file.path);
+  v.Bytes("disk.bytes", c.engine.disk.file.bytes, 0, 64 * kTiB);
+  v.Bytes("disk.segment_bytes", c.engine.disk.log.segment_bytes, 64 * kKiB, 1024 * kMiB);
+  v.Choice("disk.io", c.engine.disk.file.io, {"auto", "uring", "threads"});
+  v.Count("disk.queue_depth", c.engine.disk.file.queue_depth, 1, 1024);
+  v.Bytes("disk.max_queued_bytes", c.engine.disk.tier.max_queued_bytes, kMiB, 64 * kTiB);
+
   v.Choice("index.kind", c.engine.index.choice.kind,
            {"auto", "exact", "codes", "clusters", "graph"});
   v.Choice("index.codes", c.engine.index.choice.codes,

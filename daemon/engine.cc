@@ -23,6 +23,7 @@
 #include "daemon/top_k.h"
 #include "proto/attend_shape.h"
 #include "proto/status_macros.h"
+#include "storage/tiered_block_store.h"
 
 namespace quarry {
 namespace {
@@ -326,7 +327,8 @@ absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& req
     return absl::InvalidArgumentError(absl::StrCat(
         "a purge names ", kinds, " of: the whole tenant, a namespace, blocks; one is wanted"));
   }
-  const uint64_t purged = store_->Purge(session->tenant(), request.name_space, request.blocks);
+  const absl::StatusOr<uint64_t> purged =
+      store_->Purge(session->tenant(), request.name_space, request.blocks);
   // Indexes tell of keys and values. Afterwards: what is attached from now on sees that blocks are
   // gone.
   runs_.Purge(session->tenant(), request.name_space, request.blocks);
@@ -430,6 +432,12 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   store_options.max_pinned_bytes_per_tenant = options.max_pinned_bytes_per_tenant;
   store_options.max_pins_per_tenant = options.max_pins_per_tenant;
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<BlockStore> store, BlockStore::Create(store_options));
+  if (!options.disk.file.path.empty()) {
+    QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Disk> disk, OpenFileDisk(options.disk.file));
+    QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<BlockLog> log,
+                            BlockLog::Open(std::move(disk), options.disk.log));
+    store = std::make_unique<TieredBlockStore>(std::move(store), std::move(log), options.disk.tier);
+  }
   return std::make_unique<EngineImpl>(options, std::move(store));
 }
 

@@ -18,11 +18,22 @@
 #include "proto/kv_types.h"
 #include "proto/retrieval_types.h"
 #include "storage/block_store.h"
+#include "storage/disk/file_disk.h"
+#include "storage/log/block_log.h"
+#include "storage/tiered_block_store.h"
 
 namespace quarry {
 
+// The disk tier; none where file.path is empty.
+struct DiskTierOptions {
+  FileDiskOptions file;
+  BlockLogOptions log;
+  TieredOptions tier;
+};
+
 struct EngineOptions {
   ArenaOptions arena;
+  DiskTierOptions disk;
   uint32_t max_contexts = 1024;
   uint32_t max_sessions = 256;
   uint64_t max_pinned_bytes_per_tenant = 1ull << 30;
@@ -164,7 +175,9 @@ class Engine {
                                           std::string_view key, ByteDigest* digest) = 0;
   virtual absl::StatusOr<uint64_t> Pin(SessionId, const PinRequest&) = 0;  // bytes pinned
   virtual absl::Status Unpin(SessionId, std::string_view name) = 0;
-  virtual absl::StatusOr<uint64_t> Purge(SessionId, const PurgeRequest&) = 0;  // blocks retired
+  // Blocks retired. Unavailable, ResourceExhausted: nobody finds them now, but the disk may bring
+  // them back after a restart: purge again.
+  virtual absl::StatusOr<uint64_t> Purge(SessionId, const PurgeRequest&) = 0;
   virtual absl::StatusOr<std::vector<BlockInfo>> ListBlocks(SessionId, uint32_t limit) = 0;
 
   // Answers every row, each with its own status; `done` runs once, on the thread that writes the

@@ -65,6 +65,50 @@ constexpr Figure<BlockStoreStats> kStore[] = {
      &BlockStoreStats::duplicate_publishes},
 };
 
+constexpr Figure<DiskTierStats> kDiskTier[] = {
+    {"quarry_disk_queued_bytes", "bytes of blocks that wait to be written",
+     &DiskTierStats::queued_bytes},
+    {"quarry_disk_not_admitted_total", "blocks not queued for the disk, or not written",
+     &DiskTierStats::not_admitted},
+    {"quarry_disk_promoted_total", "blocks read from the disk into RAM", &DiskTierStats::promoted},
+    {"quarry_disk_failed_promotions_total", "look-ups of a block on the disk that were a miss",
+     &DiskTierStats::failed_promotions},
+};
+
+constexpr Figure<BlockLogStats> kLog[] = {
+    {"quarry_disk_capacity_bytes", "of all segments", &BlockLogStats::capacity_bytes},
+    {"quarry_disk_segments_count", "of the log", &BlockLogStats::segments},
+    {"quarry_disk_free_segments_count", "that the next blocks go to",
+     &BlockLogStats::free_segments},
+    {"quarry_disk_condemned_segments_count", "not written until the next start",
+     &BlockLogStats::condemned_segments},
+    {"quarry_disk_blocks_count", "blocks on the disk", &BlockLogStats::blocks},
+    {"quarry_disk_used_bytes", "bytes of blocks on the disk", &BlockLogStats::bytes},
+    {"quarry_disk_appended_blocks_total", "blocks made durable", &BlockLogStats::appended_blocks},
+    {"quarry_disk_appended_bytes_total", "bytes of blocks made durable",
+     &BlockLogStats::appended_bytes},
+    {"quarry_disk_written_bytes_total", "bytes written to the disk, with all that goes with blocks",
+     &BlockLogStats::written_bytes},
+    {"quarry_disk_moved_bytes_total", "bytes moved so that a segment could be used anew",
+     &BlockLogStats::moved_bytes},
+    {"quarry_disk_dropped_blocks_total", "blocks dropped for room", &BlockLogStats::dropped_blocks},
+    {"quarry_disk_dropped_bytes_total", "bytes of blocks dropped for room",
+     &BlockLogStats::dropped_bytes},
+    {"quarry_disk_read_blocks_total", "blocks read", &BlockLogStats::read_blocks},
+    {"quarry_disk_read_bytes_total", "bytes of blocks read", &BlockLogStats::read_bytes},
+    {"quarry_disk_broken_blocks_total", "blocks that were not what was written",
+     &BlockLogStats::broken_blocks},
+    {"quarry_disk_read_errors_total", "reads that the disk failed", &BlockLogStats::read_errors},
+    {"quarry_disk_write_errors_total", "group commits that the disk failed",
+     &BlockLogStats::write_errors},
+    {"quarry_disk_recovered_blocks_count", "blocks found at the start",
+     &BlockLogStats::recovered_blocks},
+    {"quarry_disk_incomplete_blocks_count", "blocks of which the start found a part",
+     &BlockLogStats::incomplete_blocks},
+    {"quarry_disk_scanned_segments_count", "segments that the start read frame by frame",
+     &BlockLogStats::scanned_segments},
+};
+
 constexpr Figure<EngineStats> kEngine[] = {
     {"quarry_engine_contexts_count", "contexts open", &EngineStats::contexts},
     {"quarry_engine_sessions_count", "clients attached", &EngineStats::sessions},
@@ -185,6 +229,20 @@ MetricsSnapshot Metrics::Collect() const {
                          uptime_seconds_()});
   Write(kArena, stats.store.arena, &out);
   Write(kStore, stats.store, &out);
+  if (stats.store.disk.has_value()) {
+    Write(kDiskTier, *stats.store.disk, &out);
+    Write(kLog, stats.store.disk->log, &out);
+    out.samples.push_back({MetricSample::Type::kGauge,
+                           "quarry_disk_recovery_seconds",
+                           "that the start took to read the log",
+                           {},
+                           stats.store.disk->log.recovery_seconds});
+    out.samples.push_back({MetricSample::Type::kGauge,
+                           "quarry_disk_refuses",
+                           "1 for a while after a write that failed: nothing is queued",
+                           {},
+                           stats.store.disk->refuses ? 1.0 : 0.0});
+  }
   Write(kEngine, stats, &out);
   Write(kIndex, stats.index, &out);
   Write(kAudit, stats.audit, &out);

@@ -137,6 +137,12 @@ void RamBlockStore::Lease(uint32_t block) {
   order_.Touch(block);
 }
 
+void RamBlockStore::Retain(BlockHandle block) {
+  absl::MutexLock lock(&mutex_);
+  QUARRY_CHECK(records_.IsCurrent(block) && records_.at(block.slot).leases > 0);
+  ++records_.at(block.slot).leases;
+}
+
 void RamBlockStore::Release(BlockHandle block) {
   EmptyExtents emptied;
   {
@@ -214,7 +220,12 @@ absl::Status RamBlockStore::RetireBroken(BlockHandle block, const ByteDigest& ac
 
 BlockView RamBlockStore::ViewOf(uint32_t block) const {
   const BlockRecord& record = records_.at(block);
-  return {records_.HandleOf(block), record.key.id, record.memory, record.digest, record.state};
+  return {records_.HandleOf(block),
+          record.key.id,
+          *record.tenant,
+          record.memory,
+          record.digest,
+          record.state};
 }
 
 // ---- Retiring.
@@ -246,8 +257,9 @@ void RamBlockStore::FreeRetired(uint32_t block, std::vector<FreedSlot>* freed) {
   records_.Free(block);
 }
 
-uint64_t RamBlockStore::Purge(std::string_view tenant, std::optional<NamespaceDigest> name_space,
-                              std::span<const BlockId> blocks) {
+absl::StatusOr<uint64_t> RamBlockStore::Purge(std::string_view tenant,
+                                              std::optional<NamespaceDigest> name_space,
+                                              std::span<const BlockId> blocks) {
   uint64_t retired = 0;
   EmptyExtents emptied;
   std::vector<FreedSlot> freed;

@@ -16,7 +16,9 @@
 #include "absl/time/time.h"
 #include "proto/types.h"
 #include "storage/arena.h"
+#include "storage/block_key.h"
 #include "storage/block_state.h"
+#include "storage/disk_tier_stats.h"
 
 namespace quarry {
 
@@ -27,16 +29,10 @@ struct BlockHandle {
   friend bool operator==(const BlockHandle&, const BlockHandle&) = default;
 };
 
-struct BlockKey {
-  BlockId id;
-  BlockId parent;                 // all zero: a root, or an engine's block
-  NamespaceDigest name_space;
-  std::string full_key;           // what was hashed, compared on every find: collisions are misses
-};
-
 struct BlockView {
   BlockHandle handle;
   BlockId id;
+  std::string_view tenant;  // lives as long as the store
   ArenaSlot memory;
   ByteDigest digest;              // of a SEALED or PUBLISHED block
   BlockState state = BlockState::kEmpty;
@@ -48,6 +44,7 @@ struct BlockStoreStats {
   uint64_t hits = 0, misses = 0, evictions = 0, refused = 0;
   uint64_t digest_failures = 0, duplicate_publishes = 0;
   ArenaStats arena;
+  std::optional<DiskTierStats> disk;
 };
 
 struct BlockInfo {
@@ -101,6 +98,8 @@ class BlockStore {
   // PUBLISHED blocks only; the lease is the caller's. NotFound = miss (also when full_key, parent,
   // namespace or tenant differ).
   virtual absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) = 0;
+  // One more lease of a block that the caller has a lease of.
+  virtual void Retain(BlockHandle block) = 0;
   // The last lease of a block that is not PUBLISHED frees it.
   virtual void Release(BlockHandle block) = 0;
   virtual bool Contains(std::string_view tenant, const BlockKey& key) const = 0;
@@ -119,9 +118,11 @@ class BlockStore {
   virtual absl::Status Unpin(std::string_view tenant, std::string_view name) = 0;
   // Retires matching published blocks, pinned or not; leased ones vanish from lookup at once and
   // free with their last lease. No blocks named: all of the tenant, or of its namespace. Returns
-  // the number retired; blocks published meanwhile may stay.
-  virtual uint64_t Purge(std::string_view tenant, std::optional<NamespaceDigest> name_space,
-                         std::span<const BlockId> blocks) = 0;
+  // the number retired; blocks published meanwhile may stay. An error: nobody finds them now, but
+  // the disk may bring them back after a restart.
+  virtual absl::StatusOr<uint64_t> Purge(std::string_view tenant,
+                                         std::optional<NamespaceDigest> name_space,
+                                         std::span<const BlockId> blocks) = 0;
 
   // Whether it can be found; false once it is retired, and of a stale handle. Needs no lease.
   virtual bool IsPublished(BlockHandle block) const = 0;

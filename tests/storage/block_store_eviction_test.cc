@@ -49,7 +49,7 @@ TEST_F(EvictionTest, AParentComputedAgainAfterItsPurgeStillOutlivesItsChildren) 
   Cached("t", 2, kMiB, 1);
   Cached("t", 3, kMiB, 1);
   const std::vector<BlockId> parent = {IdOf(1)};
-  ASSERT_EQ(store_->Purge("t", std::nullopt, parent), 1u);
+  ASSERT_EQ(*store_->Purge("t", std::nullopt, parent), 1u);
   Cached("t", 1, kMiB);
   EXPECT_EQ(store_->List("t", 1)[0].children, 2u);
   // The parent is used least recently, its children are in use all the time.

@@ -175,7 +175,7 @@ class ExactPropertyTest : public StoreTest {
     const uint64_t n = 1 + Pick(kIds);
     const std::vector<BlockId> ids = {IdOf(n)};
     const bool there = model_.published.contains(n);
-    ASSERT_EQ(store_->Purge("t", std::nullopt, ids), there ? 1u : 0u);
+    ASSERT_EQ(*store_->Purge("t", std::nullopt, ids), there ? 1u : 0u);
     if (!there) return;
     const ModelBlock& block = model_.published[n];
     if (block.leases.empty()) --model_.used;
@@ -378,9 +378,9 @@ class MixedPropertyTest : public StoreTest {
     const uint64_t n = 1 + Pick(kIds);
     const std::vector<BlockId> ids = {IdOf(n)};
     if (Pick(20) == 0) {
-      store_->Purge(tenant, std::nullopt, {});
+      EXPECT_TRUE(store_->Purge(tenant, std::nullopt, {}).ok());
     } else {
-      store_->Purge(tenant, std::nullopt, ids);
+      EXPECT_TRUE(store_->Purge(tenant, std::nullopt, ids).ok());
     }
     for (LiveBlock& block : held_) {
       if (block.published && block.tenant == tenant && !Published().contains({tenant, block.n})) {
@@ -430,8 +430,8 @@ TEST_F(MixedPropertyTest, LeasesHoldParentsStayAndReservationsAreHonoured) {
   // Everything goes back: the capacity is whole again.
   for (const LiveBlock& block : held_) store_->Release(block.view.handle);
   held_.clear();
-  store_->Purge("alice", std::nullopt, {});
-  store_->Purge("bob", std::nullopt, {});
+  EXPECT_TRUE(store_->Purge("alice", std::nullopt, {}).ok());
+  EXPECT_TRUE(store_->Purge("bob", std::nullopt, {}).ok());
   const BlockStoreStats stats = store_->Stats();
   EXPECT_EQ(stats.blocks, 0u);
   EXPECT_EQ(stats.reserved_bytes, 0u);

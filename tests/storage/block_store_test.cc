@@ -65,7 +65,7 @@ TEST_F(BlockStoreTest, OneIdOfTwoTenantsIsTwoBlocks) {
   EXPECT_EQ(alices->memory.data[0], std::byte{1});
   EXPECT_EQ(bobs->memory.data[0], std::byte{'b'});
   EXPECT_NE(alices->memory.extent, bobs->memory.extent);
-  EXPECT_EQ(store_->Purge("bob", std::nullopt, {}), 1u);
+  EXPECT_EQ(*store_->Purge("bob", std::nullopt, {}), 1u);
   EXPECT_TRUE(Has("alice", 1));
 }
 
@@ -206,15 +206,15 @@ TEST_F(BlockStoreTest, GetAfterPurgeIsNotFound) {
   Cached("other", 1, 4096);
   NamespaceDigest five;
   five.bytes[0] = 5;
-  EXPECT_EQ(store_->Purge("t", five, {}), 1u);
+  EXPECT_EQ(*store_->Purge("t", five, {}), 1u);
   EXPECT_FALSE(store_->Contains("t", KeyOf(3, 0, 5)));
   const std::vector<BlockId> ids = {IdOf(1), IdOf(77), IdOf(1)};
-  EXPECT_EQ(store_->Purge("t", five, ids), 0u);  // both must match
-  EXPECT_EQ(store_->Purge("t", std::nullopt, ids), 1u);
+  EXPECT_EQ(*store_->Purge("t", five, ids), 0u);  // both must match
+  EXPECT_EQ(*store_->Purge("t", std::nullopt, ids), 1u);
   EXPECT_FALSE(Has("t", 1));
   EXPECT_TRUE(Has("t", 2, 1));
-  EXPECT_EQ(store_->Purge("stranger", std::nullopt, {}), 0u);
-  EXPECT_EQ(store_->Purge("t", std::nullopt, {}), 1u);
+  EXPECT_EQ(*store_->Purge("stranger", std::nullopt, {}), 0u);
+  EXPECT_EQ(*store_->Purge("t", std::nullopt, {}), 1u);
   EXPECT_FALSE(Has("t", 2, 1));
   EXPECT_TRUE(Has("other", 1));
 }
@@ -222,9 +222,9 @@ TEST_F(BlockStoreTest, GetAfterPurgeIsNotFound) {
 TEST_F(BlockStoreTest, APurgedBlockStaysReadableWhileItIsLeased) {
   const BlockView view = Leased("t", 1, 4096);
   ASSERT_TRUE(store_->Acquire("t", KeyOf(1)).ok());
-  EXPECT_EQ(store_->Purge("t", std::nullopt, {}), 1u);
+  EXPECT_EQ(*store_->Purge("t", std::nullopt, {}), 1u);
   EXPECT_FALSE(Has("t", 1));
-  EXPECT_EQ(store_->Purge("t", std::nullopt, {}), 0u);
+  EXPECT_EQ(*store_->Purge("t", std::nullopt, {}), 0u);
   // Its memory serves nobody else meanwhile, even when everything is asked for.
   while (true) {
     if (!store_->Reserve("t", 4096, 1).ok()) break;
@@ -243,7 +243,7 @@ TEST_F(BlockStoreTest, APurgedBlockStaysReadableWhileItIsLeased) {
 
 TEST_F(BlockStoreTest, AnIdMayBePublishedAgainWhileItsPurgedBlockIsLeased) {
   const BlockView old = Leased("t", 1, 4096);
-  store_->Purge("t", std::nullopt, {});
+  EXPECT_TRUE(store_->Purge("t", std::nullopt, {}).ok());
   const BlockView anew = Publish(Begin("t", 4096, 'n').handle, KeyOf(1));
   EXPECT_NE(anew.memory.data, old.memory.data);
   store_->Release(old.handle);
@@ -256,7 +256,7 @@ TEST_F(BlockStoreTest, PurgeTakesPinnedBlocksAndTheirPinsForgetThem) {
   Cached("t", 2, 4096);
   Pin("t", "p", {1, 2});
   const std::vector<BlockId> one = {IdOf(1)};
-  EXPECT_EQ(store_->Purge("t", std::nullopt, one), 1u);
+  EXPECT_EQ(*store_->Purge("t", std::nullopt, one), 1u);
   EXPECT_EQ(store_->Stats().pinned, 1u);
   Cached("t", 1, 4096);
   auto list = store_->List("t", 10);
@@ -354,7 +354,7 @@ TEST_F(BlockStoreTest, ListAndPurgeGoThroughMoreBlocksThanOneHoldOfTheLock) {
   for (uint64_t n = 1; n <= kBlocks; ++n) Cached(n % 2 == 0 ? "even" : "odd", n, 64);
   EXPECT_EQ(store_->List("even", 100000).size(), kBlocks / 2);
   EXPECT_EQ(store_->List("even", 4321).size(), 4321u);
-  EXPECT_EQ(store_->Purge("even", std::nullopt, {}), kBlocks / 2);
+  EXPECT_EQ(*store_->Purge("even", std::nullopt, {}), kBlocks / 2);
   EXPECT_EQ(store_->List("even", 100000).size(), 0u);
   EXPECT_EQ(store_->Stats().published, kBlocks / 2);
 }

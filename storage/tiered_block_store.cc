@@ -1,0 +1,224 @@
+#include "storage/tiered_block_store.h"
+
+#include <algorithm>
+#include <utility>
+
+#include <pthread.h>
+#include <spdlog/spdlog.h>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "proto/status_macros.h"
+
+namespace quarry {
+namespace {
+
+// Of one group commit.
+constexpr uint64_t kBatchBytes = 64ull << 20;
+
+}  // namespace
+
+TieredBlockStore::TieredBlockStore(std::unique_ptr<BlockStore> ram, std::unique_ptr<BlockLog> log,
+                                   const TieredOptions& options)
+    : options_(options), ram_(std::move(ram)), log_(std::move(log)) {
+  writer_ = std::thread([this] { WriteQueued(); });
+  pthread_setname_np(writer_.native_handle(), "quarry-disk");
+}
+
+TieredBlockStore::~TieredBlockStore() {
+  {
+    absl::MutexLock lock(&queue_mutex_);
+    ending_ = true;
+  }
+  writer_.join();
+}
+
+absl::Status TieredBlockStore::Reserve(std::string_view tenant, uint64_t bytes, uint32_t count) {
+  absl::Status reserved = ram_->Reserve(tenant, bytes, count);
+  // What waits to be written is leased: that is not a full arena.
+  const absl::Time end = absl::Now() + options_.retry_after;
+  while (absl::IsResourceExhausted(reserved)) {
+    {
+      absl::MutexLock lock(&queue_mutex_);
+      const uint64_t before = queued_bytes_;
+      if (before == 0) break;
+      const auto fewer = [this, before]() ABSL_SHARED_LOCKS_REQUIRED(queue_mutex_) {
+        return queued_bytes_ < before;
+      };
+      if (!queue_mutex_.AwaitWithDeadline(absl::Condition(&fewer), end)) break;
+    }
+    reserved = ram_->Reserve(tenant, bytes, count);
+  }
+  return reserved;
+}
+
+// ---- To the disk.
+
+absl::StatusOr<BlockView> TieredBlockStore::Publish(BlockHandle block, BlockKey key,
+                                                    std::optional<ByteDigest> digest,
+                                                    bool* existed) {
+  QUARRY_ASSIGN_OR_RETURN(BlockView view, ram_->Publish(block, key, digest, existed));
+  if (!*existed) Enqueue(view, key);
+  return view;
+}
+
+void TieredBlockStore::Enqueue(const BlockView& view, const BlockKey& key) {
+  absl::MutexLock lock(&queue_mutex_);
+  if (waiting_.contains(view.handle.slot)) return;
+  const bool fits = queued_bytes_ == 0 ||
+                    view.memory.bytes <= options_.max_queued_bytes -
+                                             std::min(options_.max_queued_bytes, queued_bytes_);
+  if (ending_ || !fits || absl::Now() < refuse_until_) {
+    ++not_admitted_;
+    return;
+  }
+  ram_->Retain(view.handle);
+  queued_bytes_ += view.memory.bytes;
+  waiting_.insert(view.handle.slot);
+  queue_.push_back({view, key});
+}
+
+std::vector<TieredBlockStore::Queued> TieredBlockStore::TakeQueued(bool* refused) {
+  std::vector<Queued> batch;
+  absl::MutexLock lock(&queue_mutex_);
+  queue_mutex_.Await(absl::Condition(this, &TieredBlockStore::HasWork));
+  *refused = absl::Now() < refuse_until_;
+  const uint64_t most = *refused ? ~0ull : kBatchBytes;
+  for (uint64_t bytes = 0; !queue_.empty() && bytes < most; queue_.pop_front()) {
+    bytes += queue_.front().view.memory.bytes;
+    batch.push_back(std::move(queue_.front()));
+  }
+  return batch;
+}
+
+void TieredBlockStore::WriteQueued() {
+  while (true) {
+    bool refused = false;
+    const std::vector<Queued> batch = TakeQueued(&refused);
+    if (batch.empty()) return;
+    if (refused) {
+      not_admitted_ += batch.size();
+    } else {
+      Write(batch);
+    }
+    LetGo(batch);
+  }
+}
+
+void TieredBlockStore::Write(std::span<const Queued> batch) {
+  std::vector<BlockToLog> blocks;
+  for (const Queued& queued : batch) {
+    const ArenaSlot& memory = queued.view.memory;
+    blocks.push_back({queued.view.tenant,
+                      &queued.key,
+                      queued.view.digest,
+                      {memory.data, memory.bytes},
+                      [this, &queued] { return ram_->IsPublished(queued.view.handle); }});
+  }
+  const std::vector<absl::Status> written = log_->Append(blocks);
+  absl::Status failed;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    // The store looks for itself, retires it, and says so.
+    if (absl::IsDataLoss(written[i])) (void)ram_->CopyOut(batch[i].view.handle, 0, {});
+    if (absl::IsUnavailable(written[i]) || absl::IsResourceExhausted(written[i])) {
+      failed.Update(written[i]);
+    }
+    if (!written[i].ok() && !absl::IsCancelled(written[i])) ++not_admitted_;
+  }
+  if (failed.ok()) return;
+  spdlog::error("the disk tier takes nothing for {}: {}",
+                absl::FormatDuration(options_.retry_after), std::string(failed.message()));
+  absl::MutexLock lock(&queue_mutex_);
+  refuse_until_ = absl::Now() + options_.retry_after;
+}
+
+void TieredBlockStore::LetGo(std::span<const Queued> batch) {
+  uint64_t bytes = 0;
+  {
+    // Before the leases end, and the slots may be other blocks'.
+    absl::MutexLock lock(&queue_mutex_);
+    for (const Queued& queued : batch) {
+      waiting_.erase(queued.view.handle.slot);
+      bytes += queued.view.memory.bytes;
+    }
+  }
+  for (const Queued& queued : batch) ram_->Release(queued.view.handle);
+  absl::MutexLock lock(&queue_mutex_);
+  queued_bytes_ -= bytes;
+}
+
+// ---- From the disk.
+
+absl::StatusOr<BlockView> TieredBlockStore::Acquire(std::string_view tenant, const BlockKey& key) {
+  absl::StatusOr<BlockView> in_ram = ram_->Acquire(tenant, key);
+  if (in_ram.ok()) {
+    // What was refused when it came is asked for again.
+    if (!log_->Touch(tenant, key.id)) Enqueue(*in_ram, key);
+    return in_ram;
+  }
+  const std::optional<LoggedBlockInfo> info = log_->Find(tenant, key.id);
+  if (!info.has_value()) return in_ram;
+  absl::StatusOr<BlockView> promoted = Promote(tenant, key, *info);
+  ++(promoted.ok() ? promoted_ : failed_promotions_);
+  if (promoted.ok()) return promoted;
+  return absl::NotFoundError(absl::StrCat("block ", key.id.Hex(), " is on the disk, and not read: ",
+                                          std::string(promoted.status().message())));
+}
+
+absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, const BlockKey& key,
+                                                    const LoggedBlockInfo& info) {
+  QUARRY_RETURN_IF_ERROR(Reserve(tenant, info.bytes, 1));
+  const absl::StatusOr<BlockView> begun = ram_->Begin(tenant, info.bytes);
+  if (!begun.ok()) {
+    ram_->Unreserve(tenant, info.bytes, 1);
+    return begun.status();
+  }
+  const absl::StatusOr<ByteDigest> digest =
+      log_->Read(tenant, key, {begun->memory.data, begun->memory.bytes});
+  absl::StatusOr<BlockView> published =
+      absl::NotFoundError("it was purged or moved while it was read");
+  bool existed = false;
+  if (digest.ok()) {
+    // Not between the two halves of a purge; what was purged before is gone from the log, or
+    // another block has its id.
+    absl::ReaderMutexLock lock(&promotion_mutex_);
+    const std::optional<LoggedBlockInfo> now = log_->Find(tenant, key.id);
+    if (now.has_value() && now->born == info.born) {
+      published = ram_->Publish(begun->handle, key, *digest, &existed);
+    }
+  } else {
+    published = digest.status();
+  }
+  if (!published.ok() || existed) ram_->Release(begun->handle);
+  return published;
+}
+
+bool TieredBlockStore::Contains(std::string_view tenant, const BlockKey& key) const {
+  return ram_->Contains(tenant, key) || log_->Find(tenant, key.id).has_value();
+}
+
+absl::StatusOr<uint64_t> TieredBlockStore::Purge(std::string_view tenant,
+                                                 std::optional<NamespaceDigest> name_space,
+                                                 std::span<const BlockId> blocks) {
+  absl::MutexLock lock(&promotion_mutex_);
+  // RAM first: what is written from here on is no longer wanted, what was before is older than the
+  // log's purge.
+  QUARRY_ASSIGN_OR_RETURN(const uint64_t in_ram, ram_->Purge(tenant, name_space, blocks));
+  QUARRY_ASSIGN_OR_RETURN(const uint64_t on_disk, log_->Purge(tenant, name_space, blocks));
+  return std::max(in_ram, on_disk);
+}
+
+BlockStoreStats TieredBlockStore::Stats() const {
+  BlockStoreStats s = ram_->Stats();
+  DiskTierStats& disk = s.disk.emplace();
+  disk.log = log_->Stats();
+  disk.promoted = promoted_;
+  disk.failed_promotions = failed_promotions_;
+  disk.not_admitted = not_admitted_;
+  absl::MutexLock lock(&queue_mutex_);
+  disk.queued_bytes = queued_bytes_;
+  disk.refuses = absl::Now() < refuse_until_;
+  return s;
+}
+
+}  // namespace quarry

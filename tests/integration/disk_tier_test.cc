@@ -1,0 +1,149 @@
+// A daemon with a disk: what it had before it ended is there when it has started again.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "tests/support/daemon_process.h"
+#include "tests/support/eventually.h"
+#include "tests/support/kv_client.h"
+
+namespace quarry {
+namespace {
+
+using testing::DaemonProcess;
+using testing::KvData;
+
+constexpr uint32_t kTokens = 4 * kBlockTokens + 40;
+
+class DiskTierTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    directory_ =
+        std::filesystem::temp_directory_path() / ("quarry-disk-tier-" + std::to_string(getpid()));
+    std::filesystem::create_directories(directory_);
+    Start();
+  }
+  void TearDown() override {
+    client_ = nullptr;
+    daemon_ = nullptr;
+    std::filesystem::remove_all(directory_);
+  }
+
+  std::string disk() const { return directory_ / "kv.quarry"; }
+  void Start() {
+    client_ = nullptr;
+    daemon_ = nullptr;
+    testing::DaemonOptions options;
+    options.config =
+        "[disk]\npath = \"" + disk() + "\"\nbytes = \"256MiB\"\nsegment_bytes = \"4MiB\"\n";
+    options.arguments = {"--arena-bytes", "64MiB"};
+    auto daemon = DaemonProcess::Start(options);
+    ASSERT_TRUE(daemon.ok()) << daemon.status();
+    daemon_ = *std::move(daemon);
+    auto client = testing::ConnectTo(daemon_->socket_path());
+    ASSERT_TRUE(client.ok()) << client.status();
+    client_ = *std::move(client);
+  }
+
+  // Computes the context, or what of it is not cached; says how many tokens were.
+  uint32_t Compute(const KvData& data) {
+    auto open = client_->Open(testing::OpenFor(spec_, data, kTokens));
+    EXPECT_TRUE(open.ok()) << open.status();
+    if (!open.ok()) return 0;
+    EXPECT_TRUE(
+        testing::AppendTokens(client_.get(), open->context, data, open->reused_tokens, kTokens)
+            .ok());
+    EXPECT_TRUE(client_->Seal(open->context).ok());
+    for (uint32_t layer = 0; layer < spec_.shape.layers; ++layer) {
+      std::vector<char> k(data.k[layer].size()), v(data.v[layer].size());
+      const absl::Status read =
+          client_->Read(open->context, layer, {0, kTokens}, std::as_writable_bytes(std::span(k)),
+                        std::as_writable_bytes(std::span(v)));
+      EXPECT_TRUE(read.ok()) << read;
+      EXPECT_EQ(k, data.k[layer]) << "layer " << layer;
+      EXPECT_EQ(v, data.v[layer]) << "layer " << layer;
+    }
+    EXPECT_TRUE(client_->Close(open->context).ok());
+    return open->reused_tokens;
+  }
+
+  const ModelSpec spec_ = testing::SmallSpec();
+  std::filesystem::path directory_;
+  std::unique_ptr<DaemonProcess> daemon_;
+  std::unique_ptr<Client> client_;
+};
+
+TEST_F(DiskTierTest, ARestartIsWarm) {
+  const KvData data(spec_.shape, kTokens, 1);
+  EXPECT_EQ(Compute(data), 0u);
+  const std::string value(100000, 'v');
+  const absl::Status put = client_->Put("engine", "key", std::as_bytes(std::span(value)));
+  ASSERT_TRUE(put.ok()) << put;
+  EXPECT_EQ(daemon_->Stop(), 0);
+  Start();
+  EXPECT_EQ(Compute(data), 4 * kBlockTokens);
+  const auto got = client_->Get("engine", "key");
+  ASSERT_TRUE(got.ok()) << got.status();
+  EXPECT_EQ(*got, value);
+}
+
+// Other blocks, more than the arena has room for, push the context out of it, but not off the disk.
+TEST_F(DiskTierTest, WhatTheArenaEvictsIsReadFromTheDisk) {
+  const KvData data(spec_.shape, kTokens, 3);
+  EXPECT_EQ(Compute(data), 0u);
+  const std::string large(7 << 20, 'x');
+  for (int i = 0; i < 12; ++i) {
+    const absl::Status put =
+        client_->Put("engine", std::to_string(i), std::as_bytes(std::span(large)));
+    ASSERT_TRUE(put.ok()) << put;
+    EXPECT_EQ(Compute(data), 4 * kBlockTokens) << i;  // so it stays the most used
+  }
+  const auto statistics = client_->Statistics();
+  ASSERT_TRUE(statistics.ok()) << statistics.status();
+  EXPECT_GT(statistics->at("quarry_store_evictions_total"), 0);
+  for (int i = 0; i < 12; ++i) {
+    const auto got = client_->Get("engine", std::to_string(i));
+    ASSERT_TRUE(got.ok()) << i << ": " << got.status();
+    EXPECT_EQ(*got, large);
+  }
+  EXPECT_GT(client_->Statistics()->at("quarry_disk_promoted_total"), 0);
+}
+
+TEST_F(DiskTierTest, APurgeOutlivesARestart) {
+  const KvData data(spec_.shape, kTokens, 2);
+  Compute(data);
+  ASSERT_TRUE(client_->Purge({.whole_tenant = true}).ok());
+  EXPECT_EQ(daemon_->Stop(), 0);
+  Start();
+  EXPECT_EQ(Compute(data), 0u);
+}
+
+TEST_F(DiskTierTest, AKilledDaemonStartsAgain) {
+  for (uint32_t i = 0; i < 5; ++i) {
+    const KvData data(spec_.shape, kTokens, 200 + i);
+    Compute(data);
+    daemon_->Kill();
+    Start();
+    Compute(data);
+  }
+}
+
+TEST_F(DiskTierTest, AnotherThingsFileIsLeftAloneAndNamed) {
+  daemon_->Stop();
+  const std::string text(70 << 20, 'a');
+  std::ofstream(disk(), std::ios::binary) << text;
+  testing::DaemonOptions options;
+  options.config =
+      "[disk]\npath = \"" + disk() + "\"\nbytes = \"64MiB\"\nsegment_bytes = \"4MiB\"\n";
+  options.start_deadline = absl::Seconds(10);
+  const auto refused = DaemonProcess::Start(options);
+  ASSERT_FALSE(refused.ok());
+  EXPECT_THAT(std::string(refused.status().message()), ::testing::HasSubstr("not blank"));
+  std::ifstream in(disk(), std::ios::binary);
+  EXPECT_EQ(std::string(std::istreambuf_iterator<char>(in), {}), text);
+}
+
+}  // namespace
+}  // namespace quarry
