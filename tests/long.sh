@@ -4,6 +4,7 @@
 #   thread    all tests under ThreadSanitizer
 #   release   all tests, those labelled slow (none so far) included, in the build that is measured
 #   simd      the kernels' tests and the attention tests at every instruction-set level
+#   disk      20,000 seeds of the simulated disk, and 2,000 kills of the daemon under load
 #   demo      the demo of every reference model
 #   perf      every benchmark, its JSON lines in the results; of retrieval_bench one trace of its
 #             default set, which takes half an hour (perf/README.md)
@@ -15,7 +16,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly parts=(address thread release simd demo perf bundle)
+readonly parts=(address thread release simd disk demo perf bundle)
 chosen=("$@")
 [ ${#chosen[@]} -gt 0 ] || chosen=("${parts[@]}")
 for part in "${chosen[@]}"; do
@@ -84,6 +85,14 @@ run_simd() {
   for level in scalar avx2 avx512 amx; do
     QUARRY_SIMD=$level step "simd-$level" 6 ctest --preset release -j 2 -R 'kernels|exact_scan|attention|budget'
   done
+}
+
+run_disk() {
+  build release log_simulation_test kill_test quarryd || return
+  # Seeds of each kind of disk; there are six.
+  QUARRY_SIMULATION_SEEDS=3400 step simulation 12 \
+    build/release/tests/storage/log/log_simulation_test
+  step kills 8 build/release/tests/crash/kill_test --kills=2000
 }
 
 run_demo() {
