@@ -35,13 +35,15 @@ TieredBlockStore::~TieredBlockStore() {
 
 absl::Status TieredBlockStore::Reserve(std::string_view tenant, uint64_t bytes, uint32_t count) {
   absl::Status reserved = ram_->Reserve(tenant, bytes, count);
-  // What waits to be written is leased: that is not a full arena.
+  // What waits to be written is leased: that is not a full arena, if it is as much as is missing.
   const absl::Time end = absl::Now() + options_.retry_after;
   while (absl::IsResourceExhausted(reserved)) {
+    const ArenaStats arena = ram_->arena().Stats();
+    const uint64_t free = arena.capacity_bytes - std::min(arena.capacity_bytes, arena.used_bytes);
     {
       absl::MutexLock lock(&queue_mutex_);
       const uint64_t before = queued_bytes_;
-      if (before == 0) break;
+      if (before == 0 || bytes * count > free + before) break;
       const auto fewer = [this, before]() ABSL_SHARED_LOCKS_REQUIRED(queue_mutex_) {
         return queued_bytes_ < before;
       };
@@ -64,7 +66,10 @@ absl::StatusOr<BlockView> TieredBlockStore::Publish(BlockHandle block, BlockKey 
 
 void TieredBlockStore::Enqueue(const BlockView& view, const BlockKey& key) {
   absl::MutexLock lock(&queue_mutex_);
-  if (waiting_.contains(view.handle.slot)) return;
+  if (waiting_.contains(view.handle.slot) ||
+      doubtful_.contains({view.handle.slot, view.handle.generation})) {
+    return;
+  }
   const bool fits = queued_bytes_ == 0 ||
                     view.memory.bytes <= options_.max_queued_bytes -
                                              std::min(options_.max_queued_bytes, queued_bytes_);
@@ -167,7 +172,7 @@ absl::StatusOr<BlockView> TieredBlockStore::Acquire(std::string_view tenant, con
 
 absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, const BlockKey& key,
                                                     const LoggedBlockInfo& info) {
-  QUARRY_RETURN_IF_ERROR(Reserve(tenant, info.bytes, 1));
+  QUARRY_RETURN_IF_ERROR(ram_->Reserve(tenant, info.bytes, 1));  // waits for nobody: a miss is one
   const absl::StatusOr<BlockView> begun = ram_->Begin(tenant, info.bytes);
   if (!begun.ok()) {
     ram_->Unreserve(tenant, info.bytes, 1);
@@ -190,6 +195,10 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
     published = digest.status();
   }
   if (!published.ok() || existed) ram_->Release(begun->handle);
+  if (published.ok() && !existed && info.doubtful) {
+    absl::MutexLock lock(&queue_mutex_);
+    doubtful_.insert({published->handle.slot, published->handle.generation});
+  }
   return published;
 }
 

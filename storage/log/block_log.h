@@ -60,6 +60,9 @@ struct LoggedBlockInfo {
   ByteDigest digest;
   uint64_t bytes = 0;
   uint64_t born = 0;  // another one's is another number; changes when it is moved
+  // It may have been purged in a part of the log that could not be read at the start: it is to be
+  // written by nobody as if it were new.
+  bool doubtful = false;
 };
 
 // Thread-safe. Calls that write (Append, Purge) wait for one another, for the disk, and for

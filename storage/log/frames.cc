@@ -296,10 +296,11 @@ absl::StatusOr<PartFrame> DecodePart(std::span<const std::byte> frame, const Fra
 
 AlignedBuffer EncodePurge(const FramePlace& place, uint64_t sequence, const PurgeFrame& purge) {
   QUARRY_CHECK(purge.blocks.size() <= PurgeFrame::kMaxBlocks);
-  const size_t bytes = 8 + 1 + 32 + 2 * 4 + purge.tenant.size() + purge.blocks.size() * (32 + 8);
+  const size_t bytes = 8 + 2 + 32 + 2 * 4 + purge.tenant.size() + purge.blocks.size() * (32 + 8);
   AlignedBuffer frame = NewFrame(FrameKind::kPurge, place, sequence, bytes);
   Writer out(Body(&frame));
   out.Number(purge.born);
+  out.Number(purge.copy);
   out.Number(static_cast<uint8_t>(purge.has_name_space));
   out.Digest(purge.name_space);
   out.Text(purge.tenant);
@@ -318,11 +319,14 @@ absl::StatusOr<PurgeFrame> DecodePurge(std::span<const std::byte> frame, const F
   PurgeFrame out;
   Reader in(body);
   out.born = in.Number<uint64_t>();
+  out.copy = in.Number<uint8_t>();
   out.has_name_space = in.Number<uint8_t>() != 0;
   in.Digest(&out.name_space);
   out.tenant = in.Text();
   const auto blocks = in.Number<uint32_t>();
-  if (!in.ok() || out.tenant.empty() || blocks > PurgeFrame::kMaxBlocks) return Malformed("purge");
+  if (!in.ok() || out.tenant.empty() || out.copy > 1 || blocks > PurgeFrame::kMaxBlocks) {
+    return Malformed("purge");
+  }
   out.blocks.resize(blocks);
   for (PurgedBlock& block : out.blocks) {
     in.Digest(&block.id);
@@ -381,6 +385,7 @@ FooterEntry EntryOf(const PurgeFrame& purge) {
   FooterEntry entry;
   entry.kind = FrameKind::kPurge;
   entry.born = purge.born;
+  entry.part_offset = purge.copy;
   entry.tenant = purge.tenant;
   return entry;
 }

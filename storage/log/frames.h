@@ -79,6 +79,7 @@ struct PurgeFrame {
   NamespaceDigest name_space;       // also of the blocks
   std::vector<PurgedBlock> blocks;  // at most kMaxBlocks
   uint64_t born = 0;                // the latest of them
+  uint8_t copy = 0;                 // 0 or 1, which follows it
 
   static constexpr size_t kMaxBlocks = 2048;
 };
@@ -132,7 +133,7 @@ struct FooterEntry {
   BlockId id, parent;
   NamespaceDigest name_space;
   ByteDigest block_digest;
-  uint64_t block_bytes = 0, part_offset = 0, part_bytes = 0;
+  uint64_t block_bytes = 0, part_offset = 0, part_bytes = 0;  // of a purge: 0, its copy, 0
 };
 
 // All but where it is.

@@ -192,7 +192,7 @@ class Recovery {
       info.oldest_born = std::min(info.oldest_born, entry.born);
     }
     absl::Status usable;
-    if (!sealed && !complete) {
+    if (!complete) {
       info.oldest_born = 0;
       incomplete_ = true;
       usable = absl::UnavailableError("something of it cannot be read");
@@ -324,7 +324,7 @@ class Recovery {
     }
     if (purge.ok()) {
       const TenantName tenant = tenants_->Intern(purge->tenant);
-      known_purges_.insert({tenant, purge->born});
+      known_purges_.insert({place.segment, entry.sequence});
       out_.purges.Add(tenant, *purge, place.segment);
       return;
     }
@@ -335,8 +335,9 @@ class Recovery {
   // of the tenant's is gone.
   void ReplaceUnknownPurges() {
     for (const UnknownPurge& unknown : unknown_purges_) {
-      const TenantName tenant = tenants_->Intern(unknown.entry.tenant);
-      if (known_purges_.contains({tenant, unknown.entry.born})) continue;
+      const FooterEntry& entry = unknown.entry;
+      const uint64_t other = entry.part_offset == 0 ? entry.sequence + 1 : entry.sequence - 1;
+      if (known_purges_.contains({unknown.segment, other})) continue;
       spdlog::error(
           "a purge of tenant {} on {} cannot be read: all that the tenant had before is "
           "dropped ({})",
@@ -344,7 +345,7 @@ class Recovery {
       PurgeFrame all;
       all.tenant = unknown.entry.tenant;
       all.born = unknown.entry.born;
-      out_.purges.Add(tenant, all, unknown.segment);
+      out_.purges.Add(tenants_->Intern(all.tenant), all, unknown.segment);
     }
   }
 
@@ -408,7 +409,7 @@ class Recovery {
     uint32_t segment = 0;
     std::string why;
   };
-  absl::flat_hash_set<std::pair<TenantName, uint64_t>> known_purges_;  // by birth
+  absl::flat_hash_set<std::pair<uint32_t, uint64_t>> known_purges_;  // segments and sequences
   std::vector<UnknownPurge> unknown_purges_;
   bool incomplete_ = false;
 };

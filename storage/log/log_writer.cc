@@ -60,15 +60,22 @@ absl::Status LogWriter::OpenNext(uint32_t reserved) {
   next.at = superblock_.SegmentOffset(next.segment);
   const AlignedBuffer start = EncodeSegmentStart(
       {superblock_.device, next.segment, next.generation, next.at}, next_sequence_++);
-  const std::span<const std::byte> piece[] = {start.bytes()};
-  const absl::Status written = disk_->Write(next.at, piece);
-  const absl::Status begun = written.ok() ? disk_->Sync() : written;
+  // Beside the start, what an earlier use left at its second sector and its end must not speak for
+  // this one.
+  const AlignedBuffer zeros(kSectorBytes);
+  const std::span<const std::byte> first[] = {start.bytes(), zeros.bytes()};
+  const std::span<const std::byte> last[] = {zeros.bytes()};
+  absl::Status begun = disk_->Write(next.at, first);
+  if (begun.ok()) {
+    begun = disk_->Write(next.at + superblock_.segment_bytes - kSectorBytes, last);
+  }
+  if (begun.ok()) begun = disk_->Sync();
   if (!begun.ok()) {
     absl::MutexLock lock(table_mutex_);
-    table_->Move(next.segment, written.ok() ? SegmentState::kCondemned : SegmentState::kFree);
+    table_->Move(next.segment, SegmentState::kFree);
     return begun;
   }
-  written_bytes_ += start.size();
+  written_bytes_ += 3 * kSectorBytes;
   next.at += start.size();
   // A hint: where the disk cannot forget, nothing is lost.
   (void)disk_->Discard(next.at, superblock_.segment_bytes - start.size());
@@ -170,7 +177,8 @@ absl::StatusOr<uint32_t> LogWriter::AddPurge(PurgeFrame* purge) {
     purge->born = next_sequence_;
     for (PurgedBlock& block : purge->blocks) block.born = next_sequence_;
   }
-  for (int copy = 0; copy < 2; ++copy) {
+  for (const uint8_t copy : {0, 1}) {
+    purge->copy = copy;
     Place(EncodePurge(PlaceHere(), next_sequence_, *purge), {}, EntryOf(*purge));
   }
   return open_->segment;
@@ -204,12 +212,13 @@ absl::Status LogWriter::WriteCommits() {
   return disk_->Sync();
 }
 
-void LogWriter::GiveUp(SegmentState begun) {
+void LogWriter::GiveUp() {
   absl::MutexLock lock(table_mutex_);
   for (const Pending& batch : pending_) {
     SegmentInfo& info = table_->at(batch.place.segment);
     info.oldest_born = std::min(info.oldest_born, batch.oldest_born);
-    table_->Move(batch.place.segment, batch.starts ? begun : SegmentState::kCondemned);
+    table_->Move(batch.place.segment,
+                 batch.starts ? SegmentState::kFree : SegmentState::kCondemned);
     if (open_.has_value() && open_->segment == batch.place.segment) open_.reset();
   }
   pending_.clear();
@@ -219,14 +228,11 @@ void LogWriter::GiveUp(SegmentState begun) {
 absl::Status LogWriter::Commit() {
   if (pending_.empty()) return absl::OkStatus();
   if (open_.has_value()) CloseBatch(false);
-  if (absl::Status status = WriteData(); !status.ok()) {
-    GiveUp(SegmentState::kFree);
-    return status;
-  }
-  absl::Status status = disk_->Sync();
+  absl::Status status = WriteData();
+  if (status.ok()) status = disk_->Sync();
   if (status.ok()) status = WriteCommits();
   if (!status.ok()) {
-    GiveUp(SegmentState::kCondemned);
+    GiveUp();
     return status;
   }
   absl::MutexLock lock(table_mutex_);

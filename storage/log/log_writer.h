@@ -44,8 +44,8 @@ class LogWriter {
   absl::StatusOr<uint32_t> AddPurge(PurgeFrame* purge);
 
   // Data written and synced, commits written and synced. ResourceExhausted and Unavailable: nothing
-  // that was added since the last commit is durable. Segments that were begun since are free again
-  // if a write failed; others that it touched are condemned.
+  // that was added since the last commit is durable. Segments that were begun since are free
+  // again, others that it touched are condemned.
   absl::Status Commit();
   bool empty() const { return pending_.empty(); }
   uint64_t pending_bytes() const { return pending_bytes_; }
@@ -95,8 +95,8 @@ class LogWriter {
   void Place(AlignedBuffer frame, std::span<const std::byte> payload, FooterEntry entry);
   absl::Status WriteData();
   absl::Status WriteCommits();
-  // Gives up what is pending, and its segments, those just begun as `begun`.
-  void GiveUp(SegmentState begun);
+  // What is pending, and its segments.
+  void GiveUp();
 
   Disk* const disk_;
   const Superblock superblock_;

@@ -10,7 +10,14 @@ namespace quarry {
 void PurgeTable::Add(const Key& key, uint64_t born, uint32_t segment) {
   Place& place = purges_[key];
   if (born < place.born) return;
-  if (place.born == 0 || place.segment != segment) by_segment_[segment].push_back(key);
+  if (place.born == 0 || place.segment != segment) {
+    SegmentPurges& here = by_segment_[segment];
+    here.keys.push_back(key);
+    if (key.has_block) {
+      here.tenants.insert(key.tenant);
+      ++here.of_blocks;
+    }
+  }
   place = {born, segment};
 }
 
@@ -46,7 +53,8 @@ bool PurgeTable::Covers(const LoggedBlock& block) const {
 std::vector<PurgeFrame> PurgeTable::Take(uint32_t segment, uint64_t oldest, size_t most) {
   std::vector<PurgeFrame> frames;
   std::map<std::tuple<TenantName, bool, NamespaceDigest>, PurgeFrame> of_blocks;
-  for (const Key& key : std::exchange(by_segment_[segment], {})) {
+  const SegmentPurges here = std::exchange(by_segment_[segment], {});
+  for (const Key& key : here.keys) {
     const auto found = purges_.find(key);
     if (found == purges_.end() || found->second.segment != segment) continue;
     const uint64_t born = found->second.born;
@@ -71,7 +79,9 @@ std::vector<PurgeFrame> PurgeTable::Take(uint32_t segment, uint64_t oldest, size
 }
 
 uint64_t PurgeTable::bytes(uint32_t segment) const {
-  return by_segment_[segment].size() * 2 * sizeof(PurgedBlock);
+  const SegmentPurges& here = by_segment_[segment];
+  const uint64_t frames = here.keys.size() - here.of_blocks + here.tenants.size();
+  return 2 * (frames * kSectorBytes + here.of_blocks * sizeof(PurgedBlock));
 }
 
 }  // namespace quarry

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "proto/types.h"
 #include "storage/log/frames.h"
 #include "storage/log/log_index.h"
@@ -25,7 +26,7 @@ class PurgeTable {
   // Takes those that lie in the segment and may mean blocks born after `oldest`, in as few frames
   // as hold them; those that cannot are forgotten. At most `most` blocks in a frame.
   std::vector<PurgeFrame> Take(uint32_t segment, uint64_t oldest, size_t most);
-  // What they would take in frames, about.
+  // What they would take in frames, at least.
   uint64_t bytes(uint32_t segment) const;
 
  private:
@@ -50,7 +51,13 @@ class PurgeTable {
   uint64_t LatestOf(const Key& key) const;
 
   absl::flat_hash_map<Key, Place> purges_;
-  std::vector<std::vector<Key>> by_segment_;  // some of them have a later place since
+  // Some of the keys have a later place since.
+  struct SegmentPurges {
+    std::vector<Key> keys;
+    absl::flat_hash_set<TenantName> tenants;  // of purges of blocks, which share frames
+    uint64_t of_blocks = 0;
+  };
+  std::vector<SegmentPurges> by_segment_;
 };
 
 }  // namespace quarry

@@ -20,6 +20,9 @@ namespace {
 
 // Left for reclaiming, which must have room to move to.
 constexpr uint32_t kReservedSegments = 1;
+// Segments that may turn out not to be reclaimable in one call.
+constexpr uint32_t kMostFailed = 2;
+constexpr int kReadTries = 3;
 
 static_assert(LeastLogBytes(0) == Superblock::kFirstSegment + kSectorBytes);
 
@@ -45,8 +48,14 @@ size_t MostPurged(const Superblock& superblock) {
                           superblock.segment_bytes / 8 / sizeof(PurgedBlock));
 }
 
-LoggedBlockInfo InfoOf(const LoggedBlock& block) {
-  return {block.id, block.parent, block.name_space, block.digest, block.bytes, block.born};
+LoggedBlockInfo InfoOf(const LoggedBlock& block, uint64_t doubtful_before) {
+  return {block.id,
+          block.parent,
+          block.name_space,
+          block.digest,
+          block.bytes,
+          block.born,
+          block.born < doubtful_before};
 }
 
 }  // namespace
@@ -166,6 +175,11 @@ absl::Status SegmentedLog::MakeRoom(const BlockToLog& block, std::vector<Added>*
   if (block.bytes.empty() || block.tenant.empty()) {
     return absl::InvalidArgumentError("a block without bytes or tenant");
   }
+  if (const uint64_t frame = PartFrameBytes(block.tenant, *block.key); frame > kMaxFrameBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("a key of ", block.key->full_key.size(),
+                                                   " bytes takes a frame of ", frame, "; ",
+                                                   kMaxFrameBytes, " are allowed"));
+  }
   const uint64_t capacity = uint64_t{superblock_.segments} * superblock_.segment_bytes;
   const uint64_t frames =
       (block.bytes.size() / WriterOptions(options_, superblock_).min_part_bytes + 1) *
@@ -240,7 +254,7 @@ absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
     absl::Status status = FreeSegments(kReservedSegments + 1);
     uint32_t segment = 0;
     // Where there is no room to reclaim by, the reserve is for this.
-    if (status.ok() || absl::IsResourceExhausted(status)) {
+    if (status.ok() || absl::IsResourceExhausted(status) || absl::IsUnavailable(status)) {
       const absl::StatusOr<uint32_t> added = writer_.AddPurge(&purge);
       status = added.status();
       if (added.ok()) segment = *added;
@@ -259,35 +273,49 @@ absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
 // ---- Reclaiming.
 
 absl::Status SegmentedLog::FreeSegments(uint32_t wanted) {
-  absl::flat_hash_set<uint32_t> unreadable;
-  for (uint32_t tries = 0; tries <= 2 * superblock_.segments; ++tries) {
+  absl::Status trouble;
+  uint32_t failed = 0;
+  bool looked_again = false;
+  for (uint32_t tries = 0; tries <= 2 * superblock_.segments && failed <= kMostFailed; ++tries) {
     {
       absl::MutexLock lock(&mutex_);
       if (segments_.free() >= wanted) return absl::OkStatus();
     }
-    const std::optional<uint32_t> victim = ChooseVictim(unreadable);
-    if (!victim.has_value()) break;
+    const std::optional<uint32_t> victim = ChooseVictim();
+    if (!victim.has_value()) {
+      if (passed_over_.empty() || looked_again) break;
+      looked_again = true;
+      passed_over_.clear();
+      continue;
+    }
     const absl::Status reclaimed = Reclaim(*victim);
-    if (reclaimed.ok()) continue;
-    if (!absl::IsDataLoss(reclaimed)) return reclaimed;
-    // Another will do; but where one after the other is so, it is the disk.
-    unreadable.insert(*victim);
-    if (unreadable.size() > 2) return absl::UnavailableError(reclaimed.message());
+    if (reclaimed.ok()) {
+      tried_before_.erase(*victim);
+      continue;
+    }
+    if (!absl::IsAborted(reclaimed)) return reclaimed;
+    spdlog::error("segment {} of {} cannot be reclaimed: {}", *victim, disk_->name(),
+                  std::string(reclaimed.message()));
+    passed_over_.insert(*victim);
+    tried_before_.insert(*victim);
+    trouble = reclaimed;
+    ++failed;
   }
+  // Where one after the other cannot be read, it is the disk.
+  if (failed > kMostFailed) return absl::UnavailableError(trouble.message());
   absl::MutexLock lock(&mutex_);
-  return absl::ResourceExhaustedError(absl::StrCat(
-      "log of ", disk_->name(), ": ", segments_.free(), " of ", segments_.size(),
-      " segments are free, ", wanted, " are wanted, and none can be reclaimed (",
-      segments_.condemned(), " are condemned, ", unreadable.size(), " cannot be read)"));
+  return absl::ResourceExhaustedError(
+      absl::StrCat("log of ", disk_->name(), ": ", segments_.free(), " of ", segments_.size(),
+                   " segments are free, ", wanted, " are wanted, and none can be reclaimed (",
+                   segments_.condemned(), " are condemned) ", std::string(trouble.message())));
 }
 
-std::optional<uint32_t> SegmentedLog::ChooseVictim(
-    const absl::flat_hash_set<uint32_t>& except) const {
+std::optional<uint32_t> SegmentedLog::ChooseVictim() const {
   std::optional<uint32_t> emptiest, oldest;
   uint64_t least = 0;
   absl::MutexLock lock(&mutex_);
   for (uint32_t s = 0; s < segments_.size(); ++s) {
-    if (segments_.at(s).state != SegmentState::kSealed || except.contains(s)) continue;
+    if (segments_.at(s).state != SegmentState::kSealed || passed_over_.contains(s)) continue;
     const uint64_t kept = index_.live_bytes(s) + purges_.bytes(s);
     if (!emptiest.has_value() || kept < least) {
       emptiest = s;
@@ -309,11 +337,18 @@ absl::Status SegmentedLog::Reclaim(uint32_t segment) {
     generation = segments_.at(segment).generation;
   }
   const absl::StatusOr<Footer> footer = ReadFooter(disk_.get(), superblock_, segment, generation);
+  if (absl::IsDataLoss(footer.status())) {
+    spdlog::error(
+        "segment {} of {} has lost its footer: what it has is read, and it is not "
+        "written any more ({})",
+        segment, disk_->name(), std::string(footer.status().message()));
+    absl::MutexLock lock(&mutex_);
+    segments_.Move(segment, SegmentState::kCondemned);
+    return absl::OkStatus();
+  }
   if (!footer.ok()) {
     ++read_errors_;
-    spdlog::error("segment {} of {} cannot be reclaimed: {}", segment, disk_->name(),
-                  std::string(footer.status().message()));
-    return absl::DataLossError(footer.status().message());
+    return absl::AbortedError(footer.status().message());
   }
   QUARRY_RETURN_IF_ERROR(MoveOrDrop(segment, footer->entries));
   absl::MutexLock lock(&mutex_);
@@ -353,11 +388,15 @@ absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved
   Moved one{block, {}, AlignedBuffer(RoundUp(block.bytes, kSectorBytes))};
   const std::span<std::byte> bytes = one.bytes.bytes().first(block.bytes);
   absl::StatusOr<BlockKey> key = ReadBlock(disk_.get(), block, bytes);
+  for (int tries = 1; tries < kReadTries && absl::IsUnavailable(key.status()); ++tries) {
+    key = ReadBlock(disk_.get(), block, bytes);
+  }
   if (!key.ok()) {
     absl::IsDataLoss(key.status()) ? ++broken_blocks_ : ++read_errors_;
-    spdlog::error("block {} cannot be moved and is dropped: {}", block.id.Hex(),
+    spdlog::error("block {} cannot be moved: {}", block.id.Hex(),
                   std::string(key.status().message()));
-    return absl::DataLossError(key.status().message());
+    if (absl::IsDataLoss(key.status())) return key.status();
+    return absl::AbortedError(key.status().message());
   }
   PartFrame frame;
   frame.tenant = *block.tenant;
@@ -365,17 +404,28 @@ absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved
   frame.block_digest = block.digest;
   const absl::Status placed = Place(frame, bytes, 0, &one.to);
   one.to.uses = block.uses / 2;
-  moved->push_back(std::move(one));  // also where it failed: what is pending borrows its bytes
+  one.whole = placed.ok();
+  moved->push_back(std::move(one));
   return placed;
 }
 
-absl::Status SegmentedLog::HandOver(std::span<const LoggedBlock> live, MovedPurges* purges,
-                                    std::vector<Moved>* moved, std::vector<LoggedBlock>* dropped) {
+absl::Status SegmentedLog::HandOver(std::span<const LoggedBlock> live, bool again,
+                                    MovedPurges* purges, std::vector<Moved>* moved,
+                                    std::vector<LoggedBlock>* dropped) {
   for (size_t i = 0; i < purges->frames.size(); ++i) {
-    QUARRY_ASSIGN_OR_RETURN(purges->places[i], writer_.AddPurge(&purges->frames[i]));
+    absl::StatusOr<uint32_t> place = writer_.AddPurge(&purges->frames[i]);
+    if (absl::IsResourceExhausted(place.status())) {
+      return absl::AbortedError(place.status().message());
+    }
+    QUARRY_ASSIGN_OR_RETURN(purges->places[i], std::move(place));
   }
   uint64_t room = superblock_.segment_bytes / 4 * 3;
   room -= std::min(room, writer_.pending_bytes());
+  {
+    // Without a segment to move to, dropping is what makes one.
+    absl::MutexLock lock(&mutex_);
+    if (segments_.free() == 0) room = 0;
+  }
   for (const LoggedBlock& block : live) {
     uint64_t bytes = 0;
     for (const LoggedPart& part : block.parts) bytes += part.disk_bytes();
@@ -383,7 +433,7 @@ absl::Status SegmentedLog::HandOver(std::span<const LoggedBlock> live, MovedPurg
     if (Keeps(block) && bytes <= room) kept = MoveBlock(block, moved);
     if (kept.ok()) {
       room -= bytes;
-    } else if (absl::IsDataLoss(kept)) {
+    } else if (absl::IsDataLoss(kept) || (again && absl::IsAborted(kept))) {
       dropped->push_back(block);
     } else {
       return kept;
@@ -403,7 +453,8 @@ absl::Status SegmentedLog::MoveOrDrop(uint32_t segment, std::span<const FooterEn
   purges.places.resize(purges.frames.size(), segment);
   std::vector<Moved> moved;
   std::vector<LoggedBlock> dropped;
-  absl::Status status = HandOver(TakeStock(segment, entries), &purges, &moved, &dropped);
+  absl::Status status = HandOver(TakeStock(segment, entries), tried_before_.contains(segment),
+                                 &purges, &moved, &dropped);
   // Also where it failed: nothing may stay pending that borrows what ends here.
   status.Update(Commit());
   absl::MutexLock lock(&mutex_);
@@ -414,7 +465,8 @@ absl::Status SegmentedLog::MoveOrDrop(uint32_t segment, std::span<const FooterEn
   QUARRY_RETURN_IF_ERROR(status);
   for (Moved& one : moved) {
     const LoggedBlock* const now = index_.Find(one.from.tenant, one.from.id);
-    if (now == nullptr || now->born != one.from.born) continue;  // found broken meanwhile
+    // It may have been found broken meanwhile.
+    if (!one.whole || now == nullptr || now->born != one.from.born) continue;
     moved_bytes_ += one.from.bytes;
     index_.Add(std::move(one.to));
   }
@@ -443,7 +495,7 @@ std::optional<LoggedBlockInfo> SegmentedLog::Find(std::string_view tenant,
   const TenantName owner = tenants_.Find(tenant);
   const LoggedBlock* const block = owner == nullptr ? nullptr : index_.Find(owner, id);
   if (block == nullptr) return std::nullopt;
-  return InfoOf(*block);
+  return InfoOf(*block, doubtful_before_);
 }
 
 absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const BlockKey& key,
@@ -500,7 +552,7 @@ std::vector<LoggedBlockInfo> SegmentedLog::List(std::string_view tenant, uint32_
   absl::MutexLock lock(&mutex_);
   const TenantName owner = tenants_.Find(tenant);
   index_.ForAll([&](const LoggedBlock& block) {
-    if (block.tenant == owner && out.size() < limit) out.push_back(InfoOf(block));
+    if (block.tenant == owner && out.size() < limit) out.push_back(InfoOf(block, doubtful_before_));
     return out.size() < limit;
   });
   return out;

@@ -47,6 +47,7 @@ class SegmentedLog final : public BlockLog {
   struct Moved {
     LoggedBlock from, to;
     AlignedBuffer bytes;
+    bool whole = false;  // if not, only its bytes are wanted, by what is pending
   };
   // Purges that it moves, and the segments that they are moved to.
   struct MovedPurges {
@@ -68,22 +69,22 @@ class SegmentedLog final : public BlockLog {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
   // So many segments free, by reclaiming others.
   absl::Status FreeSegments(uint32_t wanted) ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
-  std::optional<uint32_t> ChooseVictim(const absl::flat_hash_set<uint32_t>& except) const
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
-  // DataLoss: what the segment has cannot be read now.
+  std::optional<uint32_t> ChooseVictim() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
+  // Aborted: what the segment has cannot be read now, or not moved: another may do.
   absl::Status Reclaim(uint32_t segment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
   // Moves what is to be kept of a segment's entries and drops the rest; nothing, if that fails.
   absl::Status MoveOrDrop(uint32_t segment, std::span<const FooterEntry> entries)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
   // Hands what is kept to the writer, and tells the rest.
-  absl::Status HandOver(std::span<const LoggedBlock> live, MovedPurges* purges,
+  // `again`: what cannot be read is told with it.
+  absl::Status HandOver(std::span<const LoggedBlock> live, bool again, MovedPurges* purges,
                         std::vector<Moved>* moved, std::vector<LoggedBlock>* dropped)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
   // The blocks that have parts in the segment, the most used first.
   std::vector<LoggedBlock> TakeStock(uint32_t segment, std::span<const FooterEntry> entries) const
       ABSL_LOCKS_EXCLUDED(mutex_);
   bool Keeps(const LoggedBlock& block) const;
-  // DataLoss: what is there cannot be read. Else as the writer says.
+  // DataLoss: what is there is broken. Aborted: it cannot be read. Else as the writer says.
   absl::Status MoveBlock(const LoggedBlock& block, std::vector<Moved>* moved)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
 
@@ -105,6 +106,10 @@ class SegmentedLog final : public BlockLog {
   SegmentTable segments_ ABSL_GUARDED_BY(mutex_);
   LogWriter writer_ ABSL_GUARDED_BY(append_mutex_);
   PurgeTable purges_ ABSL_GUARDED_BY(append_mutex_);
+  // Segments that could not be reclaimed: passed over while there are others, and what cannot be
+  // read of them at another try is dropped.
+  absl::flat_hash_set<uint32_t> passed_over_ ABSL_GUARDED_BY(append_mutex_);
+  absl::flat_hash_set<uint32_t> tried_before_ ABSL_GUARDED_BY(append_mutex_);
 
   std::atomic<uint64_t> appended_blocks_{0}, appended_bytes_{0}, written_bytes_{0}, moved_bytes_{0};
   std::atomic<uint64_t> dropped_blocks_{0}, dropped_bytes_{0}, read_blocks_{0}, read_bytes_{0};

@@ -129,8 +129,8 @@ TEST_F(LogOutageTest, ReadErrorsWhilePurgesAreMovedCostNoBlocks) {
   Open();
   ASSERT_TRUE(PurgeOne(0, 3).ok());
   Open();
-  hooks_.fails_read = [seen = std::set<uint64_t>()](uint64_t offset, uint64_t bytes) mutable {
-    return bytes == 4096 && seen.insert(offset).second;  // the first of each
+  hooks_.fails_read = [seen = std::set<uint64_t>()](uint64_t offset, uint64_t) mutable {
+    return seen.insert(offset).second;  // the first of each
   };
   AppendAll(1, 0, 60);
   hooks_ = {};
@@ -162,6 +162,121 @@ TEST_F(LogOutageTest, AWriteOutageDropsNothing) {
     AppendAll(1, 0, 5);
     EXPECT_TRUE(Has(1, 4));
   }
+}
+
+TEST_F(LogOutageTest, ASyncOutageDropsNothing) {
+  Make(20);
+  for (uint32_t i = 0; log_->Stats().free_segments > 2; ++i) AppendAll(0, i, 1);
+  const uint64_t blocks = log_->Stats().blocks;
+  hooks_.fails_sync = [] { return true; };
+  for (uint32_t i = 0; i < 60; ++i) {
+    EXPECT_TRUE(absl::IsUnavailable(AppendOne(*log_, {1, i, 1, 30000})));
+    EXPECT_FALSE(PurgeOne(1, i).ok());
+  }
+  EXPECT_EQ(log_->Stats().blocks, blocks);
+  EXPECT_LE(log_->Stats().condemned_segments, 1u);
+  hooks_ = {};
+  AppendAll(1, 0, 20);
+}
+
+// Where everything is to be kept there is still a way on.
+TEST_F(LogOutageTest, ALogOfHotBlocksOutlivesSyncsThatFail) {
+  keep_ = [](const ReclaimCandidate&) { return true; };
+  Make(12);
+  AppendAll(0, 0, 200);
+  int left = 3;
+  hooks_.fails_sync = [&] { return left > 0 && left-- > 0; };
+  for (uint32_t i = 0; i < 6; ++i) (void)AppendOne(*log_, {1, i, 1, 30000});
+  AppendAll(1, 10, 100);
+  ASSERT_TRUE(PurgeOne(1, 109).ok());
+}
+
+TEST_F(LogOutageTest, AFewBadFootersDoNotStopTheLog) {
+  Make(40);
+  for (uint32_t i = 0; log_->Stats().free_segments > 10; ++i) AppendAll(0, i, 1);
+  hooks_.fails_read = [](uint64_t offset, uint64_t bytes) {
+    for (const uint64_t s : {2, 3, 4, 5}) {
+      const uint64_t last = kFirst + (s + 1) * kSegment - 4096;
+      if (offset <= last && offset + bytes > last) return true;
+    }
+    return false;
+  };
+  for (uint32_t i = 0; i < 600; ++i) {
+    const absl::Status status = AppendOne(*log_, {1, i, 1, 30000});
+    // A call that meets more than two of them at once may say so.
+    if (!status.ok()) {
+      EXPECT_TRUE(AppendOne(*log_, {1, i, 1, 30000}).ok()) << status;
+    }
+    if (i % 50 == 0) {
+      ASSERT_TRUE(PurgeOne(1, i).ok());
+    }
+  }
+}
+
+// Whatever segment's beginning cannot be read at one start, and whatever it was used for before.
+TEST_F(LogOutageTest, FormerUsesOfASegmentDoNotSpeakForIt) {
+  for (uint32_t s = 0; s < 8; ++s) {
+    keep_ = [](const ReclaimCandidate& block) { return block.tenant == "tenant-0"; };
+    Make(8);
+    AppendAll(0, 0, 3);
+    AppendAll(1, 0, 80);  // all segments have been used again and again
+    Open();
+    ASSERT_TRUE(PurgeOne(0, 1).ok());
+    AppendAll(1, 100, 3);
+    ASSERT_TRUE(PurgeOne(0, 2).ok());
+    Open();
+    const uint64_t start = kFirst + s * kSegment;
+    FailReads(start, start + 8192);
+    Open();
+    hooks_ = {};
+    AppendAll(1, 200, 30);
+    Open();
+    EXPECT_FALSE(Has(0, 1)) << s;
+    EXPECT_FALSE(Has(0, 2)) << s;
+  }
+}
+
+TEST_F(LogOutageTest, PurgesOfNamespacesDoNotStarveALogWithAnUnreadableSegment) {
+  Make(40);
+  AppendAll(0, 0, 150);
+  Open();
+  FailReads(kFirst + 4096, kFirst + kSegment);
+  Open();
+  hooks_ = {};
+  ASSERT_EQ(log_->Stats().condemned_segments, 1u);
+  for (uint32_t i = 0; i < 900; ++i) {
+    NamespaceDigest name_space;
+    std::memcpy(name_space.bytes.data() + 1, &i, sizeof(i));
+    const auto purged = log_->Purge("tenant-0", name_space, {});
+    ASSERT_TRUE(purged.ok()) << i << ": " << purged.status();
+    if (i % 3 == 0) AppendAll(1, i, 1);
+  }
+  EXPECT_TRUE(Has(1, 897));
+}
+
+// Purges of many blocks are put together in frames when they are moved; each is read for itself.
+TEST_F(LogOutageTest, ABrokenPurgeIsNotTakenForAnotherOfItsBirth) {
+  Make(8, 1 << 20);
+  keep_ = [](const ReclaimCandidate&) { return true; };
+  Open();
+  AppendAll(0, 1, 1);
+  Open();
+  ASSERT_TRUE(PurgeOne(0, 1).ok());
+  std::vector<BlockId> many;
+  for (uint32_t i = 0; i < 2048; ++i) many.push_back(OwnedBlock{0, 1000 + i}.key().id);
+  ASSERT_TRUE(log_->Purge("tenant-0", std::nullopt, many).ok());
+  for (uint32_t i = 0; i < 120; ++i) AppendAll(1, i, 1);  // moves them
+  Open();
+  // Both copies of each small frame of purges.
+  for (uint64_t at = kFirst; at + 8192 <= disk_->bytes(); at += 4096) {
+    const auto bytes = disk_->Peek(at, 20);
+    if (std::memcmp(bytes.data(), "QRYPURGE", 8) != 0) continue;
+    uint32_t frame_bytes;
+    std::memcpy(&frame_bytes, bytes.data() + 16, sizeof(frame_bytes));
+    if (frame_bytes == 4096) disk_->FlipBit((at + 70) * 8);
+  }
+  Open();
+  EXPECT_FALSE(Has(0, 1));
 }
 
 TEST_F(LogOutageTest, AReadOutageDropsNothing) {
