@@ -152,6 +152,13 @@ absl::StatusOr<std::span<const std::byte>> CheckedBody(std::span<const std::byte
     return absl::DataLossError(
         absl::StrCat("a frame's checksum is ", absl::Hex(actual), ", not ", absl::Hex(crc)));
   }
+  if (head->version != kLogVersion) {
+    const std::string other =
+        absl::StrCat("a frame of version ", head->version, "; this program knows ", kLogVersion);
+    // In a log of this version there are none; a disk may have one of another.
+    return kind == FrameKind::kSuperblock ? absl::FailedPreconditionError(other)
+                                          : absl::DataLossError(other);
+  }
   return frame.subspan(kHeadBytes);
 }
 
@@ -182,7 +189,7 @@ absl::StatusOr<FrameHead> PeekFrame(std::span<const std::byte> sector) {
   FrameHead head;
   head.kind = static_cast<FrameKind>(found - std::begin(kMagics));
   Reader in(sector.subspan(magic.size()));
-  const auto version = in.Number<uint32_t>();
+  head.version = in.Number<uint32_t>();
   in.Number<uint32_t>();  // the checksum
   head.bytes = in.Number<uint32_t>();
   head.place.segment = in.Number<uint32_t>();
@@ -190,10 +197,6 @@ absl::StatusOr<FrameHead> PeekFrame(std::span<const std::byte> sector) {
   head.place.generation = in.Number<uint64_t>();
   head.place.offset = in.Number<uint64_t>();
   head.sequence = in.Number<uint64_t>();
-  if (version != kLogVersion) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("a frame of version ", version, "; this program knows ", kLogVersion));
-  }
   if (head.bytes == 0 || head.bytes % kSectorBytes != 0 || head.bytes > kMaxFrameBytes) {
     return absl::DataLossError(absl::StrCat("a frame of ", head.bytes, " bytes"));
   }

@@ -96,6 +96,7 @@ enum class FrameKind : uint8_t { kSuperblock, kSegment, kPart, kPurge, kCommit, 
 // What every frame begins with.
 struct FrameHead {
   FrameKind kind = FrameKind::kSegment;
+  uint32_t version = 0;
   uint64_t bytes = 0;  // in whole sectors, without payload
   FramePlace place;
   uint64_t sequence = 0;
@@ -109,10 +110,11 @@ AlignedBuffer EncodeCommit(const FramePlace& place, uint64_t sequence, const Com
 // Bytes that the frame of a part takes.
 uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key);
 
-// The head of the frame that begins here, by its first sector, whose checksum may not be known yet;
-// DataLoss: there is none, or one of another version. Of more sectors, read head.bytes of them.
+// The head of the frame that begins here, by its first sector, of whatever version; its checksum is
+// not looked at. DataLoss: there is none. Of more sectors, read head.bytes of them.
 absl::StatusOr<FrameHead> PeekFrame(std::span<const std::byte> sector);
-// The whole frame. DataLoss: its checksum is wrong, or it is not of this kind or place.
+// The whole frame. DataLoss: its checksum is wrong, or it is not of this version, kind or place.
+// FailedPrecondition: a superblock of another version.
 absl::StatusOr<Superblock> DecodeSuperblock(std::span<const std::byte> frame, uint64_t offset);
 absl::StatusOr<FrameHead> DecodeSegmentStart(std::span<const std::byte> frame);
 absl::StatusOr<PartFrame> DecodePart(std::span<const std::byte> frame, const FramePlace& place,

@@ -154,11 +154,16 @@ TEST(FramesTest, FootersTellOfTheirFrames) {
   }
 }
 
-TEST(FramesTest, OtherVersionsAreRefusedByName) {
-  AlignedBuffer frame = EncodeSegmentStart(kPlace, 1);
+TEST(FramesTest, DisksOfOtherVersionsAreRefusedByName) {
+  AlignedBuffer frame = EncodeSuperblock({{9}, kMinSegmentBytes, 5}, 0);
+  const std::span<std::byte> bytes = frame.bytes();
   const uint32_t later = kLogVersion + 1;
-  std::memcpy(frame.bytes().data() + 8, &later, sizeof(later));
-  const absl::Status refused = PeekFrame(frame.bytes()).status();
+  std::memcpy(bytes.data() + 8, &later, sizeof(later));
+  EXPECT_TRUE(absl::IsDataLoss(DecodeSuperblock(bytes, 0).status())) << "a flipped bit";
+  std::memset(bytes.data() + 12, 0, 4);
+  const uint32_t crc = Crc32c(bytes);
+  std::memcpy(bytes.data() + 12, &crc, sizeof(crc));
+  const absl::Status refused = DecodeSuperblock(bytes, 0).status();
   EXPECT_TRUE(absl::IsFailedPrecondition(refused)) << refused;
   EXPECT_NE(std::string(refused.message()).find("version 2"), std::string::npos) << refused;
 }
