@@ -36,8 +36,14 @@ class Simulation {
     disk_ = std::make_unique<SimulatedDisk>(
         testing::SimulatedDiskOptions{.bytes = (1 << 20) + 4096 + segments * kSegment,
                                       .seed = seed,
-                                      .torn_bytes = Below(2) == 0 ? 512u : 4096u});
+                                      .torn_bytes = Below(2) == 0 ? 512u : 4096u,
+                                      .stall = [] {}});
   }
+
+  // Strikes in the first life.
+  void Schedule(Fault fault) { disk_->Schedule(fault); }
+  // Of the first life.
+  uint64_t operations() const { return operations_; }
 
   void Run() {
     const uint32_t lives = 2 + Below(3);
@@ -92,6 +98,7 @@ class Simulation {
           << log.status();
     }
     crashes_ += disk->struck(Fault::kCrash);
+    if (operations_ == 0) operations_ = disk->operations();
     disk_ = disk->Crashed(random_());
   }
 
@@ -204,7 +211,7 @@ class Simulation {
   const testing::DiskHooks hooks_;  // none: the disk outlives the log
   std::map<Name, Owed> owed_;
   uint32_t version_ = 0;
-  uint64_t crashes_ = 0;
+  uint64_t crashes_ = 0, operations_ = 0;
   bool unreadable_ = false;  // some segment, in this life
 };
 
@@ -219,9 +226,9 @@ struct Kind {
   std::vector<Fault::Kind> faults;
   Promise promise;
 };
-class LogSimulationTest : public ::testing::TestWithParam<Kind> {};
+class LogSimulationKinds : public ::testing::TestWithParam<Kind> {};
 
-TEST_P(LogSimulationTest, KeepsItsPromises) {
+TEST_P(LogSimulationKinds, KeepsItsPromises) {
   uint64_t crashes = 0;
   for (uint64_t i = 0; i < Seeds() && !HasFailure(); ++i) {
     const uint64_t seed = Seed() + i * 7919;
@@ -233,8 +240,26 @@ TEST_P(LogSimulationTest, KeepsItsPromises) {
   EXPECT_GT(crashes, Seeds() / 2) << "power cuts";
 }
 
+// One fault of each kind at every operation of a life that is otherwise without.
+TEST(LogSimulationTest, AnyOperationMayFail) {
+  for (int kind = 0; kind < Fault::kKinds; ++kind) {
+    const auto fault = static_cast<Fault::Kind>(kind);
+    const bool lies =
+        fault == Fault::kLost || fault == Fault::kMisdirected || fault == Fault::kLyingSync;
+    const Promise promise{!lies && fault != Fault::kBitFlip, !lies};
+    uint64_t operations = 1;
+    for (uint64_t at = 0; at < operations && !::testing::Test::HasFailure(); ++at) {
+      SCOPED_TRACE(absl::StrCat(std::string(NameOf(fault)), " at ", at, ", seed ", Seed()));
+      Simulation simulation(Seed(), 10, {}, promise);
+      simulation.Schedule({fault, at});
+      simulation.Run();
+      operations = std::max(operations, std::min<uint64_t>(simulation.operations(), 400));
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
-    Disks, LogSimulationTest,
+    Disks, LogSimulationKinds,
     ::testing::Values(Kind{"ThatLosePower", 60, {}, {}}, Kind{"ThatAreSmall", 9, {}, {}},
                       Kind{"ThatFail",
                            60,
