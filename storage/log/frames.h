@@ -2,6 +2,7 @@
 // decoding trusts nothing: what is not exactly right is DataLoss.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -82,6 +83,10 @@ struct PurgeFrame {
   uint8_t copy = 0;                 // 0 or 1, which follows it
 
   static constexpr size_t kMaxBlocks = 2048;
+  // Of both copies in one segment of so many bytes.
+  static constexpr size_t MostBlocks(uint64_t segment_bytes) {
+    return std::min<size_t>(kMaxBlocks, segment_bytes / 8 / sizeof(PurgedBlock));
+  }
 };
 
 // The frames of a segment with sequences [first, first + count) and all bytes that follow them were

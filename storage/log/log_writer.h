@@ -47,12 +47,10 @@ class LogWriter {
   // that was added since the last commit is durable. Segments that were begun since are free
   // again, others that it touched are condemned.
   absl::Status Commit();
-  bool empty() const { return pending_.empty(); }
   uint64_t pending_bytes() const { return pending_bytes_; }
 
   // Of frames and payload, since the start.
   uint64_t written_bytes() const { return written_bytes_; }
-  uint64_t next_sequence() const { return next_sequence_; }
 
  private:
   // The segment that frames go to, and what it has.
@@ -95,7 +93,7 @@ class LogWriter {
   void Place(AlignedBuffer frame, std::span<const std::byte> payload, FooterEntry entry);
   absl::Status WriteData();
   absl::Status WriteCommits();
-  // What is pending, and its segments.
+  // Forgets what is pending; its segments are not written any more, or begun again.
   void GiveUp();
 
   Disk* const disk_;

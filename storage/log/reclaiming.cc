@@ -1,0 +1,229 @@
+// How segments are used anew: what is moved, what is dropped, and in which order.
+#include <algorithm>
+#include <utility>
+
+#include <spdlog/spdlog.h>
+
+#include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
+#include "storage/log/footer.h"
+#include "storage/log/read_block.h"
+#include "storage/log/segmented_log.h"
+#include "storage/slot_size.h"
+
+namespace quarry {
+namespace {
+
+// Segments that may turn out not to be reclaimable in one call.
+constexpr uint32_t kMostFailed = 2;
+constexpr int kReadTries = 3;
+
+}  // namespace
+
+absl::Status SegmentedLog::FreeSegments(uint32_t wanted) {
+  absl::Status trouble;
+  uint32_t failed = 0;
+  bool looked_again = false;
+  for (uint32_t tries = 0; tries <= 2 * superblock_.segments && failed <= kMostFailed; ++tries) {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (segments_.free() >= wanted) return absl::OkStatus();
+    }
+    const std::optional<uint32_t> victim = ChooseVictim();
+    if (!victim.has_value()) {
+      if (passed_over_.empty() || looked_again) break;
+      looked_again = true;
+      passed_over_.clear();
+      continue;
+    }
+    const absl::Status reclaimed = Reclaim(*victim);
+    if (reclaimed.ok()) {
+      tried_before_.erase(*victim);
+      continue;
+    }
+    if (!absl::IsAborted(reclaimed)) return reclaimed;
+    spdlog::error("segment {} of {} cannot be reclaimed: {}", *victim, disk_->name(),
+                  std::string(reclaimed.message()));
+    passed_over_.insert(*victim);
+    tried_before_.insert(*victim);
+    trouble = reclaimed;
+    ++failed;
+  }
+  // Where one after the other cannot be read, it is the disk.
+  if (failed > kMostFailed) return absl::UnavailableError(trouble.message());
+  absl::MutexLock lock(&mutex_);
+  return absl::ResourceExhaustedError(
+      absl::StrCat("log of ", disk_->name(), ": ", segments_.free(), " of ", segments_.size(),
+                   " segments are free, ", wanted, " are wanted, and none can be reclaimed (",
+                   segments_.condemned(), " are condemned) ", std::string(trouble.message())));
+}
+
+std::optional<uint32_t> SegmentedLog::ChooseVictim() const {
+  std::optional<uint32_t> emptiest, oldest;
+  uint64_t least = 0;
+  absl::MutexLock lock(&mutex_);
+  for (uint32_t s = 0; s < segments_.size(); ++s) {
+    if (segments_.at(s).state != SegmentState::kSealed || passed_over_.contains(s)) continue;
+    const uint64_t kept = index_.live_bytes(s) + purges_.bytes(s);
+    if (!emptiest.has_value() || kept < least) {
+      emptiest = s;
+      least = kept;
+    }
+    if (!oldest.has_value() ||
+        segments_.at(s).first_sequence < segments_.at(*oldest).first_sequence) {
+      oldest = s;
+    }
+  }
+  // Little to move, or else what was written longest ago.
+  return emptiest.has_value() && least < superblock_.segment_bytes / 4 ? emptiest : oldest;
+}
+
+absl::Status SegmentedLog::Reclaim(uint32_t segment) {
+  uint64_t generation;
+  {
+    absl::MutexLock lock(&mutex_);
+    generation = segments_.at(segment).generation;
+  }
+  const absl::StatusOr<Footer> footer = ReadFooter(disk_.get(), superblock_, segment, generation);
+  if (absl::IsDataLoss(footer.status())) {
+    spdlog::error(
+        "segment {} of {} has lost its footer: what it has is read, and it is not "
+        "written any more ({})",
+        segment, disk_->name(), std::string(footer.status().message()));
+    absl::MutexLock lock(&mutex_);
+    segments_.Move(segment, SegmentState::kCondemned);
+    return absl::OkStatus();
+  }
+  if (!footer.ok()) {
+    ++read_errors_;
+    return absl::AbortedError(footer.status().message());
+  }
+  QUARRY_RETURN_IF_ERROR(MoveOrDrop(segment, footer->entries));
+  absl::MutexLock lock(&mutex_);
+  segments_.Move(segment, SegmentState::kFree);
+  return absl::OkStatus();
+}
+
+bool SegmentedLog::Keeps(const LoggedBlock& block) const {
+  if (block.born < doubtful_before_) return false;
+  if (options_.keep == nullptr) return block.uses > 0;
+  return options_.keep({*block.tenant, block.id, block.bytes, block.uses});
+}
+
+std::vector<LoggedBlock> SegmentedLog::TakeStock(uint32_t segment,
+                                                 std::span<const FooterEntry> entries) const {
+  std::vector<LoggedBlock> live;
+  absl::flat_hash_set<std::pair<TenantName, BlockId>> seen;
+  absl::MutexLock lock(&mutex_);
+  for (const FooterEntry& entry : entries) {
+    if (entry.kind != FrameKind::kPart) continue;
+    const TenantName tenant = tenants_.Find(entry.tenant);
+    const LoggedBlock* const block = tenant == nullptr ? nullptr : index_.Find(tenant, entry.id);
+    if (block == nullptr || seen.contains({tenant, entry.id})) continue;
+    const bool here =
+        std::any_of(block->parts.begin(), block->parts.end(),
+                    [&](const LoggedPart& part) { return part.place.segment == segment; });
+    if (!here) continue;
+    seen.insert({tenant, entry.id});
+    live.push_back(*block);
+  }
+  std::stable_sort(live.begin(), live.end(),
+                   [](const LoggedBlock& a, const LoggedBlock& b) { return a.uses > b.uses; });
+  return live;
+}
+
+absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved>* moved) {
+  Moved one{block, {}, AlignedBuffer(RoundUp(block.bytes, kSectorBytes))};
+  const std::span<std::byte> bytes = one.bytes.bytes().first(block.bytes);
+  absl::StatusOr<BlockKey> key = ReadBlock(disk_.get(), block, bytes);
+  for (int tries = 1; tries < kReadTries && absl::IsUnavailable(key.status()); ++tries) {
+    key = ReadBlock(disk_.get(), block, bytes);
+  }
+  if (!key.ok()) {
+    absl::IsDataLoss(key.status()) ? ++broken_blocks_ : ++read_errors_;
+    spdlog::error("block {} cannot be moved: {}", block.id.Hex(),
+                  std::string(key.status().message()));
+    if (absl::IsDataLoss(key.status())) return key.status();
+    return absl::AbortedError(key.status().message());
+  }
+  PartFrame frame;
+  frame.tenant = *block.tenant;
+  frame.key = *std::move(key);
+  frame.block_digest = block.digest;
+  const absl::Status placed = Place(frame, bytes, 0, &one.to);
+  one.to.uses = block.uses / 2;
+  one.whole = placed.ok();
+  moved->push_back(std::move(one));
+  return placed;
+}
+
+absl::Status SegmentedLog::HandOver(std::span<const LoggedBlock> live, bool again,
+                                    MovedPurges* purges, std::vector<Moved>* moved,
+                                    std::vector<LoggedBlock>* dropped) {
+  for (size_t i = 0; i < purges->frames.size(); ++i) {
+    absl::StatusOr<uint32_t> place = writer_.AddPurge(&purges->frames[i]);
+    if (absl::IsResourceExhausted(place.status())) {
+      return absl::AbortedError(place.status().message());
+    }
+    QUARRY_ASSIGN_OR_RETURN(purges->places[i], std::move(place));
+  }
+  uint64_t room = superblock_.segment_bytes / 4 * 3;
+  room -= std::min(room, writer_.pending_bytes());
+  {
+    // Without a segment to move to, dropping is what makes one.
+    absl::MutexLock lock(&mutex_);
+    if (segments_.free() == 0) room = 0;
+  }
+  for (const LoggedBlock& block : live) {
+    uint64_t bytes = 0;
+    for (const LoggedPart& part : block.parts) bytes += part.disk_bytes();
+    absl::Status kept = absl::DataLossError("it is not wanted");
+    if (Keeps(block) && bytes <= room) kept = MoveBlock(block, moved);
+    if (kept.ok()) {
+      room -= bytes;
+    } else if (absl::IsDataLoss(kept) || (again && absl::IsAborted(kept))) {
+      dropped->push_back(block);
+    } else {
+      return kept;
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SegmentedLog::MoveOrDrop(uint32_t segment, std::span<const FooterEntry> entries) {
+  uint64_t oldest;
+  {
+    absl::MutexLock lock(&mutex_);
+    oldest = segments_.OldestBornExcept(segment);
+  }
+  MovedPurges purges;
+  purges.frames = purges_.Take(segment, oldest, PurgeFrame::MostBlocks(superblock_.segment_bytes));
+  purges.places.resize(purges.frames.size(), segment);
+  std::vector<Moved> moved;
+  std::vector<LoggedBlock> dropped;
+  absl::Status status = HandOver(TakeStock(segment, entries), tried_before_.contains(segment),
+                                 &purges, &moved, &dropped);
+  // Also where it failed: nothing may stay pending that borrows what ends here.
+  status.Update(Commit());
+  absl::MutexLock lock(&mutex_);
+  for (size_t i = 0; i < purges.frames.size(); ++i) {
+    purges_.Add(tenants_.Intern(purges.frames[i].tenant), purges.frames[i],
+                status.ok() ? purges.places[i] : segment);
+  }
+  QUARRY_RETURN_IF_ERROR(status);
+  for (Moved& one : moved) {
+    const LoggedBlock* const now = index_.Find(one.from.tenant, one.from.id);
+    // It may have been found broken meanwhile.
+    if (!one.whole || now == nullptr || now->born != one.from.born) continue;
+    moved_bytes_ += one.from.bytes;
+    index_.Add(std::move(one.to));
+  }
+  for (const LoggedBlock& block : dropped) {
+    ++dropped_blocks_;
+    dropped_bytes_ += block.bytes;
+    index_.Remove(block.tenant, block.id);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace quarry
