@@ -36,7 +36,7 @@ TieredBlockStore::~TieredBlockStore() {
 absl::Status TieredBlockStore::Reserve(std::string_view tenant, uint64_t bytes, uint32_t count) {
   absl::Status reserved = ram_->Reserve(tenant, bytes, count);
   // What waits to be written is leased: that is not a full arena, if it is as much as is missing.
-  const absl::Time end = absl::Now() + options_.retry_after;
+  const absl::Time end = absl::Now() + options_.reserve_wait;
   while (absl::IsResourceExhausted(reserved)) {
     const ArenaStats arena = ram_->arena().Stats();
     const uint64_t free = arena.capacity_bytes - std::min(arena.capacity_bytes, arena.used_bytes);

@@ -26,9 +26,10 @@ struct TieredOptions {
   // Of blocks that wait to be written, which stay in RAM as long; what comes beyond it is not
   // written, until it is used again.
   uint64_t max_queued_bytes = 1ull << 30;
-  // Nothing is queued for so long after a write that failed; also how long Reserve waits for the
-  // writer.
+  // Nothing is queued for so long after a write that failed.
   absl::Duration retry_after = absl::Seconds(10);
+  // How long Reserve waits for the writer, which holds what it has not written yet.
+  absl::Duration reserve_wait = absl::Seconds(10);
 };
 
 // Thread-safe. Calls are the RAM store's, but for these: Publish hands a block to the writer;

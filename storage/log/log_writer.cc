@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,7 +14,6 @@
 #include "storage/slot_size.h"
 
 namespace quarry {
-
 LogWriter::LogWriter(Disk* disk, const Superblock& superblock, const LogWriterOptions& options,
                      SegmentTable* table, absl::Mutex* table_mutex, uint64_t next_sequence)
     : disk_(disk),
@@ -45,6 +45,7 @@ uint64_t LogWriter::RoomOfEmpty(std::string_view tenant) const {
 }
 
 absl::Status LogWriter::OpenNext(uint32_t reserved) {
+  AwaitBehind();  // calls of the disk have an order
   OpenSegment next;
   next.generation = options_.random();
   {
@@ -69,7 +70,12 @@ absl::Status LogWriter::OpenNext(uint32_t reserved) {
   if (begun.ok()) {
     begun = disk_->Write(next.at + superblock_.segment_bytes - kSectorBytes, last);
   }
-  if (begun.ok()) begun = disk_->Sync();
+  if (begun.ok()) {
+    begun = disk_->Sync();
+    // It was to make more durable than the start: what was written behind, and is not to be trusted
+    // whatever a later sync says.
+    if (!pending_.empty()) behind_status_.Update(begun);
+  }
   if (!begun.ok()) {
     absl::MutexLock lock(table_mutex_);
     table_->Move(next.segment, SegmentState::kFree);
@@ -78,7 +84,7 @@ absl::Status LogWriter::OpenNext(uint32_t reserved) {
   written_bytes_ += 3 * kSectorBytes;
   next.at += start.size();
   // A hint: where the disk cannot forget, nothing is lost.
-  (void)disk_->Discard(next.at, superblock_.segment_bytes - start.size());
+  (void)disk_->Discard(next.at + kSectorBytes, superblock_.segment_bytes - 3 * kSectorBytes);
   open_ = std::move(next);
   BeginBatch();
   pending_.back().starts = true;
@@ -90,6 +96,7 @@ void LogWriter::BeginBatch() {
   batch.place = PlaceHere();
   batch.from = open_->at;
   batch.first = next_sequence_;
+  unwritten_bytes_ = 0;
 }
 
 void LogWriter::CloseBatch(bool seals) {
@@ -146,6 +153,28 @@ void LogWriter::Place(AlignedBuffer frame, std::span<const std::byte> payload, F
   pending_bytes_ += bytes;
   open_->entry_bytes += FooterEntryBytes(entry.tenant);
   open_->entries.push_back(std::move(entry));
+  unwritten_bytes_ += bytes;
+  if (unwritten_bytes_ >= options_.write_behind_bytes) WriteBehind();
+}
+
+void LogWriter::WriteBehind() {
+  Pending& batch = pending_.back();
+  AwaitBehind();
+  for (const auto& piece : batch.pieces) written_bytes_ += piece.size();
+  auto write = [disk = disk_, offset = batch.from, pieces = std::exchange(batch.pieces, {})] {
+    return disk->Write(offset, pieces);
+  };
+  try {
+    behind_ = std::async(std::launch::async, write);
+  } catch (const std::system_error&) {
+    behind_status_.Update(write());  // there is no thread to be had
+  }
+  batch.from = open_->at;
+  unwritten_bytes_ = 0;
+}
+
+void LogWriter::AwaitBehind() {
+  if (behind_.valid()) behind_status_.Update(behind_.get());
 }
 
 absl::StatusOr<LoggedPart> LogWriter::AddPart(PartFrame* part, std::span<const std::byte> rest,
@@ -185,6 +214,9 @@ absl::StatusOr<uint32_t> LogWriter::AddPurge(PurgeFrame* purge) {
 }
 
 absl::Status LogWriter::WriteData() {
+  AwaitBehind();
+  unwritten_bytes_ = 0;
+  QUARRY_RETURN_IF_ERROR(std::exchange(behind_status_, absl::OkStatus()));
   for (Pending& batch : pending_) {
     if (batch.pieces.empty()) continue;
     QUARRY_RETURN_IF_ERROR(disk_->Write(batch.from, batch.pieces));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <future>
 #include <memory>
 #include <optional>
 #include <span>
@@ -22,11 +23,15 @@ struct LogWriterOptions {
   uint64_t max_part_bytes = 8ull << 20;  // of a block's bytes in one frame; whole sectors
   // A segment with less room left for a part is sealed.
   uint64_t min_part_bytes = 256ull << 10;
+  // Enough for a write to take longer than what a thread costs, and little enough for the digests
+  // of what follows to be ready when it is done.
+  uint64_t write_behind_bytes = 8ull << 20;
   std::function<uint64_t()> random;  // generations of segments
 };
 
 // Frames are collected by Add and made durable by Commit, all of them or, if it fails, none; what
-// they borrow must live until then. Not thread-safe. The table is the caller's, guarded by
+// they borrow must live until then; large ones are written meanwhile, one write at a time, by a
+// thread of its own. Not thread-safe. The table is the caller's, guarded by
 // `table_mutex`.
 class LogWriter {
  public:
@@ -48,6 +53,9 @@ class LogWriter {
   // again, others that it touched are condemned.
   absl::Status Commit();
   uint64_t pending_bytes() const { return pending_bytes_; }
+
+  // Until what was begun to be written is: so that the caller's calls of the disk have an order.
+  void AwaitBehind();
 
   // Of frames and payload, since the start.
   uint64_t written_bytes() const { return written_bytes_; }
@@ -91,6 +99,8 @@ class LogWriter {
   void CloseBatch(bool seals);
   // Adds the frame and its payload to the pending batch; `entry` tells of it but for its place.
   void Place(AlignedBuffer frame, std::span<const std::byte> payload, FooterEntry entry);
+  // Begins to write what the last batch has, while the caller goes on with other frames.
+  void WriteBehind();
   absl::Status WriteData();
   absl::Status WriteCommits();
   // Forgets what is pending; its segments are not written any more, or begun again.
@@ -105,7 +115,10 @@ class LogWriter {
   std::optional<OpenSegment> open_;
   std::vector<Pending> pending_;
   uint64_t pending_bytes_ = 0;
+  uint64_t unwritten_bytes_ = 0;  // of the last batch, and not on their way
   uint64_t written_bytes_ = 0;
+  absl::Status behind_status_;  // of those that have ended since the last commit
+  std::future<absl::Status> behind_;
 };
 
 }  // namespace quarry

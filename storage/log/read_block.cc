@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <future>
+#include <optional>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -74,30 +77,67 @@ struct PartTarget {
   }
 };
 
+// Parts that follow one another on the disk, and are read at once.
+struct PartGroup {
+  uint64_t offset = 0;
+  std::vector<PartTarget> targets;
+  std::vector<std::span<std::byte>> pieces;
+  absl::Status Read(Disk* disk) const { return disk->Read(offset, pieces); }
+};
+
+// From `*part` on.
+PartGroup NextGroup(uint64_t group_bytes, const LoggedBlock& block, std::span<std::byte> out,
+                    std::vector<LoggedPart>::const_iterator* part) {
+  PartGroup group;
+  group.offset = (*part)->place.offset;
+  uint64_t bytes = 0;
+  for (; *part != block.parts.end() && (*part)->place.offset == group.offset + bytes; ++*part) {
+    if (bytes >= group_bytes) break;
+    group.targets.emplace_back(**part, out).AddPieces(&group.pieces);
+    bytes += (*part)->disk_bytes();
+  }
+  return group;
+}
+
+// By a thread of its own; right here, if none is to be had. The group outlives the answer.
+std::future<absl::Status> ReadBeside(Disk* disk, const PartGroup& group) {
+  const auto read = [disk, &group] { return group.Read(disk); };
+  try {
+    return std::async(std::launch::async, read);
+  } catch (const std::system_error&) {
+    return std::async(std::launch::deferred, read);
+  }
+}
+
 }  // namespace
 
-absl::StatusOr<BlockKey> ReadBlock(Disk* disk, const LoggedBlock& block, std::span<std::byte> out) {
-  BlockKey key;
-  for (auto part = block.parts.begin(); part != block.parts.end();) {
-    // Parts that follow one another on the disk are read at once.
-    const uint64_t offset = part->place.offset;
-    std::vector<PartTarget> targets;
-    std::vector<std::span<std::byte>> pieces;
-    for (uint64_t next = offset; part != block.parts.end() && part->place.offset == next; ++part) {
-      targets.emplace_back(*part, out).AddPieces(&pieces);
-      next += part->disk_bytes();
+absl::StatusOr<BlockKey> ReadBlock(Disk* disk, uint64_t group_bytes, const LoggedBlock& block,
+                                   std::span<std::byte> out) {
+  std::optional<BlockKey> key;
+  auto part = block.parts.begin();
+  PartGroup group = NextGroup(group_bytes, block, out, &part);
+  absl::Status read = group.Read(disk);
+  while (read.ok()) {
+    // The next one is read while this one's digests are computed.
+    PartGroup next;
+    std::future<absl::Status> reading;
+    if (part != block.parts.end()) {
+      next = NextGroup(group_bytes, block, out, &part);
+      reading = ReadBeside(disk, next);
     }
-    QUARRY_RETURN_IF_ERROR(disk->Read(offset, pieces));
-    for (PartTarget& target : targets) {
+    for (PartTarget& target : group.targets) {
       QUARRY_ASSIGN_OR_RETURN(BlockKey found, target.Check(block));
-      if (target.part != &block.parts.front() && found.full_key != key.full_key) {
+      if (key.has_value() && found.full_key != key->full_key) {
         return absl::DataLossError(
             absl::StrCat("parts of block ", block.id.Hex(), " have different keys"));
       }
       key = std::move(found);
     }
+    if (!reading.valid()) return *std::move(key);
+    read = reading.get();
+    group = std::move(next);
   }
-  return key;
+  return read;
 }
 
 }  // namespace quarry

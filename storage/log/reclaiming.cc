@@ -135,9 +135,10 @@ std::vector<LoggedBlock> SegmentedLog::TakeStock(uint32_t segment,
 absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved>* moved) {
   Moved one{block, {}, AlignedBuffer(RoundUp(block.bytes, kSectorBytes))};
   const std::span<std::byte> bytes = one.bytes.bytes().first(block.bytes);
-  absl::StatusOr<BlockKey> key = ReadBlock(disk_.get(), block, bytes);
+  writer_.AwaitBehind();
+  absl::StatusOr<BlockKey> key = ReadBlock(disk_.get(), GroupBytes(superblock_), block, bytes);
   for (int tries = 1; tries < kReadTries && absl::IsUnavailable(key.status()); ++tries) {
-    key = ReadBlock(disk_.get(), block, bytes);
+    key = ReadBlock(disk_.get(), GroupBytes(superblock_), block, bytes);
   }
   if (!key.ok()) {
     absl::IsDataLoss(key.status()) ? ++broken_blocks_ : ++read_errors_;

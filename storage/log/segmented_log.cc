@@ -33,6 +33,7 @@ LogWriterOptions WriterOptions(const BlockLogOptions& options, const Superblock&
   out.max_part_bytes = std::min(options.max_part_bytes, most);
   out.min_part_bytes = std::min(out.min_part_bytes, out.max_part_bytes / 4);
   out.min_part_bytes = RoundUp(out.min_part_bytes, kSectorBytes);
+  out.write_behind_bytes = GroupBytes(superblock);
   out.random = options.random;
   return out;
 }
@@ -299,7 +300,8 @@ absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const Blo
       if (tries == 0 && found->uses < ~0u) ++found->uses;
       block = *found;
     }
-    const absl::StatusOr<BlockKey> read = ReadBlock(disk_.get(), block, out);
+    const absl::StatusOr<BlockKey> read =
+        ReadBlock(disk_.get(), GroupBytes(superblock_), block, out);
     status = read.status();
     if (read.ok()) {
       if (read->full_key != key.full_key || read->parent != key.parent ||

@@ -60,7 +60,7 @@ TEST(BalancedTreeTest, TheOrderIsAPermutationAndRowsMoveWithIt) {
 }
 
 TEST(BalancedTreeTest, NeighboursAreCloseAtBothSizes) {
-  std::mt19937 random(Seed());
+  std::mt19937 random(SteadySeed());
   std::vector<float> rows = Points(4096, 64, &random);
   const double apart = Within(rows, kSuperRows);
   BisectRows(rows, kWidth);
