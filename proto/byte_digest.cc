@@ -1,6 +1,8 @@
 #include "proto/byte_digest.h"
 
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
 
 #include <xxhash.h>
@@ -108,5 +110,11 @@ void StreamingDigest::CopyAndUpdate(std::byte* destination, const std::byte* sou
 }
 
 ByteDigest StreamingDigest::Finish() const { return FromHash(XXH3_128bits_digest(state_->xxh)); }
+
+std::string HexOf(const ByteDigest& digest) {
+  char text[33];
+  std::snprintf(text, sizeof(text), "%016" PRIx64 "%016" PRIx64, digest.high, digest.low);
+  return text;
+}
 
 }  // namespace quarry

@@ -4,12 +4,15 @@
 #include <cstddef>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "proto/types.h"
 
 namespace quarry {
 
 ByteDigest DigestOf(std::span<const std::byte> bytes);
+// 32 digits, for messages.
+std::string HexOf(const ByteDigest& digest);
 
 // Copies n bytes and returns the digest of what was copied, in one pass over memory: each piece
 // is digested while it is in the cache. Ranges must not overlap.

@@ -20,11 +20,6 @@ constexpr size_t kMaxPinNameBytes = 256;
 // They are looked up, with their ancestors, under the lock.
 constexpr size_t kMaxPinnedIds = 1 << 16;
 
-std::string Hex(const ByteDigest& digest) {
-  return absl::StrCat(absl::Hex(digest.high, absl::kZeroPad16),
-                      absl::Hex(digest.low, absl::kZeroPad16));
-}
-
 }  // namespace
 
 RamBlockStore::RamBlockStore(const BlockStoreOptions& options, std::unique_ptr<Arena> arena)
@@ -213,9 +208,9 @@ absl::Status RamBlockStore::RetireBroken(BlockHandle block, const ByteDigest& ac
     if (record.state == BlockState::kPublished) Retire(block.slot, &freed);
   }
   spdlog::error("block {} is broken: extent {} offset {} bytes {}, digest {}, expected {}", id,
-                memory.extent, memory.offset, memory.bytes, Hex(actual), Hex(expected));
+                memory.extent, memory.offset, memory.bytes, HexOf(actual), HexOf(expected));
   return absl::DataLossError(absl::StrCat("block ", id, " of ", memory.bytes, " bytes has digest ",
-                                          Hex(actual), ", expected ", Hex(expected)));
+                                          HexOf(actual), ", expected ", HexOf(expected)));
 }
 
 BlockView RamBlockStore::ViewOf(uint32_t block) const {

@@ -55,9 +55,6 @@ struct BlockToLog {
 
 // Found by id alone: whether the whole key is the same is seen by Read.
 struct LoggedBlockInfo {
-  BlockId id, parent;
-  NamespaceDigest name_space;
-  ByteDigest digest;
   uint64_t bytes = 0;
   uint64_t born = 0;  // another one's is another number; changes when it is moved
   // It may have been purged in a part of the log that could not be read at the start: it is to be
@@ -97,8 +94,6 @@ class BlockLog {
   // Unavailable: the disk. What is in `out` after an error is to be used by nobody.
   virtual absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
                                           std::span<std::byte> out) = 0;
-  // At most `limit` of the tenant's, in no order.
-  virtual std::vector<LoggedBlockInfo> List(std::string_view tenant, uint32_t limit) const = 0;
   virtual BlockLogStats Stats() const = 0;
 };
 

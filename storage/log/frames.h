@@ -61,8 +61,8 @@ struct PartFrame {
   uint64_t block_bytes = 0;
   uint64_t part_offset = 0;  // in the block; a multiple of kSectorBytes
   uint64_t part_bytes = 0;
-  // The sequence at which the block was written first, the same for all its parts, wherever they
-  // are moved to.
+  // The sequence of the block's first frame, the same for all its parts; another one where it is
+  // moved to.
   uint64_t born = 0;
 };
 

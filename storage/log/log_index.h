@@ -35,6 +35,10 @@ struct LoggedBlock {
   uint64_t born = 0;
   uint32_t uses = 0;              // since it was written, half of those before it was moved
   std::vector<LoggedPart> parts;  // by offset, together the whole block
+
+  void Use() {
+    if (uses < ~0u) ++uses;
+  }
 };
 
 // Not thread-safe.
@@ -44,6 +48,7 @@ class LogIndex {
 
   // In place of an earlier one with its id.
   void Add(LoggedBlock block);
+  // Null: it has none of this id, or there is no such tenant.
   LoggedBlock* Find(TenantName tenant, const BlockId& id);
   const LoggedBlock* Find(TenantName tenant, const BlockId& id) const;
   void Remove(TenantName tenant, const BlockId& id);
@@ -55,13 +60,6 @@ class LogIndex {
   uint64_t live_bytes(uint32_t segment) const { return live_bytes_[segment]; }
   uint64_t blocks() const { return blocks_.size(); }
   uint64_t bytes() const { return bytes_; }  // of blocks, without frames
-  // f(block), until it is false.
-  template <typename F>
-  void ForAll(const F& f) const {
-    for (const auto& [key, block] : blocks_) {
-      if (!f(block)) return;
-    }
-  }
 
  private:
   using Key = std::pair<TenantName, BlockId>;

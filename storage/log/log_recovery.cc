@@ -360,14 +360,8 @@ class Recovery {
       block.bytes = entry.block_bytes;
       block.born = entry.born;
     }
-    const LoggedPart part{place, entry.sequence, entry.frame_bytes, entry.part_offset,
-                          entry.part_bytes};
-    for (LoggedPart& other : block.parts) {
-      if (other.part_offset != part.part_offset) continue;
-      if (other.sequence < part.sequence) other = part;  // it was moved
-      return;
-    }
-    block.parts.push_back(part);
+    block.parts.push_back(
+        {place, entry.sequence, entry.frame_bytes, entry.part_offset, entry.part_bytes});
   }
 
   static bool IsWhole(LoggedBlock* block) {

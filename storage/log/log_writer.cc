@@ -14,6 +14,7 @@
 #include "storage/slot_size.h"
 
 namespace quarry {
+
 LogWriter::LogWriter(Disk* disk, const Superblock& superblock, const LogWriterOptions& options,
                      SegmentTable* table, absl::Mutex* table_mutex, uint64_t next_sequence)
     : disk_(disk),
@@ -180,11 +181,6 @@ void LogWriter::AwaitBehind() {
 absl::StatusOr<LoggedPart> LogWriter::AddPart(PartFrame* part, std::span<const std::byte> rest,
                                               uint32_t reserved) {
   const uint64_t frame_bytes = PartFrameBytes(part->tenant, part->key);
-  if (frame_bytes > kMaxFrameBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("a key of ", part->key.full_key.size(),
-                                                   " bytes takes a frame of ", frame_bytes, "; ",
-                                                   kMaxFrameBytes, " are allowed"));
-  }
   const uint64_t wanted = std::min<uint64_t>(rest.size(), options_.max_part_bytes);
   const uint64_t least = std::min(RoundUp(wanted, kSectorBytes), options_.min_part_bytes);
   QUARRY_RETURN_IF_ERROR(Ensure(part->tenant, frame_bytes + least, reserved));

@@ -38,11 +38,13 @@ class LogWriter {
   LogWriter(Disk* disk, const Superblock& superblock, const LogWriterOptions& options,
             SegmentTable* table, absl::Mutex* table_mutex, uint64_t next_sequence);
 
+  const LogWriterOptions& options() const { return options_; }
+
   // Frames `rest`, the bytes of the block from part.part_offset on, or as much as may be in one
   // part; says how it lies on the disk. part.digest and part.part_bytes are set here, part.born too
   // if it is 0: this frame's own sequence. Of a block in one part the digest is the block's. `rest`
   // is at an address and offset of whole sectors, but for its end. `reserved`: segments that are
-  // left free. ResourceExhausted: no segment is.
+  // left free. ResourceExhausted: no segment is. The frame has at most kMaxFrameBytes.
   absl::StatusOr<LoggedPart> AddPart(PartFrame* part, std::span<const std::byte> rest,
                                      uint32_t reserved);
   // Both copies of it; what was born 0 is born now. Returns the segment that has it.

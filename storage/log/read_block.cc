@@ -16,18 +16,14 @@
 namespace quarry {
 namespace {
 
-std::string Hex(const ByteDigest& digest) {
-  return absl::StrCat(absl::Hex(digest.high, absl::kZeroPad16),
-                      absl::Hex(digest.low, absl::kZeroPad16));
-}
-
 absl::Status CheckDigest(std::span<const std::byte> bytes, const ByteDigest& expected,
                          const LoggedPart& part) {
   const ByteDigest actual = DigestOf(bytes);
   if (actual == expected) return absl::OkStatus();
-  return absl::DataLossError(absl::StrCat(
-      "bytes [", part.part_offset, ", +", part.part_bytes, ") in segment ", part.place.segment,
-      ", offset ", part.place.offset, " have digest ", Hex(actual), ", expected ", Hex(expected)));
+  return absl::DataLossError(absl::StrCat("bytes [", part.part_offset, ", +", part.part_bytes,
+                                          ") in segment ", part.place.segment, ", offset ",
+                                          part.place.offset, " have digest ", HexOf(actual),
+                                          ", expected ", HexOf(expected)));
 }
 
 bool IsAligned(const std::byte* data) {

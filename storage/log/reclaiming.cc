@@ -118,7 +118,7 @@ std::vector<LoggedBlock> SegmentedLog::TakeStock(uint32_t segment,
   for (const FooterEntry& entry : entries) {
     if (entry.kind != FrameKind::kPart) continue;
     const TenantName tenant = tenants_.Find(entry.tenant);
-    const LoggedBlock* const block = tenant == nullptr ? nullptr : index_.Find(tenant, entry.id);
+    const LoggedBlock* const block = index_.Find(tenant, entry.id);
     if (block == nullptr || seen.contains({tenant, entry.id})) continue;
     const bool here =
         std::any_of(block->parts.begin(), block->parts.end(),

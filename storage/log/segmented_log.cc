@@ -38,16 +38,6 @@ LogWriterOptions WriterOptions(const BlockLogOptions& options, const Superblock&
   return out;
 }
 
-LoggedBlockInfo InfoOf(const LoggedBlock& block, uint64_t doubtful_before) {
-  return {block.id,
-          block.parent,
-          block.name_space,
-          block.digest,
-          block.bytes,
-          block.born,
-          block.born < doubtful_before};
-}
-
 }  // namespace
 
 SegmentedLog::SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& options,
@@ -165,16 +155,15 @@ absl::Status SegmentedLog::MakeRoom(const BlockToLog& block, std::vector<Added>*
   if (block.bytes.empty() || block.tenant.empty()) {
     return absl::InvalidArgumentError("a block without bytes or tenant");
   }
-  if (const uint64_t frame = PartFrameBytes(block.tenant, *block.key); frame > kMaxFrameBytes) {
+  const uint64_t frame = PartFrameBytes(block.tenant, *block.key);
+  if (frame > kMaxFrameBytes) {
     return absl::InvalidArgumentError(absl::StrCat("a key of ", block.key->full_key.size(),
                                                    " bytes takes a frame of ", frame, "; ",
                                                    kMaxFrameBytes, " are allowed"));
   }
   const uint64_t capacity = uint64_t{superblock_.segments} * superblock_.segment_bytes;
-  const uint64_t frames =
-      (block.bytes.size() / WriterOptions(options_, superblock_).min_part_bytes + 1) *
-      PartFrameBytes(block.tenant, *block.key);
-  const uint64_t bytes = block.bytes.size() + frames;
+  const uint64_t frames = block.bytes.size() / writer_.options().min_part_bytes + 1;
+  const uint64_t bytes = block.bytes.size() + frames * frame;
   if (bytes > capacity / 8) {
     return absl::InvalidArgumentError(
         absl::StrCat("block ", block.key->id.Hex(), " takes up to ", bytes,
@@ -264,20 +253,18 @@ absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
 
 bool SegmentedLog::Touch(std::string_view tenant, const BlockId& id) {
   absl::MutexLock lock(&mutex_);
-  const TenantName owner = tenants_.Find(tenant);
-  LoggedBlock* const block = owner == nullptr ? nullptr : index_.Find(owner, id);
+  LoggedBlock* const block = index_.Find(tenants_.Find(tenant), id);
   if (block == nullptr) return false;
-  if (block->uses < ~0u) ++block->uses;
+  block->Use();
   return true;
 }
 
 std::optional<LoggedBlockInfo> SegmentedLog::Find(std::string_view tenant,
                                                   const BlockId& id) const {
   absl::MutexLock lock(&mutex_);
-  const TenantName owner = tenants_.Find(tenant);
-  const LoggedBlock* const block = owner == nullptr ? nullptr : index_.Find(owner, id);
+  const LoggedBlock* const block = index_.Find(tenants_.Find(tenant), id);
   if (block == nullptr) return std::nullopt;
-  return InfoOf(*block, doubtful_before_);
+  return LoggedBlockInfo{block->bytes, block->born, block->born < doubtful_before_};
 }
 
 absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const BlockKey& key,
@@ -287,8 +274,7 @@ absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const Blo
   for (int tries = 0; tries < 3; ++tries) {
     {
       absl::MutexLock lock(&mutex_);
-      const TenantName owner = tenants_.Find(tenant);
-      LoggedBlock* const found = owner == nullptr ? nullptr : index_.Find(owner, key.id);
+      LoggedBlock* const found = index_.Find(tenants_.Find(tenant), key.id);
       if (found == nullptr) {
         return absl::NotFoundError(absl::StrCat("block ", key.id.Hex(), " is not in the log"));
       }
@@ -297,7 +283,7 @@ absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const Blo
                                                        found->bytes, " bytes, not ", out.size()));
       }
       if (tries > 0 && found->parts == block.parts) break;
-      if (tries == 0 && found->uses < ~0u) ++found->uses;
+      if (tries == 0) found->Use();
       block = *found;
     }
     const absl::StatusOr<BlockKey> read =
@@ -328,17 +314,6 @@ absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const Blo
   spdlog::error("block {} of {} bytes on {} is broken: {}", block.id.Hex(), block.bytes,
                 disk_->name(), std::string(status.message()));
   return status;
-}
-
-std::vector<LoggedBlockInfo> SegmentedLog::List(std::string_view tenant, uint32_t limit) const {
-  std::vector<LoggedBlockInfo> out;
-  absl::MutexLock lock(&mutex_);
-  const TenantName owner = tenants_.Find(tenant);
-  index_.ForAll([&](const LoggedBlock& block) {
-    if (block.tenant == owner && out.size() < limit) out.push_back(InfoOf(block, doubtful_before_));
-    return out.size() < limit;
-  });
-  return out;
 }
 
 BlockLogStats SegmentedLog::Stats() const {

@@ -34,7 +34,6 @@ class SegmentedLog final : public BlockLog {
   std::optional<LoggedBlockInfo> Find(std::string_view tenant, const BlockId& id) const override;
   absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
                                   std::span<std::byte> out) override;
-  std::vector<LoggedBlockInfo> List(std::string_view tenant, uint32_t limit) const override;
   BlockLogStats Stats() const override;
 
  private:
