@@ -35,6 +35,7 @@ struct BlockSummary {
   uint64_t bytes = 0;
   std::string state;
   uint32_t leases = 0, children = 0;
+  bool in_ram = false, on_disk = false;
   std::vector<std::string> pins;
 };
 
@@ -120,7 +121,12 @@ class Client {
   virtual absl::Status Unpin(std::string_view name) = 0;
   virtual absl::StatusOr<uint64_t> Purge(const PurgeRequest&) = 0;
 
-  // Published blocks of the tenant.
+  // Returns when all that is named survives a restart of the daemon. DeadlineExceeded: not so much
+  // after `longest`; Unavailable: the disk refuses some; NotFound: some are in no tier; each says
+  // how many. FailedPrecondition: the daemon has no disk.
+  virtual absl::StatusOr<FlushResult> Flush(const FlushRequest&, absl::Duration longest) = 0;
+
+  // Published blocks of the tenant, of all tiers.
   virtual absl::StatusOr<std::vector<BlockSummary>> ListBlocks(uint32_t limit) = 0;
   virtual absl::StatusOr<DaemonStatus> Status() = 0;
   // Counters and gauges by their metric names, as on /metrics.

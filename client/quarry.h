@@ -1,9 +1,9 @@
 /* The C interface of the Quarry client: one session with a daemon on this machine.
  *
  * Every call returns a quarry_code; 0 is success. The numbers are those of gRPC and Abseil:
- * 3 invalid argument, 5 not found (a miss), 8 resource exhausted, 9 failed precondition,
- * 14 unavailable (the daemon has gone or missed the deadline; connect again), 15 data loss.
- * quarry_last_error() has the text of this thread's last failure.
+ * 3 invalid argument, 4 deadline exceeded, 5 not found (a miss), 8 resource exhausted, 9 failed
+ * precondition, 14 unavailable (the daemon has gone or missed the deadline; connect again), 15 data
+ * loss. quarry_last_error() has the text of this thread's last failure.
  *
  * A client may be used by several threads at once. Buffers are the caller's and are not kept.
  * Source: proto/SHM.md, proto/IDENTITY.md.
@@ -178,6 +178,10 @@ const void* quarry_block_data(const quarry_block* block, size_t* bytes);
 /* Copies the whole block and checks its digest in the same pass: data loss is a miss. */
 quarry_code quarry_block_copy(const quarry_block* block, void* out, size_t bytes);
 void quarry_block_release(quarry_block* block);
+/* Returns when everything of the tenant that was published before is on the daemon's disk and
+ * survives its restart. blocks: how many there were, may be null. 4: not so much after timeout_ms;
+ * 9: there is no disk; 14: the disk refuses some. */
+quarry_code quarry_flush(quarry_client* client, uint32_t timeout_ms, uint64_t* blocks);
 quarry_code quarry_exists(quarry_client* client, const char* engine_namespace, const void* key,
                           size_t key_bytes, int* exists);
 

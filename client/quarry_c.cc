@@ -396,6 +396,14 @@ quarry_code quarry_block_copy(const quarry_block* block, void* out, size_t bytes
 
 void quarry_block_release(quarry_block* block) { delete block; }
 
+quarry_code quarry_flush(quarry_client* client, uint32_t timeout_ms, uint64_t* blocks) {
+  const absl::StatusOr<quarry::FlushResult> result =
+      client->client->Flush({.whole_tenant = true}, absl::Milliseconds(timeout_ms));
+  if (!result.ok()) return Report(result.status());
+  if (blocks != nullptr) *blocks = result->durable_blocks;
+  return 0;
+}
+
 quarry_code quarry_exists(quarry_client* client, const char* engine_namespace, const void* key,
                           size_t key_bytes, int* exists) {
   const std::string keys[] = {std::string(KeyOf(key, key_bytes))};

@@ -7,6 +7,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
 #include "client/append_message.h"
 #include "client/attend_message.h"
 #include "client/calls.h"
@@ -297,6 +298,30 @@ class ShmClient final : public Client {
     return reply.blocks();
   }
 
+  absl::StatusOr<FlushResult> Flush(const FlushRequest& request, absl::Duration longest) override {
+    constexpr absl::Duration kLongestPause = absl::Milliseconds(50);
+    const absl::Time end = absl::Now() + longest;
+    for (absl::Duration pause = absl::Milliseconds(1);;
+         pause = std::min(2 * pause, kLongestPause)) {
+      QUARRY_ASSIGN_OR_RETURN(
+          wire::FlushReply reply,
+          Call<wire::FlushReply>(channel_, shm::Method::kFlush, ToProto(request)));
+      const FlushResult result = FromProto(reply);
+      const std::string counts = absl::StrCat(
+          result.durable_blocks, " blocks are durable, ", result.pending_blocks, " pending, ",
+          result.refused_blocks, " refused, ", result.missing_blocks, " in no tier");
+      if (result.refused_blocks > 0) {
+        return absl::UnavailableError(absl::StrCat(counts, ": ", result.refusal));
+      }
+      if (result.pending_blocks == 0) {
+        if (result.missing_blocks > 0) return absl::NotFoundError(counts);
+        return result;
+      }
+      if (absl::Now() + pause > end) return absl::DeadlineExceededError(counts);
+      absl::SleepFor(pause);
+    }
+  }
+
   absl::StatusOr<std::vector<BlockSummary>> ListBlocks(uint32_t limit) override {
     wire::ListBlocksRequest request;
     request.set_limit(limit);
@@ -318,6 +343,8 @@ class ShmClient final : public Client {
       block.state = b.state();
       block.leases = b.leases();
       block.children = b.children();
+      block.in_ram = b.in_ram();
+      block.on_disk = b.on_disk();
       block.pins.assign(b.pins().begin(), b.pins().end());
     }
     return out;

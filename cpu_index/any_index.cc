@@ -36,6 +36,11 @@ absl::StatusOr<std::vector<std::byte>> SerializeIndex(const KeyIndex& index) {
       absl::StrCat("an index of kind '", std::string(index.kind()), "' is not kept as bytes"));
 }
 
+std::shared_ptr<const ClusterModel> ModelOf(const KeyIndex& index) {
+  const auto* const clusters = dynamic_cast<const ClusterIndex*>(&index);
+  return clusters == nullptr ? nullptr : clusters->model();
+}
+
 absl::StatusOr<std::unique_ptr<KeyIndex>> DeserializeIndex(
     std::span<const std::byte> bytes,
     std::span<const std::shared_ptr<const ClusterModel>> known) {

@@ -26,4 +26,7 @@ absl::StatusOr<std::unique_ptr<KeyIndex>> DeserializeIndex(
     std::span<const std::byte> bytes,
     std::span<const std::shared_ptr<const ClusterModel>> known = {});
 
+// What an index shares with others of its head; null: its kind shares nothing.
+std::shared_ptr<const ClusterModel> ModelOf(const KeyIndex& index);
+
 }  // namespace quarry

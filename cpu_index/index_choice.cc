@@ -13,14 +13,7 @@ namespace {
 template <typename Index>
 absl::StatusOr<MadeIndex> Made(absl::StatusOr<std::unique_ptr<Index>> index) {
   if (!index.ok()) return index.status();
-  const uint64_t bytes = (*index)->memory_bytes();
-  return MadeIndex{*std::move(index), bytes};
-}
-
-MadeIndex Made(std::unique_ptr<ClusterIndex> index) {
-  const uint64_t bytes = index->memory_bytes();
-  const std::shared_ptr<const ClusterModel> model = index->model();
-  return {std::move(index), bytes, model, model->memory_bytes()};
+  return MeasureIndex(*std::move(index));
 }
 
 // Of kinds that learn nothing for other runs.
@@ -44,6 +37,21 @@ IndexKind KindFor(const IndexChoice& choice, const KvView& run) {
 
 }  // namespace
 
+MadeIndex MeasureIndex(std::unique_ptr<KeyIndex> index) {
+  MadeIndex made;
+  if (const auto* clusters = dynamic_cast<const ClusterIndex*>(index.get())) {
+    made.bytes = clusters->memory_bytes();
+    made.shared = clusters->model();
+    made.shared_bytes = clusters->model()->memory_bytes();
+  } else if (const auto* codes = dynamic_cast<const CodeScan*>(index.get())) {
+    made.bytes = codes->memory_bytes();
+  } else if (const auto* graph = dynamic_cast<const GraphIndex*>(index.get())) {
+    made.bytes = graph->memory_bytes();
+  }
+  made.index = std::move(index);
+  return made;
+}
+
 absl::StatusOr<std::vector<MadeIndex>> MakeIndexes(const IndexChoice& choice,
                                                    std::span<const KvView> runs,
                                                    std::span<const float> queries) {
@@ -66,7 +74,7 @@ absl::StatusOr<std::vector<MadeIndex>> MakeIndexes(const IndexChoice& choice,
                                          .group = choice.group,
                                          .scan_if_faster = choice.kind == IndexKind::kAuto}));
   for (size_t i = 0; i < places.size(); ++i) {
-    out[places[i]] = Made(std::move(learned.indexes[i]));
+    out[places[i]] = MeasureIndex(std::move(learned.indexes[i]));
   }
   return out;
 }
@@ -79,7 +87,7 @@ absl::StatusOr<MadeIndex> MakeIndexLike(const KeyIndex& neighbour, const IndexCh
   if (clusters != nullptr) {
     QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<ClusterIndex> index,
                             ClusterIndex::Build(run, clusters->model()));
-    return Made(std::move(index));
+    return MeasureIndex(std::move(index));
   }
   QUARRY_ASSIGN_OR_RETURN(std::vector<MadeIndex> made, MakeIndexes(choice, {&run, 1}, queries));
   return std::move(made.front());

@@ -37,6 +37,9 @@ struct MadeIndex {
   uint64_t shared_bytes = 0;
 };
 
+// The same of an index that was made before. Of kinds that take no memory of their own: 0 bytes.
+MadeIndex MeasureIndex(std::unique_ptr<KeyIndex> index);
+
 // The indexes of one (layer, KV head), of disjoint runs in token order. queries: [n][group][head_dim]
 // fp32 of sampled positions, multiplied by the attention's scale; none: they are made from the keys
 // alone. What one of them learns, all of them use. One thread. InvalidArgument: head_dim or number of

@@ -148,6 +148,14 @@ absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::Pur
   return absl::OkStatus();
 }
 
+absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::FlushRequest& in,
+                  v1::FlushReply* out) {
+  QUARRY_ASSIGN_OR_RETURN(const FlushRequest request, FromProto(in));
+  QUARRY_ASSIGN_OR_RETURN(const FlushResult result, parts.engine.Flush(caller.session, request));
+  *out = ToProto(result);
+  return absl::OkStatus();
+}
+
 absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::ListBlocksRequest& in,
                   v1::ListBlocksReply* out) {
   QUARRY_ASSIGN_OR_RETURN(const std::vector<BlockInfo> blocks,
@@ -162,6 +170,8 @@ absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::Lis
     message.set_leases(block.leases);
     for (const std::string& pin : block.pins) message.add_pins(pin);
     message.set_children(block.children);
+    message.set_in_ram(block.in_ram);
+    message.set_on_disk(block.on_disk);
   }
   return absl::OkStatus();
 }

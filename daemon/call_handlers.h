@@ -27,6 +27,7 @@ absl::Status Call(const ServiceParts&, const Caller&, const v1::ExistsRequest&, 
 absl::Status Call(const ServiceParts&, const Caller&, const v1::PinRequest&, v1::PinReply*);
 absl::Status Call(const ServiceParts&, const Caller&, const v1::UnpinRequest&, v1::UnpinReply*);
 absl::Status Call(const ServiceParts&, const Caller&, const v1::PurgeRequest&, v1::PurgeReply*);
+absl::Status Call(const ServiceParts&, const Caller&, const v1::FlushRequest&, v1::FlushReply*);
 absl::Status Call(const ServiceParts&, const Caller&, const v1::ListBlocksRequest&,
                   v1::ListBlocksReply*);
 absl::Status Call(const ServiceParts&, const Caller&, const v1::TopKRequest&, v1::TopKReply*);

@@ -85,18 +85,25 @@ class Timed {
 
 class EngineImpl final : public Engine {
  public:
-  EngineImpl(const EngineOptions& options, std::unique_ptr<BlockStore> store)
+  // log: the store's, or null.
+  EngineImpl(const EngineOptions& options, std::unique_ptr<BlockStore> store, BlockLog* log)
       : options_(options),
         store_(std::move(store)),
+        log_(log),
         stretches_(*store_),
         runs_({options.first_run_token, options.run_tokens}),
-        indexer_(options.index, &runs_),
+        archive_(log == nullptr || !RunIndexer::Enabled(options.index)
+                     ? nullptr
+                     : std::make_unique<IndexArchive>(log, &runs_, options.index.choice,
+                                                      options.disk.indexes)),
+        indexer_(options.index, &runs_, archive_.get()),
         sessions_(options.max_sessions, options.max_leases_per_session),
         contexts_(options.max_contexts),
         opaque_(*store_),
         auditor_(options.audit, options.task_tokens),
-        factory_({store_.get(), &stretches_, &runs_, &indexer_, &background_, &counters_, &auditor_},
-                 contexts_, options.max_context_tokens),
+        factory_(
+            {store_.get(), &stretches_, &runs_, &indexer_, &background_, &counters_, &auditor_},
+            contexts_, options.max_context_tokens),
         executor_({ExecutorThreads(options), options.max_queued_batches}) {}
 
   absl::StatusOr<SessionId> StartSession(std::string_view tenant, std::string_view name) override {
@@ -237,6 +244,7 @@ class EngineImpl final : public Engine {
     return store_->Unpin(session->tenant(), name);
   }
   absl::StatusOr<uint64_t> Purge(SessionId id, const PurgeRequest& request) override;
+  absl::StatusOr<FlushResult> Flush(SessionId id, const FlushRequest& request) override;
   absl::StatusOr<std::vector<BlockInfo>> ListBlocks(SessionId id, uint32_t limit) override {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
     return store_->List(session->tenant(), limit);
@@ -265,6 +273,9 @@ class EngineImpl final : public Engine {
   EngineStats Stats() const override;
 
  private:
+  // Of the blocks that are to be purged.
+  std::vector<NamespaceDigest> NamespacesOf(const std::string& tenant,
+                                            const PurgeRequest& request) const;
   absl::Status CheckNotDraining() const {
     if (!draining_.load(std::memory_order_acquire)) return absl::OkStatus();
     return absl::UnavailableError("the daemon is draining");
@@ -281,8 +292,10 @@ class EngineImpl final : public Engine {
   std::atomic<uint64_t> scratch_bytes_{0};  // of attends in flight
   std::atomic<bool> draining_{false};
   const std::unique_ptr<BlockStore> store_;
+  BlockLog* const log_;
   StretchIndex stretches_;
   RunRegistry runs_;
+  const std::unique_ptr<IndexArchive> archive_;
   RunIndexer indexer_;
   SessionTable sessions_;
   ContextTable contexts_;
@@ -327,13 +340,68 @@ absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& req
     return absl::InvalidArgumentError(absl::StrCat(
         "a purge names ", kinds, " of: the whole tenant, a namespace, blocks; one is wanted"));
   }
+  const std::vector<NamespaceDigest> namespaces = NamespacesOf(session->tenant(), request);
   const absl::StatusOr<uint64_t> purged =
       store_->Purge(session->tenant(), request.name_space, request.blocks);
   // Indexes tell of keys and values. Afterwards: what is attached from now on sees that blocks are
   // gone.
   runs_.Purge(session->tenant(), request.name_space, request.blocks);
   stretches_.Sweep();  // they tell of tokens
+  // A purge of the whole tenant has them already.
+  if (archive_ != nullptr) {
+    QUARRY_RETURN_IF_ERROR(archive_->Purge(session->tenant(), namespaces));
+  }
   return purged;
+}
+
+// Which of a namespace's indexes on the disk are of a named block is not known: all of them go, and
+// are built anew when they are wanted.
+std::vector<NamespaceDigest> EngineImpl::NamespacesOf(const std::string& tenant,
+                                                      const PurgeRequest& request) const {
+  if (request.name_space.has_value()) return {*request.name_space};
+  absl::flat_hash_set<NamespaceDigest> namespaces;
+  for (const BlockId& id : request.blocks) {
+    if (const auto in_ram = store_->AcquireInRam(tenant, id); in_ram.ok()) {
+      namespaces.insert(in_ram->key.name_space);
+      store_->Release(in_ram->view.handle);
+    } else if (const auto logged = log_ == nullptr ? std::nullopt : log_->Find(tenant, id);
+               logged.has_value()) {
+      namespaces.insert(logged->name_space);
+    }
+  }
+  namespaces.erase(NamespaceDigest{});  // engines' blocks have no runs
+  return {namespaces.begin(), namespaces.end()};
+}
+
+absl::StatusOr<FlushResult> EngineImpl::Flush(SessionId id, const FlushRequest& request) {
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+  const int kinds = static_cast<int>(request.whole_tenant) +
+                    static_cast<int>(request.context.has_value()) +
+                    static_cast<int>(!request.blocks.empty());
+  if (kinds != 1) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a flush names ", kinds, " of: the whole tenant, a context, blocks; one is wanted"));
+  }
+  if (request.whole_tenant) return store_->Flush(session->tenant(), std::nullopt);
+  if (!request.context.has_value()) {
+    return store_->Flush(session->tenant(), std::span<const BlockId>(request.blocks));
+  }
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Context> context,
+                          contexts_.Find(session->tenant(), *request.context));
+  context->Maintain();
+  QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<const BlockTable> table, context->Table());
+  std::vector<BlockId> blocks;
+  uint32_t leading = 0;  // of the context's blocks, published from the first on
+  for (const auto& block : table->blocks) {
+    if (!block->published()) continue;
+    leading += blocks.size() == leading && table->blocks[leading] == block ? 1 : 0;
+    blocks.push_back(block->id());
+  }
+  QUARRY_ASSIGN_OR_RETURN(FlushResult result,
+                          store_->Flush(session->tenant(), std::span<const BlockId>(blocks)));
+  result.tokens =
+      static_cast<uint32_t>(std::min<uint64_t>(leading, result.leading_blocks)) * kBlockTokens;
+  return result;
 }
 
 void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
@@ -432,13 +500,15 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   store_options.max_pinned_bytes_per_tenant = options.max_pinned_bytes_per_tenant;
   store_options.max_pins_per_tenant = options.max_pins_per_tenant;
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<BlockStore> store, BlockStore::Create(store_options));
+  BlockLog* of_store = nullptr;
   if (!options.disk.file.path.empty()) {
     QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Disk> disk, OpenFileDisk(options.disk.file));
     QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<BlockLog> log,
                             BlockLog::Open(std::move(disk), options.disk.log));
+    of_store = log.get();
     store = std::make_unique<TieredBlockStore>(std::move(store), std::move(log), options.disk.tier);
   }
-  return std::make_unique<EngineImpl>(options, std::move(store));
+  return std::make_unique<EngineImpl>(options, std::move(store), of_store);
 }
 
 }  // namespace quarry

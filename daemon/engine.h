@@ -13,6 +13,7 @@
 
 #include "absl/status/statusor.h"
 #include "daemon/audit_options.h"
+#include "daemon/index_archive_options.h"
 #include "daemon/index_options.h"
 #include "proto/audit_types.h"
 #include "proto/kv_types.h"
@@ -29,6 +30,7 @@ struct DiskTierOptions {
   FileDiskOptions file;
   BlockLogOptions log;
   TieredOptions tier;
+  IndexArchiveOptions indexes;  // choice: as index.choice
 };
 
 struct EngineOptions {
@@ -178,6 +180,9 @@ class Engine {
   // Blocks retired. Unavailable, ResourceExhausted: nobody finds them now, but the disk may bring
   // them back after a restart: purge again.
   virtual absl::StatusOr<uint64_t> Purge(SessionId, const PurgeRequest&) = 0;
+  // Hands blocks to the disk and says how far they are; ask again until none is pending. Full
+  // blocks of the context are published first. FailedPrecondition: there is no disk.
+  virtual absl::StatusOr<FlushResult> Flush(SessionId, const FlushRequest&) = 0;
   virtual absl::StatusOr<std::vector<BlockInfo>> ListBlocks(SessionId, uint32_t limit) = 0;
 
   // Answers every row, each with its own status; `done` runs once, on the thread that writes the

@@ -135,6 +135,9 @@ class KvStoreService : public v1::KvStore::CallbackService {
   Unary* Purge(Context* c, const v1::PurgeRequest* in, v1::PurgeReply* out) override {
     return RunUnary(shared_, c, in, out);
   }
+  Unary* Flush(Context* c, const v1::FlushRequest* in, v1::FlushReply* out) override {
+    return RunUnary(shared_, c, in, out);
+  }
   Unary* ListBlocks(Context* c, const v1::ListBlocksRequest* in,
                     v1::ListBlocksReply* out) override {
     return RunUnary(shared_, c, in, out);

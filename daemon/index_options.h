@@ -25,6 +25,9 @@ struct IndexStats {
   uint64_t build_micros = 0;  // of all threads
   uint64_t bytes = 0;         // of the indexes that are held now
   uint64_t sample_bytes = 0;  // of the queries that contexts keep
+  // Layers of runs whose indexes were written to the disk, came back from there, and were there and
+  // could not be used, since the start.
+  uint64_t saved_layers = 0, saved_bytes = 0, loaded_layers = 0, failed_loads = 0;
 };
 
 }  // namespace quarry

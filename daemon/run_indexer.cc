@@ -13,6 +13,7 @@
 #include <spdlog/spdlog.h>
 
 #include "absl/time/time.h"
+#include "cpu_index/any_index.h"
 #include "daemon/kv_segments.h"
 #include "daemon/low_priority.h"
 #include "daemon/steady_clock.h"
@@ -24,7 +25,18 @@ namespace {
 // How often those look for room that wait for it: nobody tells when a run goes out of use.
 constexpr uint64_t kRoomPollNs = 200'000'000;
 
+// Of a job, in place of a KV head.
+constexpr uint32_t kFromDisk = ~0u;
+
 }  // namespace
+
+// One run of a job.
+struct RunIndexer::Part {
+  explicit Part(const Run& of) : first_token(of.tokens().lo), indexes(of.indexes()) {}
+  const uint32_t first_token;
+  const std::shared_ptr<RunIndexes> indexes;
+  std::atomic<uint32_t> built{0};  // heads, or known to have none
+};
 
 // All heads of one layer of some runs. Ends what RunIndexes::Begin began.
 struct RunIndexer::Job {
@@ -43,13 +55,6 @@ struct RunIndexer::Job {
   }
   uint32_t heads() const { return shape.kv_heads; }
 
-  struct Part {
-    explicit Part(const Run& of) : first_token(of.tokens().lo), indexes(of.indexes()) {}
-    const uint32_t first_token;
-    const std::shared_ptr<RunIndexes> indexes;
-    std::atomic<uint32_t> built{0};  // heads, or known to have none
-  };
-
   const uint32_t layer;
   const KvShape shape;
   const std::shared_ptr<const QuerySamples> samples;
@@ -62,14 +67,16 @@ struct RunIndexer::Job {
   bool again = false;  // unless others know as much
   bool waited = false;  // for room, before
   RunIndexes::Learning learning;
-  uint32_t next = 0;  // under the indexer's mutex
+  uint32_t next = 0;     // under the indexer's mutex, as the next two
+  bool on_disk = false;  // some of it may be, and is to be looked for before any head is built
+  bool loading = false;  // by a thread, which has the parts for itself
   std::atomic<bool> warned{false};
   std::atomic<bool> full{false};  // a head found no room
 };
 
 struct RunIndexer::Building {
   std::vector<std::shared_ptr<const Run>> runs;
-  std::vector<Job::Part*> parts;  // of these runs
+  std::vector<Part*> parts;  // of these runs
   // Of the head, where other runs have had theirs for longer; null: none has.
   std::shared_ptr<const KeyIndex> like;
   RunIndexes::Learning learning;
@@ -79,9 +86,10 @@ struct RunIndexer::Building {
   size_t made = 0;
 };
 
-RunIndexer::RunIndexer(const IndexOptions& options, RunRegistry* runs)
+RunIndexer::RunIndexer(const IndexOptions& options, RunRegistry* runs, IndexArchive* archive)
     : options_(options),
       runs_(runs),
+      archive_(archive),
       room_(options.max_bytes, runs),
       sample_memory_(std::make_shared<SampleMemory>(options.max_sample_bytes)) {
   if (!enabled()) return;
@@ -254,6 +262,7 @@ void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const Kv
       continue;
     }
     job->again |= due == RunIndexes::Due::kAgain;
+    job->on_disk |= due == RunIndexes::Due::kFirst && archive_ != nullptr;
     job->parts.emplace_back(*use.run);
   }
   if (job->parts.empty()) return;
@@ -264,7 +273,9 @@ void RunIndexer::Consider(uint32_t layer, std::span<const RunUse> runs, const Kv
 std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
   absl::MutexLock lock(&mutex_);
   const auto due = [this]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
-    return stopping_ || (!queue_.empty() && letting_go_ == 0);
+    return stopping_ || (letting_go_ == 0 && std::ranges::any_of(queue_, [](const auto& job) {
+                           return !job->loading;
+                         }));
   };
   const auto any = [&]() ABSL_NO_THREAD_SAFETY_ANALYSIS { return due() || !waiting_.empty(); };
   for (;;) {
@@ -280,11 +291,23 @@ std::shared_ptr<RunIndexer::Job> RunIndexer::NextHead(uint32_t* head) {
       mutex_.AwaitWithTimeout(absl::Condition(&due), absl::Nanoseconds(look_at_ns_ - now));
     }
   }
-  if (stopping_) return nullptr;
-  std::shared_ptr<Job> job = queue_.front();
+  return stopping_ ? nullptr : NextOf(head);
+}
+
+// What is on the disk is there sooner than what is built, and what is built learns from it.
+std::shared_ptr<RunIndexer::Job> RunIndexer::NextOf(uint32_t* head) {
+  for (const std::shared_ptr<Job>& job : queue_) {
+    if (!job->on_disk) continue;
+    job->on_disk = false;
+    job->loading = true;
+    *head = kFromDisk;
+    return job;
+  }
+  const auto next = std::ranges::find_if(queue_, [](const auto& job) { return !job->loading; });
+  std::shared_ptr<Job> job = *next;
   if (job->next == 0) Prepare(job.get());
   *head = job->next++;
-  if (job->next == job->heads()) queue_.pop_front();
+  if (job->next == job->heads()) std::erase(queue_, job);
   return job;
 }
 
@@ -302,9 +325,10 @@ void RunIndexer::Prepare(Job* job) {
 }
 
 void RunIndexer::TakeLater(Job* job) {
-  for (auto later = queue_.begin() + 1; later != queue_.end();) {
+  for (auto later = queue_.begin(); later != queue_.end();) {
     Job& other = **later;
-    if (other.samples != job->samples || other.layer != job->layer || other.again) {
+    if (&other == job || other.loading || other.next > 0 || other.samples != job->samples ||
+        other.layer != job->layer || other.again) {
       ++later;
       continue;
     }
@@ -313,20 +337,89 @@ void RunIndexer::TakeLater(Job* job) {
     job->learning.samples = std::max(job->learning.samples, other.learning.samples);
     later = queue_.erase(later);
   }
-  job->parts.sort(
-      [](const Job::Part& a, const Job::Part& b) { return a.first_token < b.first_token; });
+  job->parts.sort([](const Part& a, const Part& b) { return a.first_token < b.first_token; });
 }
 
 void RunIndexer::Loop() {
   RunBehindDecoding();
   uint32_t head = 0;
-  while (const std::shared_ptr<Job> job = NextHead(&head)) BuildHead(*job, head);
+  while (const std::shared_ptr<Job> job = NextHead(&head)) {
+    if (head == kFromDisk) {
+      LoadParts(job);
+    } else {
+      BuildHead(*job, head);
+    }
+  }
+}
+
+void RunIndexer::LoadParts(const std::shared_ptr<Job>& job) {
+  for (auto part = job->parts.begin(); part != job->parts.end();) {
+    if (!LoadPart(*job, *part)) {
+      ++part;
+      continue;
+    }
+    job->others.push_back(part->indexes);  // those behind it share its models, or learn like it
+    part = job->parts.erase(part);
+  }
+  absl::MutexLock lock(&mutex_);
+  job->loading = false;
+  if (job->parts.empty()) std::erase(queue_, job);
+}
+
+bool RunIndexer::LoadPart(Job& job, Part& part) {
+  const std::shared_ptr<const RunName> name = part.indexes->name();
+  if (name == nullptr || part.indexes->learned(job.layer).has_value()) return false;
+  const std::optional<uint64_t> bytes = archive_->Find(*name, job.layer);
+  if (!bytes.has_value()) return false;
+  Building building;
+  building.bytes = {*bytes};
+  {
+    absl::MutexLock lock(&mutex_);
+    std::shared_ptr<const Run> run = part.indexes->run();
+    const uint64_t wanted = ReservedBytes() + *bytes;
+    if (run == nullptr || stopping_ || room_.UpTo(wanted) < wanted) return false;
+    building.runs = {std::move(run)};
+    building.parts = {&part};
+    building_.push_back(&building);
+  }
+  const bool loaded = KeepStored(job, *name, part, *building.runs.front());
+  Release(&building);
+  return loaded;
+}
+
+bool RunIndexer::KeepStored(const Job& job, const RunName& name, Part& part, const Run& run) {
+  IndexArchive::KnownModels known(job.heads());
+  const auto know = [&](const RunIndexes& indexes) {
+    for (uint32_t h = 0; h < job.heads(); ++h) {
+      const auto index = indexes.Get(job.layer, h);
+      auto model = index == nullptr ? nullptr : ModelOf(*index);
+      if (model != nullptr) known[h].push_back(std::move(model));
+    }
+  };
+  for (const auto& other : job.others) know(*other);
+  absl::StatusOr<IndexArchive::Layer> layer = archive_->Load(name, job.layer, known);
+  if (!layer.ok()) return false;
+  for (uint32_t h = 0; h < job.heads(); ++h) {
+    IndexArchive::Head& head = layer->heads[h];
+    std::shared_ptr<const KeyIndex> index;
+    if (head.made.index != nullptr) {
+      absl::StatusOr<std::shared_ptr<const KeyIndex>> kept =
+          room_.Keep(job.layer, job.shape, run, &head.made);
+      // Heads that are there already stay, and the others are built when there is room.
+      if (!kept.ok()) return false;
+      index = *std::move(kept);
+    }
+    part.indexes->Set(job.layer, h, std::move(index), head.made.bytes, head.learned);
+  }
+  part.indexes->End(job.layer, layer->learned, /*all_heads=*/true, &counts_);
+  part.indexes->SetSaved(job.layer, part.indexes->changes(job.layer));
+  return true;
 }
 
 void RunIndexer::Hold(Job& job, uint32_t kv_head, Building* building) {
   absl::MutexLock lock(&mutex_);
   building->learning = job.learning;
-  for (Job::Part& part : job.parts) {
+  for (Part& part : job.parts) {
     // Where there was no room for the layer's other heads, this one may have been made before.
     const auto learned = part.indexes->learned(job.layer, kv_head);
     if (learned.has_value() && !learned->OutdatedBy(job.learning)) {
@@ -459,6 +552,13 @@ IndexStats RunIndexer::stats() const {
   stats.build_micros = build_micros_.load(std::memory_order_relaxed);
   stats.bytes = room_.used();
   stats.sample_bytes = sample_memory_->used();
+  if (archive_ != nullptr) {
+    const IndexArchiveStats archived = archive_->stats();
+    stats.saved_layers = archived.saved_layers;
+    stats.saved_bytes = archived.saved_bytes;
+    stats.loaded_layers = archived.loaded_layers;
+    stats.failed_loads = archived.failed_loads;
+  }
   absl::MutexLock lock(&mutex_);
   stats.waiting_layers = waiting_.size();
   return stats;

@@ -18,6 +18,7 @@
 #include "absl/time/time.h"
 #include "cpu_index/index_choice.h"
 #include "daemon/block_table.h"
+#include "daemon/index_archive.h"
 #include "daemon/index_options.h"
 #include "daemon/index_room.h"
 #include "daemon/query_samples.h"
@@ -32,8 +33,9 @@ namespace quarry {
 // left where they stand; those for which there is no memory wait until there is. Thread-safe.
 class RunIndexer {
  public:
-  // Where there is no room, indexes that no context uses are dropped from `runs`, which outlives it.
-  RunIndexer(const IndexOptions& options, RunRegistry* runs);
+  // Where there is no room, indexes that no context uses are dropped from `runs`. What `archive`
+  // has is not built; null: nothing. Both outlive it.
+  RunIndexer(const IndexOptions& options, RunRegistry* runs, IndexArchive* archive);
   // Finishes the heads being built and lets go of what is queued.
   ~RunIndexer();
   RunIndexer(const RunIndexer&) = delete;
@@ -51,9 +53,10 @@ class RunIndexer {
   // run holds its blocks meanwhile. Heads of other runs begin later for it.
   void LetGo(absl::Duration longest);
 
-  bool enabled() const {
-    return options_.choice.kind != IndexKind::kExact && options_.max_bytes > 0;
+  static bool Enabled(const IndexOptions& options) {
+    return options.choice.kind != IndexKind::kExact && options.max_bytes > 0;
   }
+  bool enabled() const { return Enabled(options_); }
   const IndexOptions& options() const { return options_; }
   IndexStats stats() const;
 
@@ -61,8 +64,9 @@ class RunIndexer {
   struct Job;
 
   void Loop();
-  // The next KV head of a job's layer; null: stop.
+  // The next KV head of a job's layer, or kFromDisk: what is there of it comes first; null: stop.
   std::shared_ptr<Job> NextHead(uint32_t* head);
+  std::shared_ptr<Job> NextOf(uint32_t* head) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // A layer of runs that is to be considered when there is room, as long as somebody uses one.
   struct Waiting {
     uint32_t layer = 0;
@@ -85,6 +89,12 @@ class RunIndexer {
   void Prepare(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void TakeLater(Job* job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void BuildHead(Job& job, uint32_t kv_head);
+  // Takes the parts out of the job whose indexes come from the disk.
+  void LoadParts(const std::shared_ptr<Job>& job);
+  struct Part;
+  bool LoadPart(Job& job, Part& part);
+  // False: it is to be built.
+  bool KeepStored(const Job& job, const RunName& name, Part& part, const Run& run);
   // What one thread builds, and holds meanwhile.
   struct Building;
   // The job's runs that some context still wants and whose head is to be learned, as many of them
@@ -106,6 +116,7 @@ class RunIndexer {
 
   const IndexOptions options_;
   RunRegistry* const runs_;
+  IndexArchive* const archive_;
   IndexRoom room_;
   const std::shared_ptr<SampleMemory> sample_memory_;
   RunCounts counts_;

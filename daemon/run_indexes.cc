@@ -1,6 +1,7 @@
 #include "daemon/run_indexes.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace quarry {
 namespace {
@@ -39,6 +40,22 @@ bool RunIndexes::all_learned() const {
                      [](const Layer& layer) { return layer.learned.has_value(); });
 }
 
+uint64_t RunIndexes::changes() const {
+  absl::ReaderMutexLock lock(&mutex_);
+  return std::accumulate(layers_.begin(), layers_.end(), uint64_t{0},
+                         [](uint64_t sum, const Layer& layer) { return sum + layer.changes; });
+}
+
+std::vector<uint32_t> RunIndexes::UnsavedLayers() const {
+  std::vector<uint32_t> unsaved;
+  absl::ReaderMutexLock lock(&mutex_);
+  if (busy_layers_ > 0 || name_ == nullptr) return unsaved;
+  for (uint32_t l = 0; l < layers_.size(); ++l) {
+    if (layers_[l].changes != layers_[l].saved) unsaved.push_back(l);
+  }
+  return unsaved;
+}
+
 RunIndexes::Due RunIndexes::Begin(uint32_t number, const Learning& now, RunCounts* counts) {
   absl::MutexLock lock(&mutex_);
   Layer& layer = layers_[number];
@@ -67,6 +84,7 @@ void RunIndexes::End(uint32_t number, Learning learned, bool all_heads, RunCount
       }
     }
     layer.learned = learned;
+    ++layer.changes;
     layer.refused_bytes = 0;
   }
   // Release: who sees that none is busy sees what was learned.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,15 @@ class Run;
 struct RunCounts {
   std::atomic<uint64_t> busy{0};       // of which some layer is to be indexed, or is being indexed
   std::atomic<uint64_t> relearned{0};  // indexed anew, as often as the layer that was most often
+};
+
+// What tells a run from all others, once its blocks are published.
+struct RunName {
+  std::string tenant;
+  BlockId last_block;
+  NamespaceDigest name_space;  // of all its blocks
+  TokenRange tokens;
+  KvShape shape;
 };
 
 // Each layer is learned by itself, for a prefill may bring one after another.
@@ -121,6 +131,31 @@ class RunIndexes {
   }
   bool all_learned() const;  // of all layers
 
+  // Null until the registry knows the run, and of runs whose blocks are of several namespaces.
+  std::shared_ptr<const RunName> name() const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return name_;
+  }
+  void SetName(RunName name) {
+    auto named = std::make_shared<const RunName>(std::move(name));
+    absl::MutexLock lock(&mutex_);
+    if (name_ == nullptr) name_ = std::move(named);
+  }
+  // How often a layer was learned, and all of them.
+  uint64_t changes(uint32_t layer) const {
+    absl::ReaderMutexLock lock(&mutex_);
+    return layers_[layer].changes;
+  }
+  uint64_t changes() const;
+  // Layers that have changed since they were written to the disk; none while any is being learned,
+  // or without a name.
+  std::vector<uint32_t> UnsavedLayers() const;
+  // The layer is on the disk as it was after so many changes.
+  void SetSaved(uint32_t layer, uint64_t changes) {
+    absl::MutexLock lock(&mutex_);
+    layers_[layer].saved = changes;
+  }
+
  private:
   struct Head {
     std::shared_ptr<const KeyIndex> index;
@@ -132,6 +167,7 @@ class RunIndexes {
     uint32_t again = 0;  // times indexed anew
     std::optional<Learning> learned;
     uint64_t refused_bytes = 0;
+    uint64_t changes = 0, saved = 0;
     bool IsDue(const Learning& now) const {
       return !busy && (!learned.has_value() || learned->OutdatedBy(now));
     }
@@ -145,6 +181,7 @@ class RunIndexes {
   uint64_t bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   std::vector<Layer> layers_ ABSL_GUARDED_BY(mutex_);
   std::weak_ptr<const Run> run_ ABSL_GUARDED_BY(mutex_);
+  std::shared_ptr<const RunName> name_ ABSL_GUARDED_BY(mutex_);
   uint32_t busy_layers_ ABSL_GUARDED_BY(mutex_) = 0;
   uint32_t most_again_ ABSL_GUARDED_BY(mutex_) = 0;  // of the layers
 };

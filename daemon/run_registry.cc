@@ -34,6 +34,12 @@ std::shared_ptr<const Run> RunRegistry::Register(std::string_view tenant, uint32
   if (entry.indexes == nullptr) {
     entry.indexes = open != nullptr ? open->indexes() : std::make_shared<RunIndexes>(shape);
     entry.tenant = tenant;
+    const NamespaceDigest& name_space = blocks.back()->origin().name_space;
+    if (std::ranges::all_of(blocks, [&](const std::shared_ptr<HeldBlock>& block) {
+          return block->origin().name_space == name_space;
+        })) {
+      entry.indexes->SetName({entry.tenant, key.last_block, name_space, grid_.RunTokens(i), shape});
+    }
   }
   std::shared_ptr<const Run> run = Use(i, blocks, std::move(open), &entry);
   SweepExpired();  // `entry` may move
@@ -98,6 +104,21 @@ std::shared_ptr<const Run> RunRegistry::Make(uint32_t i,
   return Run::Make(grid_.RunTokens(i),
                    std::vector<std::shared_ptr<HeldBlock>>(blocks.begin(), blocks.end()),
                    std::move(indexes));
+}
+
+std::vector<std::shared_ptr<RunIndexes>> RunRegistry::Registered() const {
+  std::vector<std::shared_ptr<RunIndexes>> registered;
+  absl::MutexLock lock(&mutex_);
+  for (const auto& [key, entry] : runs_) registered.push_back(entry.indexes);
+  return registered;
+}
+
+bool RunRegistry::Knows(const RunIndexes& indexes) const {
+  const std::shared_ptr<const RunName> name = indexes.name();
+  if (name == nullptr) return false;
+  absl::MutexLock lock(&mutex_);
+  const auto known = runs_.find(Key{name->last_block, grid_.RunAt(name->tokens.lo), name->shape});
+  return known != runs_.end() && known->second.indexes.get() == &indexes;
 }
 
 uint64_t RunRegistry::LockedIdleBytes() const {

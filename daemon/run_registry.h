@@ -76,6 +76,8 @@ struct RunGridOptions {
     const uint32_t lo = first_run_token + i * run_tokens;
     return {lo, lo + run_tokens};
   }
+  // That begins at the token.
+  uint32_t RunAt(uint32_t token) const { return (token - first_run_token) / run_tokens; }
   // That lie in [0, tokens).
   uint32_t RunsIn(uint32_t tokens) const {
     return tokens < first_run_token ? 0 : (tokens - first_run_token) / run_tokens;
@@ -109,6 +111,11 @@ class RunRegistry {
   std::shared_ptr<const Run> Open(uint32_t i, const KvShape& shape,
                                   std::span<const std::shared_ptr<HeldBlock>> blocks,
                                   const BlockId& last_block);
+
+  // Indexes of the runs that it knows; of no run longer than it knows it.
+  std::vector<std::shared_ptr<RunIndexes>> Registered() const;
+  // Whether these are still a run's: none of its blocks was purged or found broken.
+  bool Knows(const RunIndexes& indexes) const;
 
   // Drops the indexes of the run that no context uses and that was longest not asked for, if all
   // such together take that many bytes; false if they do not.

@@ -298,6 +298,48 @@ absl::StatusOr<PinRequest> FromProto(const wire::PinRequest& message) {
   return request;
 }
 
+wire::FlushRequest ToProto(const FlushRequest& request) {
+  wire::FlushRequest out;
+  out.set_whole_tenant(request.whole_tenant);
+  out.set_context(request.context.value_or(ContextId{}).value);
+  for (const BlockId& id : request.blocks) out.add_blocks(ToBytes(id));
+  return out;
+}
+
+absl::StatusOr<FlushRequest> FromProto(const wire::FlushRequest& message) {
+  FlushRequest request;
+  request.whole_tenant = message.whole_tenant();
+  if (message.context() != 0) request.context = ContextId{message.context()};
+  QUARRY_ASSIGN_OR_RETURN(request.blocks, DigestList<BlockId>(message.blocks(), "blocks"));
+  return request;
+}
+
+wire::FlushReply ToProto(const FlushResult& result) {
+  wire::FlushReply out;
+  out.set_durable_blocks(result.durable_blocks);
+  out.set_durable_bytes(result.durable_bytes);
+  out.set_leading_blocks(result.leading_blocks);
+  out.set_pending_blocks(result.pending_blocks);
+  out.set_refused_blocks(result.refused_blocks);
+  out.set_missing_blocks(result.missing_blocks);
+  out.set_refusal(result.refusal);
+  out.set_tokens(result.tokens);
+  return out;
+}
+
+FlushResult FromProto(const wire::FlushReply& message) {
+  FlushResult result;
+  result.durable_blocks = message.durable_blocks();
+  result.durable_bytes = message.durable_bytes();
+  result.leading_blocks = message.leading_blocks();
+  result.pending_blocks = message.pending_blocks();
+  result.refused_blocks = message.refused_blocks();
+  result.missing_blocks = message.missing_blocks();
+  result.refusal = message.refusal();
+  result.tokens = message.tokens();
+  return result;
+}
+
 wire::PurgeRequest ToProto(const PurgeRequest& request) {
   wire::PurgeRequest out;
   out.set_whole_tenant(request.whole_tenant);

@@ -63,6 +63,10 @@ wire::ContextInfo ToProto(const ContextInfo& info);
 absl::StatusOr<ContextInfo> FromProto(const wire::ContextInfo& message);
 wire::PinRequest ToProto(const PinRequest& request);
 absl::StatusOr<PinRequest> FromProto(const wire::PinRequest& message);
+wire::FlushRequest ToProto(const FlushRequest& request);
+absl::StatusOr<FlushRequest> FromProto(const wire::FlushRequest& message);
+wire::FlushReply ToProto(const FlushResult& result);
+FlushResult FromProto(const wire::FlushReply& message);
 wire::PurgeRequest ToProto(const PurgeRequest& request);
 absl::StatusOr<PurgeRequest> FromProto(const wire::PurgeRequest& message);
 

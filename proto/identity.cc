@@ -71,6 +71,19 @@ BlockId PlacedBlockIdOf(const BlockId& parent, const BlockId& stored, int32_t sh
   return h.Finish<BlockId>();
 }
 
+NamespaceDigest IndexNamespaceOf(const NamespaceDigest& name_space) {
+  CanonicalHash h("quarry.index_namespace.v1");
+  h.Add(name_space);
+  return h.Finish<NamespaceDigest>();
+}
+
+BlockId RunIndexIdOf(std::string_view tenant, std::string_view full_key) {
+  CanonicalHash h("quarry.run_index.v1");
+  h.Bytes(tenant.data(), tenant.size());
+  h.Bytes(full_key.data(), full_key.size());
+  return h.Finish<BlockId>();
+}
+
 NumericRecipe RecipeOf(const Budget& budget, uint32_t window_first, uint32_t window_last) {
   if (budget.kind == Budget::Kind::kUnlimited) return {};
   CanonicalHash h("quarry.recipe.budget.v1");

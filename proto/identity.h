@@ -33,6 +33,11 @@ StretchId StretchIdOf(const NamespaceDigest& name_space, std::span<const uint32_
 // sequence where it follows `parent`.
 BlockId PlacedBlockIdOf(const BlockId& parent, const BlockId& stored, int32_t shift);
 
+// Namespace of the indexes that are made of blocks of `name_space`, and id of one of them under its
+// full key.
+NamespaceDigest IndexNamespaceOf(const NamespaceDigest& name_space);
+BlockId RunIndexIdOf(std::string_view tenant, std::string_view full_key);
+
 // Recipe of K/V that were computed under a retrieval budget. Unlimited gives the dense recipe.
 NumericRecipe RecipeOf(const Budget& budget, uint32_t window_first, uint32_t window_last);
 // Recipe of K/V that were computed under `recipe`, but behind tokens reused at another position.

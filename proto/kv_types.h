@@ -102,6 +102,24 @@ struct PinRequest {
   uint64_t ttl_ms = 0;              // 0: until unpinned
 };
 
+// Which blocks are to survive a restart; exactly one is set.
+struct FlushRequest {
+  bool whole_tenant = false;         // everything that is in RAM
+  std::optional<ContextId> context;  // its full blocks
+  std::vector<BlockId> blocks;
+};
+
+// How far that is. All durable: the other counts are 0.
+struct FlushResult {
+  uint64_t durable_blocks = 0, durable_bytes = 0;
+  uint64_t leading_blocks = 0;  // of those that were named, durable from the first on
+  uint64_t pending_blocks = 0;  // on their way to the disk, or to its queue: ask again
+  uint64_t refused_blocks = 0;  // the disk does not take them now, or never
+  uint64_t missing_blocks = 0;  // in no tier; of blocks that were named
+  std::string refusal;          // why it does not
+  uint32_t tokens = 0;          // of the context, from its first, that are durable
+};
+
 struct PurgeRequest {
   // Exactly one is set: everything of the caller's tenant, one namespace, or some blocks.
   bool whole_tenant = false;

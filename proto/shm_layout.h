@@ -144,6 +144,7 @@ enum class Method : uint32_t {
   kListBlocks = 16,
   kDeclareTokens = 17,
   kAudit = 18,
+  kFlush = 19,
 };
 struct CallHeader {
   uint32_t method;

@@ -132,6 +132,16 @@ void RamBlockStore::Lease(uint32_t block) {
   order_.Touch(block);
 }
 
+absl::StatusOr<KeyedBlock> RamBlockStore::AcquireInRam(std::string_view tenant, const BlockId& id) {
+  absl::MutexLock lock(&mutex_);
+  const uint32_t block = records_.Find(tenants_.Find(tenant), id);
+  if (block == kNoBlock) {
+    return absl::NotFoundError(absl::StrCat("block ", id.Hex(), " is not in RAM"));
+  }
+  Lease(block);
+  return KeyedBlock{ViewOf(block), records_.at(block).key};
+}
+
 void RamBlockStore::Retain(BlockHandle block) {
   absl::MutexLock lock(&mutex_);
   QUARRY_CHECK(records_.IsCurrent(block) && records_.at(block.slot).leases > 0);
@@ -357,6 +367,11 @@ void RamBlockStore::ExpirePins() {
 
 // ---- What there is.
 
+absl::StatusOr<FlushResult> RamBlockStore::Flush(std::string_view,
+                                                 std::optional<std::span<const BlockId>>) {
+  return absl::FailedPreconditionError("there is no disk that blocks could be durable on");
+}
+
 bool RamBlockStore::IsPublished(BlockHandle block) const {
   absl::MutexLock lock(&mutex_);
   return records_.IsCurrent(block) && records_.at(block.slot).state == BlockState::kPublished;
@@ -377,9 +392,17 @@ uint64_t RamBlockStore::PublishedBytes(std::string_view tenant,
 
 BlockInfo RamBlockStore::InfoOf(uint32_t block) const {
   const BlockRecord& record = records_.at(block);
-  return {record.key.id, record.key.parent, *record.tenant, record.key.name_space,
-          record.memory.bytes, record.state, record.leases,
-          pins_.NamesOf(record.tenant, record.key.id), record.children};
+  return {record.key.id,
+          record.key.parent,
+          *record.tenant,
+          record.key.name_space,
+          record.memory.bytes,
+          record.state,
+          record.leases,
+          pins_.NamesOf(record.tenant, record.key.id),
+          record.children,
+          true,
+          false};
 }
 
 std::vector<BlockInfo> RamBlockStore::List(std::string_view tenant, uint32_t limit) const {

@@ -14,6 +14,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "proto/kv_types.h"
 #include "proto/types.h"
 #include "storage/arena.h"
 #include "storage/block_key.h"
@@ -38,6 +39,12 @@ struct BlockView {
   BlockState state = BlockState::kEmpty;
 };
 
+// A block and the whole of its key.
+struct KeyedBlock {
+  BlockView view;
+  BlockKey key;
+};
+
 struct BlockStoreStats {
   uint64_t blocks = 0, published = 0, leased = 0, pinned = 0;
   uint64_t bytes = 0, reserved_bytes = 0;
@@ -56,6 +63,7 @@ struct BlockInfo {
   uint32_t leases = 0;
   std::vector<std::string> pins;
   uint32_t children = 0;
+  bool in_ram = false, on_disk = false;
 };
 
 struct BlockStoreOptions {
@@ -98,6 +106,8 @@ class BlockStore {
   // PUBLISHED blocks only; the lease is the caller's. NotFound = miss (also when full_key, parent,
   // namespace or tenant differ).
   virtual absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) = 0;
+  // The same by the id alone, for one that is in RAM.
+  virtual absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) = 0;
   // One more lease of a block that the caller has a lease of.
   virtual void Retain(BlockHandle block) = 0;
   // The last lease of a block that is not PUBLISHED frees it.
@@ -124,12 +134,18 @@ class BlockStore {
                                          std::optional<NamespaceDigest> name_space,
                                          std::span<const BlockId> blocks) = 0;
 
+  // Hands what is in RAM alone to the disk and says how far that is, without waiting: ask again
+  // until nothing is pending. nullopt: all of the tenant that are in RAM. FailedPrecondition:
+  // there is no disk.
+  virtual absl::StatusOr<FlushResult> Flush(std::string_view tenant,
+                                            std::optional<std::span<const BlockId>> blocks) = 0;
+
   // Whether it can be found; false once it is retired, and of a stale handle. Needs no lease.
   virtual bool IsPublished(BlockHandle block) const = 0;
   // Bytes of those of the distinct `blocks` that are published.
   virtual uint64_t PublishedBytes(std::string_view tenant,
                                   std::span<const BlockId> blocks) const = 0;
-  // Published blocks, at most `limit`; not one moment's when others publish meanwhile.
+  // Published blocks of all tiers, at most `limit`; not one moment's when others publish meanwhile.
   virtual std::vector<BlockInfo> List(std::string_view tenant, uint32_t limit) const = 0;
   virtual BlockStoreStats Stats() const = 0;
   virtual const Arena& arena() const = 0;

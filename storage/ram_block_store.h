@@ -32,6 +32,7 @@ class RamBlockStore final : public BlockStore {
   absl::StatusOr<BlockView> Publish(BlockHandle block, BlockKey key,
                                     std::optional<ByteDigest> digest, bool* existed) override;
   absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) override;
+  absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) override;
   void Retain(BlockHandle block) override;
   void Release(BlockHandle block) override;
   bool Contains(std::string_view tenant, const BlockKey& key) const override;
@@ -41,6 +42,8 @@ class RamBlockStore final : public BlockStore {
   absl::Status Unpin(std::string_view tenant, std::string_view name) override;
   absl::StatusOr<uint64_t> Purge(std::string_view tenant, std::optional<NamespaceDigest> name_space,
                                  std::span<const BlockId> blocks) override;
+  absl::StatusOr<FlushResult> Flush(std::string_view tenant,
+                                    std::optional<std::span<const BlockId>> blocks) override;
   bool IsPublished(BlockHandle block) const override;
   uint64_t PublishedBytes(std::string_view tenant, std::span<const BlockId> blocks) const override;
   std::vector<BlockInfo> List(std::string_view tenant, uint32_t limit) const override;

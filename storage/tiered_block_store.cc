@@ -60,31 +60,36 @@ absl::StatusOr<BlockView> TieredBlockStore::Publish(BlockHandle block, BlockKey 
                                                     std::optional<ByteDigest> digest,
                                                     bool* existed) {
   QUARRY_ASSIGN_OR_RETURN(BlockView view, ram_->Publish(block, key, digest, existed));
-  if (!*existed) Enqueue(view, key);
+  if (!*existed) EnqueueOrCount(view, key);
   return view;
 }
 
-void TieredBlockStore::Enqueue(const BlockView& view, const BlockKey& key) {
+absl::Status TieredBlockStore::Enqueue(const BlockView& view, const BlockKey& key) {
+  QUARRY_RETURN_IF_ERROR(log_->CheckSize(view.tenant, key, view.memory.bytes));
   absl::MutexLock lock(&queue_mutex_);
-  if (waiting_.contains(view.handle.slot) ||
-      doubtful_.contains({view.handle.slot, view.handle.generation})) {
-    return;
+  if (waiting_.contains(view.handle.slot)) return absl::OkStatus();
+  if (doubtful_.contains({view.handle.slot, view.handle.generation})) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("whether block ", key.id.Hex(), " was purged could not be read"));
   }
+  if (ending_) return absl::UnavailableError("the store is ending");
+  if (absl::Now() < refuse_until_) return absl::UnavailableError(refusal_);
   const bool fits = queued_bytes_ == 0 ||
                     view.memory.bytes <= options_.max_queued_bytes -
                                              std::min(options_.max_queued_bytes, queued_bytes_);
-  if (ending_ || !fits || absl::Now() < refuse_until_) {
-    ++not_admitted_;
-    return;
+  if (!fits) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(queued_bytes_, " bytes wait for the disk already"));
   }
   ram_->Retain(view.handle);
   queued_bytes_ += view.memory.bytes;
   waiting_.insert(view.handle.slot);
   queue_.push_back({view, key});
+  return absl::OkStatus();
 }
 
-std::vector<TieredBlockStore::Queued> TieredBlockStore::TakeQueued(bool* refused) {
-  std::vector<Queued> batch;
+std::vector<KeyedBlock> TieredBlockStore::TakeQueued(bool* refused) {
+  std::vector<KeyedBlock> batch;
   absl::MutexLock lock(&queue_mutex_);
   queue_mutex_.Await(absl::Condition(this, &TieredBlockStore::HasWork));
   *refused = absl::Now() < refuse_until_;
@@ -99,7 +104,7 @@ std::vector<TieredBlockStore::Queued> TieredBlockStore::TakeQueued(bool* refused
 void TieredBlockStore::WriteQueued() {
   while (true) {
     bool refused = false;
-    const std::vector<Queued> batch = TakeQueued(&refused);
+    const std::vector<KeyedBlock> batch = TakeQueued(&refused);
     if (batch.empty()) return;
     if (refused) {
       not_admitted_ += batch.size();
@@ -110,9 +115,9 @@ void TieredBlockStore::WriteQueued() {
   }
 }
 
-void TieredBlockStore::Write(std::span<const Queued> batch) {
+void TieredBlockStore::Write(std::span<const KeyedBlock> batch) {
   std::vector<BlockToLog> blocks;
-  for (const Queued& queued : batch) {
+  for (const KeyedBlock& queued : batch) {
     const ArenaSlot& memory = queued.view.memory;
     blocks.push_back({queued.view.tenant,
                       &queued.key,
@@ -135,21 +140,55 @@ void TieredBlockStore::Write(std::span<const Queued> batch) {
                 absl::FormatDuration(options_.retry_after), std::string(failed.message()));
   absl::MutexLock lock(&queue_mutex_);
   refuse_until_ = absl::Now() + options_.retry_after;
+  refusal_ = std::string(failed.message());
 }
 
-void TieredBlockStore::LetGo(std::span<const Queued> batch) {
+void TieredBlockStore::LetGo(std::span<const KeyedBlock> batch) {
   uint64_t bytes = 0;
   {
     // Before the leases end, and the slots may be other blocks'.
     absl::MutexLock lock(&queue_mutex_);
-    for (const Queued& queued : batch) {
+    for (const KeyedBlock& queued : batch) {
       waiting_.erase(queued.view.handle.slot);
       bytes += queued.view.memory.bytes;
     }
   }
-  for (const Queued& queued : batch) ram_->Release(queued.view.handle);
+  for (const KeyedBlock& queued : batch) ram_->Release(queued.view.handle);
   absl::MutexLock lock(&queue_mutex_);
   queued_bytes_ -= bytes;
+}
+
+absl::StatusOr<FlushResult> TieredBlockStore::Flush(
+    std::string_view tenant, std::optional<std::span<const BlockId>> blocks) {
+  std::vector<BlockId> all;
+  if (!blocks.has_value()) {
+    for (const BlockInfo& info : ram_->List(tenant, ~0u)) all.push_back(info.id);
+  }
+  FlushResult result;
+  uint64_t named = 0;
+  for (const BlockId& id : blocks.value_or(std::span<const BlockId>(all))) {
+    if (const auto logged = log_->Find(tenant, id); logged.has_value()) {
+      result.leading_blocks += result.leading_blocks == named++ ? 1 : 0;
+      ++result.durable_blocks;
+      result.durable_bytes += logged->bytes;
+      continue;
+    }
+    ++named;
+    const absl::StatusOr<KeyedBlock> in_ram = ram_->AcquireInRam(tenant, id);
+    if (!in_ram.ok()) {
+      result.missing_blocks += blocks.has_value() ? 1 : 0;  // else evicted or purged since
+      continue;
+    }
+    const absl::Status queued = Enqueue(in_ram->view, in_ram->key);
+    ram_->Release(in_ram->view.handle);
+    if (queued.ok() || absl::IsResourceExhausted(queued)) {
+      ++result.pending_blocks;
+    } else {
+      ++result.refused_blocks;
+      result.refusal = std::string(queued.message());
+    }
+  }
+  return result;
 }
 
 // ---- From the disk.
@@ -158,7 +197,7 @@ absl::StatusOr<BlockView> TieredBlockStore::Acquire(std::string_view tenant, con
   absl::StatusOr<BlockView> in_ram = ram_->Acquire(tenant, key);
   if (in_ram.ok()) {
     // What was refused when it came is asked for again.
-    if (!log_->Touch(tenant, key.id)) Enqueue(*in_ram, key);
+    if (!log_->Touch(tenant, key.id)) EnqueueOrCount(*in_ram, key);
     return in_ram;
   }
   const std::optional<LoggedBlockInfo> info = log_->Find(tenant, key.id);
@@ -215,6 +254,29 @@ absl::StatusOr<uint64_t> TieredBlockStore::Purge(std::string_view tenant,
   QUARRY_ASSIGN_OR_RETURN(const uint64_t in_ram, ram_->Purge(tenant, name_space, blocks));
   QUARRY_ASSIGN_OR_RETURN(const uint64_t on_disk, log_->Purge(tenant, name_space, blocks));
   return std::max(in_ram, on_disk);
+}
+
+std::vector<BlockInfo> TieredBlockStore::List(std::string_view tenant, uint32_t limit) const {
+  std::vector<BlockInfo> list = ram_->List(tenant, limit);
+  absl::flat_hash_set<BlockId> in_ram;
+  for (BlockInfo& info : list) {
+    in_ram.insert(info.id);
+    info.on_disk = log_->Find(tenant, info.id).has_value();
+  }
+  // Of `limit` of them, no more are in RAM than are listed already.
+  for (const LoggedBlockName& logged : log_->List(tenant, limit)) {
+    if (list.size() == limit) break;
+    if (in_ram.contains(logged.id)) continue;
+    BlockInfo& info = list.emplace_back();
+    info.id = logged.id;
+    info.parent = logged.parent;
+    info.tenant = std::string(tenant);
+    info.name_space = logged.name_space;
+    info.bytes = logged.bytes;
+    info.state = BlockState::kPublished;
+    info.on_disk = true;
+  }
+  return list;
 }
 
 BlockStoreStats TieredBlockStore::Stats() const {

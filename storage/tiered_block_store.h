@@ -53,6 +53,9 @@ class TieredBlockStore final : public BlockStore {
   absl::StatusOr<BlockView> Publish(BlockHandle block, BlockKey key,
                                     std::optional<ByteDigest> digest, bool* existed) override;
   absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) override;
+  absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) override {
+    return ram_->AcquireInRam(tenant, id);
+  }
   void Retain(BlockHandle block) override { ram_->Retain(block); }
   void Release(BlockHandle block) override { ram_->Release(block); }
   bool Contains(std::string_view tenant, const BlockKey& key) const override;
@@ -68,33 +71,33 @@ class TieredBlockStore final : public BlockStore {
   }
   absl::StatusOr<uint64_t> Purge(std::string_view tenant, std::optional<NamespaceDigest> name_space,
                                  std::span<const BlockId> blocks) override;
+  absl::StatusOr<FlushResult> Flush(std::string_view tenant,
+                                    std::optional<std::span<const BlockId>> blocks) override;
   bool IsPublished(BlockHandle block) const override { return ram_->IsPublished(block); }
   uint64_t PublishedBytes(std::string_view tenant, std::span<const BlockId> blocks) const override {
     return ram_->PublishedBytes(tenant, blocks);
   }
-  // Of RAM.
-  std::vector<BlockInfo> List(std::string_view tenant, uint32_t limit) const override {
-    return ram_->List(tenant, limit);
-  }
+  // Those of RAM first.
+  std::vector<BlockInfo> List(std::string_view tenant, uint32_t limit) const override;
   BlockStoreStats Stats() const override;
   const Arena& arena() const override { return ram_->arena(); }
 
  private:
-  // A block of RAM that is to be written; has a lease of its own.
-  struct Queued {
-    BlockView view;
-    BlockKey key;
-  };
-
-  // Unless it waits already.
-  void Enqueue(const BlockView& view, const BlockKey& key);
+  // Whether a block of RAM waits for the writer, which has a lease of it then, now or already. If
+  // not: the queue has no room (ResourceExhausted), or the disk does not take it now (Unavailable)
+  // or ever (InvalidArgument,
+  // FailedPrecondition).
+  absl::Status Enqueue(const BlockView& view, const BlockKey& key);
+  void EnqueueOrCount(const BlockView& view, const BlockKey& key) {
+    if (!Enqueue(view, key).ok()) ++not_admitted_;
+  }
   absl::StatusOr<BlockView> Promote(std::string_view tenant, const BlockKey& key,
                                     const LoggedBlockInfo& info);
   void WriteQueued();  // until the end
   // All of them, `refused`, while nothing is taken.
-  std::vector<Queued> TakeQueued(bool* refused) ABSL_LOCKS_EXCLUDED(queue_mutex_);
-  void Write(std::span<const Queued> batch);
-  void LetGo(std::span<const Queued> batch);
+  std::vector<KeyedBlock> TakeQueued(bool* refused) ABSL_LOCKS_EXCLUDED(queue_mutex_);
+  void Write(std::span<const KeyedBlock> batch);
+  void LetGo(std::span<const KeyedBlock> batch);
   bool HasWork() const ABSL_SHARED_LOCKS_REQUIRED(queue_mutex_) {
     return ending_ || !queue_.empty();
   }
@@ -107,12 +110,13 @@ class TieredBlockStore final : public BlockStore {
   absl::Mutex promotion_mutex_;
 
   mutable absl::Mutex queue_mutex_;
-  std::deque<Queued> queue_ ABSL_GUARDED_BY(queue_mutex_);
+  std::deque<KeyedBlock> queue_ ABSL_GUARDED_BY(queue_mutex_);
   absl::flat_hash_set<uint32_t> waiting_ ABSL_GUARDED_BY(queue_mutex_);  // slots; leased, so unique
   // Blocks of RAM that came from where purges may have been overlooked, by slot and generation.
   absl::flat_hash_set<std::pair<uint32_t, uint32_t>> doubtful_ ABSL_GUARDED_BY(queue_mutex_);
   uint64_t queued_bytes_ ABSL_GUARDED_BY(queue_mutex_) = 0;  // those being written included
   absl::Time refuse_until_ ABSL_GUARDED_BY(queue_mutex_) = absl::InfinitePast();
+  std::string refusal_ ABSL_GUARDED_BY(queue_mutex_);  // why, last
   bool ending_ ABSL_GUARDED_BY(queue_mutex_) = false;
 
   std::atomic<uint64_t> promoted_{0}, failed_promotions_{0}, not_admitted_{0};

@@ -98,14 +98,21 @@ absl::Status ShowBlocks(const Arguments& a) {
   json list = json::array();
   for (const BlockSummary& b : blocks) {
     if (a.json) {
-      list.push_back({{"id", b.id.Hex()}, {"parent", b.parent.Hex()},
-                      {"namespace", b.name_space.Hex()}, {"bytes", b.bytes},
-                      {"state", b.state}, {"leases", b.leases}, {"children", b.children},
-                      {"pins", b.pins}});
+      list.push_back({{"id", b.id.Hex()},
+                      {"parent", b.parent.Hex()},
+                      {"namespace", b.name_space.Hex()},
+                      {"bytes", b.bytes},
+                      {"state", b.state},
+                      {"leases", b.leases},
+                      {"children", b.children},
+                      {"pins", b.pins},
+                      {"in_ram", b.in_ram},
+                      {"on_disk", b.on_disk}});
       continue;
     }
-    std::printf("%s %10llu bytes  %-9s %3u leases %3u children", b.id.Hex().c_str(),
-                static_cast<unsigned long long>(b.bytes), b.state.c_str(), b.leases, b.children);
+    std::printf("%s %10llu bytes  %-9s %-8s %3u leases %3u children", b.id.Hex().c_str(),
+                static_cast<unsigned long long>(b.bytes), b.state.c_str(),
+                b.in_ram ? b.on_disk ? "RAM,disk" : "RAM" : "disk", b.leases, b.children);
     if (!b.name_space.IsZero()) std::printf("  namespace %s", b.name_space.Hex().c_str());
     for (const std::string& pin : b.pins) std::printf("  pin:%s", pin.c_str());
     std::printf("\n");
@@ -160,6 +167,27 @@ absl::Status Purge(const Arguments& a) {
     std::printf("%s\n", json({{"blocks", blocks}}).dump().c_str());
   } else {
     std::printf("purged %llu blocks\n", static_cast<unsigned long long>(blocks));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Flush(const Arguments& a) {
+  FlushRequest request;
+  QUARRY_ASSIGN_OR_RETURN(request.blocks, ParseBlocks(a.blocks));
+  if (a.context != 0) request.context = ContextId{a.context};
+  request.whole_tenant = !request.context.has_value() && request.blocks.empty();
+  QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Client> client, Connect(a));
+  QUARRY_ASSIGN_OR_RETURN(const FlushResult result,
+                          client->Flush(request, absl::Milliseconds(a.timeout_ms)));
+  if (a.json) {
+    std::printf("%s\n", json({{"blocks", result.durable_blocks},
+                              {"bytes", result.durable_bytes},
+                              {"tokens", result.tokens}})
+                            .dump()
+                            .c_str());
+  } else {
+    std::printf("%llu blocks, %.1f MiB, are on the disk\n",
+                static_cast<unsigned long long>(result.durable_blocks), MiB(result.durable_bytes));
   }
   return absl::OkStatus();
 }

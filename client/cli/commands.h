@@ -15,7 +15,7 @@ struct Arguments {
   bool json = false;
   uint32_t limit = 1000;
   std::string name, name_space, image;
-  uint64_t context = 0, ttl_ms = 0;
+  uint64_t context = 0, ttl_ms = 0, timeout_ms = 60'000;
   std::vector<std::string> blocks;
   bool all = false, once = false;
   uint32_t interval_ms = 1000;
@@ -27,6 +27,8 @@ absl::Status ShowBlocks(const Arguments&);
 absl::Status Pin(const Arguments&);
 absl::Status Unpin(const Arguments&);
 absl::Status Purge(const Arguments&);
+// Waits until the tenant's blocks, or those named, are on the disk.
+absl::Status Flush(const Arguments&);
 absl::Status Drain(const Arguments&);
 // What audits of live answers found, for models of the tenant: a table with totals, and with
 // a.image a file of heat maps.

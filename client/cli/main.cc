@@ -52,6 +52,11 @@ int main(int argc, char** argv) {
   purge->add_flag("--all", a.all, "everything of the caller's tenant");
   purge->add_option("--namespace", a.name_space, "one namespace digest in hex");
   purge->add_option("--block", a.blocks, "block ids in hex");
+  CLI::App* flush =
+      app.add_subcommand("flush", "wait until the tenant's blocks in RAM are on the disk");
+  CLI::Option* flush_context = flush->add_option("--context", a.context, "only this context's");
+  flush->add_option("--block", a.blocks, "only these, ids in hex")->excludes(flush_context);
+  flush->add_option("--timeout-ms", a.timeout_ms, "at most so long");
   CLI::App* audit = app.add_subcommand(
       "audit", "errors of live answers beside exact attention, by model, layer and KV head");
   audit->add_option("--image", a.image, "also write heat maps to this file, as PNG");
@@ -76,6 +81,7 @@ int main(int argc, char** argv) {
   if (*pin) result = Pin(a);
   if (*unpin) result = Unpin(a);
   if (*purge) result = Purge(a);
+  if (*flush) result = Flush(a);
   if (*audit) result = Audit(a);
   if (*verify) result = Verify(a);
   if (*top) result = Top(a);

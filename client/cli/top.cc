@@ -54,10 +54,20 @@ void PrintFrame(const Values& v, const Rates& rate) {
               "leased", "pinned");
   const double used = Get(v, "quarry_arena_used_bytes");
   const double capacity = Get(v, "quarry_arena_capacity_bytes");
-  std::printf("%-8s %12.1f %12.1f %6.1f%% %9.0f %8.0f %9.0f\n\n", "RAM", used / kMiB,
-              capacity / kMiB, Share(used, capacity), Get(v, "quarry_store_published_blocks_count"),
+  std::printf("%-8s %12.1f %12.1f %6.1f%% %9.0f %8.0f %9.0f\n", "RAM", used / kMiB, capacity / kMiB,
+              Share(used, capacity), Get(v, "quarry_store_published_blocks_count"),
               Get(v, "quarry_store_leased_blocks_count"),
               Get(v, "quarry_store_pinned_blocks_count"));
+  if (v.contains("quarry_disk_capacity_bytes")) {
+    const double disk = Get(v, "quarry_disk_used_bytes"), of = Get(v, "quarry_disk_capacity_bytes");
+    std::printf(
+        "%-8s %12.1f %12.1f %6.1f%% %9.0f   queued %.1f MiB, written %.1f MiB/s, read back "
+        "%.1f/s\n",
+        "disk", disk / kMiB, of / kMiB, Share(disk, of), Get(v, "quarry_disk_blocks_count"),
+        Get(v, "quarry_disk_queued_bytes") / kMiB, rate("quarry_disk_written_bytes_total") / kMiB,
+        rate("quarry_disk_promoted_total"));
+  }
+  std::printf("\n");
   std::printf("hit rate %.1f%% of %.0f block look-ups   evictions %.1f/s   refused %.0f\n",
               Share(hits, lookups), lookups, rate("quarry_store_evictions_total"),
               Get(v, "quarry_store_refused_total"));

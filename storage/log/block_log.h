@@ -47,7 +47,7 @@ struct BlockToLog {
   std::string_view tenant;
   const BlockKey* key = nullptr;
   ByteDigest digest;
-  std::span<const std::byte> bytes;
+  std::span<const std::byte> bytes;  // at an address that is a multiple of kSectorBytes
   // Asked when nothing can come between the answer and the writing, for instance a purge; no: the
   // block is Cancelled. Null: it is wanted.
   std::function<bool()> still_wanted;
@@ -55,11 +55,18 @@ struct BlockToLog {
 
 // Found by id alone: whether the whole key is the same is seen by Read.
 struct LoggedBlockInfo {
+  NamespaceDigest name_space;
   uint64_t bytes = 0;
   uint64_t born = 0;  // another one's is another number; changes when it is moved
   // It may have been purged in a part of the log that could not be read at the start: it is to be
   // written by nobody as if it were new.
   bool doubtful = false;
+};
+
+struct LoggedBlockName {
+  BlockId id, parent;
+  NamespaceDigest name_space;
+  uint64_t bytes = 0;
 };
 
 // Thread-safe. Calls that write (Append, Purge) wait for one another, for the disk, and for
@@ -76,7 +83,8 @@ class BlockLog {
 
   // One group commit of all, or a few where segments end: when it returns, a block whose status is
   // OK is durable and can be found. DataLoss: the bytes do not have their digest; nothing of the
-  // block is kept. InvalidArgument: it is larger than an eighth of the log. ResourceExhausted: no
+  // block is kept. InvalidArgument: as CheckSize says, or
+  // its address. ResourceExhausted: no
   // segment could be had, or the disk is full; Unavailable: the disk failed; then the blocks behind
   // it are not tried. Of blocks of one id the last stays.
   virtual std::vector<absl::Status> Append(std::span<const BlockToLog> blocks) = 0;
@@ -86,10 +94,18 @@ class BlockLog {
                                          const std::optional<NamespaceDigest>& name_space,
                                          std::span<const BlockId> blocks) = 0;
 
+  // InvalidArgument: Append would never take a block of this key and so many bytes, at most an
+  // eighth of the log.
+  virtual absl::Status CheckSize(std::string_view tenant, const BlockKey& key,
+                                 uint64_t bytes) const = 0;
+
   // Counts as a use, whoever answers it. False: it is not there.
   virtual bool Touch(std::string_view tenant, const BlockId& id) = 0;
   virtual std::optional<LoggedBlockInfo> Find(std::string_view tenant, const BlockId& id) const = 0;
-  // The bytes of the block, info.bytes of them, and their digest. NotFound: it is not there, or
+  // At most `limit` of the tenant's blocks.
+  virtual std::vector<LoggedBlockName> List(std::string_view tenant, uint32_t limit) const = 0;
+  // The bytes of the block, info.bytes of them, and their digest. `out` is at an address that is a
+  // multiple of kSectorBytes. NotFound: it is not there, or
   // under another key. DataLoss: it is not what was written; counted, logged, and gone from now on.
   // Unavailable: the disk. What is in `out` after an error is to be used by nobody.
   virtual absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,

@@ -65,4 +65,12 @@ uint64_t LogIndex::Purge(TenantName tenant, const std::optional<NamespaceDigest>
   return removed;
 }
 
+std::vector<const LoggedBlock*> LogIndex::List(TenantName tenant, uint32_t limit) const {
+  std::vector<const LoggedBlock*> list;
+  for (auto it = blocks_.begin(); it != blocks_.end() && list.size() < limit; ++it) {
+    if (it->second.tenant == tenant) list.push_back(&it->second);
+  }
+  return list;
+}
+
 }  // namespace quarry

@@ -57,6 +57,9 @@ class LogIndex {
   uint64_t Purge(TenantName tenant, const std::optional<NamespaceDigest>& name_space,
                  std::span<const BlockId> blocks);
 
+  // At most `limit` of the tenant's.
+  std::vector<const LoggedBlock*> List(TenantName tenant, uint32_t limit) const;
+
   uint64_t live_bytes(uint32_t segment) const { return live_bytes_[segment]; }
   uint64_t blocks() const { return blocks_.size(); }
   uint64_t bytes() const { return bytes_; }  // of blocks, without frames

@@ -38,8 +38,6 @@ class LogWriter {
   LogWriter(Disk* disk, const Superblock& superblock, const LogWriterOptions& options,
             SegmentTable* table, absl::Mutex* table_mutex, uint64_t next_sequence);
 
-  const LogWriterOptions& options() const { return options_; }
-
   // Frames `rest`, the bytes of the block from part.part_offset on, or as much as may be in one
   // part; says how it lies on the disk. part.digest and part.part_bytes are set here, part.born too
   // if it is 0: this frame's own sequence. Of a block in one part the digest is the block's. `rest`

@@ -45,6 +45,7 @@ SegmentedLog::SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& op
     : disk_(std::move(disk)),
       superblock_(recovered.superblock),
       options_(options),
+      min_part_bytes_(WriterOptions(options, superblock_).min_part_bytes),
       recovered_blocks_(recovered.index.blocks()),
       incomplete_blocks_(recovered.incomplete_blocks),
       scanned_segments_(recovered.scanned_segments),
@@ -150,25 +151,38 @@ absl::Status SegmentedLog::CommitAdded(std::vector<Added>* added,
   return committed;
 }
 
-absl::Status SegmentedLog::MakeRoom(const BlockToLog& block, std::vector<Added>* added,
-                                    std::span<absl::Status> statuses) {
-  if (block.bytes.empty() || block.tenant.empty()) {
+uint64_t SegmentedLog::DiskBytes(std::string_view tenant, const BlockKey& key,
+                                 uint64_t bytes) const {
+  return bytes + (bytes / min_part_bytes_ + 1) * PartFrameBytes(tenant, key);
+}
+
+absl::Status SegmentedLog::CheckSize(std::string_view tenant, const BlockKey& key,
+                                     uint64_t bytes) const {
+  if (bytes == 0 || tenant.empty()) {
     return absl::InvalidArgumentError("a block without bytes or tenant");
   }
-  const uint64_t frame = PartFrameBytes(block.tenant, *block.key);
+  const uint64_t frame = PartFrameBytes(tenant, key);
   if (frame > kMaxFrameBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("a key of ", block.key->full_key.size(),
+    return absl::InvalidArgumentError(absl::StrCat("a key of ", key.full_key.size(),
                                                    " bytes takes a frame of ", frame, "; ",
                                                    kMaxFrameBytes, " are allowed"));
   }
   const uint64_t capacity = uint64_t{superblock_.segments} * superblock_.segment_bytes;
-  const uint64_t frames = block.bytes.size() / writer_.options().min_part_bytes + 1;
-  const uint64_t bytes = block.bytes.size() + frames * frame;
-  if (bytes > capacity / 8) {
+  const uint64_t wanted = DiskBytes(tenant, key, bytes);
+  if (wanted <= capacity / 8) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("block ", key.id.Hex(), " takes up to ", wanted,
+                                                 " bytes, more than an eighth of the log's ",
+                                                 capacity));
+}
+
+absl::Status SegmentedLog::MakeRoom(const BlockToLog& block, std::vector<Added>* added,
+                                    std::span<absl::Status> statuses) {
+  QUARRY_RETURN_IF_ERROR(CheckSize(block.tenant, *block.key, block.bytes.size()));
+  if (reinterpret_cast<uintptr_t>(block.bytes.data()) % kSectorBytes != 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("block ", block.key->id.Hex(), " takes up to ", bytes,
-                     " bytes, more than an eighth of the log's ", capacity));
+        absl::StrCat("block ", block.key->id.Hex(), " does not begin at a whole sector in memory"));
   }
+  const uint64_t bytes = DiskBytes(block.tenant, *block.key, block.bytes.size());
   // As many as it may reach into, and one to begin in.
   const auto wanted =
       static_cast<uint32_t>(kReservedSegments + 1 + bytes / (superblock_.segment_bytes / 8 * 7));
@@ -264,7 +278,17 @@ std::optional<LoggedBlockInfo> SegmentedLog::Find(std::string_view tenant,
   absl::MutexLock lock(&mutex_);
   const LoggedBlock* const block = index_.Find(tenants_.Find(tenant), id);
   if (block == nullptr) return std::nullopt;
-  return LoggedBlockInfo{block->bytes, block->born, block->born < doubtful_before_};
+  return LoggedBlockInfo{block->name_space, block->bytes, block->born,
+                         block->born < doubtful_before_};
+}
+
+std::vector<LoggedBlockName> SegmentedLog::List(std::string_view tenant, uint32_t limit) const {
+  std::vector<LoggedBlockName> list;
+  absl::MutexLock lock(&mutex_);
+  for (const LoggedBlock* const block : index_.List(tenants_.Find(tenant), limit)) {
+    list.push_back({block->id, block->parent, block->name_space, block->bytes});
+  }
+  return list;
 }
 
 absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const BlockKey& key,

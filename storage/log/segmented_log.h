@@ -30,8 +30,11 @@ class SegmentedLog final : public BlockLog {
   absl::StatusOr<uint64_t> Purge(std::string_view tenant,
                                  const std::optional<NamespaceDigest>& name_space,
                                  std::span<const BlockId> blocks) override;
+  absl::Status CheckSize(std::string_view tenant, const BlockKey& key,
+                         uint64_t bytes) const override;
   bool Touch(std::string_view tenant, const BlockId& id) override;
   std::optional<LoggedBlockInfo> Find(std::string_view tenant, const BlockId& id) const override;
+  std::vector<LoggedBlockName> List(std::string_view tenant, uint32_t limit) const override;
   absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
                                   std::span<std::byte> out) override;
   BlockLogStats Stats() const override;
@@ -87,9 +90,13 @@ class SegmentedLog final : public BlockLog {
   absl::Status MoveBlock(const LoggedBlock& block, std::vector<Moved>* moved)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
 
+  // Of a block on the disk, at most.
+  uint64_t DiskBytes(std::string_view tenant, const BlockKey& key, uint64_t bytes) const;
+
   const std::unique_ptr<Disk> disk_;
   const Superblock superblock_;
   const BlockLogOptions options_;
+  const uint64_t min_part_bytes_;
   const uint64_t recovered_blocks_, incomplete_blocks_, scanned_segments_;
   // What was born before is not moved, which would be another birth: after a start that reads what
   // this one could not, a purge may mean it.

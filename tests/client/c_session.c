@@ -260,6 +260,7 @@ const char* c_puts_and_leases(const char* socket) {
   EXPECT(quarry_exists(client, "c/ns", key, sizeof(key), &exists) == 0 && exists == 0);
   EXPECT(quarry_put(client, "c/ns", key, sizeof(key), data, sizeof(data)) == 0);
   EXPECT(quarry_exists(client, "c/ns", key, sizeof(key), &exists) == 0 && exists == 1);
+  EXPECT(quarry_flush(client, 1000, NULL) == 9); /* without a disk */
   EXPECT(quarry_exists(client, "c/ns", key, 1, &exists) == 0 && exists == 0);
   quarry_block* block;
   EXPECT(quarry_lease(client, "c/ns", key, sizeof(key), &block) == 0);

@@ -145,6 +145,17 @@ TEST_F(CliTest, ABlockIsPinnedByItsId) {
   EXPECT_THAT(Run("pin leaf --block " + leaf.substr(1)).out, HasSubstr("64 hex digits"));
 }
 
+TEST_F(CliTest, AFlushWithoutADiskSaysThatThereIsNone) {
+  Fill();
+  for (const json& block : Json("blocks")) {
+    EXPECT_EQ(block["in_ram"], true);
+    EXPECT_EQ(block["on_disk"], false);
+  }
+  const Result flush = Run("flush");
+  EXPECT_EQ(flush.status, 1);
+  EXPECT_THAT(flush.out, HasSubstr("there is no disk"));
+}
+
 TEST_F(CliTest, PurgeTakesExactlyOneSelector) {
   Fill();
   const json blocks = Json("blocks");

@@ -107,6 +107,9 @@ TEST_F(CallDispatchTest, BlockMethodsReachTheEngine) {
   v1::PurgeRequest purge;
   purge.add_blocks(std::string(32, 'b'));
   EXPECT_EQ(Run<v1::PurgeReply>(Method::kPurge, purge)->blocks(), 1u);
+  v1::FlushRequest flush;
+  flush.add_blocks(std::string(32, 'b'));
+  EXPECT_EQ(Run<v1::FlushReply>(Method::kFlush, flush)->durable_blocks(), 1u);
   EXPECT_EQ(
       Run<v1::ListBlocksReply>(Method::kListBlocks, v1::ListBlocksRequest())->blocks(0).state(),
       "PUBLISHED");
@@ -165,11 +168,11 @@ TEST_F(CallDispatchTest, OnlyAnAdministratorDrains) {
 }
 
 TEST_F(CallDispatchTest, UnknownMethodsAndBrokenMessagesAreRefused) {
-  for (const uint32_t method : {0u, 19u, ~0u}) {
+  for (const uint32_t method : {0u, 20u, ~0u}) {
     EXPECT_EQ(DispatchCall(parts_, caller_, method, "").status().code(),
               absl::StatusCode::kUnimplemented);
   }
-  for (uint32_t method = 1; method <= 18; ++method) {
+  for (uint32_t method = 1; method <= 19; ++method) {
     EXPECT_EQ(DispatchCall(parts_, caller_, method, "\xff\xff\xff").status().code(),
               absl::StatusCode::kInvalidArgument)
         << method;

@@ -231,6 +231,12 @@ class FakeEngine : public Engine {
   absl::StatusOr<uint64_t> Purge(SessionId, const PurgeRequest& request) override {
     return request.blocks.size();
   }
+  absl::StatusOr<FlushResult> Flush(SessionId, const FlushRequest& request) override {
+    FlushResult result;
+    result.durable_blocks = request.blocks.size();
+    result.refusal = "nothing";
+    return result;
+  }
   absl::StatusOr<std::vector<BlockInfo>> ListBlocks(SessionId, uint32_t) override {
     BlockInfo block;
     block.state = BlockState::kPublished;

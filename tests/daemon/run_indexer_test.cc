@@ -30,7 +30,7 @@ class RunIndexerTest : public ::testing::Test {
     options_.threads = 1;
     samples_ = std::make_shared<QuerySamples>(kShape, 128, std::make_shared<SampleMemory>(1 << 30));
   }
-  void Start() { indexer_ = std::make_unique<RunIndexer>(options_, &registry_); }
+  void Start() { indexer_ = std::make_unique<RunIndexer>(options_, &registry_, nullptr); }
   void Sample(uint32_t positions) {
     for (uint32_t i = 0; i < positions; ++i) {
       samples_->Add(0, 0, kShape.kv_heads, held_.Queries(1).data());

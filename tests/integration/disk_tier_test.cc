@@ -120,6 +120,38 @@ TEST_F(DiskTierTest, APurgeOutlivesARestart) {
   EXPECT_EQ(Compute(data), 0u);
 }
 
+TEST_F(DiskTierTest, WhatWasFlushedOutlivesAKill) {
+  const KvData data(spec_.shape, kTokens, 4);
+  auto open = client_->Open(testing::OpenFor(spec_, data, kTokens));
+  ASSERT_TRUE(open.ok()) << open.status();
+  ASSERT_TRUE(testing::AppendTokens(client_.get(), open->context, data, 0, kTokens).ok());
+  const auto context = client_->Flush({.context = open->context}, absl::Seconds(30));
+  ASSERT_TRUE(context.ok()) << context.status();
+  EXPECT_EQ(context->durable_blocks, 4u);
+  EXPECT_EQ(context->tokens, 4 * kBlockTokens);
+  const std::string value(100000, 'v');
+  ASSERT_TRUE(client_->Put("engine", "key", std::as_bytes(std::span(value))).ok());
+  const auto tenant = client_->Flush({.whole_tenant = true}, absl::Seconds(30));
+  ASSERT_TRUE(tenant.ok()) << tenant.status();
+  EXPECT_EQ(tenant->durable_blocks, 5u);
+  daemon_->Kill();
+  Start();
+  EXPECT_EQ(Compute(data), 4 * kBlockTokens);
+  EXPECT_EQ(*client_->Get("engine", "key"), value);
+}
+
+TEST_F(DiskTierTest, AFlushNamesOneThingAndWhatIsThere) {
+  EXPECT_TRUE(absl::IsInvalidArgument(client_->Flush({}, absl::Seconds(1)).status()));
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      client_->Flush({.whole_tenant = true, .blocks = {BlockId{}}}, absl::Seconds(1)).status()));
+  BlockId unknown;
+  unknown.bytes[0] = 1;
+  EXPECT_TRUE(absl::IsNotFound(client_->Flush({.blocks = {unknown}}, absl::Seconds(1)).status()));
+  EXPECT_TRUE(
+      absl::IsNotFound(client_->Flush({.context = ContextId{1}}, absl::Seconds(1)).status()));
+  EXPECT_EQ(client_->Flush({.whole_tenant = true}, absl::Seconds(1))->durable_blocks, 0u);
+}
+
 TEST_F(DiskTierTest, AKilledDaemonStartsAgain) {
   for (uint32_t i = 0; i < 5; ++i) {
     const KvData data(spec_.shape, kTokens, 200 + i);

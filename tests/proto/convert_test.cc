@@ -229,6 +229,27 @@ TEST(ConvertTest, PinSurvivesTheWireWithAndWithoutAContext) {
   EXPECT_EQ(back->context, pin.context);
 }
 
+TEST(ConvertTest, FlushesKeepEveryField) {
+  FlushRequest request;
+  request.whole_tenant = true;
+  request.context = ContextId{7};
+  request.blocks = {Filled<BlockId>(1), Filled<BlockId>(2)};
+  const auto back = FromProto(Sent(ToProto(request)));
+  ASSERT_TRUE(back.ok()) << back.status();
+  EXPECT_TRUE(back->whole_tenant);
+  EXPECT_EQ(back->context, request.context);
+  EXPECT_EQ(back->blocks, request.blocks);
+  const FlushResult result = FromProto(Sent(ToProto(FlushResult{1, 2, 3, 4, 5, 6, "full", 7})));
+  EXPECT_EQ(result.durable_blocks, 1u);
+  EXPECT_EQ(result.durable_bytes, 2u);
+  EXPECT_EQ(result.leading_blocks, 3u);
+  EXPECT_EQ(result.pending_blocks, 4u);
+  EXPECT_EQ(result.refused_blocks, 5u);
+  EXPECT_EQ(result.missing_blocks, 6u);
+  EXPECT_EQ(result.refusal, "full");
+  EXPECT_EQ(result.tokens, 7u);
+}
+
 TEST(ConvertTest, PurgeTakesExactlyOneSelector) {
   // Bit 0: whole tenant, bit 1: namespace, bit 2: blocks.
   for (int selectors = 0; selectors < 8; ++selectors) {
@@ -392,6 +413,9 @@ TEST(ConvertTest, DigestsOfAnotherLengthAreRefusedByName) {
     wire::PinRequest pin;
     pin.add_blocks(bytes);
     ExpectInvalid(FromProto(pin), "blocks");
+    wire::FlushRequest flush;
+    flush.add_blocks(bytes);
+    ExpectInvalid(FromProto(flush), "blocks");
     wire::PurgeRequest purge;
     purge.set_namespace_digest(bytes);
     ExpectInvalid(FromProto(purge), "namespace_digest");
@@ -467,6 +491,7 @@ size_t TakeAnythingAsEverything(const std::string& bytes) {
   TakeAnything<wire::ForkRequest>(bytes, &parsed);
   TakeAnything<wire::ContextInfo>(bytes, &parsed);
   TakeAnything<wire::PinRequest>(bytes, &parsed);
+  TakeAnything<wire::FlushRequest>(bytes, &parsed);
   TakeAnything<wire::PurgeRequest>(bytes, &parsed);
   TakeAnything<wire::Budget>(bytes, &parsed);
   TakeAnything<wire::AttendRow>(bytes, &parsed);

@@ -126,6 +126,18 @@ def encode_placed(v):
     )
 
 
+def encode_index_namespace(v):
+    return sized(b"quarry.index_namespace.v1") + sized(bytes.fromhex(v["namespace"]))
+
+
+def encode_run_index(v):
+    return (
+        sized(b"quarry.run_index.v1")
+        + sized(v["tenant"].encode())
+        + sized(v["full_key"].encode())
+    )
+
+
 def encode_shifted_recipe(v):
     return sized(b"quarry.recipe.shifted.v1") + sized(bytes.fromhex(v["recipe"]))
 
@@ -138,6 +150,8 @@ ENCODERS = {
     "recipe": encode_recipe,
     "stretch": encode_stretch,
     "placed": encode_placed,
+    "index_namespace": encode_index_namespace,
+    "run_index": encode_run_index,
     "shifted_recipe": encode_shifted_recipe,
 }
 
@@ -222,6 +236,8 @@ def inputs():
                 "shift": -256,
             },
         },
+        "index_namespace": {"example": {"namespace": fill(0x55)}},
+        "run_index": {"example": {"tenant": "acme", "full_key": "run-index:00:128:8320"}},
         "shifted_recipe": {
             "dense": {"recipe": ZERO.hex()},
             "fixed_k": {"recipe": digest_of("recipe", budgeted).hex()},

@@ -143,6 +143,12 @@ TEST_F(GoldenIdentityTest, StretchIdsAreTheGoldenOnes) {
 }
 
 TEST_F(GoldenIdentityTest, PlacedBlockIdsAreTheGoldenOnes) {
+  Check("index_namespace", [](const Json& v) {
+    return IndexNamespaceOf(DigestOfHex<NamespaceDigest>(v["namespace"])).Hex();
+  });
+  Check("run_index", [](const Json& v) {
+    return RunIndexIdOf(v["tenant"].get<std::string>(), v["full_key"].get<std::string>()).Hex();
+  });
   Check("placed", [](const Json& v) {
     return PlacedBlockIdOf(DigestOfHex<BlockId>(v.at("parent")),
                            DigestOfHex<BlockId>(v.at("stored")), v.at("shift"))

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <set>
 #include <string>
 #include <thread>
 
@@ -26,7 +27,7 @@ constexpr uint64_t kBlock = 48 << 10;
 class TieredBlockStoreTest : public ::testing::Test {
  protected:
   void SetUp() override { Open(); }
-  void Open() {
+  void Open(uint64_t segment_bytes = 512 << 10) {
     store_ = nullptr;
     BlockStoreOptions options;
     options.arena.capacity_bytes = 16 * kBlock;
@@ -36,7 +37,7 @@ class TieredBlockStoreTest : public ::testing::Test {
     auto ram = BlockStore::Create(options);
     ASSERT_TRUE(ram.ok()) << ram.status();
     auto log = BlockLog::Open(std::make_unique<testing::HookedDisk>(disk_.get(), &hooks_),
-                              {.segment_bytes = 512 << 10});
+                              {.segment_bytes = segment_bytes});
     ASSERT_TRUE(log.ok()) << log.status();
     store_ = std::make_unique<TieredBlockStore>(
         *std::move(ram), *std::move(log),
@@ -172,6 +173,76 @@ TEST_F(TieredBlockStoreTest, WhatWasRefusedIsWrittenWhenItIsAskedForAgain) {
     EXPECT_TRUE(Has(1));
     return store_->Stats().disk->log.blocks == 1;
   }));
+}
+
+TEST_F(TieredBlockStoreTest, AFlushSaysWhatIsDurableAndSeesToTheRest) {
+  ASSERT_TRUE(Put(1).ok());
+  ASSERT_TRUE(Put(2).ok());
+  const BlockId named[] = {KeyOf(1).id, KeyOf(9).id, KeyOf(2).id};
+  absl::StatusOr<FlushResult> result;
+  const auto settled = [&] {
+    result = store_->Flush("t", named);
+    return result.ok() && result->pending_blocks == 0;
+  };
+  ASSERT_TRUE(Eventually(settled)) << result.status();
+  EXPECT_EQ(result->durable_blocks, 2u);
+  EXPECT_EQ(result->durable_bytes, 2 * kBlock);
+  EXPECT_EQ(result->leading_blocks, 1u);
+  EXPECT_EQ(result->missing_blocks, 1u);
+  EXPECT_EQ(store_->Flush("other", named)->missing_blocks, 3u);
+  EXPECT_EQ(store_->Flush("other", std::nullopt)->durable_blocks, 0u);
+  // As the disk was at this instant, with nothing of what was not synced.
+  std::unique_ptr<SimulatedDisk> crashed = disk_->Crashed(testing::PowerCut::kNoneKept, 1);
+  store_ = nullptr;
+  disk_ = std::move(crashed);
+  Open();
+  EXPECT_TRUE(Has(1));
+  EXPECT_TRUE(Has(2));
+}
+
+TEST_F(TieredBlockStoreTest, AFlushBringsToTheDiskWhatItRefusedWhenItCame) {
+  disk_->Schedule({Fault::kError, disk_->operations()});
+  ASSERT_TRUE(Put(1).ok());
+  AwaitWritten();
+  const absl::StatusOr<FlushResult> refused = store_->Flush("t", std::nullopt);
+  ASSERT_TRUE(refused.ok()) << refused.status();
+  EXPECT_EQ(refused->refused_blocks, 1u);
+  EXPECT_FALSE(refused->refusal.empty());
+  EXPECT_TRUE(Eventually([&] {
+    const absl::StatusOr<FlushResult> result = store_->Flush("t", std::nullopt);
+    return result.ok() && result->durable_blocks == 1 && result->refused_blocks == 0;
+  }));
+  EXPECT_EQ(store_->Stats().leased, 0u);
+}
+
+TEST_F(TieredBlockStoreTest, ABlockThatTheLogNeverTakesIsRefusedAndNotPending) {
+  disk_ = std::make_unique<SimulatedDisk>(
+      testing::SimulatedDiskOptions{.bytes = LeastLogBytes(64 << 10)});
+  Open(64 << 10);
+  ASSERT_TRUE(Put(1).ok());
+  const absl::StatusOr<FlushResult> result = store_->Flush("t", std::nullopt);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->refused_blocks, 1u);
+  EXPECT_NE(result->refusal.find("more than an eighth"), std::string::npos) << result->refusal;
+}
+
+TEST_F(TieredBlockStoreTest, AListHasBothTiersAndEachBlockOnce) {
+  for (uint32_t i = 0; i < 40; ++i) ASSERT_TRUE(Put(i).ok());
+  AwaitWritten();
+  std::set<BlockId> seen;
+  uint32_t in_ram = 0;
+  for (const BlockInfo& info : store_->List("t", 1000)) {
+    EXPECT_TRUE(seen.insert(info.id).second);
+    EXPECT_TRUE(info.on_disk);
+    EXPECT_EQ(info.bytes, kBlock);
+    in_ram += info.in_ram ? 1 : 0;
+  }
+  EXPECT_EQ(seen.size(), 40u);
+  EXPECT_GT(in_ram, 8u);
+  EXPECT_LE(in_ram, 16u);
+  EXPECT_EQ(store_->List("t", 30).size(), 30u);
+  EXPECT_EQ(store_->List("t", 5).size(), 5u);
+  EXPECT_TRUE(store_->List("other", 30).empty());
 }
 
 TEST_F(TieredBlockStoreTest, ABrokenDiskIsAMiss) {
