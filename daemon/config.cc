@@ -118,7 +118,7 @@ absl::Status CheckDisk(const DiskTierOptions& disk) {
                  absl::StrCat("must be a multiple of ", kSectorBytes));
     }
   }
-  const uint64_t least = LeastLogBytes(disk.log.segment_bytes);
+  const uint64_t least = LogBytes(kLeastSegments, disk.log.segment_bytes);
   if (disk.file.bytes != 0 && disk.file.bytes < least) {
     return Bad("disk.bytes", Quoted(PrintBytes(disk.file.bytes)),
                absl::StrCat("must be 0 or at least ", least, ", for four segments"));

@@ -105,6 +105,8 @@ constexpr Figure<BlockLogStats> kLog[] = {
      &BlockLogStats::recovered_blocks},
     {"quarry_disk_incomplete_blocks_count", "blocks of which the start found a part",
      &BlockLogStats::incomplete_blocks},
+    {"quarry_disk_hidden_blocks_count", "blocks not found while a purge of them cannot be read",
+     &BlockLogStats::hidden_blocks},
     {"quarry_disk_scanned_segments_count", "segments that the start read frame by frame",
      &BlockLogStats::scanned_segments},
 };

@@ -68,10 +68,6 @@ absl::Status TieredBlockStore::Enqueue(const BlockView& view, const BlockKey& ke
   QUARRY_RETURN_IF_ERROR(log_->CheckSize(view.tenant, key, view.memory.bytes));
   absl::MutexLock lock(&queue_mutex_);
   if (waiting_.contains(view.handle.slot)) return absl::OkStatus();
-  if (doubtful_.contains({view.handle.slot, view.handle.generation})) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("whether block ", key.id.Hex(), " was purged could not be read"));
-  }
   if (ending_) return absl::UnavailableError("the store is ending");
   if (absl::Now() < refuse_until_) return absl::UnavailableError(refusal_);
   const bool fits = queued_bytes_ == 0 ||
@@ -234,10 +230,6 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
     published = digest.status();
   }
   if (!published.ok() || existed) ram_->Release(begun->handle);
-  if (published.ok() && !existed && info.doubtful) {
-    absl::MutexLock lock(&queue_mutex_);
-    doubtful_.insert({published->handle.slot, published->handle.generation});
-  }
   return published;
 }
 

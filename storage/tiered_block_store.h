@@ -10,7 +10,6 @@
 #include <string>
 #include <string_view>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -112,8 +111,6 @@ class TieredBlockStore final : public BlockStore {
   mutable absl::Mutex queue_mutex_;
   std::deque<KeyedBlock> queue_ ABSL_GUARDED_BY(queue_mutex_);
   absl::flat_hash_set<uint32_t> waiting_ ABSL_GUARDED_BY(queue_mutex_);  // slots; leased, so unique
-  // Blocks of RAM that came from where purges may have been overlooked, by slot and generation.
-  absl::flat_hash_set<std::pair<uint32_t, uint32_t>> doubtful_ ABSL_GUARDED_BY(queue_mutex_);
   uint64_t queued_bytes_ ABSL_GUARDED_BY(queue_mutex_) = 0;  // those being written included
   absl::Time refuse_until_ ABSL_GUARDED_BY(queue_mutex_) = absl::InfinitePast();
   std::string refusal_ ABSL_GUARDED_BY(queue_mutex_);  // why, last

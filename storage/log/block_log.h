@@ -16,13 +16,15 @@
 #include "storage/block_key.h"
 #include "storage/disk/disk.h"
 #include "storage/disk_tier_stats.h"
+#include "storage/log/log_layout.h"
 
 namespace quarry {
 
-// The smallest disk that a log of such segments can be on.
-constexpr uint64_t LeastLogBytes(uint64_t segment_bytes) {
-  return (1ull << 20) + 4 * segment_bytes + kSectorBytes;
+// The bytes of a disk for a log of so many segments, of which there are at least four.
+constexpr uint64_t LogBytes(uint32_t segments, uint64_t segment_bytes) {
+  return LogLayout{segment_bytes, segments}.bytes();
 }
+inline constexpr uint32_t kLeastSegments = 4;
 
 // What is known of a block on the disk when its segment is to be used anew.
 struct ReclaimCandidate {
@@ -58,9 +60,6 @@ struct LoggedBlockInfo {
   NamespaceDigest name_space;
   uint64_t bytes = 0;
   uint64_t born = 0;  // another one's is another number; changes when it is moved
-  // It may have been purged in a part of the log that could not be read at the start: it is to be
-  // written by nobody as if it were new.
-  bool doubtful = false;
 };
 
 struct LoggedBlockName {

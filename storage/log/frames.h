@@ -17,10 +17,11 @@
 #include "storage/block_key.h"
 #include "storage/disk/aligned_buffer.h"
 #include "storage/disk/disk.h"
+#include "storage/log/log_layout.h"
 
 namespace quarry {
 
-inline constexpr uint32_t kLogVersion = 1;
+inline constexpr uint32_t kLogVersion = 2;
 inline constexpr uint64_t kMinSegmentBytes = 16 * kSectorBytes;
 inline constexpr uint64_t kMaxSegmentBytes = 1ull << 30;
 // Of a frame without its payload.
@@ -39,17 +40,8 @@ struct FramePlace {
 };
 
 // The disk's, the same in every copy; written once.
-struct Superblock {
+struct Superblock : LogLayout {
   DeviceId device{};
-  uint64_t segment_bytes = 0;
-  uint32_t segments = 0;
-
-  static constexpr uint64_t kFirstSegment = 1ull << 20;
-  static constexpr int kCopies = 3;
-  uint64_t SegmentOffset(uint32_t segment) const { return kFirstSegment + segment * segment_bytes; }
-  uint64_t CopyOffset(int copy) const {
-    return copy == 0 ? 0 : copy == 1 ? kFirstSegment / 2 : SegmentOffset(segments);
-  }
 };
 
 // A part of a block's bytes, which follow the frame in whole sectors.
@@ -96,7 +88,7 @@ struct CommitFrame {
   uint32_t count = 0;
 };
 
-enum class FrameKind : uint8_t { kSuperblock, kSegment, kPart, kPurge, kCommit, kFooter };
+enum class FrameKind : uint8_t { kSuperblock, kSegment, kPart, kPurge, kCommit, kFooter, kNote };
 
 // What every frame begins with.
 struct FrameHead {
@@ -128,38 +120,5 @@ absl::StatusOr<PurgeFrame> DecodePurge(std::span<const std::byte> frame, const F
                                        uint64_t sequence);
 absl::StatusOr<CommitFrame> DecodeCommit(std::span<const std::byte> frame, const FramePlace& place,
                                          uint64_t sequence);
-
-// What a footer says of one frame of its segment; of a purge only where it is.
-struct FooterEntry {
-  FrameKind kind = FrameKind::kPart;
-  uint64_t offset = 0;  // on the disk
-  uint64_t frame_bytes = 0;
-  uint64_t sequence = 0;
-  uint64_t born = 0;
-  std::string tenant;
-  BlockId id, parent;
-  NamespaceDigest name_space;
-  ByteDigest block_digest;
-  uint64_t block_bytes = 0, part_offset = 0, part_bytes = 0;  // of a purge: 0, its copy, 0
-};
-
-// All but where it is.
-FooterEntry EntryOf(const PartFrame& part);
-FooterEntry EntryOf(const PurgeFrame& purge);
-
-// Bytes of a footer, which ends with its segment: the entries and a last sector that names them.
-uint64_t FooterBytes(uint64_t entry_bytes);
-uint64_t FooterEntryBytes(std::string_view tenant);
-AlignedBuffer EncodeFooter(const FramePlace& segment_end, uint64_t sequence,
-                           std::span<const FooterEntry> entries);
-struct FooterPlace {
-  FrameHead head;
-  uint64_t entries_offset = 0, entries_bytes = 0;  // on the disk, in whole sectors
-  uint32_t entries = 0, crc = 0;
-};
-// By the last sector of its segment.
-absl::StatusOr<FooterPlace> DecodeFooterPlace(std::span<const std::byte> sector);
-absl::StatusOr<std::vector<FooterEntry>> DecodeFooter(const FooterPlace& place,
-                                                      std::span<const std::byte> entries);
 
 }  // namespace quarry

@@ -10,11 +10,11 @@
 #include <spdlog/spdlog.h>
 
 #include "absl/container/flat_hash_map.h"
-#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "proto/status_macros.h"
 #include "storage/log/block_log.h"
 #include "storage/log/footer.h"
+#include "storage/log/purge_note.h"
 #include "storage/log/sectors.h"
 #include "storage/slot_size.h"
 
@@ -25,9 +25,12 @@ bool IsBlank(std::span<const std::byte> bytes) {
   return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
 }
 
-absl::Status WriteSuperblocks(Disk* disk, const Superblock& superblock) {
-  for (int copy = 0; copy < Superblock::kCopies; ++copy) {
-    const uint64_t offset = superblock.CopyOffset(copy);
+// Superblocks last: a disk with one has all that belongs to it.
+absl::Status Format(Disk* disk, const Superblock& superblock) {
+  QUARRY_RETURN_IF_ERROR(WriteEmptyNotes(disk, superblock));
+  QUARRY_RETURN_IF_ERROR(disk->Sync());
+  for (int copy = 0; copy < LogLayout::kSuperblocks; ++copy) {
+    const uint64_t offset = superblock.SuperblockOffset(copy);
     const AlignedBuffer frame = EncodeSuperblock(superblock, offset);
     const std::span<const std::byte> piece[] = {frame.bytes()};
     QUARRY_RETURN_IF_ERROR(disk->Write(offset, piece));
@@ -39,7 +42,7 @@ absl::Status WriteSuperblocks(Disk* disk, const Superblock& superblock) {
 
 absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
                                           const std::function<uint64_t()>& random) {
-  const uint64_t least = LeastLogBytes(segment_bytes);
+  const uint64_t least = LogBytes(kLeastSegments, segment_bytes);
   if (disk->bytes() < least) {
     return absl::FailedPreconditionError(absl::StrCat("disk ", disk->name(), " has ", disk->bytes(),
                                                       " bytes; a log of segments of ",
@@ -51,15 +54,15 @@ absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
     std::memcpy(fresh.device.data() + i, &number, 8);
   }
   fresh.segment_bytes = segment_bytes;
-  fresh.segments = static_cast<uint32_t>(
-      (disk->bytes() - Superblock::kFirstSegment - kSectorBytes) / segment_bytes);
+  fresh.segments = static_cast<uint32_t>(disk->bytes() / segment_bytes);
+  while (fresh.bytes() > disk->bytes()) --fresh.segments;
   // The place of the last copy is known from any other; on a disk that was formatted with another
   // size of segments the fresh one's has something else.
   bool blank = true;
   absl::Status trouble;
   AlignedBuffer sector(kSectorBytes);
-  for (int copy = 0; copy < Superblock::kCopies; ++copy) {
-    const uint64_t offset = fresh.CopyOffset(copy);
+  for (int copy = 0; copy < LogLayout::kSuperblocks; ++copy) {
+    const uint64_t offset = fresh.SuperblockOffset(copy);
     if (absl::Status read = ReadSectors(disk, offset, &sector); !read.ok()) {
       trouble = read;  // above all else: what is there is not known
       blank = false;
@@ -73,10 +76,10 @@ absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
       }
       continue;
     }
-    const uint64_t end = found->CopyOffset(Superblock::kCopies - 1) + kSectorBytes;
-    if (end > disk->bytes()) {
-      return absl::FailedPreconditionError(absl::StrCat("the log on ", disk->name(), " has ", end,
-                                                        " bytes, the disk ", disk->bytes()));
+    if (found->bytes() > disk->bytes()) {
+      return absl::FailedPreconditionError(absl::StrCat("the log on ", disk->name(), " has ",
+                                                        found->bytes(), " bytes, the disk ",
+                                                        disk->bytes()));
     }
     return *found;
   }
@@ -86,7 +89,7 @@ absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
         disk->name(), " is not blank, and no log of this version: ", std::string(trouble.message()),
         "; it is left as it is"));
   }
-  QUARRY_RETURN_IF_ERROR(WriteSuperblocks(disk, fresh));
+  QUARRY_RETURN_IF_ERROR(Format(disk, fresh));
   return fresh;
 }
 
@@ -147,12 +150,13 @@ class Recovery {
       return absl::UnavailableError(absl::StrCat("none of the ", unreadable_, " segments of ",
                                                  disk_->name(), " can be read"));
     }
-    ReplaceUnknownPurges();
     ChooseBlocks();
     // What could not be read may have any sequence up to there.
-    if (incomplete_) {
-      out_.next_sequence += kUnreadSequences;
-      out_.doubtful_before = out_.next_sequence;
+    if (incomplete_) out_.next_sequence += kUnreadSequences;
+    if (out_.hidden_blocks > 0) {
+      spdlog::error(
+          "{} blocks on {} are not found until all segments can be read: they may have been purged",
+          out_.hidden_blocks, disk_->name());
     }
     return std::move(out_);
   }
@@ -191,13 +195,16 @@ class Recovery {
       if (entry.kind != FrameKind::kPart) continue;
       info.oldest_born = std::min(info.oldest_born, entry.born);
     }
+    PurgeNote note;
+    complete &= TakePurges(s, *footer, &note);
     absl::Status usable;
     if (!complete) {
       info.oldest_born = 0;
       incomplete_ = true;
+      HideWhatMayBePurged(s, sealed ? footer->generation : generation);
       usable = absl::UnavailableError("something of it cannot be read");
     } else if (!sealed && !footer->entries.empty()) {
-      usable = Seal(s, &*footer);
+      usable = Seal(s, note, &*footer);
     }
     info.state = SegmentState::kSealed;
     if (footer->entries.empty()) info.state = SegmentState::kFree;
@@ -207,10 +214,16 @@ class Recovery {
                     std::string(usable.message()));
     }
     out_.segments.Set(s, info);
-    Take(s, info.generation, footer->entries);
+    for (const FooterEntry& entry : footer->entries) {
+      if (entry.kind != FrameKind::kPart || entry.tenant.empty()) continue;
+      TakePart({superblock_.device, s, info.generation, entry.offset}, entry);
+    }
   }
 
-  absl::Status Seal(uint32_t s, Footer* footer) {
+  // The note too: purges count that were never committed, and then its own may be of before.
+  absl::Status Seal(uint32_t s, const PurgeNote& note, Footer* footer) {
+    QUARRY_RETURN_IF_ERROR(
+        WriteNote(disk_, superblock_, s, footer->generation, out_.next_sequence++, note));
     footer->sequence = out_.next_sequence++;
     QUARRY_RETURN_IF_ERROR(WriteFooter(disk_, superblock_, s, *footer).status());
     return disk_->Sync();
@@ -303,52 +316,69 @@ class Recovery {
     return entry;
   }
 
-  // Blocks by id and birth, and purges.
-  void Take(uint32_t s, uint64_t generation, std::span<const FooterEntry> entries) {
-    for (const FooterEntry& entry : entries) {
-      const FramePlace place{superblock_.device, s, generation, entry.offset};
-      if (entry.kind == FrameKind::kPurge) {
-        TakePurge(place, entry);
-      } else if (entry.kind == FrameKind::kPart && !entry.tenant.empty()) {
-        TakePart(place, entry);
+  // The purges of a segment, each by either of its copies. False: one cannot be read now.
+  bool TakePurges(uint32_t s, const Footer& footer, PurgeNote* note) {
+    bool complete = true;
+    absl::flat_hash_map<uint64_t, absl::Status> read;  // by sequence
+    for (const FooterEntry& entry : footer.entries) {
+      if (entry.kind != FrameKind::kPurge) continue;
+      const FramePlace place{superblock_.device, s, footer.generation, entry.offset};
+      const absl::StatusOr<PurgeFrame> purge = ReadPurge(place, entry);
+      read[entry.sequence] = purge.status();
+      if (!purge.ok()) continue;
+      note->Add(purge->tenant, purge->born);
+      out_.purges.Add(tenants_->Intern(purge->tenant), *purge, s);
+    }
+    for (const FooterEntry& entry : footer.entries) {
+      if (entry.kind != FrameKind::kPurge || read[entry.sequence].ok()) continue;
+      const auto other =
+          read.find(entry.part_offset == 0 ? entry.sequence + 1 : entry.sequence - 1);
+      if (other != read.end() && other->second.ok()) continue;
+      if (absl::IsDataLoss(read[entry.sequence])) {
+        if (other != read.end() && !absl::IsDataLoss(other->second)) continue;
+        note->Add(entry.tenant, entry.born);
+        ReplaceBrokenPurge(s, entry, read[entry.sequence]);
+      } else {
+        complete = false;
       }
     }
+    return complete;
   }
 
-  void TakePurge(const FramePlace& place, const FooterEntry& entry) {
-    absl::StatusOr<PurgeFrame> purge = absl::DataLossError("its length is wrong");
-    if (entry.frame_bytes % kSectorBytes == 0 && entry.frame_bytes <= kMaxFrameBytes) {
-      AlignedBuffer frame(entry.frame_bytes);
-      const absl::Status read = ReadSectors(disk_, place.offset, &frame);
-      purge = read.ok() ? DecodePurge(frame.bytes(), place, entry.sequence) : read;
+  absl::StatusOr<PurgeFrame> ReadPurge(const FramePlace& place, const FooterEntry& entry) {
+    if (entry.frame_bytes % kSectorBytes != 0 || entry.frame_bytes > kMaxFrameBytes) {
+      return absl::DataLossError("its length is wrong");
     }
-    if (purge.ok()) {
-      const TenantName tenant = tenants_->Intern(purge->tenant);
-      known_purges_.insert({place.segment, entry.sequence});
-      out_.purges.Add(tenant, *purge, place.segment);
-      return;
-    }
-    unknown_purges_.push_back({entry, place.segment, std::string(purge.status().message())});
+    AlignedBuffer frame(entry.frame_bytes);
+    QUARRY_RETURN_IF_ERROR(ReadSectors(disk_, place.offset, &frame));
+    return DecodePurge(frame.bytes(), place, entry.sequence);
   }
 
-  // Of a purge that cannot be read in either place it is known whose it was: better that too much
-  // of the tenant's is gone.
-  void ReplaceUnknownPurges() {
-    for (const UnknownPurge& unknown : unknown_purges_) {
-      const FooterEntry& entry = unknown.entry;
-      const uint64_t other = entry.part_offset == 0 ? entry.sequence + 1 : entry.sequence - 1;
-      if (known_purges_.contains({unknown.segment, other})) continue;
-      spdlog::error(
-          "a purge of tenant {} on {} cannot be read: all that the tenant had before is "
-          "dropped ({})",
-          unknown.entry.tenant, disk_->name(), unknown.why);
-      PurgeFrame all;
-      all.tenant = unknown.entry.tenant;
-      all.born = unknown.entry.born;
-      out_.purges.Add(tenants_->Intern(all.tenant), all, unknown.segment);
+  // Of a purge that is broken in both places it is known whose it was: better that too much of the
+  // tenant's is gone.
+  void ReplaceBrokenPurge(uint32_t s, const FooterEntry& entry, const absl::Status& why) {
+    spdlog::error(
+        "a purge of tenant {} on {} is broken: all that the tenant had before is dropped ({})",
+        entry.tenant, disk_->name(), std::string(why.message()));
+    PurgeFrame all;
+    all.tenant = entry.tenant;
+    all.born = entry.born;
+    out_.purges.Add(tenants_->Intern(all.tenant), all, s);
+  }
+
+  // Without a note that is anything of anybody's.
+  void HideWhatMayBePurged(uint32_t s, std::optional<uint64_t> generation) {
+    const absl::StatusOr<PurgeNote> note = ReadNote(disk_, superblock_, s, generation);
+    if (note.ok()) {
+      unread_purges_.Add(*note);
+    } else {
+      unread_purges_.AddAny(~0ull);
+      spdlog::error("what was purged in segment {} of {} is not known: {}", s, disk_->name(),
+                    std::string(note.status().message()));
     }
   }
 
+  // Blocks by id and birth.
   void TakePart(const FramePlace& place, const FooterEntry& entry) {
     LoggedBlock& block = found_[{tenants_->Intern(entry.tenant), entry.id}][entry.born];
     if (block.parts.empty()) {
@@ -385,10 +415,21 @@ class Recovery {
           ++out_.incomplete_blocks;
           continue;
         }
+        if (incomplete_ && block.born < unread_purges_.BoundOf(*block.tenant)) {
+          Hide(block);
+          break;  // and so would be older ones
+        }
         out_.index.Add(std::move(block));
         break;
       }
       births.clear();
+    }
+  }
+
+  void Hide(const LoggedBlock& block) {
+    ++out_.hidden_blocks;
+    for (const LoggedPart& part : block.parts) {
+      out_.segments.at(part.place.segment).hidden_bytes += part.disk_bytes();
     }
   }
 
@@ -398,13 +439,7 @@ class Recovery {
   RecoveredLog out_;
   uint32_t unreadable_ = 0;
   absl::flat_hash_map<BlockName, std::map<uint64_t, LoggedBlock>> found_;  // by birth
-  struct UnknownPurge {
-    FooterEntry entry;
-    uint32_t segment = 0;
-    std::string why;
-  };
-  absl::flat_hash_set<std::pair<uint32_t, uint64_t>> known_purges_;  // segments and sequences
-  std::vector<UnknownPurge> unknown_purges_;
+  PurgeNote unread_purges_;  // of segments that are not complete
   bool incomplete_ = false;
 };
 

@@ -21,11 +21,10 @@ struct RecoveredLog {
   SegmentTable segments;
   PurgeTable purges;
   uint64_t next_sequence = 1;
-  // Something could not be read: blocks born before may have been purged there.
-  uint64_t doubtful_before = 0;
   // For the log line and the metrics.
   uint32_t scanned_segments = 0;   // which had no footer
   uint64_t incomplete_blocks = 0;  // of which parts were never committed
+  uint64_t hidden_blocks = 0;      // that may have been purged where it cannot be read
 };
 
 // The superblock of a disk, which is formatted in segments of these bytes first if it is blank.
@@ -35,8 +34,8 @@ absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
 
 // Reads the footers of sealed segments, and of others what was committed; these are sealed then.
 // Blocks are those whose parts are all there, the latest of an id, and that no purge meant. A
-// segment of which something cannot be read is condemned, and what can be read of it counts.
-// Unavailable: nothing of any can be.
+// segment of which something cannot be read is condemned, and what can be read of it counts; what
+// its note says may have been purged there is not found. Unavailable: nothing of any can be read.
 absl::StatusOr<RecoveredLog> RecoverLog(Disk* disk, const Superblock& superblock,
                                         TenantNames* tenants);
 

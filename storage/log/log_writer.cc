@@ -10,7 +10,6 @@
 #include "proto/byte_digest.h"
 #include "proto/check.h"
 #include "proto/status_macros.h"
-#include "storage/log/footer.h"
 #include "storage/slot_size.h"
 
 namespace quarry {
@@ -72,6 +71,9 @@ absl::Status LogWriter::OpenNext(uint32_t reserved) {
     begun = disk_->Write(next.at + superblock_.segment_bytes - kSectorBytes, last);
   }
   if (begun.ok()) {
+    begun = WriteNote(disk_, superblock_, next.segment, next.generation, next_sequence_++, {});
+  }
+  if (begun.ok()) {
     begun = disk_->Sync();
     // It was to make more durable than the start: what was written behind, and is not to be trusted
     // whatever a later sync says.
@@ -82,7 +84,7 @@ absl::Status LogWriter::OpenNext(uint32_t reserved) {
     table_->Move(next.segment, SegmentState::kFree);
     return begun;
   }
-  written_bytes_ += 3 * kSectorBytes;
+  written_bytes_ += 3 * kSectorBytes + kWrittenNoteBytes;
   next.at += start.size();
   // A hint: where the disk cannot forget, nothing is lost.
   (void)disk_->Discard(next.at + kSectorBytes, superblock_.segment_bytes - 3 * kSectorBytes);
@@ -206,6 +208,8 @@ absl::StatusOr<uint32_t> LogWriter::AddPurge(PurgeFrame* purge) {
     purge->copy = copy;
     Place(EncodePurge(PlaceHere(), next_sequence_, *purge), {}, EntryOf(*purge));
   }
+  open_->note.Add(purge->tenant, purge->born);
+  pending_.back().note = open_->note;
   return open_->segment;
 }
 
@@ -214,9 +218,14 @@ absl::Status LogWriter::WriteData() {
   unwritten_bytes_ = 0;
   QUARRY_RETURN_IF_ERROR(std::exchange(behind_status_, absl::OkStatus()));
   for (Pending& batch : pending_) {
-    if (batch.pieces.empty()) continue;
-    QUARRY_RETURN_IF_ERROR(disk_->Write(batch.from, batch.pieces));
-    for (const auto& piece : batch.pieces) written_bytes_ += piece.size();
+    if (!batch.pieces.empty()) {
+      QUARRY_RETURN_IF_ERROR(disk_->Write(batch.from, batch.pieces));
+      for (const auto& piece : batch.pieces) written_bytes_ += piece.size();
+    }
+    if (!batch.note.has_value()) continue;
+    QUARRY_RETURN_IF_ERROR(WriteNote(disk_, superblock_, batch.place.segment,
+                                     batch.place.generation, next_sequence_++, *batch.note));
+    written_bytes_ += kWrittenNoteBytes;
   }
   return absl::OkStatus();
 }

@@ -13,8 +13,10 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "storage/disk/disk.h"
+#include "storage/log/footer.h"
 #include "storage/log/frames.h"
 #include "storage/log/log_index.h"
+#include "storage/log/purge_note.h"
 #include "storage/log/segment_table.h"
 
 namespace quarry {
@@ -68,6 +70,7 @@ class LogWriter {
     uint64_t at = 0;  // on the disk: where the next frame goes
     std::vector<FooterEntry> entries;
     uint64_t entry_bytes = 0;
+    PurgeNote note;
   };
   // What a commit writes to one segment.
   struct Pending {
@@ -81,6 +84,7 @@ class LogWriter {
     std::vector<std::span<const std::byte>> pieces;
     std::vector<AlignedBuffer> buffers;
     std::vector<FooterEntry> entries;  // of the whole segment, where it is sealed
+    std::optional<PurgeNote> note;     // of the whole segment, where there are new purges
   };
 
   FramePlace PlaceHere() const;

@@ -64,7 +64,7 @@ std::optional<uint32_t> SegmentedLog::ChooseVictim() const {
   absl::MutexLock lock(&mutex_);
   for (uint32_t s = 0; s < segments_.size(); ++s) {
     if (segments_.at(s).state != SegmentState::kSealed || passed_over_.contains(s)) continue;
-    const uint64_t kept = index_.live_bytes(s) + purges_.bytes(s);
+    const uint64_t kept = index_.live_bytes(s) + segments_.at(s).hidden_bytes + purges_.bytes(s);
     if (!emptiest.has_value() || kept < least) {
       emptiest = s;
       least = kept;
@@ -105,7 +105,6 @@ absl::Status SegmentedLog::Reclaim(uint32_t segment) {
 }
 
 bool SegmentedLog::Keeps(const LoggedBlock& block) const {
-  if (block.born < doubtful_before_) return false;
   if (options_.keep == nullptr) return block.uses > 0;
   return options_.keep({*block.tenant, block.id, block.bytes, block.uses});
 }

@@ -39,6 +39,7 @@ std::optional<uint32_t> SegmentTable::Open(uint32_t reserved, uint64_t generatio
   Move(best, SegmentState::kOpen);
   segments_[best].generation = generation;
   segments_[best].first_sequence = first_sequence;
+  segments_[best].hidden_bytes = 0;
   return best;
 }
 

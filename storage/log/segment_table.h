@@ -19,6 +19,8 @@ struct SegmentInfo {
   // Of what lies there, in the index or not, also while it is free: as long as it is not written
   // over, a recovery may find it. ~0: nothing.
   uint64_t oldest_born = ~0ull;
+  // Of blocks that are not found because a purge of them may be where it cannot be read.
+  uint64_t hidden_bytes = 0;
 };
 
 // Not thread-safe.

@@ -19,8 +19,6 @@ namespace {
 // Left for reclaiming, which must have room to move to.
 constexpr uint32_t kReservedSegments = 1;
 
-static_assert(LeastLogBytes(0) == Superblock::kFirstSegment + kSectorBytes);
-
 uint64_t RandomNumber() {
   std::random_device random;
   return uint64_t{random()} << 32 | random();
@@ -47,9 +45,9 @@ SegmentedLog::SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& op
       options_(options),
       min_part_bytes_(WriterOptions(options, superblock_).min_part_bytes),
       recovered_blocks_(recovered.index.blocks()),
+      hidden_blocks_(recovered.hidden_blocks),
       incomplete_blocks_(recovered.incomplete_blocks),
       scanned_segments_(recovered.scanned_segments),
-      doubtful_before_(recovered.doubtful_before),
       recovery_seconds_(recovery_seconds),
       tenants_(std::move(tenants)),
       index_(std::move(recovered.index)),
@@ -278,8 +276,7 @@ std::optional<LoggedBlockInfo> SegmentedLog::Find(std::string_view tenant,
   absl::MutexLock lock(&mutex_);
   const LoggedBlock* const block = index_.Find(tenants_.Find(tenant), id);
   if (block == nullptr) return std::nullopt;
-  return LoggedBlockInfo{block->name_space, block->bytes, block->born,
-                         block->born < doubtful_before_};
+  return LoggedBlockInfo{block->name_space, block->bytes, block->born};
 }
 
 std::vector<LoggedBlockName> SegmentedLog::List(std::string_view tenant, uint32_t limit) const {
@@ -355,6 +352,7 @@ BlockLogStats SegmentedLog::Stats() const {
   s.read_errors = read_errors_;
   s.write_errors = write_errors_;
   s.recovered_blocks = recovered_blocks_;
+  s.hidden_blocks = hidden_blocks_;
   s.incomplete_blocks = incomplete_blocks_;
   s.scanned_segments = scanned_segments_;
   s.recovery_seconds = recovery_seconds_;

@@ -97,10 +97,7 @@ class SegmentedLog final : public BlockLog {
   const Superblock superblock_;
   const BlockLogOptions options_;
   const uint64_t min_part_bytes_;
-  const uint64_t recovered_blocks_, incomplete_blocks_, scanned_segments_;
-  // What was born before is not moved, which would be another birth: after a start that reads what
-  // this one could not, a purge may mean it.
-  const uint64_t doubtful_before_;
+  const uint64_t recovered_blocks_, hidden_blocks_, incomplete_blocks_, scanned_segments_;
   const double recovery_seconds_;
 
   // One writer at a time; held while the disk is waited for.

@@ -81,7 +81,7 @@ class TieredBlockStoreTest : public ::testing::Test {
   }
 
   std::unique_ptr<SimulatedDisk> disk_ = std::make_unique<SimulatedDisk>(
-      testing::SimulatedDiskOptions{.bytes = (1 << 20) + 4096 + 60 * (512 << 10)});
+      testing::SimulatedDiskOptions{.bytes = LogBytes(60, 512 << 10)});
   testing::DiskHooks hooks_;
   std::unique_ptr<TieredBlockStore> store_;
 };

@@ -5,6 +5,8 @@
 #include <map>
 #include <random>
 
+#include "storage/log/checksum.h"
+#include "tests/storage/disk/hooked_disk.h"
 #include "tests/storage/disk/simulated_disk.h"
 #include "tests/storage/log/log_case.h"
 #include "tests/support/seed.h"
@@ -25,8 +27,8 @@ class BlockLogTest : public ::testing::Test {
  protected:
   // On a disk with room for so many segments.
   void Make(uint32_t segments) {
-    auto disk = std::make_unique<SimulatedDisk>(testing::SimulatedDiskOptions{
-        .bytes = (1 << 20) + 4096 + segments * kSegment, .seed = Seed()});
+    auto disk = std::make_unique<SimulatedDisk>(
+        testing::SimulatedDiskOptions{.bytes = LogBytes(segments, kSegment), .seed = Seed()});
     Open(std::move(disk));
   }
   void Open(std::unique_ptr<SimulatedDisk> disk) {
@@ -221,6 +223,29 @@ TEST_F(BlockLogTest, ADiskOfSomethingElseIsLeftAlone) {
   EXPECT_EQ(copy->counts().writes, 0u);
 }
 
+// Version 1 had nothing between the first MiB and the segments.
+TEST_F(BlockLogTest, ADiskOfVersion1IsRefused) {
+  Make(8);
+  auto disk = disk_->Crashed(testing::PowerCut::kAllKept, 1);
+  for (const uint64_t copy : {uint64_t{0}, uint64_t{512 << 10}}) {
+    std::vector<std::byte> frame = disk->Peek(copy, kSectorBytes);
+    std::memset(frame.data() + 8, 0, 8);
+    frame[8] = std::byte{1};
+    const uint32_t crc = Crc32c(frame);
+    std::memcpy(frame.data() + 12, &crc, sizeof(crc));
+    disk->Corrupt(copy, frame);
+  }
+  disk->Corrupt(LogBytes(8, kSegment) - kSectorBytes, std::vector<std::byte>(kSectorBytes));
+  SimulatedDisk* const kept = disk.get();
+  testing::DiskHooks hooks;
+  const absl::Status refused = BlockLog::Open(std::make_unique<testing::HookedDisk>(kept, &hooks),
+                                              {.segment_bytes = kSegment})
+                                   .status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(refused)) << refused;
+  EXPECT_NE(std::string(refused.message()).find("version 1"), std::string::npos) << refused;
+  EXPECT_EQ(kept->counts().writes, 0u);
+}
+
 TEST_F(BlockLogTest, ADiskThatIsTooSmallIsNamed) {
   auto disk = std::make_unique<SimulatedDisk>(testing::SimulatedDiskOptions{.bytes = 2 << 20});
   const absl::Status refused = BlockLog::Open(std::move(disk), {.segment_bytes = 1 << 20}).status();
@@ -233,9 +258,10 @@ TEST_F(BlockLogTest, SuperblocksStandInForOneAnother) {
   Make(8);
   ASSERT_TRUE(AppendOne(*log_, {0, 1, 1, 20000}).ok());
   const std::vector<std::byte> garbage(4096, std::byte{0xee});
-  for (const uint64_t kept : {uint64_t{0}, uint64_t{512 << 10}, (1 << 20) + 8 * kSegment}) {
+  const uint64_t copies[] = {0, 512 << 10, LogBytes(8, kSegment) - kSectorBytes};
+  for (const uint64_t kept : copies) {
     auto disk = disk_->Crashed(testing::PowerCut::kAllKept, 1);
-    for (const uint64_t copy : {uint64_t{0}, uint64_t{512 << 10}, (1 << 20) + 8 * kSegment}) {
+    for (const uint64_t copy : copies) {
       if (copy != kept) disk->Corrupt(copy, garbage);
     }
     auto log = BlockLog::Open(std::move(disk), {.segment_bytes = kSegment});

@@ -18,14 +18,16 @@ using testing::LoggedBatch;
 using testing::OwnedBlock;
 using testing::ReadVersion;
 
-constexpr uint64_t kSegment = 256 << 10, kFirst = 1 << 20;
+constexpr uint64_t kSegment = 256 << 10;
+// Of all logs of these tests, whose notes fit into a MiB.
+constexpr uint64_t kFirst = LogLayout{kSegment, 1}.SegmentOffset(0);
 
 class LogOutageTest : public ::testing::Test {
  protected:
   void Make(uint32_t segments, uint64_t segment_bytes = kSegment) {
     segment_bytes_ = segment_bytes;
-    disk_ = std::make_unique<testing::SimulatedDisk>(testing::SimulatedDiskOptions{
-        .bytes = kFirst + 4096 + segments * segment_bytes, .seed = Seed()});
+    disk_ = std::make_unique<testing::SimulatedDisk>(
+        testing::SimulatedDiskOptions{.bytes = LogBytes(segments, segment_bytes), .seed = Seed()});
     Open();
   }
   // As after a stop; what was open is sealed.
@@ -95,6 +97,80 @@ TEST_F(LogOutageTest, WhatCouldNotBeReadForAWhileIsThereAfterwards) {
   Open();
   EXPECT_FALSE(Has(0, 1)) << "purged";
   EXPECT_TRUE(Has(0, 50)) << "durable";
+}
+
+// A segment with a purge that nothing can be read of at one start: the note of it is elsewhere.
+TEST_F(LogOutageTest, APurgeThatCannotBeReadBringsNothingBack) {
+  for (const bool noted : {true, false}) {
+    Make(12);
+    AppendAll(0, 0, 3);
+    AppendAll(1, 0, 3);
+    Open();
+    ASSERT_TRUE(PurgeOne(0, 1).ok());
+    AppendAll(0, 50, 1);
+    ASSERT_TRUE(AppendOne(*log_, {0, 2, 2, 30000}).ok());
+    Open();
+    AppendAll(0, 60, 1);  // later than the purge, in a segment of its own
+    Open();
+    hooks_.fails_read = [this, noted](uint64_t offset, uint64_t bytes) {
+      const LogLayout layout{kSegment, 12};
+      const auto meets = [&](uint64_t lo, uint64_t n) {
+        return offset < lo + n && offset + bytes > lo;
+      };
+      return meets(layout.SegmentOffset(1), kSegment) ||
+             meets(layout.NoteOffset(0, 1), kSectorBytes) ||
+             (!noted && meets(layout.NoteOffset(1, 1), kSectorBytes));
+    };
+    Open();
+    hooks_ = {};
+    EXPECT_EQ(log_->Stats().condemned_segments, 1u);
+    EXPECT_EQ(log_->Stats().hidden_blocks, noted ? 3u : 7u);
+    for (uint32_t i = 0; i < 3; ++i) {
+      EXPECT_FALSE(Has(0, i)) << "purged, or may have been: " << i;
+      EXPECT_EQ(Has(1, i), noted) << "another tenant's: " << i;
+    }
+    EXPECT_EQ(Has(0, 60), noted) << "later than any purge there";
+    AppendAll(0, 0, 1);  // computed again: it stays
+    Open();
+    EXPECT_EQ(log_->Stats().hidden_blocks, 0u);
+    EXPECT_TRUE(Has(0, 0));
+    EXPECT_FALSE(Has(0, 1)) << "purged";
+    EXPECT_EQ(*ReadVersion(*log_, {0, 2}), 2u);
+    for (uint32_t i = 0; i < 3; ++i) EXPECT_TRUE(Has(1, i)) << i;
+    EXPECT_TRUE(Has(0, 50));
+    EXPECT_TRUE(Has(0, 60));
+  }
+}
+
+// What is found in spite of it is like any other block: it is moved when its segment is wanted.
+TEST_F(LogOutageTest, WhatNoUnreadPurgeMeansIsMovedOn) {
+  keep_ = [](const ReclaimCandidate& block) { return block.tenant == "tenant-0"; };
+  Make(12);
+  AppendAll(0, 0, 3);
+  Open();
+  ASSERT_TRUE(PurgeOne(1, 1).ok());
+  Open();
+  FailReads(kFirst + kSegment, kFirst + 2 * kSegment);
+  Open();
+  hooks_ = {};
+  AppendAll(1, 100, 200);
+  EXPECT_GT(log_->Stats().moved_bytes, 0u);
+  for (uint32_t i = 0; i < 3; ++i) EXPECT_TRUE(Has(0, i)) << i;
+}
+
+// The footer can be read, and neither copy of the purge: it may be one day, and is not replaced.
+TEST_F(LogOutageTest, APurgeThatCannotBeReadForAWhileIsNotTakenForMore) {
+  Make(12);
+  AppendAll(0, 0, 3);
+  Open();
+  ASSERT_TRUE(PurgeOne(0, 1).ok());
+  Open();
+  FailReads(kFirst + kSegment + 4096, kFirst + kSegment + 3 * 4096);
+  Open();
+  for (uint32_t i = 0; i < 3; ++i) EXPECT_FALSE(Has(0, i)) << i;
+  hooks_ = {};
+  Open();
+  for (uint32_t i = 0; i < 3; ++i) EXPECT_EQ(Has(0, i), i != 1) << i;
 }
 
 TEST_F(LogOutageTest, PurgesMeanAlsoWhatCannotBeReadNow) {

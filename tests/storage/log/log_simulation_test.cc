@@ -2,6 +2,7 @@
 // do not lie, nothing that was durable is lost and nothing that was purged comes back.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 #include <random>
@@ -27,14 +28,15 @@ constexpr uint64_t kSegment = 128 << 10;
 // What a disk with such faults still owes.
 struct Promise {
   bool durable = true, purged = true;
+  bool readable = true;  // if not, places of it are not for a while
 };
 
 class Simulation {
  public:
   Simulation(uint64_t seed, uint32_t segments, std::vector<Fault::Kind> kinds, Promise promise)
-      : random_(seed), kinds_(std::move(kinds)), promise_(promise) {
+      : random_(seed), segments_(segments), kinds_(std::move(kinds)), promise_(promise) {
     disk_ = std::make_unique<SimulatedDisk>(
-        testing::SimulatedDiskOptions{.bytes = (1 << 20) + 4096 + segments * kSegment,
+        testing::SimulatedDiskOptions{.bytes = LogBytes(segments, kSegment),
                                       .seed = seed,
                                       .torn_bytes = Below(2) == 0 ? 512u : 4096u,
                                       .stall = [] {}});
@@ -83,9 +85,12 @@ class Simulation {
       owed_[{block.tenant == "tenant-0" ? 0u : 1u, number}].may_be_gone = true;
       return Below(4) != 0;
     };
+    FailReads();
     auto log = BlockLog::Open(std::make_unique<testing::HookedDisk>(disk, &hooks_), options);
+    if (Below(2) == 0) hooks_ = {};
     if (log.ok()) {
-      // What a segment has that cannot be read at all, blocks and purges, nobody knows.
+      // Blocks of a segment that cannot be read are not found, and those that may have been purged
+      // there.
       unreadable_ = (*log)->Stats().condemned_segments > 0;
       CheckAll(**log);
       for (int i = 0; i < 60 && !::testing::Test::HasFailure(); ++i) Step(**log);
@@ -100,6 +105,31 @@ class Simulation {
     crashes_ += disk->struck(Fault::kCrash);
     if (operations_ == 0) operations_ = disk->operations();
     disk_ = disk->Crashed(random_());
+  }
+
+  // For this life, or the start of it: some of the segments, and by coin one of their notes.
+  void FailReads() {
+    hooks_ = {};
+    if (!promise_.readable && Below(2) == 0) {
+      const LogLayout layout{kSegment, segments_};
+      std::vector<std::pair<uint64_t, uint64_t>> places;
+      for (uint32_t n = 1 + Below(4); n > 0; --n) {
+        const uint32_t segment = Below(segments_);
+        uint64_t from = 0, to = kSegment;
+        if (Below(2) == 0) from = Below(kSegment / kSectorBytes) * kSectorBytes;
+        if (Below(3) == 0) to = from + kSectorBytes;
+        places.emplace_back(layout.SegmentOffset(segment) + from,
+                            layout.SegmentOffset(segment) + to);
+        if (Below(2) != 0) continue;
+        const uint64_t note = layout.NoteOffset(static_cast<int>(Below(2)), segment);
+        places.emplace_back(note, note + kSectorBytes);
+      }
+      hooks_.fails_read = [places](uint64_t offset, uint64_t bytes) {
+        return std::any_of(places.begin(), places.end(), [&](const auto& place) {
+          return offset < place.second && offset + bytes > place.first;
+        });
+      };
+    }
   }
 
   void Step(BlockLog& log) {
@@ -188,7 +218,9 @@ class Simulation {
       if (absl::IsDataLoss(version.status())) {
         EXPECT_FALSE(promise_.durable) << version.status();
       }
-      if (promise_.durable && !unreadable_) {
+      // Found again at a later start, if its segment is not used anew before.
+      if (unreadable_) owed.may_be_gone = true;
+      if (promise_.durable) {
         EXPECT_TRUE(owed.may_be_gone || owed.durable == 0) << "lost: version " << owed.durable;
       }
       return;
@@ -198,17 +230,18 @@ class Simulation {
     if (promise_.durable && !owed.may_be_gone && !unreadable_) {
       EXPECT_GE(*version, owed.durable) << "stale";
     }
-    if (promise_.purged && !unreadable_) {
+    if (promise_.purged) {
       EXPECT_GT(*version, owed.purged) << "purged";
     }
     if (at_rest && *version >= owed.durable) owed.may_be_gone = false;
   }
 
   std::mt19937_64 random_;
+  const uint32_t segments_;
   const std::vector<Fault::Kind> kinds_;
   const Promise promise_;
   std::unique_ptr<SimulatedDisk> disk_;
-  const testing::DiskHooks hooks_;  // none: the disk outlives the log
+  testing::DiskHooks hooks_;
   std::map<Name, Owed> owed_;
   uint32_t version_ = 0;
   uint64_t crashes_ = 0, operations_ = 0;
@@ -269,6 +302,7 @@ INSTANTIATE_TEST_SUITE_P(
                            12,
                            {Fault::kError, Fault::kShort, Fault::kNoSpace, Fault::kFailedSync},
                            {}},
+                      Kind{"ThatCannotBeReadInPlaces", 20, {}, {true, true, false}},
                       Kind{"ThatFlipBits", 20, {Fault::kBitFlip}, {false, true}},
                       Kind{"ThatLie",
                            20,
