@@ -12,10 +12,8 @@ namespace quarry {
 namespace {
 
 absl::Status WrongDigest(const ByteDigest& want, const ByteDigest& got, uint64_t bytes) {
-  return absl::DataLossError(
-      absl::StrCat("block of ", bytes, " bytes has digest ", absl::Hex(got.high, absl::kZeroPad16),
-                   absl::Hex(got.low, absl::kZeroPad16), ", expected ",
-                   absl::Hex(want.high, absl::kZeroPad16), absl::Hex(want.low, absl::kZeroPad16)));
+  return absl::DataLossError(absl::StrCat("block of ", bytes, " bytes has digest ", HexOf(got),
+                                          ", expected ", HexOf(want)));
 }
 
 void Release(ClientChannel& channel, uint64_t lease) {

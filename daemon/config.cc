@@ -118,7 +118,17 @@ absl::Status CheckDisk(const DiskTierOptions& disk) {
                  absl::StrCat("must be a multiple of ", kSectorBytes));
     }
   }
-  const uint64_t least = LogBytes(kLeastSegments, disk.log.segment_bytes);
+  const LogKeyOptions& key = disk.log.key;
+  if (!key.file.empty() && key.file[0] != '/') {
+    return Bad("disk.key_file", Quoted(key.file), "must be an absolute path");
+  }
+  if (!key.file.empty() && !key.environment.empty()) {
+    return Bad("disk.key_environment", Quoted(key.environment),
+               absl::StrCat("must be \"\" where disk.key_file is given: ", key.file));
+  }
+  const bool encrypted = !key.file.empty() || !key.environment.empty();
+  const uint64_t least = encrypted ? EncryptedLogBytes(kLeastSegments, disk.log.segment_bytes)
+                                   : LogBytes(kLeastSegments, disk.log.segment_bytes);
   if (disk.file.bytes != 0 && disk.file.bytes < least) {
     return Bad("disk.bytes", Quoted(PrintBytes(disk.file.bytes)),
                absl::StrCat("must be 0 or at least ", least, ", for four segments"));

@@ -36,6 +36,8 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Text("disk.path", c.engine.disk.file.path);
   v.Bytes("disk.bytes", c.engine.disk.file.bytes, 0, 64 * kTiB);
   v.Bytes("disk.segment_bytes", c.engine.disk.log.segment_bytes, 64 * kKiB, 1024 * kMiB);
+  v.Text("disk.key_file", c.engine.disk.log.key.file);
+  v.Text("disk.key_environment", c.engine.disk.log.key.environment);
   v.Choice("disk.io", c.engine.disk.file.io, {"auto", "uring", "threads"});
   v.Count("disk.queue_depth", c.engine.disk.file.queue_depth, 1, 1024);
   v.Bytes("disk.max_queued_bytes", c.engine.disk.tier.max_queued_bytes, kMiB, 64 * kTiB);

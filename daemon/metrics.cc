@@ -107,6 +107,8 @@ constexpr Figure<BlockLogStats> kLog[] = {
      &BlockLogStats::incomplete_blocks},
     {"quarry_disk_hidden_blocks_count", "blocks not found while a purge of them cannot be read",
      &BlockLogStats::hidden_blocks},
+    {"quarry_disk_unreadable_keys_count", "tenants' keys that the start could not read",
+     &BlockLogStats::unreadable_keys},
     {"quarry_disk_scanned_segments_count", "segments that the start read frame by frame",
      &BlockLogStats::scanned_segments},
 };

@@ -52,9 +52,8 @@ absl::StatusOr<PutResult> OpaqueBlocks::Put(std::string_view tenant, std::string
   // Of the copy: the caller may change its bytes while we read them.
   const ByteDigest copied = CopyAndDigest(block.writable(), bytes.data(), bytes.size());
   if (digest.has_value() && !(*digest == copied)) {
-    return absl::DataLossError(absl::StrCat(
-        "put of ", bytes.size(), " bytes: digest ", absl::Hex(copied.high), absl::Hex(copied.low),
-        ", not the given ", absl::Hex(digest->high), absl::Hex(digest->low)));
+    return absl::DataLossError(absl::StrCat("put of ", bytes.size(), " bytes: digest ",
+                                            HexOf(copied), ", not the given ", HexOf(*digest)));
   }
   QUARRY_ASSIGN_OR_RETURN(std::shared_ptr<HeldBlock> winner, block.Publish(block_key, copied));
   const HeldBlock& stored = winner == nullptr ? block : *winner;

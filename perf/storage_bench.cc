@@ -7,6 +7,7 @@
 //   append       BlockLog::Append: digests, frames, two syncs a batch
 //   disk read    each block by one Disk::Read
 //   read         BlockLog::Read: frames, keys and digests checked
+//   append+aes, read+aes   with --encrypt, the same of a log that is encrypted
 //   fio write    fio with 1 MiB at a depth of 8, direct, one fdatasync for each batch; fio read
 // Floor: the disk's own rate. A round reopens the log at its end; the time that takes is
 // `recovery`. Rows give medians with the 10th and 90th percentile; shares are medians of the
@@ -44,6 +45,7 @@ struct Settings {
   uint64_t batch = 64ull << 20;
   uint32_t rounds = 5;
   std::string io = "auto";
+  bool encrypt = false;
   bool json = false;
 };
 
@@ -57,6 +59,8 @@ void Die(const absl::Status& status, const char* what) {
   std::fprintf(stderr, "storage_bench: %s: %s\n", what, std::string(status.message()).c_str());
   std::exit(1);
 }
+
+constexpr char kKeyVariable[] = "QUARRY_STORAGE_BENCH_KEY";
 
 template <typename F>
 double Seconds(const F& f) {
@@ -116,8 +120,10 @@ class Bench {
     Die(disk.status(), "open");
     return *std::move(disk);
   }
-  std::unique_ptr<BlockLog> OpenLog() const {
-    auto log = BlockLog::Open(Open(), {});
+  std::unique_ptr<BlockLog> OpenLog(const LogKeyOptions& key) const {
+    BlockLogOptions options;
+    options.key = key;
+    auto log = BlockLog::Open(Open(), options);
     Die(log.status(), "open the log");
     return *std::move(log);
   }
@@ -142,11 +148,22 @@ class Bench {
     }
     Note("disk write", write_rate_, write_rate_);
     Note("disk read", read_rate_, read_rate_);
-    std::unique_ptr<BlockLog> log = OpenLog();
-    Note("append", Rate(Seconds([&] { Append(log.get()); })), write_rate_);
-    Note("read", Rate(Seconds([&] { Read(log.get()); })), read_rate_);
+    LogRound({}, "");
+    if (settings_.encrypt) {
+      std::filesystem::remove(settings_.path);
+      WriteRaw(Open().get());  // the first writes to new room cost the file system more
+      LogRound({.file = {}, .environment = kKeyVariable}, "+aes");
+    }
+  }
+  void LogRound(const LogKeyOptions& key, const std::string& suffix) {
+    std::unique_ptr<BlockLog> log = OpenLog(key);
+    Note("append" + suffix, Rate(Seconds([&] { Append(log.get()); })), write_rate_);
+    std::vector<double> latency_us;
+    Note("read" + suffix, Rate(Seconds([&] { latency_us = Read(log.get()); })), read_rate_);
     log = nullptr;
-    log = OpenLog();
+    log = OpenLog(key);
+    if (!suffix.empty()) return;
+    latency_us_.insert(latency_us_.end(), latency_us.begin(), latency_us.end());
     recovery_s_.push_back(log->Stats().recovery_seconds);
   }
 
@@ -173,13 +190,16 @@ class Bench {
       for (const absl::Status& status : log->Append(batch)) Die(status, "append");
     }
   }
-  void Read(BlockLog* log) {
+  // Microseconds of each.
+  std::vector<double> Read(BlockLog* log) {
+    std::vector<double> latency_us;
     AlignedBuffer out(size_);
     for (const uint64_t i : order_) {
       const double seconds = Seconds(
           [&] { Die(log->Read("bench", keys_[i], out.bytes()).status(), "read from the log"); });
-      latency_us_.push_back(seconds * 1e6);
+      latency_us.push_back(seconds * 1e6);
     }
+    return latency_us;
   }
 
   static bool HasFio() { return std::system("command -v fio >/dev/null 2>&1") == 0; }
@@ -263,9 +283,11 @@ int main(int argc, char** argv) {
   app.add_option("--batch", settings.batch, "bytes of a group commit")->capture_default_str();
   app.add_option("--rounds", settings.rounds)->capture_default_str();
   app.add_option("--io", settings.io)->check(CLI::IsMember({"auto", "uring", "threads"}));
+  app.add_flag("--encrypt", settings.encrypt, "also a log that is encrypted");
   app.add_flag("--json", settings.json, "JSON lines");
   CLI11_PARSE(app, argc, argv);
   spdlog::set_level(spdlog::level::warn);
+  setenv(quarry::kKeyVariable, std::string(64, '5').c_str(), 1);
   for (const uint64_t size : settings.sizes) {
     if (size % 4096 != 0) {
       std::fprintf(stderr, "storage_bench: --sizes %lu is no multiple of 4096\n", size);

@@ -84,8 +84,7 @@ class TieredBlockStore final : public BlockStore {
  private:
   // Whether a block of RAM waits for the writer, which has a lease of it then, now or already. If
   // not: the queue has no room (ResourceExhausted), or the disk does not take it now (Unavailable)
-  // or ever (InvalidArgument,
-  // FailedPrecondition).
+  // or ever (InvalidArgument).
   absl::Status Enqueue(const BlockView& view, const BlockKey& key);
   void EnqueueOrCount(const BlockView& view, const BlockKey& key) {
     if (!Enqueue(view, key).ok()) ++not_admitted_;

@@ -16,6 +16,7 @@
 #include "storage/block_key.h"
 #include "storage/disk/disk.h"
 #include "storage/disk_tier_stats.h"
+#include "storage/log/log_key.h"
 #include "storage/log/log_layout.h"
 
 namespace quarry {
@@ -23,6 +24,9 @@ namespace quarry {
 // The bytes of a disk for a log of so many segments, of which there are at least four.
 constexpr uint64_t LogBytes(uint32_t segments, uint64_t segment_bytes) {
   return LogLayout{segment_bytes, segments}.bytes();
+}
+constexpr uint64_t EncryptedLogBytes(uint32_t segments, uint64_t segment_bytes) {
+  return LogLayout::Encrypted(segment_bytes, segments).bytes();
 }
 inline constexpr uint32_t kLeastSegments = 4;
 
@@ -42,6 +46,8 @@ struct BlockLogOptions {
   std::function<bool(const ReclaimCandidate&)> keep;
   // Random numbers that differ from start to start. Default: of the system; tests have their own.
   std::function<uint64_t()> random;
+  // What is written is encrypted, with a key for each tenant: storage/FORMAT.md.
+  LogKeyOptions key;
 };
 
 // A block to write. What it refers to must live until Append returns.
@@ -73,9 +79,9 @@ struct LoggedBlockName {
 // generation, whole key and digests.
 class BlockLog {
  public:
-  // Formats a blank disk; recovers what a log has. FailedPrecondition: another thing's disk, or a
-  // version that this program does not know; nothing is changed then. InvalidArgument names an
-  // option and its value.
+  // Formats a blank disk; recovers what a log has. FailedPrecondition: another thing's disk, a
+  // version that this program does not know, or another key; nothing is changed then.
+  // InvalidArgument names an option and its value; LoadLogKey's errors come as they are.
   static absl::StatusOr<std::unique_ptr<BlockLog>> Open(std::unique_ptr<Disk> disk,
                                                         const BlockLogOptions& options);
   virtual ~BlockLog() = default;
@@ -87,7 +93,8 @@ class BlockLog {
   // segment could be had, or the disk is full; Unavailable: the disk failed; then the blocks behind
   // it are not tried. Of blocks of one id the last stays.
   virtual std::vector<absl::Status> Append(std::span<const BlockToLog> blocks) = 0;
-  // As BlockStore::Purge; when it returns OK, the blocks never come back. They cannot be found from
+  // As BlockStore::Purge; when it returns OK, the blocks never come back, and if all of a tenant's
+  // were meant, the keys that they are encrypted with are overwritten. They cannot be found from
   // the call on, also if it fails. Returns how many there were.
   virtual absl::StatusOr<uint64_t> Purge(std::string_view tenant,
                                          const std::optional<NamespaceDigest>& name_space,

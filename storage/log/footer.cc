@@ -14,7 +14,7 @@
 namespace quarry {
 namespace {
 
-constexpr size_t kEntryBytes = 1 + 6 * 8 + 3 * 32 + 16 + 8 + 4;
+constexpr size_t kEntryBytes = 1 + 7 * 8 + 3 * 32 + 4;
 // Of a segment's end, which most footers fit into.
 constexpr uint64_t kTailBytes = 64ull << 10;
 
@@ -32,7 +32,6 @@ FooterEntry EntryOf(const PartFrame& part) {
   entry.id = part.key.id;
   entry.parent = part.key.parent;
   entry.name_space = part.key.name_space;
-  entry.block_digest = part.block_digest;
   entry.block_bytes = part.block_bytes;
   entry.part_offset = part.part_offset;
   entry.part_bytes = part.part_bytes;
@@ -69,7 +68,6 @@ AlignedBuffer EncodeFooter(const FramePlace& segment_end, uint64_t sequence,
     out.Digest(entry.id);
     out.Digest(entry.parent);
     out.Digest(entry.name_space);
-    out.Digest(entry.block_digest);
     out.Number(entry.block_bytes);
     out.Number(entry.part_offset);
     out.Number(entry.part_bytes);
@@ -122,7 +120,6 @@ absl::StatusOr<std::vector<FooterEntry>> DecodeFooter(const FooterPlace& place,
     in.Digest(&entry.id);
     in.Digest(&entry.parent);
     in.Digest(&entry.name_space);
-    in.Digest(&entry.block_digest);
     entry.block_bytes = in.Number<uint64_t>();
     entry.part_offset = in.Number<uint64_t>();
     entry.part_bytes = in.Number<uint64_t>();

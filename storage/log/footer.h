@@ -25,7 +25,6 @@ struct FooterEntry {
   std::string tenant;
   BlockId id, parent;
   NamespaceDigest name_space;
-  ByteDigest block_digest;
   uint64_t block_bytes = 0, part_offset = 0, part_bytes = 0;  // of a purge: 0, its copy, 0
 };
 

@@ -10,16 +10,15 @@
 namespace quarry {
 namespace {
 
-constexpr size_t kCrcOffset = 12;
 // In the order of FrameKind.
 constexpr std::string_view kMagics[] = {"QRYSUPER", "QRYSEGMT", "QRYBLOCK", "QRYPURGE",
-                                        "QRYCOMIT", "QRYFOOTR", "QRYNOTES"};
+                                        "QRYCOMIT", "QRYFOOTR", "QRYNOTES", "QRYTNKEY"};
 
 uint32_t CrcOf(std::span<const std::byte> frame) {
-  constexpr std::byte kNone[4] = {};
-  uint32_t crc = Crc32c(frame.first(kCrcOffset));
+  constexpr std::byte kNone[kFrameCrcBytes] = {};
+  uint32_t crc = Crc32c(frame.first(kFrameCrcOffset));
   crc = Crc32c(kNone, crc);
-  return Crc32c(frame.subspan(kCrcOffset + sizeof(crc)), crc);
+  return Crc32c(frame.subspan(kFrameCrcOffset + sizeof(crc)), crc);
 }
 
 }  // namespace
@@ -44,7 +43,7 @@ AlignedBuffer NewFrame(FrameKind kind, const FramePlace& place, uint64_t sequenc
 
 AlignedBuffer FinishFrame(AlignedBuffer frame) {
   const uint32_t crc = CrcOf(frame.bytes());
-  std::memcpy(frame.bytes().data() + kCrcOffset, &crc, sizeof(crc));
+  std::memcpy(frame.bytes().data() + kFrameCrcOffset, &crc, sizeof(crc));
   return frame;
 }
 
@@ -63,7 +62,7 @@ absl::StatusOr<std::span<const std::byte>> CheckedBody(std::span<const std::byte
         absl::StrCat("a frame of ", head->bytes, " bytes in ", frame.size()));
   }
   uint32_t crc;
-  std::memcpy(&crc, frame.data() + kCrcOffset, sizeof(crc));
+  std::memcpy(&crc, frame.data() + kFrameCrcOffset, sizeof(crc));
   if (const uint32_t actual = CrcOf(frame); actual != crc) {
     return absl::DataLossError(
         absl::StrCat("a frame's checksum is ", absl::Hex(actual), ", not ", absl::Hex(crc)));

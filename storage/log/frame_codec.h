@@ -21,7 +21,7 @@ namespace quarry {
 
 static_assert(std::endian::native == std::endian::little, "the log is little-endian");
 
-inline constexpr size_t kFrameHeadBytes = 64;
+inline constexpr size_t kFrameHeadBytes = 64, kFrameCrcOffset = 12, kFrameCrcBytes = 4;
 
 class FrameWriter {
  public:

@@ -11,10 +11,13 @@ namespace quarry {
 // ---- The disk and its segments.
 
 AlignedBuffer EncodeSuperblock(const Superblock& superblock, uint64_t offset) {
-  AlignedBuffer frame = NewFrame(FrameKind::kSuperblock, {superblock.device, 0, 0, offset}, 0, 12);
+  AlignedBuffer frame = NewFrame(FrameKind::kSuperblock, {superblock.device, 0, 0, offset}, 0,
+                                 8 + 2 * 4 + superblock.key_check.size());
   FrameWriter out(BodyOf(&frame));
   out.Number(superblock.segment_bytes);
   out.Number(superblock.segments);
+  out.Number(superblock.key_slots);
+  out.Bytes(superblock.key_check.data(), superblock.key_check.size());
   return FinishFrame(std::move(frame));
 }
 
@@ -27,9 +30,11 @@ absl::StatusOr<Superblock> DecodeSuperblock(std::span<const std::byte> frame, ui
   out.device = head.place.device;
   out.segment_bytes = in.Number<uint64_t>();
   out.segments = in.Number<uint32_t>();
+  out.key_slots = in.Number<uint32_t>();
+  in.Bytes(out.key_check.data(), out.key_check.size());
   if (head.place.offset != offset || out.segment_bytes % kSectorBytes != 0 ||
       out.segment_bytes < kMinSegmentBytes || out.segment_bytes > kMaxSegmentBytes ||
-      out.segments == 0) {
+      out.segments == 0 || out.key_slots > LogLayout::kMostKeySlots) {
     return MalformedFrame("superblock");
   }
   return out;
@@ -49,30 +54,52 @@ absl::StatusOr<FrameHead> DecodeSegmentStart(std::span<const std::byte> frame) {
 
 namespace {
 
-constexpr size_t kPartBodyBytes = 3 * 32 + 2 * 16 + 4 * 8 + 2 * 4;
+// Tag, key and salt, three digests, four numbers, two lengths.
+constexpr size_t kPartFixedBytes = 3 * 16 + 3 * 32 + 4 * 8 + 2 * 4;
+constexpr size_t kPartDigestBytes = 2 * 16;
 
 }  // namespace
 
 uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key) {
-  return RoundUp(kFrameHeadBytes + kPartBodyBytes + tenant.size() + key.full_key.size(),
-                 kSectorBytes);
+  return RoundUp(
+      kFrameHeadBytes + kPartFixedBytes + tenant.size() + kPartDigestBytes + key.full_key.size(),
+      kSectorBytes);
+}
+
+size_t PartSecretOffset(const PartFrame& part) {
+  return kFrameHeadBytes + kPartFixedBytes + part.tenant.size();
+}
+size_t PartSecretBytes(const PartFrame& part) {
+  return kPartDigestBytes + part.key.full_key.size();
+}
+
+void DecodePartSecret(std::span<const std::byte> secret, PartFrame* part) {
+  FrameReader in(secret);
+  in.Digest(&part->block_digest);
+  in.Digest(&part->digest);
+  in.Bytes(part->key.full_key.data(), part->key.full_key.size());
 }
 
 AlignedBuffer EncodePart(const FramePlace& place, uint64_t sequence, const PartFrame& part) {
   AlignedBuffer frame = NewFrame(FrameKind::kPart, place, sequence,
-                                 kPartBodyBytes + part.tenant.size() + part.key.full_key.size());
+                                 PartSecretOffset(part) + PartSecretBytes(part) - kFrameHeadBytes);
   FrameWriter out(BodyOf(&frame));
+  static_assert(kPartTagOffset == kFrameHeadBytes);
+  out.Bytes(part.seal.tag.data(), part.seal.tag.size());
+  out.Bytes(part.seal.key.data(), part.seal.key.size());
+  out.Bytes(part.seal.salt.data(), part.seal.salt.size());
   out.Digest(part.key.id);
   out.Digest(part.key.parent);
   out.Digest(part.key.name_space);
-  out.Digest(part.block_digest);
-  out.Digest(part.digest);
   out.Number(part.block_bytes);
   out.Number(part.part_offset);
   out.Number(part.part_bytes);
   out.Number(part.born);
+  out.Number(static_cast<uint32_t>(part.key.full_key.size()));
   out.Text(part.tenant);
-  out.Text(part.key.full_key);
+  out.Digest(part.block_digest);
+  out.Digest(part.digest);
+  out.Bytes(part.key.full_key.data(), part.key.full_key.size());
   return FinishFrame(std::move(frame));
 }
 
@@ -82,21 +109,27 @@ absl::StatusOr<PartFrame> DecodePart(std::span<const std::byte> frame, const Fra
                           BodyAt(frame, FrameKind::kPart, place, sequence));
   PartFrame out;
   FrameReader in(body);
+  in.Bytes(out.seal.tag.data(), out.seal.tag.size());
+  in.Bytes(out.seal.key.data(), out.seal.key.size());
+  in.Bytes(out.seal.salt.data(), out.seal.salt.size());
   in.Digest(&out.key.id);
   in.Digest(&out.key.parent);
   in.Digest(&out.key.name_space);
-  in.Digest(&out.block_digest);
-  in.Digest(&out.digest);
   out.block_bytes = in.Number<uint64_t>();
   out.part_offset = in.Number<uint64_t>();
   out.part_bytes = in.Number<uint64_t>();
   out.born = in.Number<uint64_t>();
+  const auto key_bytes = in.Number<uint32_t>();
   out.tenant = in.Text();
-  out.key.full_key = in.Text();
   if (!in.ok() || out.tenant.empty() || out.part_bytes == 0 ||
       out.part_offset % kSectorBytes != 0 || out.part_offset > out.block_bytes ||
-      out.part_bytes > out.block_bytes - out.part_offset) {
+      out.part_bytes > out.block_bytes - out.part_offset || key_bytes > frame.size() ||
+      PartSecretOffset(out) + PartSecretBytes(out) + key_bytes > frame.size()) {
     return MalformedFrame("block part");
+  }
+  out.key.full_key.resize(key_bytes);
+  if (!out.seal.sealed()) {
+    DecodePartSecret(frame.subspan(PartSecretOffset(out), PartSecretBytes(out)), &out);
   }
   return out;
 }
@@ -105,12 +138,13 @@ absl::StatusOr<PartFrame> DecodePart(std::span<const std::byte> frame, const Fra
 
 AlignedBuffer EncodePurge(const FramePlace& place, uint64_t sequence, const PurgeFrame& purge) {
   QUARRY_CHECK(purge.blocks.size() <= PurgeFrame::kMaxBlocks);
-  const size_t bytes = 8 + 2 + 32 + 2 * 4 + purge.tenant.size() + purge.blocks.size() * (32 + 8);
+  const size_t bytes = 8 + 3 + 32 + 2 * 4 + purge.tenant.size() + purge.blocks.size() * (32 + 8);
   AlignedBuffer frame = NewFrame(FrameKind::kPurge, place, sequence, bytes);
   FrameWriter out(BodyOf(&frame));
   out.Number(purge.born);
   out.Number(purge.copy);
   out.Number(static_cast<uint8_t>(purge.has_name_space));
+  out.Number(static_cast<uint8_t>(purge.destroys_keys));
   out.Digest(purge.name_space);
   out.Text(purge.tenant);
   out.Number(static_cast<uint32_t>(purge.blocks.size()));
@@ -130,6 +164,7 @@ absl::StatusOr<PurgeFrame> DecodePurge(std::span<const std::byte> frame, const F
   out.born = in.Number<uint64_t>();
   out.copy = in.Number<uint8_t>();
   out.has_name_space = in.Number<uint8_t>() != 0;
+  out.destroys_keys = in.Number<uint8_t>() != 0;
   in.Digest(&out.name_space);
   out.tenant = in.Text();
   const auto blocks = in.Number<uint32_t>();

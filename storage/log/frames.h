@@ -18,6 +18,7 @@
 #include "storage/disk/aligned_buffer.h"
 #include "storage/disk/disk.h"
 #include "storage/log/log_layout.h"
+#include "storage/log/sealing.h"
 
 namespace quarry {
 
@@ -28,6 +29,7 @@ inline constexpr uint64_t kMaxSegmentBytes = 1ull << 30;
 inline constexpr uint64_t kMaxFrameBytes = 128ull << 10;
 
 using DeviceId = std::array<uint8_t, 16>;
+using KeyId = std::array<uint8_t, 16>;  // drawn at random with the key
 
 // Where a frame is, which it says itself: a frame that was written elsewhere, or before its segment
 // was used anew, is not mistaken for it.
@@ -42,20 +44,32 @@ struct FramePlace {
 // The disk's, the same in every copy; written once.
 struct Superblock : LogLayout {
   DeviceId device{};
+  // Of the key that its keys are wrapped with; where there are slots for them.
+  std::array<uint8_t, 16> key_check{};
+};
+
+// How a part is encrypted: storage/log/part_cipher.h.
+struct PartSeal {
+  SealTag tag{};
+  KeyId key{};                     // of the tenant; zeros: it is not encrypted
+  std::array<uint8_t, 16> salt{};  // of the start that wrote it
+  bool sealed() const { return key != KeyId{}; }
 };
 
 // A part of a block's bytes, which follow the frame in whole sectors.
 struct PartFrame {
   std::string tenant;
   BlockKey key;
-  ByteDigest block_digest;  // of the whole block
-  ByteDigest digest;        // of this part
+  // Of the whole block and of this part. Encrypted with the bytes, like key.full_key; of a sealed
+  // frame that is decoded all three are nothing yet.
+  ByteDigest block_digest, digest;
   uint64_t block_bytes = 0;
   uint64_t part_offset = 0;  // in the block; a multiple of kSectorBytes
   uint64_t part_bytes = 0;
   // The sequence of the block's first frame, the same for all its parts; another one where it is
   // moved to.
   uint64_t born = 0;
+  PartSeal seal;
 };
 
 // A block with this id that was born before is gone.
@@ -73,6 +87,8 @@ struct PurgeFrame {
   std::vector<PurgedBlock> blocks;  // at most kMaxBlocks
   uint64_t born = 0;                // the latest of them
   uint8_t copy = 0;                 // 0 or 1, which follows it
+  // The tenant's keys are gone with it.
+  bool destroys_keys = false;
 
   static constexpr size_t kMaxBlocks = 2048;
   // Of both copies in one segment of so many bytes.
@@ -88,7 +104,16 @@ struct CommitFrame {
   uint32_t count = 0;
 };
 
-enum class FrameKind : uint8_t { kSuperblock, kSegment, kPart, kPurge, kCommit, kFooter, kNote };
+enum class FrameKind : uint8_t {
+  kSuperblock,
+  kSegment,
+  kPart,
+  kPurge,
+  kCommit,
+  kFooter,
+  kNote,
+  kKey
+};
 
 // What every frame begins with.
 struct FrameHead {
@@ -106,6 +131,12 @@ AlignedBuffer EncodePurge(const FramePlace& place, uint64_t sequence, const Purg
 AlignedBuffer EncodeCommit(const FramePlace& place, uint64_t sequence, const CommitFrame& commit);
 // Bytes that the frame of a part takes.
 uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key);
+// Where a part's frame has its tag, and what is encrypted of it: both digests and the full key.
+inline constexpr size_t kPartTagOffset = 64;
+size_t PartSecretOffset(const PartFrame& part);
+size_t PartSecretBytes(const PartFrame& part);
+// From those bytes. `part->key.full_key` has its size.
+void DecodePartSecret(std::span<const std::byte> secret, PartFrame* part);
 
 // The head of the frame that begins here, by its first sector, of whatever version; its checksum is
 // not looked at. DataLoss: there is none. Of more sectors, read head.bytes of them.

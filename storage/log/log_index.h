@@ -30,7 +30,6 @@ struct LoggedBlock {
   TenantName tenant = nullptr;
   BlockId id, parent;
   NamespaceDigest name_space;
-  ByteDigest digest;
   uint64_t bytes = 0;
   uint64_t born = 0;
   uint32_t uses = 0;              // since it was written, half of those before it was moved

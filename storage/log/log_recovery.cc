@@ -16,6 +16,7 @@
 #include "storage/log/footer.h"
 #include "storage/log/purge_note.h"
 #include "storage/log/sectors.h"
+#include "storage/log/tenant_keys.h"
 #include "storage/slot_size.h"
 
 namespace quarry {
@@ -28,6 +29,7 @@ bool IsBlank(std::span<const std::byte> bytes) {
 // Superblocks last: a disk with one has all that belongs to it.
 absl::Status Format(Disk* disk, const Superblock& superblock) {
   QUARRY_RETURN_IF_ERROR(WriteEmptyNotes(disk, superblock));
+  QUARRY_RETURN_IF_ERROR(WriteNoKeys(disk, superblock));
   QUARRY_RETURN_IF_ERROR(disk->Sync());
   for (int copy = 0; copy < LogLayout::kSuperblocks; ++copy) {
     const uint64_t offset = superblock.SuperblockOffset(copy);
@@ -38,11 +40,31 @@ absl::Status Format(Disk* disk, const Superblock& superblock) {
   return disk->Sync();
 }
 
+absl::Status CheckKey(const std::string& disk, const Superblock& superblock,
+                      const std::optional<LogKey>& key) {
+  const bool encrypted = superblock.key_slots > 0;
+  if (!key.has_value()) {
+    if (!encrypted) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the log on ", disk, " is encrypted, and no key is given; it is left as it is"));
+  }
+  if (!encrypted) {
+    return absl::FailedPreconditionError(absl::StrCat("the log on ", disk,
+                                                      " is not encrypted, and a key is given, in ",
+                                                      key->origin, "; it is left as it is"));
+  }
+  if (KeyCheckOf(key->secret, superblock.device) == superblock.key_check) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat(
+      "the key in ", key->origin, " is not that of the log on ", disk, "; it is left as it is"));
+}
+
 }  // namespace
 
 absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
+                                          const std::optional<LogKey>& key,
                                           const std::function<uint64_t()>& random) {
-  const uint64_t least = LogBytes(kLeastSegments, segment_bytes);
+  const uint64_t least = key.has_value() ? EncryptedLogBytes(kLeastSegments, segment_bytes)
+                                         : LogBytes(kLeastSegments, segment_bytes);
   if (disk->bytes() < least) {
     return absl::FailedPreconditionError(absl::StrCat("disk ", disk->name(), " has ", disk->bytes(),
                                                       " bytes; a log of segments of ",
@@ -53,9 +75,14 @@ absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
     const uint64_t number = random();
     std::memcpy(fresh.device.data() + i, &number, 8);
   }
-  fresh.segment_bytes = segment_bytes;
-  fresh.segments = static_cast<uint32_t>(disk->bytes() / segment_bytes);
-  while (fresh.bytes() > disk->bytes()) --fresh.segments;
+  auto segments = static_cast<uint32_t>(disk->bytes() / segment_bytes);
+  LogLayout& layout = fresh;
+  do {
+    layout = key.has_value() ? LogLayout::Encrypted(segment_bytes, segments)
+                             : LogLayout{segment_bytes, segments};
+    --segments;
+  } while (layout.bytes() > disk->bytes());
+  if (key.has_value()) fresh.key_check = KeyCheckOf(key->secret, fresh.device);
   // The place of the last copy is known from any other; on a disk that was formatted with another
   // size of segments the fresh one's has something else.
   bool blank = true;
@@ -81,6 +108,7 @@ absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
                                                         found->bytes(), " bytes, the disk ",
                                                         disk->bytes()));
     }
+    QUARRY_RETURN_IF_ERROR(CheckKey(disk->name(), *found, key));
     return *found;
   }
   if (absl::IsUnavailable(trouble)) return trouble;
@@ -115,14 +143,8 @@ class SectorReader {
   void Fill(uint64_t offset, uint64_t bytes) {
     from_ = offset;
     window_ = AlignedBuffer(std::max(bytes, std::min(kWindowBytes, end_ - offset)));
-    if (ReadSectors(disk_, offset, &window_).ok()) return;
-    AlignedBuffer sector(kSectorBytes);
-    for (uint64_t at = 0; at < window_.size(); at += kSectorBytes) {
-      const bool read = ReadSectors(disk_, offset + at, &sector).ok();
-      if (!read) std::memset(sector.bytes().data(), 0, kSectorBytes);
-      complete_ &= read;
-      std::memcpy(window_.bytes().data() + at, sector.bytes().data(), kSectorBytes);
-    }
+    const std::vector<bool> read = ReadEachSector(disk_, offset, &window_);
+    complete_ &= std::find(read.begin(), read.end(), false) == read.end();
   }
 
   Disk* const disk_;
@@ -326,8 +348,12 @@ class Recovery {
       const absl::StatusOr<PurgeFrame> purge = ReadPurge(place, entry);
       read[entry.sequence] = purge.status();
       if (!purge.ok()) continue;
+      const TenantName tenant = tenants_->Intern(purge->tenant);
       note->Add(purge->tenant, purge->born);
-      out_.purges.Add(tenants_->Intern(purge->tenant), *purge, s);
+      out_.purges.Add(tenant, *purge, s);
+      if (!purge->destroys_keys) continue;
+      uint64_t& before = out_.destroyed_keys[tenant];
+      before = std::max(before, purge->born);
     }
     for (const FooterEntry& entry : footer.entries) {
       if (entry.kind != FrameKind::kPurge || read[entry.sequence].ok()) continue;
@@ -386,7 +412,6 @@ class Recovery {
       block.id = entry.id;
       block.parent = entry.parent;
       block.name_space = entry.name_space;
-      block.digest = entry.block_digest;
       block.bytes = entry.block_bytes;
       block.born = entry.born;
     }

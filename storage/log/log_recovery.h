@@ -3,12 +3,14 @@
 
 #include <cstdint>
 #include <functional>
-#include <vector>
+#include <optional>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "storage/disk/disk.h"
 #include "storage/log/frames.h"
 #include "storage/log/log_index.h"
+#include "storage/log/log_key.h"
 #include "storage/log/purge_table.h"
 #include "storage/log/segment_table.h"
 #include "storage/tenant_names.h"
@@ -21,15 +23,19 @@ struct RecoveredLog {
   SegmentTable segments;
   PurgeTable purges;
   uint64_t next_sequence = 1;
+  // Of tenants that were purged: their keys of before these sequences are to be gone.
+  absl::flat_hash_map<TenantName, uint64_t> destroyed_keys;
   // For the log line and the metrics.
   uint32_t scanned_segments = 0;   // which had no footer
   uint64_t incomplete_blocks = 0;  // of which parts were never committed
   uint64_t hidden_blocks = 0;      // that may have been purged where it cannot be read
 };
 
-// The superblock of a disk, which is formatted in segments of these bytes first if it is blank.
-// FailedPrecondition: something else is on it, or a log of another version or of a larger disk.
+// The superblock of a disk, which is formatted in segments of these bytes first if it is blank, and
+// with room for keys if there is one to wrap them with. FailedPrecondition: something else is on
+// it, or a log of another version, of a larger disk, or of another key.
 absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
+                                          const std::optional<LogKey>& key,
                                           const std::function<uint64_t()>& random);
 
 // Reads the footers of sealed segments, and of others what was committed; these are sealed then.

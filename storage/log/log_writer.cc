@@ -10,17 +10,20 @@
 #include "proto/byte_digest.h"
 #include "proto/check.h"
 #include "proto/status_macros.h"
+#include "storage/log/part_cipher.h"
 #include "storage/slot_size.h"
 
 namespace quarry {
 
 LogWriter::LogWriter(Disk* disk, const Superblock& superblock, const LogWriterOptions& options,
-                     SegmentTable* table, absl::Mutex* table_mutex, uint64_t next_sequence)
+                     SegmentTable* table, absl::Mutex* table_mutex, TenantKeys* keys,
+                     uint64_t next_sequence)
     : disk_(disk),
       superblock_(superblock),
       options_(options),
       table_(table),
       table_mutex_(table_mutex),
+      keys_(keys),
       next_sequence_(next_sequence) {}
 
 FramePlace LogWriter::PlaceHere() const {
@@ -193,8 +196,28 @@ absl::StatusOr<LoggedPart> LogWriter::AddPart(PartFrame* part, std::span<const s
   if (part->born == 0) part->born = next_sequence_;
   const LoggedPart placed{PlaceHere(), next_sequence_, frame_bytes, part->part_offset,
                           bytes.size()};
-  Place(EncodePart(placed.place, placed.sequence, *part), bytes, EntryOf(*part));
+  if (keys_ != nullptr) {
+    QUARRY_RETURN_IF_ERROR(PlaceSealed(part, bytes));
+  } else {
+    Place(EncodePart(placed.place, placed.sequence, *part), bytes, EntryOf(*part));
+  }
   return placed;
+}
+
+absl::Status LogWriter::PlaceSealed(PartFrame* part, std::span<const std::byte> bytes) {
+  std::optional<TenantKeys::Writing> with = keys_->ForWriting(part->tenant);
+  if (!with.has_value()) {
+    AwaitBehind();  // calls of the disk have an order
+    QUARRY_ASSIGN_OR_RETURN(with, keys_->Draw(part->tenant, next_sequence_));
+  }
+  part->seal = with->seal;
+  AlignedBuffer sealed(RoundUp(bytes.size(), kSectorBytes));
+  AlignedBuffer frame = EncodeSealedPart(PlaceHere(), next_sequence_, *with->part_key, bytes,
+                                         sealed.bytes().data(), part);
+  const std::span<const std::byte> payload = sealed.bytes();
+  pending_.back().buffers.push_back(std::move(sealed));
+  Place(std::move(frame), payload, EntryOf(*part));
+  return absl::OkStatus();
 }
 
 absl::StatusOr<uint32_t> LogWriter::AddPurge(PurgeFrame* purge) {

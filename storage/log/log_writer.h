@@ -18,6 +18,7 @@
 #include "storage/log/log_index.h"
 #include "storage/log/purge_note.h"
 #include "storage/log/segment_table.h"
+#include "storage/log/tenant_keys.h"
 
 namespace quarry {
 
@@ -37,14 +38,17 @@ struct LogWriterOptions {
 // `table_mutex`.
 class LogWriter {
  public:
+  // `keys`: null where parts are not encrypted. They are the caller's to settle after each Commit.
   LogWriter(Disk* disk, const Superblock& superblock, const LogWriterOptions& options,
-            SegmentTable* table, absl::Mutex* table_mutex, uint64_t next_sequence);
+            SegmentTable* table, absl::Mutex* table_mutex, TenantKeys* keys,
+            uint64_t next_sequence);
 
   // Frames `rest`, the bytes of the block from part.part_offset on, or as much as may be in one
   // part; says how it lies on the disk. part.digest and part.part_bytes are set here, part.born too
   // if it is 0: this frame's own sequence. Of a block in one part the digest is the block's. `rest`
   // is at an address and offset of whole sectors, but for its end. `reserved`: segments that are
-  // left free. ResourceExhausted: no segment is. The frame has at most kMaxFrameBytes.
+  // left free. ResourceExhausted: no segment is; FailedPrecondition: no slot for the tenant's key.
+  // The frame has at most kMaxFrameBytes.
   absl::StatusOr<LoggedPart> AddPart(PartFrame* part, std::span<const std::byte> rest,
                                      uint32_t reserved);
   // Both copies of it; what was born 0 is born now. Returns the segment that has it.
@@ -103,6 +107,8 @@ class LogWriter {
   void CloseBatch(bool seals);
   // Adds the frame and its payload to the pending batch; `entry` tells of it but for its place.
   void Place(AlignedBuffer frame, std::span<const std::byte> payload, FooterEntry entry);
+  // The same of a part that is encrypted first.
+  absl::Status PlaceSealed(PartFrame* part, std::span<const std::byte> bytes);
   // Begins to write what the last batch has, while the caller goes on with other frames.
   void WriteBehind();
   absl::Status WriteData();
@@ -115,6 +121,7 @@ class LogWriter {
   const LogWriterOptions options_;
   SegmentTable* const table_;
   absl::Mutex* const table_mutex_;
+  TenantKeys* const keys_;
   uint64_t next_sequence_;
   std::optional<OpenSegment> open_;
   std::vector<Pending> pending_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <future>
+#include <memory>
 #include <optional>
 #include <system_error>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "proto/byte_digest.h"
 #include "proto/status_macros.h"
+#include "storage/log/part_cipher.h"
 #include "storage/slot_size.h"
 
 namespace quarry {
@@ -37,8 +39,7 @@ absl::StatusOr<PartFrame> CheckedPart(std::span<const std::byte> frame, const Lo
   const bool same = found.key.id == block.id && found.key.parent == block.parent &&
                     found.key.name_space == block.name_space && found.tenant == *block.tenant &&
                     found.born == block.born && found.block_bytes == block.bytes &&
-                    found.block_digest == block.digest && found.part_offset == part.part_offset &&
-                    found.part_bytes == part.part_bytes;
+                    found.part_offset == part.part_offset && found.part_bytes == part.part_bytes;
   if (same) return found;
   return absl::DataLossError(absl::StrCat(
       "a frame in segment ", part.place.segment, ", offset ", part.place.offset, " is of block ",
@@ -63,13 +64,33 @@ struct PartTarget {
       if (!piece.empty()) pieces->push_back(piece);
     }
   }
-  absl::StatusOr<BlockKey> Check(const LoggedBlock& block) {
+  absl::StatusOr<BlockOrigin> Check(const TenantKeys* keys, const LoggedBlock& block) {
     QUARRY_ASSIGN_OR_RETURN(PartFrame found, CheckedPart(frame.bytes(), block, *part));
     if (straight < here.size()) {
       std::memcpy(here.data() + straight, rest.bytes().data(), here.size() - straight);
     }
+    if (found.seal.sealed() != (keys != nullptr)) {
+      return absl::DataLossError(
+          absl::StrCat("a part in segment ", part->place.segment, ", offset ", part->place.offset,
+                       " is ", found.seal.sealed() ? "" : "not ", "encrypted, in a log that is ",
+                       found.seal.sealed() ? "not" : ""));
+    }
+    if (keys != nullptr) QUARRY_RETURN_IF_ERROR(Open(*keys, &found));
     QUARRY_RETURN_IF_ERROR(CheckDigest(here, found.digest, *part));
-    return std::move(found.key);
+    return BlockOrigin{std::move(found.key), found.block_digest};
+  }
+  absl::Status Open(const TenantKeys& keys, PartFrame* found) {
+    const std::shared_ptr<const Secret> key = keys.Find(found->seal.key);
+    if (key == nullptr) {
+      return absl::DataLossError(absl::StrCat("the key of tenant ", found->tenant, " for segment ",
+                                              part->place.segment, ", offset ", part->place.offset,
+                                              " is not there"));
+    }
+    const absl::Status opened =
+        OpenSealedPart(frame.bytes(), part->sequence, PartKey(*key, found->seal), here, found);
+    if (opened.ok()) return opened;
+    return absl::DataLossError(absl::StrCat(std::string(opened.message()), ", in segment ",
+                                            part->place.segment, ", offset ", part->place.offset));
   }
 };
 
@@ -107,29 +128,30 @@ std::future<absl::Status> ReadBeside(Disk* disk, const PartGroup& group) {
 
 }  // namespace
 
-absl::StatusOr<BlockKey> ReadBlock(Disk* disk, uint64_t group_bytes, const LoggedBlock& block,
-                                   std::span<std::byte> out) {
-  std::optional<BlockKey> key;
+absl::StatusOr<BlockOrigin> ReadBlock(const BlockSource& source, const LoggedBlock& block,
+                                      std::span<std::byte> out) {
+  std::optional<BlockOrigin> origin;
   auto part = block.parts.begin();
-  PartGroup group = NextGroup(group_bytes, block, out, &part);
-  absl::Status read = group.Read(disk);
+  PartGroup group = NextGroup(source.group_bytes, block, out, &part);
+  absl::Status read = group.Read(source.disk);
   while (read.ok()) {
-    // The next one is read while this one's digests are computed.
+    // The next one is read while this one is decrypted and its digests are computed.
     PartGroup next;
     std::future<absl::Status> reading;
     if (part != block.parts.end()) {
-      next = NextGroup(group_bytes, block, out, &part);
-      reading = ReadBeside(disk, next);
+      next = NextGroup(source.group_bytes, block, out, &part);
+      reading = ReadBeside(source.disk, next);
     }
     for (PartTarget& target : group.targets) {
-      QUARRY_ASSIGN_OR_RETURN(BlockKey found, target.Check(block));
-      if (key.has_value() && found.full_key != key->full_key) {
+      QUARRY_ASSIGN_OR_RETURN(BlockOrigin found, target.Check(source.keys, block));
+      if (origin.has_value() &&
+          (found.key.full_key != origin->key.full_key || found.digest != origin->digest)) {
         return absl::DataLossError(
-            absl::StrCat("parts of block ", block.id.Hex(), " have different keys"));
+            absl::StrCat("parts of block ", block.id.Hex(), " have different keys or digests"));
       }
-      key = std::move(found);
+      origin = std::move(found);
     }
-    if (!reading.valid()) return *std::move(key);
+    if (!reading.valid()) return *std::move(origin);
     read = reading.get();
     group = std::move(next);
   }

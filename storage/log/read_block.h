@@ -9,14 +9,26 @@
 #include "storage/disk/disk.h"
 #include "storage/log/frames.h"
 #include "storage/log/log_index.h"
+#include "storage/log/tenant_keys.h"
 
 namespace quarry {
 
-// The whole block into `out`, every part checked. Returns the key that it was written with.
-// DataLoss, Unavailable. Large ones are read group by group of so many bytes, each while the one
-// before is checked.
-absl::StatusOr<BlockKey> ReadBlock(Disk* disk, uint64_t group_bytes, const LoggedBlock& block,
-                                   std::span<std::byte> out);
+// What a block was written with.
+struct BlockOrigin {
+  BlockKey key;
+  ByteDigest digest;
+};
+
+struct BlockSource {
+  Disk* disk = nullptr;
+  uint64_t group_bytes = 0;
+  const TenantKeys* keys = nullptr;  // of a log that is encrypted
+};
+
+// The whole block into `out`, every part decrypted and checked. DataLoss, Unavailable. Large ones
+// are read group by group of so many bytes, each while the one before is decrypted and checked.
+absl::StatusOr<BlockOrigin> ReadBlock(const BlockSource& source, const LoggedBlock& block,
+                                      std::span<std::byte> out);
 
 // Of a log's reads and writes that go on beside digests.
 inline uint64_t GroupBytes(const Superblock& superblock) {

@@ -135,21 +135,21 @@ absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved
   Moved one{block, {}, AlignedBuffer(RoundUp(block.bytes, kSectorBytes))};
   const std::span<std::byte> bytes = one.bytes.bytes().first(block.bytes);
   writer_.AwaitBehind();
-  absl::StatusOr<BlockKey> key = ReadBlock(disk_.get(), GroupBytes(superblock_), block, bytes);
-  for (int tries = 1; tries < kReadTries && absl::IsUnavailable(key.status()); ++tries) {
-    key = ReadBlock(disk_.get(), GroupBytes(superblock_), block, bytes);
+  absl::StatusOr<BlockOrigin> origin = ReadBlock(source_, block, bytes);
+  for (int tries = 1; tries < kReadTries && absl::IsUnavailable(origin.status()); ++tries) {
+    origin = ReadBlock(source_, block, bytes);
   }
-  if (!key.ok()) {
-    absl::IsDataLoss(key.status()) ? ++broken_blocks_ : ++read_errors_;
+  if (!origin.ok()) {
+    absl::IsDataLoss(origin.status()) ? ++broken_blocks_ : ++read_errors_;
     spdlog::error("block {} cannot be moved: {}", block.id.Hex(),
-                  std::string(key.status().message()));
-    if (absl::IsDataLoss(key.status())) return key.status();
-    return absl::AbortedError(key.status().message());
+                  std::string(origin.status().message()));
+    if (absl::IsDataLoss(origin.status())) return origin.status();
+    return absl::AbortedError(origin.status().message());
   }
   PartFrame frame;
   frame.tenant = *block.tenant;
-  frame.key = *std::move(key);
-  frame.block_digest = block.digest;
+  frame.key = std::move(origin->key);
+  frame.block_digest = origin->digest;
   const absl::Status placed = Place(frame, bytes, 0, &one.to);
   one.to.uses = block.uses / 2;
   one.whole = placed.ok();

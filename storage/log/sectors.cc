@@ -1,5 +1,6 @@
 #include "storage/log/sectors.h"
 
+#include <cstring>
 #include <span>
 
 namespace quarry {
@@ -17,6 +18,18 @@ absl::Status ReadSectors(Disk* disk, uint64_t offset, AlignedBuffer* out) {
     if (status.ok()) break;
   }
   return status;
+}
+
+std::vector<bool> ReadEachSector(Disk* disk, uint64_t offset, AlignedBuffer* out) {
+  std::vector<bool> read(out->size() / kSectorBytes, true);
+  if (ReadSectors(disk, offset, out).ok()) return read;
+  AlignedBuffer sector(kSectorBytes);
+  for (size_t i = 0; i < read.size(); ++i) {
+    read[i] = ReadSectors(disk, offset + i * kSectorBytes, &sector).ok();
+    if (!read[i]) std::memset(sector.bytes().data(), 0, kSectorBytes);
+    std::memcpy(out->bytes().data() + i * kSectorBytes, sector.bytes().data(), kSectorBytes);
+  }
+  return read;
 }
 
 }  // namespace quarry

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "storage/disk/aligned_buffer.h"
@@ -11,5 +12,8 @@ namespace quarry {
 
 // Tries again where a read fails, for what fails now and then would cost a segment.
 absl::Status ReadSectors(Disk* disk, uint64_t offset, AlignedBuffer* out);
+// All that can be read, each sector by itself where need be. Those that cannot are zeros, and
+// false.
+std::vector<bool> ReadEachSector(Disk* disk, uint64_t offset, AlignedBuffer* out);
 
 }  // namespace quarry

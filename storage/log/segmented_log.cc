@@ -10,7 +10,6 @@
 #include "absl/strings/str_cat.h"
 #include "proto/byte_digest.h"
 #include "proto/status_macros.h"
-#include "storage/log/read_block.h"
 #include "storage/slot_size.h"
 
 namespace quarry {
@@ -36,14 +35,39 @@ LogWriterOptions WriterOptions(const BlockLogOptions& options, const Superblock&
   return out;
 }
 
+// Those that the tenant has from before this sequence, durably.
+absl::Status DestroyKeys(Disk* disk, std::string_view tenant, uint64_t before, TenantKeys* keys) {
+  const absl::StatusOr<size_t> destroyed = keys->Destroy(tenant, before);
+  if (destroyed.ok() && *destroyed == 0) return absl::OkStatus();
+  absl::Status status = destroyed.status();
+  if (status.ok()) status = disk->Sync();
+  keys->Settle(status.ok() ? TenantKeys::Outcome::kDurable : TenantKeys::Outcome::kUnknown);
+  if (status.ok()) return status;
+  return absl::Status(status.code(),
+                      absl::StrCat("keys of tenant ", std::string(tenant), " on ", disk->name(),
+                                   ", which was purged, are not known to be overwritten: ",
+                                   std::string(status.message())));
+}
+
+// The power may have gone between a purge and the end of the keys that it destroys.
+void FinishDestroying(const RecoveredLog& recovered, Disk* disk, TenantKeys* keys) {
+  for (const auto& [tenant, before] : recovered.destroyed_keys) {
+    const absl::Status status = DestroyKeys(disk, *tenant, before, keys);
+    if (!status.ok()) spdlog::error("{}", std::string(status.message()));
+  }
+}
+
 }  // namespace
 
 SegmentedLog::SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& options,
-                           TenantNames tenants, RecoveredLog recovered, double recovery_seconds)
+                           TenantNames tenants, std::unique_ptr<TenantKeys> keys,
+                           RecoveredLog recovered, double recovery_seconds)
     : disk_(std::move(disk)),
       superblock_(recovered.superblock),
       options_(options),
       min_part_bytes_(WriterOptions(options, superblock_).min_part_bytes),
+      keys_(std::move(keys)),
+      source_{disk_.get(), GroupBytes(superblock_), keys_.get()},
       recovered_blocks_(recovered.index.blocks()),
       hidden_blocks_(recovered.hidden_blocks),
       incomplete_blocks_(recovered.incomplete_blocks),
@@ -53,7 +77,7 @@ SegmentedLog::SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& op
       index_(std::move(recovered.index)),
       segments_(std::move(recovered.segments)),
       writer_(disk_.get(), superblock_, WriterOptions(options, superblock_), &segments_, &mutex_,
-              recovered.next_sequence),
+              keys_.get(), recovered.next_sequence),
       purges_(std::move(recovered.purges)) {}
 
 absl::StatusOr<std::unique_ptr<BlockLog>> BlockLog::Open(std::unique_ptr<Disk> disk,
@@ -70,20 +94,26 @@ absl::StatusOr<std::unique_ptr<BlockLog>> BlockLog::Open(std::unique_ptr<Disk> d
         absl::StrCat("max_part_bytes ", options.max_part_bytes, " is not in whole sectors"));
   }
   if (options.random == nullptr) options.random = RandomNumber;
+  QUARRY_ASSIGN_OR_RETURN(const std::optional<LogKey> key, LoadLogKey(options.key));
   const auto start = std::chrono::steady_clock::now();
   QUARRY_ASSIGN_OR_RETURN(const Superblock superblock,
-                          OpenSuperblock(disk.get(), options.segment_bytes, options.random));
+                          OpenSuperblock(disk.get(), options.segment_bytes, key, options.random));
+  std::unique_ptr<TenantKeys> keys;
+  if (key.has_value()) {
+    QUARRY_ASSIGN_OR_RETURN(keys, TenantKeys::Recover(disk.get(), superblock, key->secret));
+  }
   TenantNames tenants;
   QUARRY_ASSIGN_OR_RETURN(RecoveredLog recovered, RecoverLog(disk.get(), superblock, &tenants));
+  if (keys != nullptr) FinishDestroying(recovered, disk.get(), keys.get());
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
   spdlog::info(
-      "log on {}: {} blocks, {} bytes, in {} segments of {} bytes, {} of them free; read "
+      "log on {}{}: {} blocks, {} bytes, in {} segments of {} bytes, {} of them free; read "
       "in {:.3f} s, {} segments scanned",
-      disk->name(), recovered.index.blocks(), recovered.index.bytes(), superblock.segments,
-      superblock.segment_bytes, recovered.segments.free(), took.count(),
-      recovered.scanned_segments);
+      disk->name(), keys == nullptr ? "" : ", encrypted", recovered.index.blocks(),
+      recovered.index.bytes(), superblock.segments, superblock.segment_bytes,
+      recovered.segments.free(), took.count(), recovered.scanned_segments);
   return std::make_unique<SegmentedLog>(std::move(disk), options, std::move(tenants),
-                                        std::move(recovered), took.count());
+                                        std::move(keys), std::move(recovered), took.count());
 }
 
 // ---- Appending.
@@ -101,7 +131,6 @@ absl::Status SegmentedLog::Place(const PartFrame& block, std::span<const std::by
   out->id = part.key.id;
   out->parent = part.key.parent;
   out->name_space = part.key.name_space;
-  out->digest = part.block_digest;
   out->bytes = bytes.size();
   while (part.part_offset < part.block_bytes) {
     QUARRY_ASSIGN_OR_RETURN(const LoggedPart placed,
@@ -131,6 +160,9 @@ absl::Status SegmentedLog::Commit() {
   absl::Status committed = writer_.Commit();
   written_bytes_ = writer_.written_bytes();
   if (!committed.ok()) ++write_errors_;
+  if (keys_ != nullptr) {
+    keys_->Settle(committed.ok() ? TenantKeys::Outcome::kDurable : TenantKeys::Outcome::kUnknown);
+  }
   return committed;
 }
 
@@ -227,7 +259,9 @@ absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
   purge.tenant = std::string(tenant);
   purge.has_name_space = name_space.has_value();
   if (name_space.has_value()) purge.name_space = *name_space;
+  purge.destroys_keys = keys_ != nullptr && !name_space.has_value() && blocks.empty();
   absl::MutexLock append_lock(&append_mutex_);
+  if (purge.destroys_keys) keys_->Retire(tenant);
   uint64_t purged;
   TenantName owner;
   {
@@ -258,6 +292,9 @@ absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
     }
     purges_.Add(owner, purge, segment);
   } while (!blocks.empty());
+  // Later than the purge: a block that is found has its key.
+  if (purge.destroys_keys)
+    QUARRY_RETURN_IF_ERROR(DestroyKeys(disk_.get(), tenant, ~0ull, keys_.get()));
   return purged;
 }
 
@@ -307,18 +344,17 @@ absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const Blo
       if (tries == 0) found->Use();
       block = *found;
     }
-    const absl::StatusOr<BlockKey> read =
-        ReadBlock(disk_.get(), GroupBytes(superblock_), block, out);
+    const absl::StatusOr<BlockOrigin> read = ReadBlock(source_, block, out);
     status = read.status();
     if (read.ok()) {
-      if (read->full_key != key.full_key || read->parent != key.parent ||
-          read->name_space != key.name_space) {
+      if (read->key.full_key != key.full_key || read->key.parent != key.parent ||
+          read->key.name_space != key.name_space) {
         return absl::NotFoundError(
             absl::StrCat("block id ", key.id.Hex(), " names a block of another key"));
       }
       ++read_blocks_;
       read_bytes_ += block.bytes;
-      return block.digest;
+      return read->digest;
     }
     // It may have been moved while it was read.
   }
@@ -354,6 +390,7 @@ BlockLogStats SegmentedLog::Stats() const {
   s.recovered_blocks = recovered_blocks_;
   s.hidden_blocks = hidden_blocks_;
   s.incomplete_blocks = incomplete_blocks_;
+  s.unreadable_keys = keys_ == nullptr ? 0 : keys_->unreadable();
   s.scanned_segments = scanned_segments_;
   s.recovery_seconds = recovery_seconds_;
   absl::MutexLock lock(&mutex_);

@@ -17,14 +17,17 @@
 #include "storage/log/log_recovery.h"
 #include "storage/log/log_writer.h"
 #include "storage/log/purge_table.h"
+#include "storage/log/read_block.h"
 #include "storage/log/segment_table.h"
+#include "storage/log/tenant_keys.h"
 
 namespace quarry {
 
 class SegmentedLog final : public BlockLog {
  public:
+  // `keys`: null where the log is not encrypted.
   SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& options, TenantNames tenants,
-               RecoveredLog recovered, double recovery_seconds);
+               std::unique_ptr<TenantKeys> keys, RecoveredLog recovered, double recovery_seconds);
 
   std::vector<absl::Status> Append(std::span<const BlockToLog> blocks) override;
   absl::StatusOr<uint64_t> Purge(std::string_view tenant,
@@ -97,6 +100,8 @@ class SegmentedLog final : public BlockLog {
   const Superblock superblock_;
   const BlockLogOptions options_;
   const uint64_t min_part_bytes_;
+  const std::unique_ptr<TenantKeys> keys_;
+  const BlockSource source_;
   const uint64_t recovered_blocks_, hidden_blocks_, incomplete_blocks_, scanned_segments_;
   const double recovery_seconds_;
 

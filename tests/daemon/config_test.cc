@@ -260,6 +260,17 @@ TEST(ConfigTest, RemoteGrpcNeedsAllThreeTlsFiles) {
   EXPECT_TRUE(config.ok()) << config.status();
 }
 
+TEST(ConfigTest, TheKeyOfTheDiskComesFromOnePlace) {
+  const std::string disk = "[disk]\npath = \"/a\"\n";
+  EXPECT_THAT(ErrorOf(disk + "key_file = \"key\"\n"),
+              AllOf(HasSubstr("disk.key_file"), HasSubstr("absolute")));
+  EXPECT_THAT(ErrorOf(disk + "key_file = \"/k\"\nkey_environment = \"K\"\n"),
+              AllOf(HasSubstr("disk.key_environment"), HasSubstr("/k")));
+  const auto config = ParseConfig(disk + "key_file = \"/k\"\n", "t");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->engine.disk.log.key.file, "/k");
+}
+
 TEST(ConfigTest, LoopbackGrpcWithoutTlsNeedsItsTenant) {
   const std::string loopback = "[grpc]\nlisten = \"[::1]:5000\"\n";
   EXPECT_THAT(ErrorOf(loopback), HasSubstr("grpc.tcp_tenant"));

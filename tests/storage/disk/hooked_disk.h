@@ -15,6 +15,7 @@ struct DiskHooks {
   std::function<bool(uint64_t offset, uint64_t bytes)> fails_read, fails_write;
   std::function<bool()> fails_sync;
   std::function<void(uint64_t bytes)> after_read;
+  std::function<void(WritePieces pieces)> before_write;
 };
 
 // The disk and the hooks outlive it. As thread-safe as they are.
@@ -32,6 +33,7 @@ class HookedDisk : public Disk {
   }
   absl::Status Write(uint64_t offset, WritePieces pieces) override {
     if (hooks_->fails_write && hooks_->fails_write(offset, Sum(pieces))) return Failed("write");
+    if (hooks_->before_write) hooks_->before_write(pieces);
     return disk_->Write(offset, pieces);
   }
   absl::Status Sync() override {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <span>
@@ -81,6 +82,13 @@ class LoggedBatch {
   std::vector<std::unique_ptr<Entry>> entries_;
   std::vector<BlockToLog> blocks_;
 };
+
+// An environment variable with a key of this digit alone.
+inline std::string SetTestKey(char digit) {
+  const std::string name = "QUARRY_TEST_DISK_KEY";
+  setenv(name.c_str(), std::string(64, digit).c_str(), 1);
+  return name;
+}
 
 inline absl::Status AppendOne(BlockLog& log, const OwnedBlock& block) {
   LoggedBatch batch;

@@ -29,6 +29,7 @@ constexpr uint64_t kSegment = 128 << 10;
 struct Promise {
   bool durable = true, purged = true;
   bool readable = true;  // if not, places of it are not for a while
+  bool encrypted = false;
 };
 
 class Simulation {
@@ -36,7 +37,7 @@ class Simulation {
   Simulation(uint64_t seed, uint32_t segments, std::vector<Fault::Kind> kinds, Promise promise)
       : random_(seed), segments_(segments), kinds_(std::move(kinds)), promise_(promise) {
     disk_ = std::make_unique<SimulatedDisk>(
-        testing::SimulatedDiskOptions{.bytes = LogBytes(segments, kSegment),
+        testing::SimulatedDiskOptions{.bytes = Layout().bytes(),
                                       .seed = seed,
                                       .torn_bytes = Below(2) == 0 ? 512u : 4096u,
                                       .stall = [] {}});
@@ -66,6 +67,10 @@ class Simulation {
   };
   using Name = std::pair<uint32_t, uint32_t>;
 
+  LogLayout Layout() const {
+    return promise_.encrypted ? LogLayout::Encrypted(kSegment, segments_)
+                              : LogLayout{kSegment, segments_};
+  }
   uint32_t Below(uint32_t n) { return static_cast<uint32_t>(random_() % n); }
 
   void Live(bool last) {
@@ -85,6 +90,7 @@ class Simulation {
       owed_[{block.tenant == "tenant-0" ? 0u : 1u, number}].may_be_gone = true;
       return Below(4) != 0;
     };
+    if (promise_.encrypted) options.key.environment = testing::SetTestKey('5');
     FailReads();
     auto log = BlockLog::Open(std::make_unique<testing::HookedDisk>(disk, &hooks_), options);
     if (Below(2) == 0) hooks_ = {};
@@ -111,7 +117,7 @@ class Simulation {
   void FailReads() {
     hooks_ = {};
     if (!promise_.readable && Below(2) == 0) {
-      const LogLayout layout{kSegment, segments_};
+      const LogLayout layout = Layout();
       std::vector<std::pair<uint64_t, uint64_t>> places;
       for (uint32_t n = 1 + Below(4); n > 0; --n) {
         const uint32_t segment = Below(segments_);
@@ -303,6 +309,11 @@ INSTANTIATE_TEST_SUITE_P(
                            {Fault::kError, Fault::kShort, Fault::kNoSpace, Fault::kFailedSync},
                            {}},
                       Kind{"ThatCannotBeReadInPlaces", 20, {}, {true, true, false}},
+                      Kind{"ThatAreEncrypted", 12, {}, {true, true, true, true}},
+                      Kind{"ThatAreEncryptedAndFail",
+                           20,
+                           {Fault::kError, Fault::kShort, Fault::kNoSpace, Fault::kFailedSync},
+                           {true, true, true, true}},
                       Kind{"ThatFlipBits", 20, {Fault::kBitFlip}, {false, true}},
                       Kind{"ThatLie",
                            20,
