@@ -90,8 +90,11 @@ class Client {
   virtual SessionId session() const = 0;
 
   virtual absl::StatusOr<OpenResult> Open(const OpenRequest&) = 0;
-  // Ids of the whole blocks that Open would reuse now; nothing is leased.
-  virtual absl::StatusOr<std::vector<BlockId>> LongestPrefix(const OpenRequest&) = 0;
+  // The whole blocks that Open would reuse now, and where they are; nothing is leased or loaded.
+  virtual absl::StatusOr<quarry::LongestPrefix> LongestPrefix(const OpenRequest&) = 0;
+  // Brings those that are on the disk into RAM, in the background; LongestPrefix tells how far that
+  // is. Returns how many there are. ResourceExhausted: too many requests wait.
+  virtual absl::StatusOr<uint64_t> Prefetch(const OpenRequest&) = 0;
   virtual absl::Status DeclareTokens(ContextId, std::span<const uint32_t> ids) = 0;
   virtual absl::Status Append(const AppendRequest&) = 0;
   virtual absl::StatusOr<ContextInfo> Seal(ContextId) = 0;

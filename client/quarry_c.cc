@@ -224,9 +224,9 @@ quarry_code quarry_longest_prefix(quarry_client* client, const quarry_model* mod
                                   uint32_t* reused_tokens) {
   absl::StatusOr<quarry::OpenRequest> request = OpenOf(model, tokens, token_count, max_tokens);
   if (!request.ok()) return Report(request.status());
-  absl::StatusOr<std::vector<quarry::BlockId>> blocks = client->client->LongestPrefix(*request);
-  if (!blocks.ok()) return Report(blocks.status());
-  *reused_tokens = static_cast<uint32_t>(blocks->size()) * quarry::kBlockTokens;
+  const absl::StatusOr<quarry::LongestPrefix> prefix = client->client->LongestPrefix(*request);
+  if (!prefix.ok()) return Report(prefix.status());
+  *reused_tokens = prefix->tokens;
   return 0;
 }
 

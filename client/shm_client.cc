@@ -85,20 +85,23 @@ class ShmClient final : public Client {
     return result;
   }
 
-  absl::StatusOr<std::vector<BlockId>> LongestPrefix(const OpenRequest& request) override {
+  absl::StatusOr<quarry::LongestPrefix> LongestPrefix(const OpenRequest& request) override {
     QUARRY_RETURN_IF_ERROR(ValidateModelSpec(request.spec));
     wire::LongestPrefixRequest message;
     *message.mutable_open() = ToProto(request);
     QUARRY_ASSIGN_OR_RETURN(
         wire::LongestPrefixReply reply,
         Call<wire::LongestPrefixReply>(channel_, shm::Method::kLongestPrefix, message));
-    std::vector<BlockId> out;
-    for (const std::string& bytes : reply.blocks()) {
-      QUARRY_ASSIGN_OR_RETURN(BlockId id,
-                              DigestFromBytes<BlockId>(bytes, "block id", EmptyDigest::kRefused));
-      out.push_back(id);
-    }
-    return out;
+    return FromProto(reply);
+  }
+
+  absl::StatusOr<uint64_t> Prefetch(const OpenRequest& request) override {
+    QUARRY_RETURN_IF_ERROR(ValidateModelSpec(request.spec));
+    wire::PrefetchRequest message;
+    *message.mutable_open() = ToProto(request);
+    QUARRY_ASSIGN_OR_RETURN(wire::PrefetchReply reply,
+                            Call<wire::PrefetchReply>(channel_, shm::Method::kPrefetch, message));
+    return reply.blocks();
   }
 
   absl::Status DeclareTokens(ContextId context, std::span<const uint32_t> ids) override {

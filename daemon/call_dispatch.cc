@@ -56,6 +56,8 @@ absl::StatusOr<std::string> DispatchCall(const ServiceParts& parts, const Caller
       return Run<v1::UnpinRequest, v1::UnpinReply>(parts, caller, in);
     case Method::kPurge:
       return Run<v1::PurgeRequest, v1::PurgeReply>(parts, caller, in);
+    case Method::kPrefetch:
+      return Run<v1::PrefetchRequest, v1::PrefetchReply>(parts, caller, in);
     case Method::kFlush:
       return Run<v1::FlushRequest, v1::FlushReply>(parts, caller, in);
     case Method::kTopK:

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "proto/attend_shape.h"
 #include "proto/convert.h"
+#include "proto/identity.h"
 #include "proto/shm_layout.h"
 #include "proto/status_macros.h"
 
@@ -112,8 +113,15 @@ absl::Status Call(const ServiceParts& parts, const Caller& caller,
   QUARRY_ASSIGN_OR_RETURN(const OpenRequest request, FromProto(in.open()));
   QUARRY_ASSIGN_OR_RETURN(const LongestPrefix prefix,
                           parts.engine.FindLongestPrefix(caller.session, request));
-  out->set_tokens(prefix.tokens);
-  for (const BlockId& id : prefix.blocks) out->add_blocks(ToBytes(id));
+  *out = ToProto(prefix);
+  return absl::OkStatus();
+}
+
+absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::PrefetchRequest& in,
+                  v1::PrefetchReply* out) {
+  QUARRY_ASSIGN_OR_RETURN(const OpenRequest request, FromProto(in.open()));
+  QUARRY_ASSIGN_OR_RETURN(const uint64_t blocks, parts.engine.Prefetch(caller.session, request));
+  out->set_blocks(blocks);
   return absl::OkStatus();
 }
 
@@ -166,7 +174,8 @@ absl::Status Call(const ServiceParts& parts, const Caller& caller, const v1::Lis
     message.set_parent(ToBytes(block.parent));
     message.set_namespace_digest(ToBytes(block.name_space));
     message.set_bytes(block.bytes);
-    message.set_state(std::string(BlockStateName(block.state)));
+    message.set_state(
+        IsIndexNamespace(block.name_space) ? "INDEX" : std::string(BlockStateName(block.state)));
     message.set_leases(block.leases);
     for (const std::string& pin : block.pins) message.add_pins(pin);
     message.set_children(block.children);

@@ -23,6 +23,8 @@ absl::Status Call(const ServiceParts&, const Caller&, const v1::ListContextsRequ
 absl::Status Call(const ServiceParts&, const Caller&, const v1::ReadRequest&, v1::ReadReply*);
 absl::Status Call(const ServiceParts&, const Caller&, const v1::LongestPrefixRequest&,
                   v1::LongestPrefixReply*);
+absl::Status Call(const ServiceParts&, const Caller&, const v1::PrefetchRequest&,
+                  v1::PrefetchReply*);
 absl::Status Call(const ServiceParts&, const Caller&, const v1::ExistsRequest&, v1::ExistsReply*);
 absl::Status Call(const ServiceParts&, const Caller&, const v1::PinRequest&, v1::PinReply*);
 absl::Status Call(const ServiceParts&, const Caller&, const v1::UnpinRequest&, v1::UnpinReply*);

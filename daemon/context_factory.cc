@@ -189,10 +189,10 @@ absl::Status ContextFactory::CheckOpen(const OpenRequest& request) const {
   return absl::OkStatus();
 }
 
-absl::StatusOr<PrefixMatch> ContextFactory::LongestPrefix(const Session& session,
-                                                          const OpenRequest& request) const {
+absl::StatusOr<std::vector<PrefixBlock>> ContextFactory::LocatePrefix(
+    const Session& session, const OpenRequest& request) const {
   QUARRY_RETURN_IF_ERROR(CheckOpen(request));
-  return prefixes_.FindAndLease(session.tenant(), request);
+  return prefixes_.Locate(session.tenant(), request);
 }
 
 absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequest& request) {
@@ -213,6 +213,9 @@ absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequ
   OpenResult result;
   result.reused_tokens = static_cast<uint32_t>(prefix.blocks.size()) * kBlockTokens;
   result.reused_dense = prefix.dense;
+  result.unloaded_tokens = prefix.unloaded_blocks * kBlockTokens;
+  result.expected_load_ms =
+      absl::ToDoubleMilliseconds(services_.store->ExpectedLoad(prefix.unloaded_bytes));
   for (const auto& block : prefix.blocks) result.reused_blocks.push_back(block->id());
 
   ContextStart start;

@@ -27,9 +27,9 @@ class ContextFactory {
 
   absl::StatusOr<OpenResult> Open(Session& session, const OpenRequest& request);
   absl::StatusOr<ContextId> Fork(Session& session, const ForkRequest& request);
-  // What Open would reuse.
-  absl::StatusOr<PrefixMatch> LongestPrefix(const Session& session,
-                                            const OpenRequest& request) const;
+  // What Open would reuse, and where it is.
+  absl::StatusOr<std::vector<PrefixBlock>> LocatePrefix(const Session& session,
+                                                        const OpenRequest& request) const;
 
  private:
   absl::Status CheckMaxTokens(const RopeSpec& rope, uint32_t max_tokens) const;

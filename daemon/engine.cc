@@ -17,6 +17,7 @@
 #include "daemon/executor.h"
 #include "daemon/finite.h"
 #include "daemon/opaque_blocks.h"
+#include "daemon/prefetcher.h"
 #include "daemon/run_indexer.h"
 #include "daemon/run_registry.h"
 #include "daemon/session_table.h"
@@ -104,6 +105,7 @@ class EngineImpl final : public Engine {
         factory_(
             {store_.get(), &stretches_, &runs_, &indexer_, &background_, &counters_, &auditor_},
             contexts_, options.max_context_tokens),
+        prefetcher_(store_.get()),
         executor_({ExecutorThreads(options), options.max_queued_batches}) {}
 
   absl::StatusOr<SessionId> StartSession(std::string_view tenant, std::string_view name) override {
@@ -220,11 +222,33 @@ class EngineImpl final : public Engine {
   absl::StatusOr<LongestPrefix> FindLongestPrefix(SessionId id,
                                                   const OpenRequest& request) override {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
-    QUARRY_ASSIGN_OR_RETURN(const PrefixMatch match, factory_.LongestPrefix(*session, request));
+    QUARRY_ASSIGN_OR_RETURN(const std::vector<PrefixBlock> blocks,
+                            factory_.LocatePrefix(*session, request));
     LongestPrefix prefix;
-    prefix.tokens = static_cast<uint32_t>(match.blocks.size()) * kBlockTokens;
-    for (const auto& block : match.blocks) prefix.blocks.push_back(block->id());
+    for (const PrefixBlock& block : blocks) {
+      prefix.tokens += kBlockTokens;
+      prefix.blocks.push_back(block.key.id);
+      if (block.place.in_ram) {
+        prefix.ram_tokens += kBlockTokens;
+      } else {
+        prefix.load_bytes += block.place.bytes;
+      }
+    }
+    prefix.expected_load_ms = absl::ToDoubleMilliseconds(store_->ExpectedLoad(prefix.load_bytes));
     return prefix;
+  }
+  absl::StatusOr<uint64_t> Prefetch(SessionId id, const OpenRequest& request) override {
+    QUARRY_RETURN_IF_ERROR(CheckNotDraining());
+    QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
+    QUARRY_ASSIGN_OR_RETURN(const std::vector<PrefixBlock> blocks,
+                            factory_.LocatePrefix(*session, request));
+    std::vector<BlockKey> keys;
+    for (const PrefixBlock& block : blocks) {
+      if (!block.place.in_ram) keys.push_back(block.key);
+    }
+    const uint64_t count = keys.size();
+    QUARRY_RETURN_IF_ERROR(prefetcher_.Add(session->tenant(), std::move(keys)));
+    return count;
   }
   absl::StatusOr<PutResult> Put(SessionId id, std::string_view name_space, std::string_view key,
                                 std::span<const std::byte> bytes,
@@ -303,6 +327,7 @@ class EngineImpl final : public Engine {
   BackgroundWorker background_;
   Auditor auditor_;
   ContextFactory factory_;
+  Prefetcher prefetcher_;
   Executor executor_;  // first to end: answers what is queued
 };
 

@@ -53,11 +53,6 @@ struct EngineOptions {
   AuditOptions audit;
 };
 
-struct LongestPrefix {
-  uint32_t tokens = 0;
-  std::vector<BlockId> blocks;
-};
-
 struct PutResult {
   BlockId id;
   ByteDigest digest;
@@ -165,8 +160,12 @@ class Engine {
   virtual absl::Status ReleaseLease(SessionId, LeaseId) = 0;
   virtual absl::StatusOr<std::vector<bool>> Exists(SessionId, std::string_view engine_namespace,
                                                    std::span<const std::string> keys) = 0;
-  // What Open would reuse now; nothing is leased.
+  // What Open would reuse now; nothing is leased, and nothing read from the disk.
   virtual absl::StatusOr<LongestPrefix> FindLongestPrefix(SessionId, const OpenRequest&) = 0;
+  // Brings what FindLongestPrefix finds on the disk into RAM, in the background and in the order of
+  // the tokens, behind what was asked for before; how far it is, FindLongestPrefix tells. Returns
+  // how many blocks that is. ResourceExhausted: too many requests wait.
+  virtual absl::StatusOr<uint64_t> Prefetch(SessionId, const OpenRequest&) = 0;
   // DataLoss: `digest` is given and is not that of the bytes as copied. The first put of a key
   // wins; a later one returns the stored block's digest with `existed`.
   virtual absl::StatusOr<PutResult> Put(SessionId, std::string_view engine_namespace,

@@ -123,6 +123,9 @@ class KvStoreService : public v1::KvStore::CallbackService {
                        v1::LongestPrefixReply* out) override {
     return RunUnary(shared_, c, in, out);
   }
+  Unary* Prefetch(Context* c, const v1::PrefetchRequest* in, v1::PrefetchReply* out) override {
+    return RunUnary(shared_, c, in, out);
+  }
   Unary* Exists(Context* c, const v1::ExistsRequest* in, v1::ExistsReply* out) override {
     return RunUnary(shared_, c, in, out);
   }

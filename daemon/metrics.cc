@@ -244,6 +244,11 @@ MetricsSnapshot Metrics::Collect() const {
     Write(kDiskTier, *stats.store.disk, &out);
     Write(kLog, stats.store.disk->log, &out);
     out.samples.push_back({MetricSample::Type::kGauge,
+                           "quarry_disk_load_bytes_per_second",
+                           "that blocks are expected to be loaded at, by the last ones",
+                           {},
+                           stats.store.disk->load_bytes_per_second});
+    out.samples.push_back({MetricSample::Type::kGauge,
                            "quarry_disk_recovery_seconds",
                            "that the start took to read the log",
                            {},

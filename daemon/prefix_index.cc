@@ -1,9 +1,12 @@
 #include "daemon/prefix_index.h"
 
+#include <algorithm>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
 
+#include "absl/time/time.h"
 #include "proto/identity.h"
 
 namespace quarry {
@@ -55,33 +58,68 @@ BlockOrigin OriginOf(std::string_view tenant, const ModelSpec& spec, const Numer
   return {NamespaceDigestOf(fields), recipe.dense(), true};
 }
 
-PrefixMatch PrefixIndex::FindAndLease(std::string_view tenant, const OpenRequest& request) const {
+void PrefixIndex::Walk(std::string_view tenant, const OpenRequest& request,
+                       absl::FunctionRef<bool(const BlockKey&, const BlockOrigin&)> found) const {
   std::vector<BlockOrigin> origins;
   for (const NumericRecipe& recipe : request.accepts) {
     origins.push_back(OriginOf(tenant, request.spec, recipe));
   }
   if (origins.empty()) origins.push_back(OriginOf(tenant, request.spec, request.recipe));
 
-  PrefixMatch match;
   const uint32_t whole_blocks = WholeBlocksOf(request.tokens);
   BlockId parent;
   for (uint32_t i = 0; i < whole_blocks; ++i) {
     const auto tokens = std::span(request.tokens).subspan(size_t{i} * kBlockTokens, kBlockTokens);
-    std::shared_ptr<HeldBlock> found;
-    for (const BlockOrigin& origin : origins) {
-      absl::StatusOr<BlockView> view =
-          store_.Acquire(tenant, ContextBlockKey(parent, origin.name_space, request.spec.shape,
-                                                 tokens, InputsOfBlock(request.inputs, i)));
-      if (!view.ok()) continue;
-      found = std::make_shared<HeldBlock>(store_, *view, origin);
-      break;
-    }
-    if (found == nullptr) break;
-    parent = found->id();
-    match.dense &= found->origin().dense;
-    match.blocks.push_back(std::move(found));
+    const auto taken = std::ranges::find_if(origins, [&](const BlockOrigin& origin) {
+      const BlockKey key = ContextBlockKey(parent, origin.name_space, request.spec.shape, tokens,
+                                           InputsOfBlock(request.inputs, i));
+      if (!found(key, origin)) return false;
+      parent = key.id;
+      return true;
+    });
+    if (taken == origins.end()) return;
   }
+}
+
+PrefixMatch PrefixIndex::FindAndLease(std::string_view tenant, const OpenRequest& request) const {
+  PrefixMatch match;
+  const absl::Duration limit = request.max_load_ms.has_value()
+                                   ? absl::Milliseconds(*request.max_load_ms)
+                                   : absl::InfiniteDuration();
+  uint64_t load_bytes = 0;
+  bool left = false;  // a block was, and so are those behind it
+  Walk(tenant, request, [&](const BlockKey& key, const BlockOrigin& origin) {
+    if (request.max_load_ms.has_value()) {
+      const std::optional<BlockPlace> place = store_.Locate(tenant, key);
+      if (!place.has_value()) return false;
+      const uint64_t bytes = place->in_ram ? 0 : place->bytes;
+      left |= bytes > 0 && store_.ExpectedLoad(load_bytes + bytes) > limit;
+      if (left) {
+        ++match.unloaded_blocks;
+        match.unloaded_bytes += bytes;
+        return true;
+      }
+      load_bytes += bytes;
+    }
+    const absl::StatusOr<BlockView> view = store_.Acquire(tenant, key);
+    if (!view.ok()) return false;
+    match.blocks.push_back(std::make_shared<HeldBlock>(store_, *view, origin));
+    match.dense &= origin.dense;
+    return true;
+  });
   return match;
+}
+
+std::vector<PrefixBlock> PrefixIndex::Locate(std::string_view tenant,
+                                             const OpenRequest& request) const {
+  std::vector<PrefixBlock> blocks;
+  Walk(tenant, request, [&](const BlockKey& key, const BlockOrigin& origin) {
+    const std::optional<BlockPlace> place = store_.Locate(tenant, key);
+    if (!place.has_value()) return false;
+    blocks.push_back({key, origin, *place});
+    return true;
+  });
+  return blocks;
 }
 
 }  // namespace quarry

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "daemon/held_block.h"
 #include "proto/kv_types.h"
 #include "storage/block_store.h"
@@ -35,6 +36,16 @@ inline uint32_t WholeBlocksOf(std::span<const uint32_t> tokens) {
 struct PrefixMatch {
   std::vector<std::shared_ptr<HeldBlock>> blocks;  // whole blocks from token 0, leased
   bool dense = true;                               // all of them
+  // Those behind them that max_load_ms left on the disk, or in RAM behind such.
+  uint32_t unloaded_blocks = 0;
+  uint64_t unloaded_bytes = 0;  // on the disk
+};
+
+// A block that is cached.
+struct PrefixBlock {
+  BlockKey key;
+  BlockOrigin origin;
+  BlockPlace place;
 };
 
 // Walks the chain of block ids; the store is the index. Thread-safe.
@@ -45,8 +56,15 @@ class PrefixIndex {
   // At each block the accepted recipes are tried in order. Leaves at least one token to compute.
   // Cost: one SHA-256 of about 1 KiB per block and recipe tried.
   PrefixMatch FindAndLease(std::string_view tenant, const OpenRequest& request) const;
+  // The same blocks by where they are; nothing is leased or read, and max_load_ms does not count.
+  std::vector<PrefixBlock> Locate(std::string_view tenant, const OpenRequest& request) const;
 
  private:
+  // Offers the keys of each block in turn to `found`, until it takes none: the key of one that it
+  // takes is the parent of the next block's.
+  void Walk(std::string_view tenant, const OpenRequest& request,
+            absl::FunctionRef<bool(const BlockKey&, const BlockOrigin&)> found) const;
+
   BlockStore& store_;
 };
 

@@ -139,6 +139,7 @@ wire::OpenRequest ToProto(const OpenRequest& request) {
   out.set_recipe(ToBytes(request.recipe.digest));
   for (const NumericRecipe& r : request.accepts) out.add_accepted_recipes(ToBytes(r.digest));
   out.set_reuse_shifted(request.reuse_shifted);
+  if (request.max_load_ms.has_value()) out.set_max_load_ms(*request.max_load_ms);
   return out;
 }
 
@@ -159,7 +160,34 @@ absl::StatusOr<OpenRequest> FromProto(const wire::OpenRequest& message) {
   }
   if (request.accepts.empty()) request.accepts.push_back(request.recipe);
   request.reuse_shifted = message.reuse_shifted();
+  if (message.has_max_load_ms()) {
+    if (!(message.max_load_ms() >= 0)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("max_load_ms ", message.max_load_ms(), " is no time"));
+    }
+    request.max_load_ms = message.max_load_ms();
+  }
   return request;
+}
+
+wire::LongestPrefixReply ToProto(const LongestPrefix& prefix) {
+  wire::LongestPrefixReply out;
+  out.set_tokens(prefix.tokens);
+  for (const BlockId& id : prefix.blocks) out.add_blocks(ToBytes(id));
+  out.set_ram_tokens(prefix.ram_tokens);
+  out.set_load_bytes(prefix.load_bytes);
+  out.set_expected_load_ms(prefix.expected_load_ms);
+  return out;
+}
+
+absl::StatusOr<LongestPrefix> FromProto(const wire::LongestPrefixReply& message) {
+  LongestPrefix prefix;
+  prefix.tokens = message.tokens();
+  QUARRY_ASSIGN_OR_RETURN(prefix.blocks, DigestList<BlockId>(message.blocks(), "blocks"));
+  prefix.ram_tokens = message.ram_tokens();
+  prefix.load_bytes = message.load_bytes();
+  prefix.expected_load_ms = message.expected_load_ms();
+  return prefix;
 }
 
 wire::OpenReply ToProto(const OpenResult& result) {
@@ -167,6 +195,7 @@ wire::OpenReply ToProto(const OpenResult& result) {
   out.set_context(result.context.value);
   out.set_reused_tokens(result.reused_tokens);
   for (const BlockId& id : result.reused_blocks) out.add_reused_blocks(ToBytes(id));
+  out.set_unloaded_tokens(result.unloaded_tokens);
   out.set_expected_load_ms(result.expected_load_ms);
   out.set_reused_dense(result.reused_dense);
   for (const ShiftedRange& range : result.shifted) {
@@ -183,6 +212,7 @@ absl::StatusOr<OpenResult> FromProto(const wire::OpenReply& message) {
   result.reused_tokens = message.reused_tokens();
   QUARRY_ASSIGN_OR_RETURN(result.reused_blocks,
                           DigestList<BlockId>(message.reused_blocks(), "reused_blocks"));
+  result.unloaded_tokens = message.unloaded_tokens();
   result.expected_load_ms = message.expected_load_ms();
   result.reused_dense = message.reused_dense();
   for (const wire::ShiftedRange& range : message.shifted()) {

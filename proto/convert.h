@@ -48,6 +48,8 @@ absl::StatusOr<KvShape> FromProto(const wire::KvShape& message);
 
 wire::OpenRequest ToProto(const OpenRequest& request);
 absl::StatusOr<OpenRequest> FromProto(const wire::OpenRequest& message);
+wire::LongestPrefixReply ToProto(const LongestPrefix& prefix);
+absl::StatusOr<LongestPrefix> FromProto(const wire::LongestPrefixReply& message);
 wire::OpenReply ToProto(const OpenResult& result);
 absl::StatusOr<OpenResult> FromProto(const wire::OpenReply& message);
 

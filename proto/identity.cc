@@ -1,9 +1,18 @@
 #include "proto/identity.h"
 
+#include <algorithm>
+#include <string_view>
+
 #include "proto/canonical_hash.h"
 #include "proto/check.h"
 
 namespace quarry {
+namespace {
+
+// What namespaces of indexes begin with; no other does but for a chance of 2^-64.
+constexpr std::string_view kIndexNamespace = "QRYINDEX";
+
+}  // namespace
 
 RopeSignature RopeSignatureOf(const RopeSpec& rope) {
   CanonicalHash h("quarry.rope.v1");
@@ -74,7 +83,13 @@ BlockId PlacedBlockIdOf(const BlockId& parent, const BlockId& stored, int32_t sh
 NamespaceDigest IndexNamespaceOf(const NamespaceDigest& name_space) {
   CanonicalHash h("quarry.index_namespace.v1");
   h.Add(name_space);
-  return h.Finish<NamespaceDigest>();
+  auto digest = h.Finish<NamespaceDigest>();
+  std::copy(kIndexNamespace.begin(), kIndexNamespace.end(), digest.bytes.begin());
+  return digest;
+}
+
+bool IsIndexNamespace(const NamespaceDigest& name_space) {
+  return std::equal(kIndexNamespace.begin(), kIndexNamespace.end(), name_space.bytes.begin());
 }
 
 BlockId RunIndexIdOf(std::string_view tenant, std::string_view full_key) {

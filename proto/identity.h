@@ -36,6 +36,7 @@ BlockId PlacedBlockIdOf(const BlockId& parent, const BlockId& stored, int32_t sh
 // Namespace of the indexes that are made of blocks of `name_space`, and id of one of them under its
 // full key.
 NamespaceDigest IndexNamespaceOf(const NamespaceDigest& name_space);
+bool IsIndexNamespace(const NamespaceDigest& name_space);
 BlockId RunIndexIdOf(std::string_view tenant, std::string_view full_key);
 
 // Recipe of K/V that were computed under a retrieval budget. Unlimited gives the dense recipe.

@@ -25,6 +25,18 @@ struct OpenRequest {
   // Beyond the prefix, whole blocks of the prompt that are cached at another position or behind
   // other text may stand in for its own: approximate, see OpenResult::shifted.
   bool reuse_shifted = false;
+  // Of the prefix, what is on the disk is loaded while that is expected to take no longer
+  // altogether; the rest is left to be computed. None: all of it is loaded. 0: nothing.
+  std::optional<double> max_load_ms;
+};
+
+// What Open would reuse, and where it is.
+struct LongestPrefix {
+  uint32_t tokens = 0;
+  std::vector<BlockId> blocks;
+  uint32_t ram_tokens = 0;      // of those, in RAM
+  uint64_t load_bytes = 0;      // of the others
+  double expected_load_ms = 0;  // until they are in RAM
 };
 
 // Tokens of a context whose KV was computed elsewhere, whole blocks.
@@ -39,7 +51,10 @@ struct OpenResult {
   ContextId context;
   uint32_t reused_tokens = 0;         // whole blocks, leased; the worker appends from here
   std::vector<BlockId> reused_blocks;
-  double expected_load_ms = 0;        // until the reused blocks are in RAM; 0 in the RAM tier
+  // Behind the reused ones, what max_load_ms left on the disk, and how long its loading is expected
+  // to take.
+  uint32_t unloaded_tokens = 0;
+  double expected_load_ms = 0;
   // True when the reused prefix was all computed densely.
   bool reused_dense = true;
   // With reuse_shifted: what else of the prompt is there, disjoint and in token order, beyond

@@ -145,6 +145,7 @@ enum class Method : uint32_t {
   kDeclareTokens = 17,
   kAudit = 18,
   kFlush = 19,
+  kPrefetch = 20,
 };
 struct CallHeader {
   uint32_t method;

@@ -120,9 +120,12 @@ absl::StatusOr<BlockView> RamBlockStore::Acquire(std::string_view tenant, const 
   return ViewOf(block);
 }
 
-bool RamBlockStore::Contains(std::string_view tenant, const BlockKey& key) const {
+std::optional<BlockPlace> RamBlockStore::Locate(std::string_view tenant,
+                                                const BlockKey& key) const {
   absl::MutexLock lock(&mutex_);
-  return Find(tenant, key) != kNoBlock;
+  const uint32_t block = Find(tenant, key);
+  if (block == kNoBlock) return std::nullopt;
+  return BlockPlace{records_.at(block).memory.bytes, true};
 }
 
 void RamBlockStore::Lease(uint32_t block) {

@@ -30,6 +30,11 @@ struct BlockHandle {
   friend bool operator==(const BlockHandle&, const BlockHandle&) = default;
 };
 
+struct BlockPlace {
+  uint64_t bytes = 0;
+  bool in_ram = false;  // else on the disk
+};
+
 struct BlockView {
   BlockHandle handle;
   BlockId id;
@@ -112,7 +117,15 @@ class BlockStore {
   virtual void Retain(BlockHandle block) = 0;
   // The last lease of a block that is not PUBLISHED frees it.
   virtual void Release(BlockHandle block) = 0;
-  virtual bool Contains(std::string_view tenant, const BlockKey& key) const = 0;
+  // Where the block is that Acquire would find; reads nothing, so what is on the disk is known by
+  // its id alone.
+  virtual std::optional<BlockPlace> Locate(std::string_view tenant, const BlockKey& key) const = 0;
+  bool Contains(std::string_view tenant, const BlockKey& key) const {
+    return Locate(tenant, key).has_value();
+  }
+  // How long it is expected to take until so many bytes on the disk are in RAM, by what it took
+  // before.
+  virtual absl::Duration ExpectedLoad(uint64_t bytes) const = 0;
 
   // Copies bytes [offset, offset + out.size()) and checks the digest of the whole block in the same
   // pass. DataLoss: the block is retired, counted and logged (id, place, both digests); the caller

@@ -29,6 +29,7 @@ struct DiskTierStats {
   uint64_t not_admitted = 0;       // blocks that were not queued, or that could not be written
   uint64_t promoted = 0;           // blocks read into RAM
   uint64_t failed_promotions = 0;  // a block was on the disk, and the look-up a miss
+  double load_bytes_per_second = 0;  // what loads are expected to take
   bool refuses = false;            // for a while, after a write that failed
 };
 

@@ -35,7 +35,8 @@ class RamBlockStore final : public BlockStore {
   absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) override;
   void Retain(BlockHandle block) override;
   void Release(BlockHandle block) override;
-  bool Contains(std::string_view tenant, const BlockKey& key) const override;
+  std::optional<BlockPlace> Locate(std::string_view tenant, const BlockKey& key) const override;
+  absl::Duration ExpectedLoad(uint64_t) const override { return absl::ZeroDuration(); }
   absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) override;
   absl::Status Pin(std::string_view tenant, std::string_view name, std::span<const BlockId> blocks,
                    absl::Time expires) override;

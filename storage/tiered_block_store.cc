@@ -16,6 +16,8 @@ namespace {
 // Of one group commit.
 constexpr uint64_t kBatchBytes = 64ull << 20;
 
+constexpr double kLoadsOfMean = 8;
+
 }  // namespace
 
 TieredBlockStore::TieredBlockStore(std::unique_ptr<BlockStore> ram, std::unique_ptr<BlockLog> log,
@@ -213,8 +215,10 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
     ram_->Unreserve(tenant, info.bytes, 1);
     return begun.status();
   }
+  const absl::Time start = absl::Now();
   const absl::StatusOr<ByteDigest> digest =
       log_->Read(tenant, key, {begun->memory.data, begun->memory.bytes});
+  if (digest.ok()) NoteLoad(info.bytes, absl::Now() - start);
   absl::StatusOr<BlockView> published =
       absl::NotFoundError("it was purged or moved while it was read");
   bool existed = false;
@@ -233,8 +237,23 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
   return published;
 }
 
-bool TieredBlockStore::Contains(std::string_view tenant, const BlockKey& key) const {
-  return ram_->Contains(tenant, key) || log_->Find(tenant, key.id).has_value();
+std::optional<BlockPlace> TieredBlockStore::Locate(std::string_view tenant,
+                                                   const BlockKey& key) const {
+  if (const auto in_ram = ram_->Locate(tenant, key); in_ram.has_value()) return in_ram;
+  const std::optional<LoggedBlockInfo> logged = log_->Find(tenant, key.id);
+  if (!logged.has_value()) return std::nullopt;
+  return BlockPlace{logged->bytes, false};
+}
+
+absl::Duration TieredBlockStore::ExpectedLoad(uint64_t bytes) const {
+  return absl::Seconds(static_cast<double>(bytes) / load_bytes_per_second_);
+}
+
+void TieredBlockStore::NoteLoad(uint64_t bytes, absl::Duration took) {
+  const double seen = static_cast<double>(bytes) / std::max(absl::ToDoubleSeconds(took), 1e-9);
+  // One of several that end at once may be lost.
+  const double mean = load_bytes_per_second_;
+  load_bytes_per_second_ = mean + (seen - mean) / kLoadsOfMean;
 }
 
 absl::StatusOr<uint64_t> TieredBlockStore::Purge(std::string_view tenant,
@@ -278,6 +297,7 @@ BlockStoreStats TieredBlockStore::Stats() const {
   disk.promoted = promoted_;
   disk.failed_promotions = failed_promotions_;
   disk.not_admitted = not_admitted_;
+  disk.load_bytes_per_second = load_bytes_per_second_;
   absl::MutexLock lock(&queue_mutex_);
   disk.queued_bytes = queued_bytes_;
   disk.refuses = absl::Now() < refuse_until_;

@@ -33,9 +33,9 @@ struct TieredOptions {
 
 // Thread-safe. Calls are the RAM store's, but for these: Publish hands a block to the writer;
 // Acquire reads what only the disk has into RAM first, and waits for that (a miss of any kind is a
-// miss: no room, an error of the disk, a wrong digest); Contains asks both tiers, the disk by the
-// block's id; Purge returns when the disk will not bring the blocks back, or says that this is not
-// so; what was purged is the larger of both tiers' counts. Its end waits for what is queued.
+// miss: no room, an error of the disk, a wrong digest); Locate asks both tiers; Purge returns when
+// the disk will not bring the blocks back, or says that this is not so; what was purged is the
+// larger of both tiers' counts. Its end waits for what is queued.
 class TieredBlockStore final : public BlockStore {
  public:
   TieredBlockStore(std::unique_ptr<BlockStore> ram, std::unique_ptr<BlockLog> log,
@@ -57,7 +57,8 @@ class TieredBlockStore final : public BlockStore {
   }
   void Retain(BlockHandle block) override { ram_->Retain(block); }
   void Release(BlockHandle block) override { ram_->Release(block); }
-  bool Contains(std::string_view tenant, const BlockKey& key) const override;
+  std::optional<BlockPlace> Locate(std::string_view tenant, const BlockKey& key) const override;
+  absl::Duration ExpectedLoad(uint64_t bytes) const override;
   absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) override {
     return ram_->CopyOut(block, offset, out);
   }
@@ -82,6 +83,9 @@ class TieredBlockStore final : public BlockStore {
   const Arena& arena() const override { return ram_->arena(); }
 
  private:
+  // Of a usual NVMe disk, until one block was read.
+  static constexpr double kLoadBytesPerSecond = 1e9;
+
   // Whether a block of RAM waits for the writer, which has a lease of it then, now or already. If
   // not: the queue has no room (ResourceExhausted), or the disk does not take it now (Unavailable)
   // or ever (InvalidArgument).
@@ -91,6 +95,7 @@ class TieredBlockStore final : public BlockStore {
   }
   absl::StatusOr<BlockView> Promote(std::string_view tenant, const BlockKey& key,
                                     const LoggedBlockInfo& info);
+  void NoteLoad(uint64_t bytes, absl::Duration took);
   void WriteQueued();  // until the end
   // All of them, `refused`, while nothing is taken.
   std::vector<KeyedBlock> TakeQueued(bool* refused) ABSL_LOCKS_EXCLUDED(queue_mutex_);
@@ -115,6 +120,8 @@ class TieredBlockStore final : public BlockStore {
   std::string refusal_ ABSL_GUARDED_BY(queue_mutex_);  // why, last
   bool ending_ ABSL_GUARDED_BY(queue_mutex_) = false;
 
+  // Mean of the last blocks that were read, the latest counting most.
+  std::atomic<double> load_bytes_per_second_{kLoadBytesPerSecond};
   std::atomic<uint64_t> promoted_{0}, failed_promotions_{0}, not_admitted_{0};
   std::thread writer_;  // last
 };

@@ -107,6 +107,12 @@ TEST_F(CallDispatchTest, BlockMethodsReachTheEngine) {
   v1::PurgeRequest purge;
   purge.add_blocks(std::string(32, 'b'));
   EXPECT_EQ(Run<v1::PurgeReply>(Method::kPurge, purge)->blocks(), 1u);
+  OpenRequest open;
+  open.spec.shape = FakeShape();
+  open.tokens = {1, 2, 3};
+  v1::PrefetchRequest prefetch;
+  *prefetch.mutable_open() = ToProto(open);
+  EXPECT_EQ(Run<v1::PrefetchReply>(Method::kPrefetch, prefetch)->blocks(), 3u);
   v1::FlushRequest flush;
   flush.add_blocks(std::string(32, 'b'));
   EXPECT_EQ(Run<v1::FlushReply>(Method::kFlush, flush)->durable_blocks(), 1u);
@@ -168,11 +174,11 @@ TEST_F(CallDispatchTest, OnlyAnAdministratorDrains) {
 }
 
 TEST_F(CallDispatchTest, UnknownMethodsAndBrokenMessagesAreRefused) {
-  for (const uint32_t method : {0u, 20u, ~0u}) {
+  for (const uint32_t method : {0u, 21u, ~0u}) {
     EXPECT_EQ(DispatchCall(parts_, caller_, method, "").status().code(),
               absl::StatusCode::kUnimplemented);
   }
-  for (uint32_t method = 1; method <= 19; ++method) {
+  for (uint32_t method = 1; method <= 20; ++method) {
     EXPECT_EQ(DispatchCall(parts_, caller_, method, "\xff\xff\xff").status().code(),
               absl::StatusCode::kInvalidArgument)
         << method;

@@ -201,6 +201,9 @@ class FakeEngine : public Engine {
   absl::StatusOr<LongestPrefix> FindLongestPrefix(SessionId, const OpenRequest&) override {
     return LongestPrefix{};
   }
+  absl::StatusOr<uint64_t> Prefetch(SessionId, const OpenRequest& request) override {
+    return request.tokens.size();
+  }
   absl::StatusOr<PutResult> Put(SessionId session, std::string_view name_space,
                                 std::string_view key, std::span<const std::byte> bytes,
                                 std::optional<ByteDigest> digest) override {

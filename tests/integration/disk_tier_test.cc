@@ -111,6 +111,64 @@ TEST_F(DiskTierTest, WhatTheArenaEvictsIsReadFromTheDisk) {
   EXPECT_GT(client_->Statistics()->at("quarry_disk_promoted_total"), 0);
 }
 
+TEST_F(DiskTierTest, WhatLoadingTakesIsKnownBeforeAndMayBeLimited) {
+  const KvData data(spec_.shape, kTokens, 5);
+  Compute(data);
+  EXPECT_EQ(daemon_->Stop(), 0);
+  Start();
+  OpenRequest request = testing::OpenFor(spec_, data, kTokens);
+  const auto before = client_->LongestPrefix(request);
+  ASSERT_TRUE(before.ok()) << before.status();
+  EXPECT_EQ(before->tokens, 4 * kBlockTokens);
+  EXPECT_EQ(before->ram_tokens, 0u) << "nothing is loaded by asking";
+  EXPECT_EQ(before->load_bytes, 4 * spec_.shape.block_bytes());
+  EXPECT_GT(before->expected_load_ms, 0);
+  EXPECT_EQ(client_->Statistics()->at("quarry_disk_promoted_total"), 0);
+
+  request.max_load_ms = 0;
+  auto open = client_->Open(request);
+  ASSERT_TRUE(open.ok()) << open.status();
+  EXPECT_EQ(open->reused_tokens, 0u);
+  EXPECT_EQ(open->unloaded_tokens, 4 * kBlockTokens);
+  EXPECT_GT(open->expected_load_ms, 0);
+  ASSERT_TRUE(client_->Close(open->context).ok());
+
+  // As much as is worth it: two blocks, with some to spare.
+  request.max_load_ms = before->expected_load_ms * 0.6;
+  open = client_->Open(request);
+  ASSERT_TRUE(open.ok()) << open.status();
+  EXPECT_EQ(open->reused_tokens, 2 * kBlockTokens);
+  EXPECT_EQ(open->unloaded_tokens, 2 * kBlockTokens);
+  ASSERT_TRUE(client_->Close(open->context).ok());
+
+  // What is in RAM by now costs nothing.
+  request.max_load_ms = 0;
+  open = client_->Open(request);
+  ASSERT_TRUE(open.ok()) << open.status();
+  EXPECT_EQ(open->reused_tokens, 2 * kBlockTokens);
+  ASSERT_TRUE(client_->Close(open->context).ok());
+}
+
+TEST_F(DiskTierTest, WhatIsPrefetchedIsInRamWhenItIsOpened) {
+  const KvData data(spec_.shape, kTokens, 6);
+  Compute(data);
+  EXPECT_EQ(daemon_->Stop(), 0);
+  Start();
+  OpenRequest request = testing::OpenFor(spec_, data, kTokens);
+  const auto asked = client_->Prefetch(request);
+  ASSERT_TRUE(asked.ok()) << asked.status();
+  EXPECT_EQ(*asked, 4u);
+  ASSERT_TRUE(testing::Eventually([&] {
+    const auto prefix = client_->LongestPrefix(request);
+    return prefix.ok() && prefix->ram_tokens == 4 * kBlockTokens;
+  }));
+  EXPECT_EQ(*client_->Prefetch(request), 0u) << "there is nothing left to load";
+  request.max_load_ms = 0;
+  const auto open = client_->Open(request);
+  ASSERT_TRUE(open.ok()) << open.status();
+  EXPECT_EQ(open->reused_tokens, 4 * kBlockTokens);
+}
+
 TEST_F(DiskTierTest, APurgeOutlivesARestart) {
   const KvData data(spec_.shape, kTokens, 2);
   Compute(data);

@@ -1,5 +1,6 @@
 #include "proto/convert.h"
 
+#include <cmath>
 #include <cstdint>
 #include <random>
 #include <string>
@@ -121,6 +122,28 @@ TEST(ConvertTest, OpenSurvivesTheWire) {
   EXPECT_TRUE(back->reuse_shifted);
 }
 
+TEST(ConvertTest, ALimitOfLoadingIsATimeOrNone) {
+  EXPECT_FALSE(FromProto(Sent(ToProto(SomeOpen())))->max_load_ms.has_value());
+  OpenRequest open = SomeOpen();
+  open.max_load_ms = 0;
+  EXPECT_EQ(FromProto(Sent(ToProto(open)))->max_load_ms, 0.0);
+  open.max_load_ms = -1;
+  ExpectInvalid(FromProto(ToProto(open)), "max_load_ms");
+  open.max_load_ms = std::nan("");
+  ExpectInvalid(FromProto(ToProto(open)), "max_load_ms");
+}
+
+TEST(ConvertTest, LongestPrefixSurvivesTheWire) {
+  const LongestPrefix prefix{512, {Filled<BlockId>(1), Filled<BlockId>(2)}, 256, 4096, 0.5};
+  const auto back = FromProto(Sent(ToProto(prefix)));
+  ASSERT_TRUE(back.ok()) << back.status();
+  EXPECT_EQ(back->tokens, prefix.tokens);
+  EXPECT_EQ(back->blocks, prefix.blocks);
+  EXPECT_EQ(back->ram_tokens, prefix.ram_tokens);
+  EXPECT_EQ(back->load_bytes, prefix.load_bytes);
+  EXPECT_EQ(back->expected_load_ms, prefix.expected_load_ms);
+}
+
 TEST(ConvertTest, NoAcceptedRecipesMeansTheOwnOne) {
   wire::OpenRequest message = ToProto(SomeOpen());
   message.clear_accepted_recipes();
@@ -138,13 +161,14 @@ TEST(ConvertTest, AnEmptyRecipeIsDense) {
 }
 
 TEST(ConvertTest, OpenReplySurvivesTheWire) {
-  const OpenResult result{{77}, 512, {Filled<BlockId>(1), Filled<BlockId>(2)}, 1.5, false,
-                          {{{768, 1024}, -512}, {{1280, 1536}, 256}}};
+  const OpenResult result{{77}, 512,   {Filled<BlockId>(1), Filled<BlockId>(2)},  768,
+                          1.5,  false, {{{768, 1024}, -512}, {{1280, 1536}, 256}}};
   const auto back = FromProto(Sent(ToProto(result)));
   ASSERT_TRUE(back.ok()) << back.status();
   EXPECT_EQ(back->context, result.context);
   EXPECT_EQ(back->reused_tokens, result.reused_tokens);
   EXPECT_EQ(back->reused_blocks, result.reused_blocks);
+  EXPECT_EQ(back->unloaded_tokens, result.unloaded_tokens);
   EXPECT_EQ(back->expected_load_ms, result.expected_load_ms);
   EXPECT_EQ(back->reused_dense, result.reused_dense);
   EXPECT_EQ(back->shifted, result.shifted);

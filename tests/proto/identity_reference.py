@@ -158,7 +158,10 @@ ENCODERS = {
 
 def digest_of(kind, vector):
     encoded = ENCODERS[kind](vector)
-    return ZERO if encoded is None else hashlib.sha256(encoded).digest()
+    if encoded is None:
+        return ZERO
+    digest = hashlib.sha256(encoded).digest()
+    return b"QRYINDEX" + digest[8:] if kind == "index_namespace" else digest
 
 
 def inputs():

@@ -217,7 +217,7 @@ TEST_F(TieredBlockStoreTest, AFlushBringsToTheDiskWhatItRefusedWhenItCame) {
 
 TEST_F(TieredBlockStoreTest, ABlockThatTheLogNeverTakesIsRefusedAndNotPending) {
   disk_ = std::make_unique<SimulatedDisk>(
-      testing::SimulatedDiskOptions{.bytes = LeastLogBytes(64 << 10)});
+      testing::SimulatedDiskOptions{.bytes = LogBytes(4, 64 << 10)});
   Open(64 << 10);
   ASSERT_TRUE(Put(1).ok());
   const absl::StatusOr<FlushResult> result = store_->Flush("t", std::nullopt);

@@ -109,9 +109,12 @@ TEST_F(LogEncryptionTest, NothingOfThePlaintextIsOnTheDisk) {
   while (text.size() < 100000) text += marker;
   BlockKey key = OwnedBlock{0, 1}.key();
   key.full_key = "key of " + marker;
-  const std::span<const std::byte> bytes = std::as_bytes(std::span(text));
+  AlignedBuffer buffer(RoundUp(text.size(), kSectorBytes));
+  std::memcpy(buffer.bytes().data(), text.data(), text.size());
+  const std::span<const std::byte> bytes = std::as_const(buffer).bytes().first(text.size());
   const BlockToLog block{"tenant-0", &key, DigestOf(bytes), bytes, nullptr};
-  ASSERT_TRUE(log_->Append({&block, 1})[0].ok());
+  const absl::Status appended = log_->Append({&block, 1})[0];
+  ASSERT_TRUE(appended.ok()) << appended;
   Open();  // seals
   std::vector<std::byte> out(text.size());
   const auto read = log_->Read("tenant-0", key, out);
