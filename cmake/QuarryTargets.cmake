@@ -27,6 +27,26 @@ function(quarry_library folder)
   quarry_target_defaults(quarry_${folder})
 endfunction()
 
+# Kernels of one instruction set: an object library of one source, with the flags of `level` on that
+# target alone. Levels: scalar, avx2, avx512, amx (proto/simd_level.h).
+set(QUARRY_AVX512_FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mavx512vnni -mavx512vbmi
+  -mavx2 -mfma -mf16c)
+set(QUARRY_SIMD_FLAGS_scalar)
+set(QUARRY_SIMD_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(QUARRY_SIMD_FLAGS_avx512 ${QUARRY_AVX512_FLAGS})
+set(QUARRY_SIMD_FLAGS_amx ${QUARRY_AVX512_FLAGS} -mamx-tile -mamx-bf16)
+function(quarry_simd_objects target level source)
+  add_library(${target} OBJECT ${source})
+  target_include_directories(${target} PRIVATE ${CMAKE_SOURCE_DIR})
+  target_compile_options(${target} PRIVATE -Wall -Wextra -Wno-psabi ${QUARRY_SIMD_FLAGS_${level}}
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized>)  # of GCC's own intrinsics
+  if(QUARRY_SANITIZE)  # at -O3 GCC takes many minutes over what sanitizers add
+    target_compile_options(${target} PRIVATE -O1 -fsanitize=${QUARRY_SANITIZE})
+  else()
+    target_compile_options(${target} PRIVATE -O3)
+  endif()
+endfunction()
+
 # LABELS as in HACKING.md; TIMEOUT in seconds, of a build without sanitizers.
 function(quarry_limit_test name)
   cmake_parse_arguments(ARG "" "TIMEOUT" "LABELS;ENVIRONMENT" ${ARGN})

@@ -1,30 +1,14 @@
 // Picks the kernels for this processor, once.
 #pragma once
 
-#include <string_view>
-#include <vector>
-
-#include "absl/status/statusor.h"
 #include "cpu_index/kernels.h"
+#include "proto/simd_level.h"
 
 namespace quarry {
 
-enum class SimdLevel { kScalar, kAvx2, kAvx512, kAmx };
-
-std::string_view SimdLevelName(SimdLevel level);
-
-// Levels that this processor and kernel support, lowest first. AMX asks for the permission to use
-// its tile state, which the kernel grants to the whole process.
-const std::vector<SimdLevel>& SupportedSimdLevels();
-
-// The highest supported level, or the one that QUARRY_SIMD=scalar|avx2|avx512|amx forces.
-// InvalidArgument names an unknown level, Unavailable one that this machine lacks.
-absl::StatusOr<SimdLevel> ChooseSimdLevel();
-
 const kernels::Table& KernelsOf(SimdLevel level);
 
-// The kernels in use: ChooseSimdLevel() at the first call. A level that cannot be used ends the
-// process; programs call ChooseSimdLevel() at start to say so properly.
+// The kernels in use: those of SimdLevelInUse().
 const kernels::Table& Kernels();
 
 }  // namespace quarry
