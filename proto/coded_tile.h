@@ -24,6 +24,10 @@ inline constexpr int32_t kInt8Excess = 128;
 inline constexpr int32_t kInt8Most = 127, kInt4Most = 15;
 inline constexpr float kFp8Most = 448.0f;
 
+// Codes of a word, and its bytes.
+constexpr uint32_t WordCodes(uint8_t codec) { return codec == kFp8 ? 2 : codec == kInt8 ? 4 : 8; }
+constexpr uint32_t WordBytes(uint8_t codec) { return codec == kFp8 ? 2 : 4; }
+
 constexpr uint32_t FilledTokens(uint32_t tokens) {
   return (tokens + kLaneTokens - 1) / kLaneTokens * kLaneTokens;
 }
@@ -40,7 +44,7 @@ constexpr uint32_t ScaleBytes(uint8_t codec, uint8_t part, uint32_t head_dim, ui
 
 // Bytes of the codes behind them, a multiple of 64.
 constexpr uint32_t CodeBytes(uint8_t codec, uint32_t head_dim, uint32_t tokens) {
-  return FilledTokens(tokens) * head_dim / (codec == kInt4 ? 2 : 1);
+  return FilledTokens(tokens) * head_dim / WordCodes(codec) * WordBytes(codec);
 }
 
 constexpr uint32_t TileBytes(uint8_t codec, uint8_t part, uint32_t head_dim, uint32_t tokens) {

@@ -189,46 +189,50 @@ inline Floats NumbersOf(const Scales& scales, Ints codes, uint32_t t, uint32_t c
 
 // --- Words of codes.
 
-// The token's codes as bytes in the order of channels.
+// The words of a token's key among those of kLaneTokens tokens.
+template <uint8_t kCodec>
+inline size_t KeyWordsAt(const Tile& tile, uint32_t t) {
+  return size_t{t / kLaneTokens} * coded::CodeBytes(kCodec, tile.head_dim, kLaneTokens) +
+         t % kLaneTokens * coded::WordBytes(kCodec);
+}
+
 template <uint8_t kCodec, uint8_t kDtype>
 void EncodeKeys(const Tile& tile, const void* rows, const Scales& scales, uint8_t* out) {
-  constexpr uint32_t kEach = kCodec == kInt4 ? 8 : 4;  // channels of a word
+  constexpr uint32_t kEach = coded::WordCodes(kCodec), kBytes = coded::WordBytes(kCodec);
   alignas(64) uint8_t codes[kMaxHeadDim];
   for (uint32_t t = 0; t < tile.tokens; ++t) {
     for (uint32_t c = 0; c < tile.head_dim; c += kWidth) {
       StoreBytes(codes + c, CodesAt<kCodec, kKey, kDtype>(tile, rows, scales, t, c));
     }
-    uint8_t* to = out + size_t{t / kLaneTokens} * kLaneTokens * tile.head_dim * 4 / kEach +
-                  t % kLaneTokens * 4;
-    for (uint32_t c = 0; c < tile.head_dim; c += kEach, to += kLaneTokens * 4) {
+    uint8_t* to = out + KeyWordsAt<kCodec>(tile, t);
+    for (uint32_t c = 0; c < tile.head_dim; c += kEach, to += kLaneTokens * kBytes) {
       uint32_t word;
-      __builtin_memcpy(&word, codes + c, sizeof(word));
+      __builtin_memcpy(&word, codes + c, kBytes);
       if constexpr (kCodec == kInt4) {
         uint32_t high;
         __builtin_memcpy(&high, codes + c + 4, sizeof(high));
         word |= high << 4;
       }
-      __builtin_memcpy(to, &word, sizeof(word));
+      __builtin_memcpy(to, &word, kBytes);
     }
   }
 }
 
 template <uint8_t kCodec, uint8_t kDtype>
 void DecodeKeys(const Tile& tile, const uint8_t* in, const Scales& scales, void* rows) {
-  constexpr uint32_t kEach = kCodec == kInt4 ? 8 : 4;
+  constexpr uint32_t kEach = coded::WordCodes(kCodec), kBytes = coded::WordBytes(kCodec);
   alignas(64) uint8_t codes[kMaxHeadDim];
   for (uint32_t t = 0; t < tile.tokens; ++t) {
-    const uint8_t* from = in + size_t{t / kLaneTokens} * kLaneTokens * tile.head_dim * 4 / kEach +
-                          t % kLaneTokens * 4;
-    for (uint32_t c = 0; c < tile.head_dim; c += kEach, from += kLaneTokens * 4) {
+    const uint8_t* from = in + KeyWordsAt<kCodec>(tile, t);
+    for (uint32_t c = 0; c < tile.head_dim; c += kEach, from += kLaneTokens * kBytes) {
       uint32_t word;
-      __builtin_memcpy(&word, from, sizeof(word));
+      __builtin_memcpy(&word, from, kBytes);
       if constexpr (kCodec == kInt4) {
         const uint32_t high = word >> 4 & 0x0f0f0f0fu;
         word &= 0x0f0f0f0fu;
         __builtin_memcpy(codes + c + 4, &high, sizeof(high));
       }
-      __builtin_memcpy(codes + c, &word, sizeof(word));
+      __builtin_memcpy(codes + c, &word, kBytes);
     }
     for (uint32_t c = 0; c < tile.head_dim; c += kWidth) {
       Narrow<kDtype>(NumbersOf<kCodec, kKey>(scales, LoadBytes(codes + c), t, c), rows,
@@ -238,37 +242,34 @@ void DecodeKeys(const Tile& tile, const uint8_t* in, const Scales& scales, void*
 }
 
 // Where a value's code lies in its word: tokens in bytes, and with int4 four more in the high bits.
-template <uint8_t kCodec>
-constexpr uint32_t ShiftOf(uint32_t token) {
-  return token % 4 * 8 + (kCodec == kInt4 ? token / 4 % 2 * 4 : 0);
-}
+constexpr uint32_t ShiftOf(uint32_t token) { return token % 4 * 8 + token / 4 * 4; }
 
 template <uint8_t kCodec, uint8_t kDtype>
 void EncodeValues(const Tile& tile, const void* rows, const Scales& scales, uint8_t* out) {
-  constexpr uint32_t kEach = kCodec == kInt4 ? 8 : 4;  // tokens of a word
+  constexpr uint32_t kEach = coded::WordCodes(kCodec);
   for (uint32_t first = 0; first < tile.tokens; first += kEach) {
     const uint32_t tokens = tile.tokens - first < kEach ? tile.tokens - first : kEach;
-    for (uint32_t c = 0; c < tile.head_dim; c += kWidth, out += kWidth * 4) {
+    for (uint32_t c = 0; c < tile.head_dim; c += kWidth) {
       Ints words = {};
       for (uint32_t j = 0; j < tokens; ++j) {
         words |= CodesAt<kCodec, coded::kValue, kDtype>(tile, rows, scales, first + j, c)
-                 << ShiftOf<kCodec>(j);
+                 << ShiftOf(j);
       }
-      __builtin_memcpy(out, &words, sizeof(words));
+      out = StoreWords<coded::WordBytes(kCodec)>(words, out);
     }
   }
 }
 
 template <uint8_t kCodec, uint8_t kDtype>
 void DecodeValues(const Tile& tile, const uint8_t* in, const Scales& scales, void* rows) {
-  constexpr uint32_t kEach = kCodec == kInt4 ? 8 : 4;
+  constexpr uint32_t kEach = coded::WordCodes(kCodec);
   for (uint32_t first = 0; first < tile.tokens; first += kEach) {
     const uint32_t tokens = tile.tokens - first < kEach ? tile.tokens - first : kEach;
-    for (uint32_t c = 0; c < tile.head_dim; c += kWidth, in += kWidth * 4) {
+    for (uint32_t c = 0; c < tile.head_dim; c += kWidth) {
       Ints words;
-      __builtin_memcpy(&words, in, sizeof(words));
+      in = LoadWords<coded::WordBytes(kCodec)>(in, &words);
       for (uint32_t j = 0; j < tokens; ++j) {
-        const Ints codes = words >> ShiftOf<kCodec>(j) & (kCodec == kInt4 ? 15 : 255);
+        const Ints codes = words >> ShiftOf(j) & (kCodec == kInt4 ? 15 : 255);
         Narrow<kDtype>(NumbersOf<kCodec, coded::kValue>(scales, codes, first + j, c), rows,
                        size_t{first + j} * tile.head_dim + c);
       }

@@ -43,6 +43,29 @@ inline void StoreBytes(uint8_t* p, Ints x) {
   __builtin_memcpy(p, &bytes, sizeof(bytes));
 }
 
+// Words of kBytes, each in a lane; return what is behind them.
+template <uint32_t kBytes>
+inline uint8_t* StoreWords(Ints x, uint8_t* out) {
+  if constexpr (kBytes == 2) {
+    const Halves halves = __builtin_convertvector(x, Halves);
+    __builtin_memcpy(out, &halves, sizeof(halves));
+  } else {
+    __builtin_memcpy(out, &x, sizeof(x));
+  }
+  return out + kWidth * kBytes;
+}
+template <uint32_t kBytes>
+inline const uint8_t* LoadWords(const uint8_t* in, Ints* x) {
+  if constexpr (kBytes == 2) {
+    Halves halves;
+    __builtin_memcpy(&halves, in, sizeof(halves));
+    *x = __builtin_convertvector(halves, Ints);
+  } else {
+    __builtin_memcpy(x, in, sizeof(*x));
+  }
+  return in + kWidth * kBytes;
+}
+
 // b where either is no number.
 inline Floats Least(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats Most(Floats a, Floats b) { return a > b ? a : b; }

@@ -70,21 +70,15 @@ class CodedReference {
     const bool four = strip_.codec == KvCodec::kInt4, key = strip_.part == KvPart::kKey;
     size_t scales = (Filled(token) * 2 + 63) / 64 * 64;
     if (four) scales = key ? d * 4 : (d + 31) / 32 * Filled(token) * 4;
-    size_t word;
-    uint32_t byte, high;
-    if (key) {
-      const uint32_t each = four ? 8 : 4;
-      word = (size_t{in_tile / 16} * (d / each) + channel / each) * 16 + in_tile % 16;
-      byte = channel % 4;
-      high = channel / 4 % 2;
-    } else {
-      const uint32_t each = four ? 8 : 4;
-      word = size_t{in_tile / each} * d + channel;
-      byte = in_tile % 4;
-      high = in_tile / 4 % 2;
-    }
-    const uint32_t code = static_cast<uint32_t>(bytes_[TileAt(token) + scales + word * 4 + byte]);
-    return four ? (high ? code >> 4 : code & 15) : code;
+    // Codes of a word, along channels for keys and along tokens for values.
+    const uint32_t each = four ? 8 : strip_.codec == KvCodec::kInt8 ? 4 : 2;
+    const uint32_t in_word = (key ? channel : in_tile) % each;
+    const size_t word =
+        key ? (size_t{in_tile / 16} * (d / each) + channel / each) * 16 + in_tile % 16
+            : size_t{in_tile / each} * d + channel;
+    const size_t at = TileAt(token) + scales + word * (each == 2 ? 2 : 4) + in_word % 4;
+    const uint32_t code = static_cast<uint32_t>(bytes_[at]);
+    return !four ? code : in_word >= 4 ? code >> 4 : code & 15;
   }
 
   const CodedStrip strip_;
