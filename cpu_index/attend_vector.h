@@ -101,21 +101,37 @@ void AttendTokens(const AttendRun& a, const AttendScratch<V>& scratch, const Att
                  a.acc, next_v});
 }
 
-template <typename V, void (*kScore)(const ScoreTile&)>
-void Attend(const AttendRun& a) {
-  const AttendScratch<V> scratch(a);
-  uint32_t lo = ~0u, hi = 0;  // tokens that some query wants
+struct TokenBounds {
+  uint32_t lo, hi;
+};
+
+// Empties max, acc and sums [queries][width]; returns the tokens that some query wants.
+inline TokenBounds Begin(const AttendRun& a, int width, float* sums) {
+  TokenBounds wanted = {~0u, 0};
   for (uint32_t i = 0; i < a.queries; ++i) {
     a.max[i] = -std::numeric_limits<float>::infinity();
     if (a.lo[i] >= a.hi[i]) continue;
-    lo = a.lo[i] < lo ? a.lo[i] : lo;
-    hi = a.hi[i] > hi ? a.hi[i] : hi;
+    wanted.lo = a.lo[i] < wanted.lo ? a.lo[i] : wanted.lo;
+    wanted.hi = a.hi[i] > wanted.hi ? a.hi[i] : wanted.hi;
   }
-  const size_t elements = size_t{a.queries} * a.head_dim;
-  for (size_t i = 0; i < elements; ++i) a.acc[i] = 0;
-  for (size_t i = 0; i < size_t{a.queries} * V::kWidth; ++i) scratch.sums[i] = 0;
+  for (size_t i = 0; i < size_t{a.queries} * a.head_dim; ++i) a.acc[i] = 0;
+  for (size_t i = 0; i < size_t{a.queries} * width; ++i) sums[i] = 0;
+  return wanted;
+}
+
+inline void SumUp(const AttendRun& a, int width, const float* sums) {
+  for (uint32_t i = 0; i < a.queries; ++i) {
+    a.sum[i] = 0;
+    for (int lane = 0; lane < width; ++lane) a.sum[i] += sums[i * width + lane];
+  }
+}
+
+template <typename V, void (*kScore)(const ScoreTile&)>
+void Attend(const AttendRun& a) {
+  const AttendScratch<V> scratch(a);
+  const TokenBounds wanted = Begin(a, V::kWidth, scratch.sums);
   if (a.q_parts == 1) {
-    for (size_t i = 0; i < elements; ++i) {
+    for (size_t i = 0; i < size_t{a.queries} * a.head_dim; ++i) {
       uint32_t bits;
       __builtin_memcpy(&bits, a.q + i, sizeof(bits));
       scratch.q_bf16[i] = static_cast<uint16_t>(bits >> 16);
@@ -124,16 +140,13 @@ void Attend(const AttendRun& a) {
   for (size_t i = 0; i < a.segment_count; ++i) {
     const AttendSegment& s = a.segments[i];
     const AttendSegment* next = i + 1 < a.segment_count ? &s + 1 : nullptr;
-    const uint32_t end = s.first + s.tokens < hi ? s.first + s.tokens : hi;
-    for (uint32_t t = s.first > lo ? s.first : lo; t < end; t += kAttendTokens) {
+    const uint32_t end = s.first + s.tokens < wanted.hi ? s.first + s.tokens : wanted.hi;
+    for (uint32_t t = s.first > wanted.lo ? s.first : wanted.lo; t < end; t += kAttendTokens) {
       const uint32_t n = end - t < kAttendTokens ? end - t : kAttendTokens;
       AttendTokens<V, kScore>(a, scratch, s, next, t, n);
     }
   }
-  for (uint32_t i = 0; i < a.queries; ++i) {
-    a.sum[i] = 0;
-    for (int lane = 0; lane < V::kWidth; ++lane) a.sum[i] += scratch.sums[i * V::kWidth + lane];
-  }
+  SumUp(a, V::kWidth, scratch.sums);
 }
 
 }  // namespace

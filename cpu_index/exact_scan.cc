@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu_index/attend_pass.h"
 #include "cpu_index/key_index.h"
 #include "cpu_index/simd.h"
 #include "proto/check.h"
@@ -16,9 +17,6 @@ namespace {
 // Tokens scored at a time: a block's strip, so that packing the queries is shared by many keys
 // while the scores of sixteen queries (16 KiB) stay in the L1 cache.
 constexpr uint32_t kTileTokens = 256;
-// Tokens attended before their sums are merged: each sum adds this many numbers at most, so that
-// its rounding error stays near 3e-6 however long the run.
-constexpr uint32_t kPassTokens = 8192;
 // Tokens gathered at a time by a budget's second pass: one bit each in a word.
 constexpr uint32_t kGatherTokens = 64;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
@@ -134,65 +132,6 @@ const void* NextKeys(const KvView& run, size_t segment, uint32_t next_token) {
   return segment + 1 < run.segments.size() ? run.segments[segment + 1].k : nullptr;
 }
 
-// Tokens that at least one query wants.
-TokenRange Hull(const QueryBlock& queries) {
-  TokenRange hull{std::numeric_limits<uint32_t>::max(), 0};
-  for (const TokenRange& r : queries.ranges) {
-    if (r.empty()) continue;
-    hull.lo = std::min(hull.lo, r.lo);
-    hull.hi = std::max(hull.hi, r.hi);
-  }
-  return hull;
-}
-
-// Buffers of the kernels that attend whole segments.
-class AttendPass {
- public:
-  AttendPass(const KvView& run, const QueryBlock& block)
-      : max_(block.queries), sum_(block.queries), acc_(size_t{block.queries} * run.head_dim) {
-    for (const TokenRange& range : block.ranges) {
-      lo_.push_back(range.lo);
-      hi_.push_back(range.hi);
-    }
-    run_.q = block.q;
-    run_.queries = block.queries;
-    run_.head_dim = run.head_dim;
-    run_.dtype = static_cast<uint8_t>(run.dtype);
-    run_.q_parts = block.q_dtype == DType::kBf16 ? 1 : block.q_dtype == DType::kFp16 ? 2 : 3;
-    run_.scale = block.scale;
-    run_.lo = lo_.data();
-    run_.hi = hi_.data();
-    run_.max = max_.data();
-    run_.sum = sum_.data();
-    run_.acc = acc_.data();
-    scratch_.resize(Kernels().attend_scratch_bytes(run_) / sizeof(Line) + 1);
-    run_.scratch = scratch_.data();
-  }
-
-  // Merges the attention over the segments into `out`.
-  void Attend(std::span<const kernels::AttendSegment> segments, std::span<Partial> out) {
-    run_.segments = segments.data();
-    run_.segment_count = segments.size();
-    Kernels().attend(run_);
-    for (size_t i = 0; i < out.size(); ++i) {
-      Partial part;
-      part.max = max_[i];
-      part.sum = sum_[i];
-      part.acc = std::span(acc_).subspan(i * run_.head_dim, run_.head_dim);
-      out[i].Merge(part);
-    }
-  }
-
- private:
-  struct alignas(64) Line {
-    std::byte bytes[64];
-  };
-  kernels::AttendRun run_{};
-  std::vector<uint32_t> lo_, hi_;
-  std::vector<float> max_, sum_, acc_;
-  std::vector<Line> scratch_;
-};
-
 class ExactScanIndex final : public TokenIndex {
  public:
   std::string_view kind() const override { return "exact"; }
@@ -201,24 +140,17 @@ class ExactScanIndex final : public TokenIndex {
                  std::span<Partial> acc) const override {
     QUARRY_CHECK(acc.size() == queries.queries && queries.ranges.size() == queries.queries);
     if (queries.queries == 0) return;
-    AttendPass pass(run, queries);
+    AttendPass pass(queries, static_cast<uint8_t>(run.dtype), Kernels().attend_scratch_bytes,
+                    Kernels().attend);
     const TokenRange hull = Hull(queries);
     uint64_t read = 0;
-    std::vector<kernels::AttendSegment> segments;
-    uint32_t tokens = 0;
     for (const KvSegment& segment : run.segments) {
       const uint32_t wanted = Intersect(segment.tokens, hull).size();
       if (wanted == 0) continue;
-      if (tokens + wanted > kPassTokens && tokens > 0) {
-        pass.Attend(segments, acc);
-        segments.clear();
-        tokens = 0;
-      }
-      segments.push_back({segment.k, segment.v, segment.tokens.lo, segment.tokens.size()});
-      tokens += wanted;
+      pass.Add({segment.k, segment.v, segment.tokens.lo, segment.tokens.size()}, wanted, acc);
       read += wanted;
     }
-    if (tokens > 0) pass.Attend(segments, acc);
+    pass.Finish(acc);
     for (uint32_t i = 0; i < queries.queries; ++i) {
       acc[i].tokens += Intersect(queries.ranges[i], run.tokens()).size();
     }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "proto/coded_tile.h"
 #include "proto/head_dim.h"
 
 namespace quarry::kernels {
@@ -42,7 +43,8 @@ struct AccumulateTile {
   const void* next;  // as in ScoreTile
 };
 
-// Keys and values of tokens [first, first + tokens), both [tokens][head_dim].
+// Keys and values of tokens [first, first + tokens), both [tokens][head_dim]; or both coded strips
+// (storage/CODECS.md).
 struct AttendSegment {
   const void* k;
   const void* v;
@@ -56,7 +58,7 @@ struct AttendRun {
   const float* q;  // [queries][head_dim]
   uint32_t queries;
   uint32_t head_dim;  // as in ScoreTile
-  uint8_t dtype;      // of keys and values
+  uint8_t dtype;      // of keys and values; attend_coded: their codec, of coded::
   uint8_t q_parts;    // bf16 numbers that sum up to any element of q exactly: 1, 2 or 3
   float scale;
   const AttendSegment* segments;
@@ -203,6 +205,9 @@ struct Table {
   const char* name;
   size_t (*attend_scratch_bytes)(const AttendRun&);
   void (*attend)(const AttendRun&);  // overwrites max, sum and acc
+  // The same over strips whose scales are ones that CheckCodedStrip accepts.
+  size_t (*attend_coded_scratch_bytes)(const AttendRun&);
+  void (*attend_coded)(const AttendRun&);
   void (*score)(const ScoreTile&);
   void (*accumulate)(const AccumulateTile&);
   float (*max)(const float* x, size_t n);             // -infinity for n = 0

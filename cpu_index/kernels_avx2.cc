@@ -1,4 +1,5 @@
 // AVX2 with FMA and F16C.
+#include "cpu_index/coded_vector.h"
 #include "cpu_index/codes_avx2.h"
 #include "cpu_index/rows_avx2.h"
 #include "cpu_index/vector_avx2.h"
@@ -10,6 +11,8 @@ const Table& Avx2Table() {
       .name = "avx2",
       .attend_scratch_bytes = AttendScratch<Vector>::Bytes,
       .attend = Attend<Vector, Score<Vector>>,
+      .attend_coded_scratch_bytes = CodedScratch<Vector>::Bytes,
+      .attend_coded = AttendCoded<Vector>,
       .score = Score<Vector>,
       .accumulate = Accumulate<Vector>,
       .max = Max<Vector>,

@@ -3,9 +3,10 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu_index/coded_scalar.h"
 #include "cpu_index/codes_scalar.h"
-#include "cpu_index/rows_scalar.h"
 #include "cpu_index/kernels.h"
+#include "cpu_index/rows_scalar.h"
 
 namespace quarry::kernels {
 namespace {
@@ -112,14 +113,15 @@ void WeighToken(const AttendRun& a, uint32_t token, float* scores) {
   }
 }
 
-void Attend(const AttendRun& a) {
-  float* scores = static_cast<float*>(a.scratch);
+// Empties max, sum and acc, then calls f(segment, token within it) for every token that some query
+// wants.
+template <typename F>
+void ForEachWanted(const AttendRun& a, F&& f) {
   for (uint32_t i = 0; i < a.queries; ++i) {
     a.max[i] = -std::numeric_limits<float>::infinity();
     a.sum[i] = 0;
   }
   for (size_t i = 0; i < size_t{a.queries} * a.head_dim; ++i) a.acc[i] = 0;
-  const size_t row_bytes = size_t{a.head_dim} * (a.dtype == kFp32 ? 4 : 2);
   for (size_t n = 0; n < a.segment_count; ++n) {
     const AttendSegment& s = a.segments[n];
     for (uint32_t t = 0; t < s.tokens; ++t) {
@@ -127,14 +129,34 @@ void Attend(const AttendRun& a) {
       for (uint32_t i = 0; i < a.queries; ++i) {
         wanted |= s.first + t >= a.lo[i] && s.first + t < a.hi[i];
       }
-      if (!wanted) continue;
-      const char* k = static_cast<const char*>(s.k) + t * row_bytes;
-      const char* v = static_cast<const char*>(s.v) + t * row_bytes;
-      Score({a.q, nullptr, a.queries, a.head_dim, k, 1, a.dtype, a.scale, scores, 1, nullptr});
-      WeighToken(a, s.first + t, scores);
-      Accumulate({scores, 1, a.queries, a.head_dim, v, nullptr, 1, a.dtype, a.acc, nullptr});
+      if (wanted) f(s, t);
     }
   }
+}
+
+// One token's key and value, of dtype.
+void AttendToken(const AttendRun& a, uint8_t dtype, uint32_t token, const void* k, const void* v) {
+  float* scores = static_cast<float*>(a.scratch);
+  Score({a.q, nullptr, a.queries, a.head_dim, k, 1, dtype, a.scale, scores, 1, nullptr});
+  WeighToken(a, token, scores);
+  Accumulate({scores, 1, a.queries, a.head_dim, v, nullptr, 1, dtype, a.acc, nullptr});
+}
+
+void Attend(const AttendRun& a) {
+  const size_t row_bytes = size_t{a.head_dim} * (a.dtype == kFp32 ? 4 : 2);
+  ForEachWanted(a, [&](const AttendSegment& s, uint32_t t) {
+    AttendToken(a, a.dtype, s.first + t, static_cast<const char*>(s.k) + t * row_bytes,
+                static_cast<const char*>(s.v) + t * row_bytes);
+  });
+}
+
+void AttendCoded(const AttendRun& a) {
+  float k[kMaxHeadDim], v[kMaxHeadDim];
+  ForEachWanted(a, [&](const AttendSegment& s, uint32_t t) {
+    CodedRows(a.dtype, coded::kKey, a.head_dim, s.tokens, s.k).Read(t, k);
+    CodedRows(a.dtype, coded::kValue, a.head_dim, s.tokens, s.v).Read(t, v);
+    AttendToken(a, kFp32, s.first + t, k, v);
+  });
 }
 
 }  // namespace
@@ -144,6 +166,8 @@ const Table& ScalarTable() {
       .name = "scalar",
       .attend_scratch_bytes = AttendScratchBytes,
       .attend = Attend,
+      .attend_coded_scratch_bytes = AttendScratchBytes,
+      .attend_coded = AttendCoded,
       .score = Score,
       .accumulate = Accumulate,
       .max = Max,

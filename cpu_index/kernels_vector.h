@@ -291,6 +291,15 @@ inline typename V::Reg Exp(typename V::Reg x) {
 }
 
 template <typename V>
+float SumOfLanes(typename V::Reg x) {
+  alignas(64) float lanes[V::kWidth];
+  V::Store(lanes, x);
+  float sum = 0;
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+template <typename V>
 float ExpSum(float* x, size_t n, float shift) {
   typename V::Reg s = V::Set(shift);
   typename V::Reg total = V::Zero();
@@ -310,10 +319,7 @@ float ExpSum(float* x, size_t n, float shift) {
     V::Store(lanes, e);
     for (int j = 0; i + j < n; ++j) x[i + j] = lanes[j];
   }
-  V::Store(lanes, total);
-  float sum = 0;
-  for (float lane : lanes) sum += lane;
-  return sum;
+  return SumOfLanes<V>(total);
 }
 
 template <typename V>

@@ -73,6 +73,37 @@ struct Vector {
     return _mm256_add_ps(_mm256_permute2f128_ps(abcd, efgh, 0x20),
                          _mm256_permute2f128_ps(abcd, efgh, 0x31));
   }
+
+  // Words of codes (coded_vector.h), kWidth of 32 bits, as numbers.
+  using Words = __m256i;
+  static Words LoadWords(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  // For SignedByte, the byte less coded::kInt8Excess.
+  static Words SignBytes(Words w) {
+    return _mm256_xor_si256(w, _mm256_set1_epi32(static_cast<int>(0x80808080u)));
+  }
+  template <uint32_t kByte>
+  static Reg SignedByte(Words signed_bytes) {
+    return _mm256_cvtepi32_ps(
+        _mm256_srai_epi32(_mm256_slli_epi32(signed_bytes, 24 - 8 * kByte), 24));
+  }
+  template <uint32_t kShift>
+  static Reg FourBits(Words w) {
+    return _mm256_cvtepi32_ps(
+        _mm256_and_si256(_mm256_srli_epi32(w, kShift), _mm256_set1_epi32(15)));
+  }
+  // kWidth words of two e4m3: by 2^-8, as fp16 with the same bits of exponent and mantissa has
+  // them.
+  static void LoadE4m3(const void* p, Reg* low, Reg* high) {
+    const __m128i w = _mm_loadu_si128(static_cast<const __m128i*>(p));
+    *low = _mm256_cvtph_ps(HighE4m3(_mm_slli_epi16(w, 8)));
+    *high = _mm256_cvtph_ps(HighE4m3(w));
+  }
+  static __m128i HighE4m3(__m128i w) {
+    return _mm_or_si128(_mm_and_si128(w, _mm_set1_epi16(static_cast<short>(0x8000))),
+                        _mm_and_si128(_mm_srli_epi16(w, 1), _mm_set1_epi16(0x3f80)));
+  }
 };
 
 }  // namespace
