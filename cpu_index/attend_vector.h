@@ -44,16 +44,17 @@ inline bool MaskScores(uint32_t first, uint32_t lo, uint32_t hi, float* scores) 
   return any;
 }
 
-// Scores of one query to weights; what was summed before is scaled to a raised maximum.
-template <typename V>
+// Scores of one query and kTokens tokens to weights; what was summed before is scaled to a raised
+// maximum.
+template <typename V, uint32_t kTokens = kAttendTokens>
 void WeighScores(uint32_t head_dim, float* scores, float* max, float* sums, float* acc) {
   const typename V::Reg limit = V::Set(*max);
   bool raised = false;
-  for (uint32_t t = 0; t < kAttendTokens; t += V::kWidth) {
+  for (uint32_t t = 0; t < kTokens; t += V::kWidth) {
     raised |= V::AnyAbove(V::LoadFp32(scores + t), limit);
   }
   if (raised) {
-    const float largest = Max<V>(scores, kAttendTokens);
+    const float largest = Max<V>(scores, kTokens);
     alignas(64) float factor[V::kWidth];
     V::Store(factor, Exp<V>(V::Set(*max - largest)));  // 0 at first
     for (uint32_t d = 0; d < head_dim; d += V::kWidth) {
@@ -64,7 +65,7 @@ void WeighScores(uint32_t head_dim, float* scores, float* max, float* sums, floa
   }
   const typename V::Reg shift = V::Set(*max);
   typename V::Reg sum = V::LoadFp32(sums);
-  for (uint32_t t = 0; t < kAttendTokens; t += V::kWidth) {
+  for (uint32_t t = 0; t < kTokens; t += V::kWidth) {
     const typename V::Reg p = Exp<V>(V::Sub(V::LoadFp32(scores + t), shift));
     V::Store(scores + t, p);
     sum = V::Add(sum, p);

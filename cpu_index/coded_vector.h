@@ -355,17 +355,26 @@ void AttendCodedSegment(const AttendRun& a, const CodedScratch<V>& scratch, cons
   }
 }
 
-template <typename V, uint8_t kCodec>
-void AttendCodedAs(const AttendRun& a) {
-  const CodedScratch<V> scratch(a);
-  const TokenBounds wanted = Begin(a, V::kWidth, scratch.sums);
+// Calls f(segment, the next one or null, tokens wanted) for the segments that some query wants;
+// max, acc and sums [queries][V::kWidth] are empty before, and sum is theirs behind.
+template <typename V, typename F>
+inline void AttendCodedSegments(const AttendRun& a, float* sums, F&& f) {
+  const TokenBounds wanted = Begin(a, V::kWidth, sums);
   for (size_t n = 0; n < a.segment_count; ++n) {
     const AttendSegment& s = a.segments[n];
     if (s.first >= wanted.hi || s.first + s.tokens <= wanted.lo) continue;
-    AttendCodedSegment<V, kCodec>(a, scratch, s, n + 1 < a.segment_count ? &s + 1 : nullptr,
-                                  wanted);
+    f(s, n + 1 < a.segment_count ? &s + 1 : nullptr, wanted);
   }
-  SumUp(a, V::kWidth, scratch.sums);
+  SumUp(a, V::kWidth, sums);
+}
+
+template <typename V, uint8_t kCodec>
+void AttendCodedAs(const AttendRun& a) {
+  const CodedScratch<V> scratch(a);
+  AttendCodedSegments<V>(
+      a, scratch.sums, [&](const AttendSegment& s, const AttendSegment* next, TokenBounds wanted) {
+        AttendCodedSegment<V, kCodec>(a, scratch, s, next, wanted);
+      });
 }
 
 template <typename V>

@@ -1,6 +1,6 @@
 // AMX tiles for bf16 and fp16 keys and values; all else as AVX-512.
 #include "cpu_index/attend_amx.h"
-#include "cpu_index/coded_vector.h"
+#include "cpu_index/coded_avx512.h"
 #include "cpu_index/codes_avx512.h"
 #include "cpu_index/rows_avx512.h"
 
@@ -91,8 +91,8 @@ const Table& AmxTable() {
       .name = "amx",
       .attend_scratch_bytes = AttendScratchBytes,
       .attend = AttendAmx,
-      .attend_coded_scratch_bytes = CodedScratch<Vector>::Bytes,
-      .attend_coded = AttendCoded<Vector>,
+      .attend_coded_scratch_bytes = CodedScratchBytesAvx512,
+      .attend_coded = AttendCodedAvx512,
       .score = ScoreAmx,
       .accumulate = Accumulate<Vector>,
       .max = Max<Vector>,

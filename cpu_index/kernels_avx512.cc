@@ -1,5 +1,5 @@
 // AVX-512 with BF16.
-#include "cpu_index/coded_vector.h"
+#include "cpu_index/coded_avx512.h"
 #include "cpu_index/codes_avx512.h"
 #include "cpu_index/rows_avx512.h"
 #include "cpu_index/vector_avx512.h"
@@ -11,8 +11,8 @@ const Table& Avx512Table() {
       .name = "avx512",
       .attend_scratch_bytes = AttendScratch<Vector>::Bytes,
       .attend = Attend<Vector, ScoreAvx512>,
-      .attend_coded_scratch_bytes = CodedScratch<Vector>::Bytes,
-      .attend_coded = AttendCoded<Vector>,
+      .attend_coded_scratch_bytes = CodedScratchBytesAvx512,
+      .attend_coded = AttendCodedAvx512,
       .score = ScoreAvx512,
       .accumulate = Accumulate<Vector>,
       .max = Max<Vector>,

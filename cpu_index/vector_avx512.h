@@ -77,23 +77,6 @@ struct Vector {
                          _mm512_shuffle_f32x4(low, high, 0xdd));
   }
 
-  // Words of codes (coded_vector.h), kWidth of 32 bits, as numbers.
-  using Words = __m512i;
-  static Words LoadWords(const void* p) { return _mm512_loadu_si512(p); }
-  // For SignedByte, the byte less coded::kInt8Excess.
-  static Words SignBytes(Words w) {
-    return _mm512_xor_si512(w, _mm512_set1_epi32(static_cast<int>(0x80808080u)));
-  }
-  template <uint32_t kByte>
-  static Reg SignedByte(Words signed_bytes) {
-    return _mm512_cvtepi32_ps(
-        _mm512_srai_epi32(_mm512_slli_epi32(signed_bytes, 24 - 8 * kByte), 24));
-  }
-  template <uint32_t kShift>
-  static Reg FourBits(Words w) {
-    const Reg numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_permutexvar_ps(_mm512_srli_epi32(w, kShift), numbers);
-  }
   // kWidth words of two e4m3: by 2^-8, as fp16 with the same bits of exponent and mantissa has
   // them.
   static void LoadE4m3(const void* p, Reg* low, Reg* high) {

@@ -10,16 +10,11 @@
 // Roof: the maximum over the same memory, 64 bytes a load. Ratios are of interleaved pairs. Times
 // are processor time of the slowest thread, so that other work on the machine's cores does not
 // count.
-#include <sys/mman.h>
-#include <time.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <functional>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include <CLI/CLI.hpp>
@@ -29,10 +24,13 @@
 #include "cpu_index/simd.h"
 #include "perf/head_dim_option.h"
 #include "perf/statistics.h"
+#include "perf/walked_memory.h"
 #include "proto/half.h"
 
 namespace quarry {
 namespace {
+
+using perf::WalkedMemory;
 
 struct Settings {
   std::vector<uint32_t> queries = {1, 4, 8, 16, 32};
@@ -52,70 +50,24 @@ struct Shape {
   uint64_t strip_bytes() const { return uint64_t{kBlockTokens} * head_dim * DTypeBytes(dtype); }
 };
 
-// At least total_bytes of blocks: a strip of K, then a strip of V.
-class Memory {
- public:
-  Memory(const Settings& settings, std::mt19937* random) : bytes_(settings.total_bytes) {
-    data_ = static_cast<std::byte*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0));
-    if (data_ == MAP_FAILED) {
-      std::fprintf(stderr, "no %zu bytes of memory\n", bytes_);
-      std::exit(1);
-    }
-    random_ = random;
+// Random values of the dtype everywhere, from one random megabyte.
+void FillWith(DType dtype, WalkedMemory* memory, std::mt19937* random) {
+  std::normal_distribution<float> normal;
+  std::vector<std::byte> pattern(1 << 20);
+  for (size_t i = 0; i < pattern.size() / DTypeBytes(dtype); ++i) {
+    StoreFromFloat(pattern.data(), i, dtype, normal(*random));
   }
-  ~Memory() { munmap(data_, bytes_); }
-
-  // Random values of the dtype everywhere, from one random megabyte.
-  void Fill(DType dtype) {
-    std::normal_distribution<float> normal;
-    const size_t elements = (1 << 20) / DTypeBytes(dtype);
-    std::vector<std::byte> pattern(1 << 20);
-    for (size_t i = 0; i < elements; ++i) {
-      StoreFromFloat(pattern.data(), i, dtype, normal(*random_));
-    }
-    for (size_t at = 0; at < bytes_; at += pattern.size()) {
-      std::copy_n(pattern.data(), std::min(pattern.size(), bytes_ - at), data_ + at);
-    }
-  }
-  // The segments of one pass, the next ones at every call.
-  std::vector<KvSegment> NextPass(const Shape& shape, uint32_t tokens) {
-    std::vector<KvSegment> out;
-    const uint64_t block = 2 * shape.strip_bytes();
-    for (uint32_t t = 0; t < tokens; t += kBlockTokens) {
-      if (at_ + block > bytes_) at_ = 0;
-      out.push_back({data_ + at_, data_ + at_ + shape.strip_bytes(), {t, t + kBlockTokens}});
-      at_ += block;
-    }
-    return out;
-  }
-
- private:
-  const size_t bytes_;
-  std::byte* data_;
-  std::mt19937* random_;
-  size_t at_ = 0;
-};
-
-double ThreadMicroseconds() {
-  timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) / 1e3;
+  memory->Fill(pattern);
 }
 
-// Processor time of the slowest thread, microseconds.
-double OnThreads(uint32_t threads, const std::function<void(uint32_t)>& f) {
-  std::vector<double> us(threads);
-  const auto timed = [&](uint32_t i) {
-    const double start = ThreadMicroseconds();
-    f(i);
-    us[i] = ThreadMicroseconds() - start;
-  };
-  std::vector<std::thread> others;
-  for (uint32_t i = 1; i < threads; ++i) others.emplace_back(timed, i);
-  timed(0);
-  for (std::thread& t : others) t.join();
-  return *std::max_element(us.begin(), us.end());
+// The segments of one pass, the next ones at every call: blocks of a strip of K and a strip of V.
+std::vector<KvSegment> NextPass(WalkedMemory* memory, const Shape& shape, uint32_t tokens) {
+  std::vector<KvSegment> out;
+  for (uint32_t t = 0; t < tokens; t += kBlockTokens) {
+    const std::byte* block = memory->Next(2 * shape.strip_bytes());
+    out.push_back({block, block + shape.strip_bytes(), {t, t + kBlockTokens}});
+  }
+  return out;
 }
 
 std::span<const KvSegment> PartOf(const std::vector<KvSegment>& all, uint32_t i, uint32_t n) {
@@ -123,12 +75,9 @@ std::span<const KvSegment> PartOf(const std::vector<KvSegment>& all, uint32_t i,
   return std::span(all).subspan(i * each, each);
 }
 
-void ReadAll(std::span<const KvSegment> segments, const Shape& shape, float* sink) {
+void ReadSegments(std::span<const KvSegment> segments, const Shape& shape, float* sink) {
   for (const KvSegment& s : segments) {
-    for (const void* part : {s.k, s.v}) {
-      *sink = std::max(*sink, KernelsOf(SupportedSimdLevels().back())
-                                  .max(static_cast<const float*>(part), shape.strip_bytes() / 4));
-    }
+    for (const void* part : {s.k, s.v}) perf::ReadAll(part, shape.strip_bytes(), sink);
   }
 }
 
@@ -149,7 +98,7 @@ void Scan(std::span<const KvSegment> segments, const Shape& shape, const std::ve
   ExactScan().AttendAll({segments, shape.head_dim, shape.dtype}, block, partials);
 }
 
-void Measure(const Settings& settings, Memory* memory, const Shape& shape, uint32_t queries,
+void Measure(const Settings& settings, WalkedMemory* memory, const Shape& shape, uint32_t queries,
              uint32_t threads, std::mt19937* random) {
   std::normal_distribution<float> normal;
   std::vector<float> q(size_t{queries} * shape.head_dim);
@@ -158,12 +107,12 @@ void Measure(const Settings& settings, Memory* memory, const Shape& shape, uint3
   std::vector<double> ratio, scan_us, roof_gb;
   std::vector<float> sinks(threads * 16, -1.0f);
   for (uint32_t pair = 0; pair <= settings.pairs; ++pair) {
-    const auto roof_pass = memory->NextPass(shape, settings.pass_tokens);
-    const double roof = OnThreads(threads, [&](uint32_t i) {
-      ReadAll(PartOf(roof_pass, i, threads), shape, &sinks[i * 16]);
+    const auto roof_pass = NextPass(memory, shape, settings.pass_tokens);
+    const double roof = perf::OnThreads(threads, [&](uint32_t i) {
+      ReadSegments(PartOf(roof_pass, i, threads), shape, &sinks[i * 16]);
     });
-    const auto scan_pass = memory->NextPass(shape, settings.pass_tokens);
-    const double scan = OnThreads(
+    const auto scan_pass = NextPass(memory, shape, settings.pass_tokens);
+    const double scan = perf::OnThreads(
         threads, [&](uint32_t i) { Scan(PartOf(scan_pass, i, threads), shape, q, queries); });
     if (pair == 0) continue;  // warms up threads and pages
     ratio.push_back(roof / scan);
@@ -205,13 +154,13 @@ int Run(const Settings& settings) {
     return 1;
   }
   std::mt19937 random(settings.seed);
-  Memory memory(settings, &random);
+  WalkedMemory memory(settings.total_bytes);
   for (DType dtype : {DType::kBf16, DType::kFp16, DType::kFp32}) {
     if (std::find(settings.dtypes.begin(), settings.dtypes.end(), DTypeName(dtype)) ==
         settings.dtypes.end()) {
       continue;
     }
-    memory.Fill(dtype);
+    FillWith(dtype, &memory, &random);
     for (uint32_t head_dim : settings.head_dims) {
       for (uint32_t threads : settings.threads) {
         for (uint32_t queries : settings.queries) {
