@@ -1,11 +1,14 @@
 // Attention over coded strips with AVX-512: fp8 as floats (coded_vector.h), int8 and int4 by
 // products of whole numbers (VNNI), 64 a vector, for which codes need no conversion.
 //
-// The other factor, queries or weights, becomes whole numbers of 23 bits by the largest of them,
-// which are three digits of base 256: a sum's error is that of fp32. What products need beside
-// them is put where it costs least: a token's scale onto its score and its weight, the steps of an
-// int4 key's channels into the query, the excess of int8 into where sums begin. A tile of
-// coded::kTileTokens tokens at a time, so that making digits is shared.
+// The other factor, queries or weights, becomes whole numbers of 16 bits by the largest of them,
+// which are two digits of base 256. A score is off by up to 2^-15 of the product of its query's and
+// key's length so, mostly by a quarter of it (with int4, whose codes are longer than what they
+// mean, twice as much), and an output by as much of its values': a hundredth of what the codecs
+// make them err. A third digit took a sixth more time for 8 queries and a fifth more for 16. What
+// products need beside them is put where it costs least: a token's scale onto its score and its
+// weight, the steps of an int4 key's channels into the query, the excess of int8 into where sums
+// begin. A tile of coded::kTileTokens tokens at a time, so that making digits is shared.
 #pragma once
 
 #include "cpu_index/coded_vector.h"
@@ -14,10 +17,11 @@
 namespace quarry::kernels {
 namespace {
 
-constexpr uint32_t kDigits = 3;
-constexpr uint32_t kTileBlocks = coded::kTileTokens / coded::kLaneTokens;
+constexpr uint32_t kDigits = 2;
+// Numbers whose digits lie together, so that loops over them address all by one register a query.
+constexpr uint32_t kDigitNumbers = 16;
 
-// Numbers as digits: x = step * (d0 + 256 d1 + 65536 d2), to within 2^-23 of the largest.
+// Numbers as digits: x = step * (d0 + 256 d1), to within 2^-16 of the largest.
 struct Digits {
   int8_t* digits;         // [kDigits][count]
   int32_t bias[kDigits];  // where sums begin: less the codes' excess times the digits
@@ -36,28 +40,31 @@ inline float MostMagnitude(const float* x, uint32_t count) {
 
 template <uint8_t kCodec>
 void MakeDigits(const float* x, uint32_t count, Digits* out) {
-  constexpr float kSteps = 0x1p22f;
+  constexpr float kSteps = 127 * 256;
   const float most = MostMagnitude(x, count);
   // Numbers so small have no step that is one; nothing that is attended is.
   out->step = most > 0x1p-100f ? most / kSteps : 0;
   const __m512 inverse = _mm512_set1_ps(out->step > 0 ? kSteps / most : 0);
-  const __m512i excess = _mm512_set1_epi32(0x808080);
-  __m512i sums[kDigits] = {};
-  for (uint32_t i = 0; i < count; i += 16) {
+  const __m512i excess = _mm512_set1_epi32(0x8080);
+  // The even bytes, then the odd ones.
+  const __m256i order = _mm256_set_epi8(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
+                                        30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  __m256i sums = _mm256_setzero_si256();
+  for (uint32_t i = 0; i < count; i += kDigitNumbers) {
     const __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
     // Digits from -128 to 127: bytes of the number plus 128 in each, less 128.
-    const __m512i digits = _mm512_xor_si512(_mm512_add_epi32(n, excess), excess);
-    for (uint32_t d = 0; d < kDigits; ++d) {
-      const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_srli_epi32(digits, 8 * d));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out->digits + d * count + i), bytes);
-      if constexpr (kCodec == coded::kInt8) {
-        sums[d] = _mm512_add_epi32(sums[d], _mm512_cvtepi8_epi32(bytes));
-      }
+    const __m512i bytes = _mm512_xor_si512(_mm512_add_epi32(n, excess), excess);
+    const __m256i digits = _mm256_permutexvar_epi8(order, _mm512_cvtepi32_epi16(bytes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out->digits + i * kDigits), digits);
+    if constexpr (kCodec == coded::kInt8) {
+      sums = _mm256_dpbusd_epi32(sums, _mm256_set1_epi8(1), digits);
     }
   }
+  alignas(32) int32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sums);
   for (uint32_t d = 0; d < kDigits; ++d) {
-    out->bias[d] =
-        kCodec == coded::kInt8 ? -coded::kInt8Excess * _mm512_reduce_add_epi32(sums[d]) : 0;
+    const int32_t* of = lanes + d * 4;
+    out->bias[d] = -coded::kInt8Excess * (of[0] + of[1] + of[2] + of[3]);  // 0 but for int8
   }
 }
 
@@ -111,30 +118,54 @@ inline __m512i BytesOf(__m512i words) {
   return _mm512_and_si512(kHalf == 0 ? words : _mm512_srli_epi32(words, 4), low);
 }
 
+// Fetches kBytes in lines that lie `step` bytes apart.
+template <uint32_t kBytes>
+[[gnu::always_inline]] inline void Fetch(const uint8_t* at, size_t step) {
+#pragma GCC unroll 4
+  for (uint32_t line = 0; line < kBytes / 64; ++line) __builtin_prefetch(at + line * step);
+}
+
 inline __m512i FourDigits(const int8_t* p) {
   int32_t word;
   __builtin_memcpy(&word, p, sizeof(word));
   return _mm512_set1_epi32(word);
 }
 
-// sum[d] += the products of four codes in every lane with four digits of d.
-inline void AddProducts(__m512i codes, const int8_t* digits, size_t stride, __m512i* sum) {
-#pragma GCC unroll 3
+// sum[d] += the products of four codes in every lane with the digits of the w-th four numbers.
+[[gnu::always_inline]] inline void AddProducts(__m512i codes, const int8_t* digits, uint32_t w,
+                                               __m512i* sum) {
+#pragma GCC unroll 2
   for (uint32_t d = 0; d < kDigits; ++d) {
-    sum[d] = _mm512_dpbusd_epi32(sum[d], codes, FourDigits(digits + d * stride));
+    sum[d] = _mm512_dpbusd_epi32(sum[d], codes, FourDigits(digits + d * kDigitNumbers + w * 4));
   }
 }
 
-inline void BeginSums(const Digits& of, __m512i* sum) {
-#pragma GCC unroll 3
+// The products of kDigitNumbers codes in every lane, whose vectors of words lie `step` bytes apart.
+template <uint8_t kCodec, uint32_t kQ>
+[[gnu::always_inline]] inline void AddWords(const uint8_t* words, size_t step,
+                                            const int8_t* const* digits, size_t digits_at,
+                                            __m512i (*sum)[kDigits]) {
+  constexpr uint32_t kVectors = kDigitNumbers / coded::WordCodes(kCodec);
+#pragma GCC unroll 4
+  for (uint32_t w = 0; w < kVectors; ++w) {
+    const __m512i x = _mm512_loadu_si512(words + w * step);
+#pragma GCC unroll 4
+    for (uint32_t i = 0; i < kQ; ++i) {
+      const int8_t* of = digits[i] + digits_at;
+      AddProducts(BytesOf<kCodec, 0>(x), of, w * kHalves<kCodec>, sum[i]);
+      if constexpr (kHalves<kCodec> == 2) AddProducts(BytesOf<kCodec, 1>(x), of, w * 2 + 1, sum[i]);
+    }
+  }
+}
+
+[[gnu::always_inline]] inline void BeginSums(const Digits& of, __m512i* sum) {
+#pragma GCC unroll 2
   for (uint32_t d = 0; d < kDigits; ++d) sum[d] = _mm512_set1_epi32(of.bias[d]);
 }
 
-inline __m512 EndSums(const Digits& of, const __m512i* sum) {
+[[gnu::always_inline]] inline __m512 EndSums(const Digits& of, const __m512i* sum) {
   const __m512 base = _mm512_set1_ps(256);
-  __m512 all = _mm512_cvtepi32_ps(sum[2]);
-  all = _mm512_fmadd_ps(all, base, _mm512_cvtepi32_ps(sum[1]));
-  all = _mm512_fmadd_ps(all, base, _mm512_cvtepi32_ps(sum[0]));
+  const __m512 all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[1]), base, _mm512_cvtepi32_ps(sum[0]));
   return _mm512_mul_ps(all, _mm512_set1_ps(of.step));
 }
 
@@ -142,31 +173,33 @@ inline __m512 EndSums(const Digits& of, const __m512i* sum) {
 template <uint8_t kCodec, uint32_t kQ, uint32_t kBlocks>
 void ScoreTileBlocks(const AttendRun& a, const TileScratch& scratch, const CodedTile& tile,
                      uint32_t first_query, uint32_t first_block) {
-  constexpr uint32_t kEach = coded::WordCodes(kCodec);
+  constexpr uint32_t kBytes = kDigitNumbers / coded::WordCodes(kCodec) * 64;
   const size_t block_bytes = coded::CodeBytes(kCodec, a.head_dim, coded::kLaneTokens);
   const Digits* q = scratch.q + first_query;
-  const size_t at = first_block * block_bytes;
+  const int8_t* digits[kQ];
+#pragma GCC unroll 4
+  for (uint32_t i = 0; i < kQ; ++i) digits[i] = q[i].digits;
   __m512i sum[kBlocks][kQ][kDigits];
+#pragma GCC unroll 4
   for (uint32_t b = 0; b < kBlocks; ++b) {
+#pragma GCC unroll 4
     for (uint32_t i = 0; i < kQ; ++i) BeginSums(q[i], sum[b][i]);
   }
-  for (uint32_t c = 0; c < a.head_dim; c += kEach) {
+  const uint8_t* words = tile.codes + first_block * block_bytes;
+  const uint8_t* next = tile.next + first_block * block_bytes;
+  for (uint32_t c = 0; c < a.head_dim; c += kDigitNumbers) {
 #pragma GCC unroll 4
     for (uint32_t b = 0; b < kBlocks; ++b) {
-      const size_t offset = at + b * block_bytes + size_t{c} / kEach * 64;
-      if (first_query == 0) __builtin_prefetch(tile.next + offset);
-      const __m512i words = _mm512_loadu_si512(tile.codes + offset);
-#pragma GCC unroll 4
-      for (uint32_t i = 0; i < kQ; ++i) {
-        AddProducts(BytesOf<kCodec, 0>(words), q[i].digits + c, a.head_dim, sum[b][i]);
-        if constexpr (kHalves<kCodec> == 2) {
-          AddProducts(BytesOf<kCodec, 1>(words), q[i].digits + c + 4, a.head_dim, sum[b][i]);
-        }
-      }
+      if (first_query == 0) Fetch<kBytes>(next + b * block_bytes, 64);
+      AddWords<kCodec, kQ>(words + b * block_bytes, 64, digits, size_t{c} * kDigits, sum[b]);
     }
+    words += kBytes;
+    next += kBytes;
   }
+#pragma GCC unroll 4
   for (uint32_t b = 0; b < kBlocks; ++b) {
     const uint32_t t = (first_block + b) * coded::kLaneTokens;
+#pragma GCC unroll 4
     for (uint32_t i = 0; i < kQ; ++i) {
       __m512 z = EndSums(q[i], sum[b][i]);
       if constexpr (kCodec == coded::kInt4) {
@@ -197,32 +230,35 @@ void ScoreTileQueries(const AttendRun& a, const TileScratch& scratch, const Code
 template <uint8_t kCodec, uint32_t kQ, uint32_t kD>
 void AddTileBlock(const AttendRun& a, const TileScratch& scratch, const CodedTile& tile,
                   uint32_t first_query, uint32_t first_dim) {
-  constexpr uint32_t kEach = coded::WordCodes(kCodec);
+  constexpr uint32_t kVectors = kDigitNumbers / coded::WordCodes(kCodec);
+  const size_t step = size_t{a.head_dim} * 4;
   const uint32_t groups = CodedScratch<Vector>::Groups(a);
   const Digits* weights = scratch.weights + size_t{first_query} * groups;
   if constexpr (kCodec == coded::kInt4) weights += first_dim / coded::kValueChannels;
+  const int8_t* digits[kQ];
+#pragma GCC unroll 4
+  for (uint32_t i = 0; i < kQ; ++i) digits[i] = weights[size_t{i} * groups].digits;
   __m512i sum[kD][kQ][kDigits];
+#pragma GCC unroll 4
   for (uint32_t d = 0; d < kD; ++d) {
+#pragma GCC unroll 4
     for (uint32_t i = 0; i < kQ; ++i) BeginSums(weights[size_t{i} * groups], sum[d][i]);
   }
-  for (uint32_t t = 0; t < tile.tokens; t += kEach) {
-    const size_t offset = (size_t{t} / kEach * a.head_dim + first_dim) * 4;
+  const uint8_t* words = tile.codes + first_dim * 4;
+  const uint8_t* next = tile.next + first_dim * 4;
+  for (uint32_t t = 0; t < tile.tokens; t += kDigitNumbers) {
 #pragma GCC unroll 4
     for (uint32_t d = 0; d < kD; ++d) {
-      if (first_query == 0) __builtin_prefetch(tile.next + offset + d * 64);
-      const __m512i words = _mm512_loadu_si512(tile.codes + offset + d * 64);
-#pragma GCC unroll 4
-      for (uint32_t i = 0; i < kQ; ++i) {
-        const int8_t* digits = weights[size_t{i} * groups].digits + t;
-        AddProducts(BytesOf<kCodec, 0>(words), digits, coded::kTileTokens, sum[d][i]);
-        if constexpr (kHalves<kCodec> == 2) {
-          AddProducts(BytesOf<kCodec, 1>(words), digits + 4, coded::kTileTokens, sum[d][i]);
-        }
-      }
+      if (first_query == 0) Fetch<kVectors * 64>(next + d * 64, step);
+      AddWords<kCodec, kQ>(words + d * 64, step, digits, size_t{t} * kDigits, sum[d]);
     }
+    words += kVectors * step;
+    next += kVectors * step;
   }
+#pragma GCC unroll 4
   for (uint32_t i = 0; i < kQ; ++i) {
     const Digits& of = weights[size_t{i} * groups];
+#pragma GCC unroll 4
     for (uint32_t d = 0; d < kD; ++d) {
       float* acc = a.acc + size_t{first_query + i} * a.head_dim + first_dim + d * 16;
       __m512 x = _mm512_add_ps(_mm512_loadu_ps(acc), EndSums(of, sum[d][i]));

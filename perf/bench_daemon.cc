@@ -1,16 +1,8 @@
 #include "perf/bench_daemon.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <utility>
 
 namespace quarry::perf {
-
-void Die(const absl::Status& status, const char* what) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s: %s\n", what, status.ToString().c_str());
-  std::exit(1);
-}
 
 testing::DaemonProcess& StartDaemon(const testing::DaemonOptions& options) {
   static std::unique_ptr<testing::DaemonProcess> running;  // exit destroys it, and so ends it

@@ -4,21 +4,11 @@
 #include <memory>
 #include <span>
 
-#include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "client/client.h"
+#include "perf/die.h"
 #include "tests/support/daemon_process.h"
 
 namespace quarry::perf {
-
-// Unless OK prints `what` and the status, and exits with 1.
-void Die(const absl::Status& status, const char* what);
-
-template <typename T>
-T ValueOrDie(absl::StatusOr<T> value, const char* what) {
-  Die(value.status(), what);
-  return *std::move(value);
-}
 
 // Runs until the next one is started or the program ends, also by exit.
 testing::DaemonProcess& StartDaemon(const testing::DaemonOptions& options);

@@ -29,6 +29,7 @@
 #include "cpu_index/coded_attend.h"
 #include "cpu_index/simd.h"
 #include "perf/codec_errors.h"
+#include "perf/die.h"
 #include "perf/head_dim_option.h"
 #include "perf/statistics.h"
 #include "perf/walked_memory.h"
@@ -95,7 +96,7 @@ struct Block {
   }
   void Decode(const std::byte* from, std::byte* to) const {
     for (KvPart part : kParts) {
-      perf::Check(DecodeStrip(Strip(part), {from, Strip(part).bytes()}, DType::kBf16, to));
+      perf::Die(DecodeStrip(Strip(part), {from, Strip(part).bytes()}, DType::kBf16, to), "decode");
       from += Strip(part).bytes();
       to += row_bytes() / 2;
     }
@@ -260,9 +261,9 @@ void MeasureAttend(const Settings& settings, const Block& block, uint32_t querie
 // --- Errors.
 
 void MeasureErrors(const Settings& settings, const std::vector<KvCodec>& codecs) {
-  const auto files = perf::Check(perf::ListTraces(settings.traces));
+  const auto files = perf::ValueOrDie(perf::ListTraces(settings.traces), "traces");
   for (const std::string& file : files) {
-    const perf::Trace trace = perf::Check(perf::ReadTrace(file));
+    const perf::Trace trace = perf::ValueOrDie(perf::ReadTrace(file), "trace");
     for (KvCodec codec : codecs) {
       const perf::CodecErrors errors = perf::ErrorsOn(trace, {.codec = codec});
       const Quantiles o = QuantilesOf(errors.o), lse = QuantilesOf(errors.lse);
@@ -291,7 +292,7 @@ void MeasureErrors(const Settings& settings, const std::vector<KvCodec>& codecs)
 }
 
 int Run(const Settings& settings) {
-  perf::Check(ChooseSimdLevel().status());
+  perf::Die(ChooseSimdLevel().status(), "QUARRY_SIMD");
   std::vector<KvCodec> codecs;
   for (const std::string& name : settings.codecs) {
     const std::optional<KvCodec> codec = KvCodecNamed(name);

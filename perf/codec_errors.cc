@@ -1,9 +1,11 @@
 #include "perf/codec_errors.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numeric>
 
+#include "perf/die.h"
 #include "proto/half.h"
 #include "storage/codecs/kv_codecs.h"
 
@@ -23,7 +25,7 @@ struct Part {
     for (uint32_t t = 0; t + kBlockTokens <= trace.tokens; t += kBlockTokens) {
       float* at = decoded.data() + size_t{t} * trace.head_dim;
       EncodeStrip(strip, DType::kFp32, at, coded);
-      Check(DecodeStrip(strip, coded, DType::kFp32, at));
+      Die(DecodeStrip(strip, coded, DType::kFp32, at), "decode");
     }
   }
   const float* Row(uint32_t token, uint32_t head_dim, TokenRange coded) const {
@@ -89,12 +91,6 @@ CodecErrors ErrorsOn(const Trace& trace, const KvCoding& coding) {
 
 double Mean(const std::vector<double>& x) {
   return x.empty() ? 0 : std::accumulate(x.begin(), x.end(), 0.0) / static_cast<double>(x.size());
-}
-
-void Check(const absl::Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  std::exit(1);
 }
 
 }  // namespace quarry::perf

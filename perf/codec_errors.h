@@ -1,11 +1,8 @@
 // What a codec of K and V does to the answers of a trace's queries.
 #pragma once
 
-#include <cstdio>
-#include <cstdlib>
 #include <vector>
 
-#include "absl/status/statusor.h"
 #include "perf/trace.h"
 #include "proto/kv_codec.h"
 
@@ -22,13 +19,5 @@ struct CodecErrors {
 CodecErrors ErrorsOn(const Trace& trace, const KvCoding& coding);
 
 double Mean(const std::vector<double>& x);
-
-// The value, or the end of the program with the status.
-void Check(const absl::Status& status);
-template <typename T>
-T Check(absl::StatusOr<T> value) {
-  Check(value.status());
-  return *std::move(value);
-}
 
 }  // namespace quarry::perf
