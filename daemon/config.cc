@@ -278,6 +278,7 @@ Config DefaultConfig() {
   Config config;
   config.shm.socket = DefaultSocket();
   config.grpc.socket = DefaultSocketDirectory() + "/grpc.sock";
+  config.engine.disk.log.scrub_bytes_per_s = 16ull << 20;
   return config;
 }
 

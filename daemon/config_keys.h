@@ -39,6 +39,7 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Text("disk.key_file", c.engine.disk.log.key.file);
   v.Text("disk.key_environment", c.engine.disk.log.key.environment);
   v.Choice("disk.io", c.engine.disk.file.io, {"auto", "uring", "threads"});
+  v.Bytes("disk.scrub_bytes_per_s", c.engine.disk.log.scrub_bytes_per_s, 0, kTiB);
   v.Count("disk.queue_depth", c.engine.disk.file.queue_depth, 1, 1024);
   v.Bytes("disk.max_queued_bytes", c.engine.disk.tier.max_queued_bytes, kMiB, 64 * kTiB);
 

@@ -17,6 +17,10 @@ struct BlockLogStats {
   uint64_t read_blocks = 0, read_bytes = 0;
   uint64_t broken_blocks = 0;  // read, and not what was written
   uint64_t read_errors = 0, write_errors = 0;
+  // Of the scrubber: read so far, passes that ended, segments of this one; what was found broken,
+  // and could not be read.
+  uint64_t scrubbed_bytes = 0, scrub_passes = 0, scrubbed_segments = 0;
+  uint64_t scrub_broken = 0, scrub_read_errors = 0;
   uint64_t recovered_blocks = 0, incomplete_blocks = 0, scanned_segments = 0;
   uint64_t unreadable_keys = 0;  // of tenants, at the start
   uint64_t hidden_blocks = 0;  // not found until what may say that they were purged can be read

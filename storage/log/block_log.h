@@ -18,6 +18,7 @@
 #include "storage/disk_tier_stats.h"
 #include "storage/log/log_key.h"
 #include "storage/log/log_layout.h"
+#include "storage/log/scrubber.h"
 
 namespace quarry {
 
@@ -48,6 +49,8 @@ struct BlockLogOptions {
   std::function<uint64_t()> random;
   // What is written is encrypted, with a key for each tenant: storage/FORMAT.md.
   LogKeyOptions key;
+  // That a thread of its own reads, and checks, all the time. 0: there is none.
+  uint64_t scrub_bytes_per_s = 0;
 };
 
 // A block to write. What it refers to must live until Append returns.
@@ -116,6 +119,11 @@ class BlockLog {
   // Unavailable: the disk. What is in `out` after an error is to be used by nobody.
   virtual absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
                                           std::span<std::byte> out) = 0;
+  // Checks a next piece of what the log has: the footer and the purges of a sealed segment, or a
+  // part of a block as Read does. What is not what was written is counted and logged, and such a
+  // block is gone; what cannot be read is counted, and looked at again by the next pass. One caller
+  // at a time: the scrubber's thread, where there is one.
+  virtual ScrubStep ScrubNext() = 0;
   virtual BlockLogStats Stats() const = 0;
 };
 

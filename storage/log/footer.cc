@@ -157,6 +157,16 @@ absl::StatusOr<Footer> ReadFooter(Disk* disk, const Superblock& superblock, uint
   return out;
 }
 
+absl::StatusOr<PurgeFrame> ReadPurge(Disk* disk, const FramePlace& place,
+                                     const FooterEntry& entry) {
+  if (entry.frame_bytes % kSectorBytes != 0 || entry.frame_bytes > kMaxFrameBytes) {
+    return absl::DataLossError("its length is wrong");
+  }
+  AlignedBuffer frame(entry.frame_bytes);
+  QUARRY_RETURN_IF_ERROR(ReadSectors(disk, place.offset, &frame));
+  return DecodePurge(frame.bytes(), place, entry.sequence);
+}
+
 absl::StatusOr<uint64_t> WriteFooter(Disk* disk, const Superblock& superblock, uint32_t segment,
                                      const Footer& footer) {
   const uint64_t end = EndOf(superblock, segment);

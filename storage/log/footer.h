@@ -56,6 +56,8 @@ struct Footer {
 // Unavailable: whether there is one cannot be read.
 absl::StatusOr<Footer> ReadFooter(Disk* disk, const Superblock& superblock, uint32_t segment,
                                   std::optional<uint64_t> generation);
+// The purge that an entry names. DataLoss: it is not there.
+absl::StatusOr<PurgeFrame> ReadPurge(Disk* disk, const FramePlace& place, const FooterEntry& entry);
 // Returns the bytes written, which are not synced.
 absl::StatusOr<uint64_t> WriteFooter(Disk* disk, const Superblock& superblock, uint32_t segment,
                                      const Footer& footer);

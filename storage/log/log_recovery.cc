@@ -345,7 +345,7 @@ class Recovery {
     for (const FooterEntry& entry : footer.entries) {
       if (entry.kind != FrameKind::kPurge) continue;
       const FramePlace place{superblock_.device, s, footer.generation, entry.offset};
-      const absl::StatusOr<PurgeFrame> purge = ReadPurge(place, entry);
+      const absl::StatusOr<PurgeFrame> purge = ReadPurge(disk_, place, entry);
       read[entry.sequence] = purge.status();
       if (!purge.ok()) continue;
       const TenantName tenant = tenants_->Intern(purge->tenant);
@@ -369,15 +369,6 @@ class Recovery {
       }
     }
     return complete;
-  }
-
-  absl::StatusOr<PurgeFrame> ReadPurge(const FramePlace& place, const FooterEntry& entry) {
-    if (entry.frame_bytes % kSectorBytes != 0 || entry.frame_bytes > kMaxFrameBytes) {
-      return absl::DataLossError("its length is wrong");
-    }
-    AlignedBuffer frame(entry.frame_bytes);
-    QUARRY_RETURN_IF_ERROR(ReadSectors(disk_, place.offset, &frame));
-    return DecodePurge(frame.bytes(), place, entry.sequence);
   }
 
   // Of a purge that is broken in both places it is known whose it was: better that too much of the

@@ -54,8 +54,9 @@ struct PartTarget {
   uint64_t straight = 0;      // bytes that are read right there
   AlignedBuffer frame, rest;
 
-  PartTarget(const LoggedPart& p, std::span<std::byte> block)
-      : part(&p), here(block.subspan(p.part_offset, p.part_bytes)), frame(p.frame_bytes) {
+  // `out` begins at the offset `first` of the block.
+  PartTarget(const LoggedPart& p, uint64_t first, std::span<std::byte> out)
+      : part(&p), here(out.subspan(p.part_offset - first, p.part_bytes)), frame(p.frame_bytes) {
     if (IsAligned(here.data())) straight = here.size() / kSectorBytes * kSectorBytes;
     rest = AlignedBuffer(RoundUp(here.size() - straight, kSectorBytes));
   }
@@ -110,7 +111,8 @@ PartGroup NextGroup(uint64_t group_bytes, const LoggedBlock& block, std::span<st
   uint64_t bytes = 0;
   for (; *part != block.parts.end() && (*part)->place.offset == group.offset + bytes; ++*part) {
     if (bytes >= group_bytes) break;
-    group.targets.emplace_back(**part, out).AddPieces(&group.pieces);
+    group.targets.emplace_back(**part, block.parts.front().part_offset, out)
+        .AddPieces(&group.pieces);
     bytes += (*part)->disk_bytes();
   }
   return group;

@@ -25,7 +25,8 @@ struct BlockSource {
   const TenantKeys* keys = nullptr;  // of a log that is encrypted
 };
 
-// The whole block into `out`, every part decrypted and checked. DataLoss, Unavailable. Large ones
+// The whole block into `out`, every part decrypted and checked; or, of one that is given with some
+// of its parts, which follow one another, these. DataLoss, Unavailable. Large ones
 // are read group by group of so many bytes, each while the one before is decrypted and checked.
 absl::StatusOr<BlockOrigin> ReadBlock(const BlockSource& source, const LoggedBlock& block,
                                       std::span<std::byte> out);

@@ -112,8 +112,12 @@ absl::StatusOr<std::unique_ptr<BlockLog>> BlockLog::Open(std::unique_ptr<Disk> d
       disk->name(), keys == nullptr ? "" : ", encrypted", recovered.index.blocks(),
       recovered.index.bytes(), superblock.segments, superblock.segment_bytes,
       recovered.segments.free(), took.count(), recovered.scanned_segments);
-  return std::make_unique<SegmentedLog>(std::move(disk), options, std::move(tenants),
-                                        std::move(keys), std::move(recovered), took.count());
+  auto log = std::make_unique<SegmentedLog>(std::move(disk), options, std::move(tenants),
+                                            std::move(keys), std::move(recovered), took.count());
+  if (options.scrub_bytes_per_s > 0) {
+    log->StartScrubbing({.bytes_per_s = options.scrub_bytes_per_s});
+  }
+  return log;
 }
 
 // ---- Appending.
@@ -146,8 +150,8 @@ absl::Status SegmentedLog::Add(const BlockToLog& block, LoggedBlock* out) {
   if (const ByteDigest actual = DigestOf(block.bytes); !(actual == block.digest)) {
     ++broken_blocks_;
     return absl::DataLossError(absl::StrCat("block ", block.key->id.Hex(), " of ",
-                                            block.bytes.size(),
-                                            " bytes is not what its digest is of: not logged"));
+                                            block.bytes.size(), " bytes has digest ", HexOf(actual),
+                                            ", expected ", HexOf(block.digest), ": not logged"));
   }
   PartFrame frame;
   frame.tenant = std::string(block.tenant);
@@ -362,15 +366,21 @@ absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const Blo
     ++read_errors_;
     return status;
   }
-  ++broken_blocks_;
+  (void)DropBroken(block, status);
+  return status;
+}
+
+bool SegmentedLog::DropBroken(const LoggedBlock& block, const absl::Status& why) {
   {
     absl::MutexLock lock(&mutex_);
     const LoggedBlock* const found = index_.Find(block.tenant, block.id);
-    if (found != nullptr && found->parts == block.parts) index_.Remove(block.tenant, block.id);
+    if (found == nullptr || found->born != block.born) return false;
+    index_.Remove(block.tenant, block.id);
   }
+  ++broken_blocks_;
   spdlog::error("block {} of {} bytes on {} is broken: {}", block.id.Hex(), block.bytes,
-                disk_->name(), std::string(status.message()));
-  return status;
+                disk_->name(), std::string(why.message()));
+  return true;
 }
 
 BlockLogStats SegmentedLog::Stats() const {
@@ -387,6 +397,11 @@ BlockLogStats SegmentedLog::Stats() const {
   s.broken_blocks = broken_blocks_;
   s.read_errors = read_errors_;
   s.write_errors = write_errors_;
+  s.scrubbed_bytes = scrubbed_bytes_;
+  s.scrubbed_segments = scrubbed_segments_;
+  s.scrub_passes = scrub_passes_;
+  s.scrub_broken = scrub_broken_;
+  s.scrub_read_errors = scrub_read_errors_;
   s.recovered_blocks = recovered_blocks_;
   s.hidden_blocks = hidden_blocks_;
   s.incomplete_blocks = incomplete_blocks_;

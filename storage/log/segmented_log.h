@@ -18,6 +18,7 @@
 #include "storage/log/log_writer.h"
 #include "storage/log/purge_table.h"
 #include "storage/log/read_block.h"
+#include "storage/log/scrubber.h"
 #include "storage/log/segment_table.h"
 #include "storage/log/tenant_keys.h"
 
@@ -40,7 +41,12 @@ class SegmentedLog final : public BlockLog {
   std::vector<LoggedBlockName> List(std::string_view tenant, uint32_t limit) const override;
   absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
                                   std::span<std::byte> out) override;
+  ScrubStep ScrubNext() override;
   BlockLogStats Stats() const override;
+
+  void StartScrubbing(const ScrubberOptions& options) {
+    scrubber_ = std::make_unique<Scrubber>([this] { return ScrubNext(); }, options);
+  }
 
  private:
   // A block on its way to the next commit.
@@ -93,6 +99,19 @@ class SegmentedLog final : public BlockLog {
   absl::Status MoveBlock(const LoggedBlock& block, std::vector<Moved>* moved)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
 
+  // Counts and logs a block that is not what was written, and drops it. False: what was read is no
+  // longer the block, which was moved, purged or written anew meanwhile.
+  bool DropBroken(const LoggedBlock& block, const absl::Status& why) ABSL_LOCKS_EXCLUDED(mutex_);
+
+  // Of a segment that is sealed: the footer, the purges, and what parts are to be checked next.
+  // Both return the bytes read.
+  uint64_t ScrubSegment(uint32_t segment);
+  uint64_t ScrubPart(const LoggedBlock& part);
+  void FoundByScrub(uint32_t segment, uint64_t generation, const std::string& what,
+                    const absl::Status& why);
+  // Nothing: it is not sealed.
+  std::optional<uint64_t> SealedGeneration(uint32_t segment) const ABSL_LOCKS_EXCLUDED(mutex_);
+
   // Of a block on the disk, at most.
   uint64_t DiskBytes(std::string_view tenant, const BlockKey& key, uint64_t bytes) const;
 
@@ -122,6 +141,17 @@ class SegmentedLog final : public BlockLog {
   std::atomic<uint64_t> appended_blocks_{0}, appended_bytes_{0}, written_bytes_{0}, moved_bytes_{0};
   std::atomic<uint64_t> dropped_blocks_{0}, dropped_bytes_{0}, read_blocks_{0}, read_bytes_{0};
   std::atomic<uint64_t> broken_blocks_{0}, read_errors_{0}, write_errors_{0};
+  std::atomic<uint64_t> scrubbed_bytes_{0}, scrubbed_segments_{0}, scrub_passes_{0};
+  std::atomic<uint64_t> scrub_broken_{0}, scrub_read_errors_{0};
+
+  // Where the scrubber is; its thread's alone.
+  struct Scrub {
+    uint32_t segment = 0;
+    std::vector<LoggedBlock> parts;  // of one part each, the next one last
+    AlignedBuffer memory;
+  };
+  Scrub scrub_;
+  std::unique_ptr<Scrubber> scrubber_;  // last: it ends first
 };
 
 }  // namespace quarry
