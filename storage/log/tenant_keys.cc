@@ -131,6 +131,7 @@ absl::StatusOr<std::unique_ptr<TenantKeys>> TenantKeys::Recover(Disk* disk,
 
 void TenantKeys::RecoverSlot(uint32_t slot, const Found& sectors) {
   std::optional<Wrapped> found;
+  Slot value;
   bool blank = true, read_all = true;
   std::vector<int> lacking;  // areas
   for (int area = 0; area < LogLayout::kAreas; ++area) {
@@ -141,20 +142,24 @@ void TenantKeys::RecoverSlot(uint32_t slot, const Found& sectors) {
     }
     blank &= std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{}; });
     absl::StatusOr<Wrapped> one = Wrapped::Decode(bytes, superblock_, area, slot);
-    if (!one.ok()) lacking.push_back(area);
-    if (one.ok() && !found.has_value()) found = *std::move(one);
+    Slot unwrapped;
+    if (one.ok()) unwrapped = Unwrapped(slot, *one);
+    if (unwrapped.state != SlotState::kUsed) lacking.push_back(area);
+    // One that can be unwrapped before one that only looks whole.
+    if (one.ok() && (!found.has_value() || value.state != SlotState::kUsed)) {
+      found = *std::move(one);
+      value = std::move(unwrapped);
+    }
   }
-  Slot value;
-  if (found.has_value()) {
-    value = Unwrapped(slot, *found);
+  if (value.state == SlotState::kUsed) {
     for (const int area : lacking) {
       // If that fails, the next start tries again.
       (void)WriteOne(disk_, superblock_.KeyOffset(area, slot),
                      found->Encode(superblock_, area, slot));
     }
-  } else if (!read_all) {
+  } else if (!found.has_value() && !read_all) {
     value.state = SlotState::kUnknown;
-  } else if (!blank) {
+  } else if (!found.has_value() && !blank) {
     // Torn when it was written, or else lost: no other copy will tell.
     spdlog::warn("slot {} of the keys on {} has none that is whole", slot, disk_->name());
   }

@@ -335,6 +335,23 @@ TEST_F(LogEncryptionTest, EitherCopyOfAKeyIsEnoughAndMendsTheOther) {
   EXPECT_EQ(*ReadVersion(*log_, {0, 1}), 1u);
 }
 
+// Its frame is right, its tag is not.
+TEST_F(LogEncryptionTest, ACopyOfAKeyThatCannotBeUnwrappedIsMendedByTheOther) {
+  ASSERT_TRUE(AppendOne(*log_, {0, 1, 1, 5000}).ok());
+  for (const int area : {0, 1, 0}) {
+    const uint64_t at = kLayout.KeyOffset(area, 0);
+    disk_->FlipBit((at + kFrameHeadBytes + 20) * 8);
+    std::vector<std::byte> frame = disk_->Peek(at, kSectorBytes);
+    std::memset(frame.data() + kFrameCrcOffset, 0, kFrameCrcBytes);
+    const uint32_t crc = Crc32c(frame);
+    std::memcpy(frame.data() + kFrameCrcOffset, &crc, sizeof(crc));
+    disk_->Corrupt(at, frame);
+    Open();
+    EXPECT_EQ(*ReadVersion(*log_, {0, 1}), 1u) << area;
+    EXPECT_EQ(log_->Stats().unreadable_keys, 0u);
+  }
+}
+
 TEST_F(LogEncryptionTest, BlocksOfAKeyThatCannotBeReadAreMissesUntilItCan) {
   ASSERT_TRUE(AppendOne(*log_, {0, 1, 1, 5000}).ok());
   ASSERT_TRUE(AppendOne(*log_, {1, 1, 1, 5000}).ok());
