@@ -5,7 +5,8 @@
 #   release   all tests, those labelled slow (none so far) included, in the build that is measured
 #   simd      the kernels' tests and the attention tests at every instruction-set level
 #   disk      20,000 seeds of the simulated disk, every bit of a log's metadata and 10^6 of its payload
-#             flipped, and 2,000 kills of the daemon under load
+#             flipped, 10^6 executions of each fuzz target of the log and the configuration, and 2,000
+#             kills of the daemon under load
 #   demo      the demo of every reference model
 #   perf      every benchmark, its JSON lines in the results; of retrieval_bench one trace of its
 #             default set, which takes half an hour (perf/README.md)
@@ -89,12 +90,14 @@ run_simd() {
 }
 
 run_disk() {
-  build release log_simulation_test log_flip_test kill_test quarryd || return
+  build release log_simulation_test log_flip_test log_fuzz_test config_fuzz_test kill_test quarryd || return
   # Seeds of each kind of disk; there are six.
   QUARRY_SIMULATION_SEEDS=3400 step simulation 12 \
     build/release/tests/storage/log/log_simulation_test
   QUARRY_FLIP_STRIDE=1 QUARRY_PAYLOAD_FLIPS=1000000 step flips 16 \
     build/release/tests/storage/log/log_flip_test
+  QUARRY_FUZZ_RUNS=1000000 step fuzz-log 20 build/release/tests/storage/log/log_fuzz_test
+  QUARRY_FUZZ_RUNS=1000000 step fuzz-config 8 build/release/tests/daemon/config_fuzz_test
   step kills 8 build/release/tests/crash/kill_test --kills=2000
 }
 

@@ -22,6 +22,25 @@ uint64_t EndOf(const Superblock& superblock, uint32_t segment) {
   return superblock.SegmentOffset(segment) + superblock.segment_bytes;
 }
 
+// Whether there can be such a frame at `at` or behind, before the entries of its footer; `at` is
+// its end then.
+bool CanFollow(const FooterEntry& entry, const FooterPlace& place, uint64_t* at) {
+  const bool is_part = entry.kind == FrameKind::kPart;
+  if (is_part ? !IsPart(entry.part_offset, entry.part_bytes, entry.block_bytes)
+              : entry.kind != FrameKind::kPurge) {
+    return false;
+  }
+  if (entry.tenant.empty() || entry.born > entry.sequence ||
+      entry.sequence >= place.head.sequence || entry.offset % kSectorBytes != 0 ||
+      entry.offset < *at || entry.offset > place.entries_offset || entry.frame_bytes == 0 ||
+      entry.frame_bytes % kSectorBytes != 0 || entry.frame_bytes > kMaxFrameBytes) {
+    return false;
+  }
+  const uint64_t payload = is_part ? RoundUp(entry.part_bytes, kSectorBytes) : 0;
+  *at = entry.offset + entry.frame_bytes + payload;
+  return *at <= place.entries_offset;
+}
+
 }  // namespace
 
 FooterEntry EntryOf(const PartFrame& part) {
@@ -110,7 +129,8 @@ absl::StatusOr<std::vector<FooterEntry>> DecodeFooter(const FooterPlace& place,
   }
   std::vector<FooterEntry> out;
   FrameReader in(entries);
-  for (uint32_t i = 0; i < place.entries && in.ok(); ++i) {
+  uint64_t at = 0;
+  for (uint32_t i = 0; i < place.entries; ++i) {
     FooterEntry& entry = out.emplace_back();
     entry.kind = static_cast<FrameKind>(in.Number<uint8_t>());
     entry.offset = in.Number<uint64_t>();
@@ -124,8 +144,8 @@ absl::StatusOr<std::vector<FooterEntry>> DecodeFooter(const FooterPlace& place,
     entry.part_offset = in.Number<uint64_t>();
     entry.part_bytes = in.Number<uint64_t>();
     entry.tenant = in.Text();
+    if (!in.ok() || !CanFollow(entry, place, &at)) return MalformedFrame("footer");
   }
-  if (!in.ok()) return MalformedFrame("footer");
   return out;
 }
 
@@ -144,24 +164,25 @@ absl::StatusOr<Footer> ReadFooter(Disk* disk, const Superblock& superblock, uint
       place.entries_offset < superblock.SegmentOffset(segment)) {
     return absl::DataLossError("a footer of another segment, or of an earlier use");
   }
-  Footer out{here.generation, place.head.sequence, {}};
+  AlignedBuffer longer;
+  std::span<const std::byte> entries;
   if (place.entries_offset >= tail_offset) {
-    QUARRY_ASSIGN_OR_RETURN(
-        out.entries, DecodeFooter(place, tail.bytes().subspan(place.entries_offset - tail_offset,
-                                                              place.entries_bytes)));
-    return out;
+    entries = tail.bytes().subspan(place.entries_offset - tail_offset, place.entries_bytes);
+  } else {
+    longer = AlignedBuffer(place.entries_bytes);
+    QUARRY_RETURN_IF_ERROR(ReadSectors(disk, place.entries_offset, &longer));
+    entries = longer.bytes();
   }
-  AlignedBuffer entries(place.entries_bytes);
-  QUARRY_RETURN_IF_ERROR(ReadSectors(disk, place.entries_offset, &entries));
-  QUARRY_ASSIGN_OR_RETURN(out.entries, DecodeFooter(place, entries.bytes()));
+  Footer out{here.generation, place.head.sequence, {}};
+  QUARRY_ASSIGN_OR_RETURN(out.entries, DecodeFooter(place, entries));
+  if (!out.entries.empty() && out.entries.front().offset <= superblock.SegmentOffset(segment)) {
+    return absl::DataLossError("a footer of frames of another segment");
+  }
   return out;
 }
 
 absl::StatusOr<PurgeFrame> ReadPurge(Disk* disk, const FramePlace& place,
                                      const FooterEntry& entry) {
-  if (entry.frame_bytes % kSectorBytes != 0 || entry.frame_bytes > kMaxFrameBytes) {
-    return absl::DataLossError("its length is wrong");
-  }
   AlignedBuffer frame(entry.frame_bytes);
   QUARRY_RETURN_IF_ERROR(ReadSectors(disk, place.offset, &frame));
   return DecodePurge(frame.bytes(), place, entry.sequence);

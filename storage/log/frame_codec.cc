@@ -10,6 +10,8 @@
 namespace quarry {
 namespace {
 
+// Those that follow it do not come round to 0.
+constexpr uint64_t kMaxSequence = 1ull << 63;
 // In the order of FrameKind.
 constexpr std::string_view kMagics[] = {"QRYSUPER", "QRYSEGMT", "QRYBLOCK", "QRYPURGE",
                                         "QRYCOMIT", "QRYFOOTR", "QRYNOTES", "QRYTNKEY"};
@@ -111,6 +113,9 @@ absl::StatusOr<FrameHead> PeekFrame(std::span<const std::byte> sector) {
   head.sequence = in.Number<uint64_t>();
   if (head.bytes == 0 || head.bytes % kSectorBytes != 0 || head.bytes > kMaxFrameBytes) {
     return absl::DataLossError(absl::StrCat("a frame of ", head.bytes, " bytes"));
+  }
+  if (head.sequence > kMaxSequence) {
+    return absl::DataLossError(absl::StrCat("a frame of sequence ", head.sequence));
   }
   return head;
 }

@@ -73,11 +73,20 @@ size_t PartSecretBytes(const PartFrame& part) {
   return kPartDigestBytes + part.key.full_key.size();
 }
 
-void DecodePartSecret(std::span<const std::byte> secret, PartFrame* part) {
+bool IsPart(uint64_t part_offset, uint64_t part_bytes, uint64_t block_bytes) {
+  return part_bytes > 0 && part_bytes < kMaxSegmentBytes && part_offset % kSectorBytes == 0 &&
+         part_offset <= block_bytes && part_bytes <= block_bytes - part_offset;
+}
+
+absl::Status DecodePartSecret(std::span<const std::byte> secret, PartFrame* part) {
   FrameReader in(secret);
   in.Digest(&part->block_digest);
   in.Digest(&part->digest);
   in.Bytes(part->key.full_key.data(), part->key.full_key.size());
+  if (part->part_bytes == part->block_bytes && part->digest != part->block_digest) {
+    return MalformedFrame("block part");
+  }
+  return absl::OkStatus();
 }
 
 AlignedBuffer EncodePart(const FramePlace& place, uint64_t sequence, const PartFrame& part) {
@@ -121,15 +130,15 @@ absl::StatusOr<PartFrame> DecodePart(std::span<const std::byte> frame, const Fra
   out.born = in.Number<uint64_t>();
   const auto key_bytes = in.Number<uint32_t>();
   out.tenant = in.Text();
-  if (!in.ok() || out.tenant.empty() || out.part_bytes == 0 ||
-      out.part_offset % kSectorBytes != 0 || out.part_offset > out.block_bytes ||
-      out.part_bytes > out.block_bytes - out.part_offset || key_bytes > frame.size() ||
+  if (!in.ok() || out.tenant.empty() || out.born > sequence ||
+      !IsPart(out.part_offset, out.part_bytes, out.block_bytes) || key_bytes > frame.size() ||
       PartSecretOffset(out) + PartSecretBytes(out) + key_bytes > frame.size()) {
     return MalformedFrame("block part");
   }
   out.key.full_key.resize(key_bytes);
   if (!out.seal.sealed()) {
-    DecodePartSecret(frame.subspan(PartSecretOffset(out), PartSecretBytes(out)), &out);
+    QUARRY_RETURN_IF_ERROR(
+        DecodePartSecret(frame.subspan(PartSecretOffset(out), PartSecretBytes(out)), &out));
   }
   return out;
 }
@@ -168,7 +177,8 @@ absl::StatusOr<PurgeFrame> DecodePurge(std::span<const std::byte> frame, const F
   in.Digest(&out.name_space);
   out.tenant = in.Text();
   const auto blocks = in.Number<uint32_t>();
-  if (!in.ok() || out.tenant.empty() || out.copy > 1 || blocks > PurgeFrame::kMaxBlocks) {
+  if (!in.ok() || out.tenant.empty() || out.copy > 1 || blocks > PurgeFrame::kMaxBlocks ||
+      out.born > sequence) {
     return MalformedFrame("purge");
   }
   out.blocks.resize(blocks);

@@ -135,8 +135,11 @@ uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key);
 inline constexpr size_t kPartTagOffset = 64;
 size_t PartSecretOffset(const PartFrame& part);
 size_t PartSecretBytes(const PartFrame& part);
-// From those bytes. `part->key.full_key` has its size.
-void DecodePartSecret(std::span<const std::byte> secret, PartFrame* part);
+// From those bytes. `part->key.full_key` has its size. DataLoss: the only part of a block has
+// another digest than the block.
+absl::Status DecodePartSecret(std::span<const std::byte> secret, PartFrame* part);
+// Whether a block of `block_bytes` can have such a part, in one segment.
+bool IsPart(uint64_t part_offset, uint64_t part_bytes, uint64_t block_bytes);
 
 // The head of the frame that begins here, by its first sector, of whatever version; its checksum is
 // not looked at. DataLoss: there is none. Of more sectors, read head.bytes of them.

@@ -237,7 +237,7 @@ class Recovery {
     }
     out_.segments.Set(s, info);
     for (const FooterEntry& entry : footer->entries) {
-      if (entry.kind != FrameKind::kPart || entry.tenant.empty()) continue;
+      if (entry.kind != FrameKind::kPart) continue;
       TakePart({superblock_.device, s, info.generation, entry.offset}, entry);
     }
   }
@@ -315,6 +315,9 @@ class Recovery {
       at += head->bytes + payload;
     }
     *complete &= sectors.complete();
+    // A purge counts before the parts in front of it do; a footer has them as they lie.
+    std::sort(committed.begin(), committed.end(),
+              [](const FooterEntry& a, const FooterEntry& b) { return a.offset < b.offset; });
     return committed;
   }
 

@@ -61,8 +61,7 @@ absl::Status OpenSealedPart(std::span<const std::byte> frame, uint64_t sequence,
                                             ") of block ", part->key.id.Hex(),
                                             " do not have the tag that was written with them"));
   }
-  DecodePartSecret(secret, part);
-  return absl::OkStatus();
+  return DecodePartSecret(secret, part);
 }
 
 }  // namespace quarry

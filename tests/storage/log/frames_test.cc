@@ -93,12 +93,19 @@ TEST(FramesTest, EveryFlippedBitIsSeen) {
   const Superblock superblock{{kMinSegmentBytes, 5}, {9}};
   const PurgeFrame purge{"a tenant", true, {}, {{BlockId{}, 1}, {BlockId{}, 2}}, 3};
   FooterEntry entry = EntryOf(Part());
-  entry.offset = kPlace.offset;
-  const FooterEntry entries[] = {entry, EntryOf(purge)};
+  entry.offset = 0;
+  entry.frame_bytes = kSectorBytes;
+  entry.sequence = 98;
+  FooterEntry purge_entry = EntryOf(purge);
+  purge_entry.offset = 4 * kSectorBytes;
+  purge_entry.frame_bytes = kSectorBytes;
+  purge_entry.sequence = 99;
+  const FooterEntry entries[] = {entry, purge_entry};
+  const FramePlace end{kPlace.device, 7, 1, 8 * kSectorBytes};
   AlignedBuffer frames[] = {
       EncodeSuperblock(superblock, 4096),       EncodeSegmentStart(kPlace, 1),
       EncodePart(kPlace, kSequence, Part()),    EncodePurge(kPlace, kSequence, purge),
-      EncodeCommit(kPlace, kSequence, {90, 5}), EncodeFooter(kPlace, kSequence, entries)};
+      EncodeCommit(kPlace, kSequence, {90, 5}), EncodeFooter(end, 100, entries)};
   const auto decoded = [&](size_t i, std::span<const std::byte> frame) {
     switch (i) {
       case 0:
@@ -133,14 +140,14 @@ TEST(FramesTest, FootersTellOfTheirFrames) {
   std::vector<FooterEntry> entries;
   for (uint64_t i = 0; i < 100; ++i) {
     FooterEntry entry = EntryOf(Part());
-    entry.offset = i * kSectorBytes;
+    entry.offset = 4 * i * kSectorBytes;  // the frame, and 11,808 bytes
     entry.frame_bytes = kSectorBytes;
-    entry.sequence = i;
+    entry.sequence = 98 + i;
     entry.tenant = std::string(1 + i, 't');
     entries.push_back(std::move(entry));
   }
-  const FramePlace end{kPlace.device, kPlace.segment, kPlace.generation, 100 * kSectorBytes};
-  const AlignedBuffer footer = EncodeFooter(end, kSequence, entries);
+  const FramePlace end{kPlace.device, kPlace.segment, kPlace.generation, 500 * kSectorBytes};
+  const AlignedBuffer footer = EncodeFooter(end, 1000, entries);
   const auto place = DecodeFooterPlace(footer.bytes().last(kSectorBytes));
   ASSERT_TRUE(place.ok()) << place.status();
   EXPECT_EQ(place->head.place.offset, end.offset - kSectorBytes);
@@ -151,7 +158,7 @@ TEST(FramesTest, FootersTellOfTheirFrames) {
   for (size_t i = 0; i < entries.size(); ++i) {
     EXPECT_EQ((*got)[i].tenant, entries[i].tenant);
     EXPECT_EQ((*got)[i].offset, entries[i].offset);
-    EXPECT_EQ((*got)[i].sequence, i);
+    EXPECT_EQ((*got)[i].sequence, 98 + i);
     EXPECT_EQ((*got)[i].part_bytes, 11808u);
   }
 }

@@ -6,12 +6,12 @@
 //   QUARRY_PAYLOAD_FLIPS=N  random bits of blocks' bytes (10,000 by default, there 2,000)
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <random>
 
 #include <spdlog/spdlog.h>
 
 #include "tests/storage/log/small_log.h"
+#include "tests/support/given_number.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -19,11 +19,6 @@ namespace {
 
 using testing::SimulatedDisk;
 using testing::SmallLog;
-
-uint64_t Given(const char* name, uint64_t otherwise) {
-  const char* const given = std::getenv(name);
-  return given != nullptr ? std::strtoull(given, nullptr, 10) : otherwise;
-}
 
 // Of a log that is encrypted, and of one that is not.
 class LogFlipTest : public ::testing::TestWithParam<bool> {
@@ -50,7 +45,7 @@ class LogFlipTest : public ::testing::TestWithParam<bool> {
   }
 
   void FlipMetadata(const SimulatedDisk& whole) {
-    const uint64_t stride = Given("QUARRY_FLIP_STRIDE", GetParam() ? 503 : 101);
+    const uint64_t stride = GivenNumber("QUARRY_FLIP_STRIDE", GetParam() ? 503 : 101);
     constexpr uint64_t kBits = kSectorBytes * 8;
     const std::vector<uint64_t> sectors = SmallLog::MetadataSectors(whole);
     uint64_t flips = 0, costly = 0;
@@ -85,7 +80,7 @@ TEST_P(LogFlipTest, BytesOfBlocks) {
   const auto whole = small_.Sealed();
   const std::vector<uint64_t> sectors = SmallLog::PayloadSectors(*whole);
   std::mt19937_64 random(Seed());
-  const uint64_t flips = Given("QUARRY_PAYLOAD_FLIPS", GetParam() ? 2000 : 10000);
+  const uint64_t flips = GivenNumber("QUARRY_PAYLOAD_FLIPS", GetParam() ? 2000 : 10000);
   uint64_t costly = 0;
   for (uint64_t i = 0; i < flips; ++i) {
     const uint64_t bit =

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <map>
 #include <random>
 #include <set>
@@ -11,6 +10,7 @@
 #include "tests/storage/disk/hooked_disk.h"
 #include "tests/storage/disk/simulated_disk.h"
 #include "tests/storage/log/log_case.h"
+#include "tests/support/given_number.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -254,10 +254,7 @@ class Simulation {
   bool unreadable_ = false;  // some segment, in this life
 };
 
-uint64_t Seeds() {
-  const char* const given = std::getenv("QUARRY_SIMULATION_SEEDS");
-  return given != nullptr ? std::strtoull(given, nullptr, 10) : 150;
-}
+uint64_t Seeds() { return GivenNumber("QUARRY_SIMULATION_SEEDS", 150); }
 
 struct Kind {
   const char* name;
