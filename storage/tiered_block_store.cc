@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "proto/status_macros.h"
+#include "storage/crash_point.h"
 
 namespace quarry {
 namespace {
@@ -62,7 +63,9 @@ absl::StatusOr<BlockView> TieredBlockStore::Publish(BlockHandle block, BlockKey 
                                                     std::optional<ByteDigest> digest,
                                                     bool* existed) {
   QUARRY_ASSIGN_OR_RETURN(BlockView view, ram_->Publish(block, key, digest, existed));
+  CrashPoint("publish.published");
   if (!*existed) EnqueueOrCount(view, key);
+  CrashPoint("publish.queued");
   return view;
 }
 
@@ -104,12 +107,14 @@ void TieredBlockStore::WriteQueued() {
     bool refused = false;
     const std::vector<KeyedBlock> batch = TakeQueued(&refused);
     if (batch.empty()) return;
+    CrashPoint("write.taken");
     if (refused) {
       not_admitted_ += batch.size();
     } else {
       Write(batch);
     }
     LetGo(batch);
+    CrashPoint("write.let-go");
   }
 }
 
@@ -124,6 +129,7 @@ void TieredBlockStore::Write(std::span<const KeyedBlock> batch) {
                       [this, &queued] { return ram_->IsPublished(queued.view.handle); }});
   }
   const std::vector<absl::Status> written = log_->Append(blocks);
+  CrashPoint("write.written");
   absl::Status failed;
   for (size_t i = 0; i < batch.size(); ++i) {
     // The store looks for itself, retires it, and says so.
@@ -215,6 +221,7 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
     ram_->Unreserve(tenant, info.bytes, 1);
     return begun.status();
   }
+  CrashPoint("promote.begun");
   const absl::Time start = absl::Now();
   const absl::StatusOr<ByteDigest> digest =
       log_->Read(tenant, key, {begun->memory.data, begun->memory.bytes});
@@ -222,6 +229,7 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
   absl::StatusOr<BlockView> published =
       absl::NotFoundError("it was purged or moved while it was read");
   bool existed = false;
+  CrashPoint("promote.read");
   if (digest.ok()) {
     // Not between the two halves of a purge; what was purged before is gone from the log, or
     // another block has its id.
@@ -233,6 +241,7 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
   } else {
     published = digest.status();
   }
+  CrashPoint("promote.published");
   if (!published.ok() || existed) ram_->Release(begun->handle);
   return published;
 }
@@ -263,6 +272,7 @@ absl::StatusOr<uint64_t> TieredBlockStore::Purge(std::string_view tenant,
   // RAM first: what is written from here on is no longer wanted, what was before is older than the
   // log's purge.
   QUARRY_ASSIGN_OR_RETURN(const uint64_t in_ram, ram_->Purge(tenant, name_space, blocks));
+  CrashPoint("purge.ram-done");
   QUARRY_ASSIGN_OR_RETURN(const uint64_t on_disk, log_->Purge(tenant, name_space, blocks));
   return std::max(in_ram, on_disk);
 }

@@ -5,8 +5,8 @@
 #   release   all tests, those labelled slow (none so far) included, in the build that is measured
 #   simd      the kernels' tests and the attention tests at every instruction-set level
 #   disk      20,000 seeds of the simulated disk, every bit of a log's metadata and 10^6 of its payload
-#             flipped, 10^6 executions of each fuzz target of the log and the configuration, and 2,000
-#             kills of the daemon under load
+#             flipped, 10^6 executions of each fuzz target of the log and the configuration, 2,000
+#             kills of the daemon under load, and 25 crashes at each of the named places
 #   demo      the demo of every reference model
 #   perf      every benchmark, its JSON lines in the results; of retrieval_bench one trace of its
 #             default set, which takes half an hour (perf/README.md)
@@ -99,6 +99,8 @@ run_disk() {
   QUARRY_FUZZ_RUNS=1000000 step fuzz-log 20 build/release/tests/storage/log/log_fuzz_test
   QUARRY_FUZZ_RUNS=1000000 step fuzz-config 8 build/release/tests/daemon/config_fuzz_test
   step kills 8 build/release/tests/crash/kill_test --kills=2000
+  build dev crash_point_test quarryd || return
+  QUARRY_CRASHES=25 step crash-points 8 build/dev/tests/crash/crash_point_test
 }
 
 run_demo() {

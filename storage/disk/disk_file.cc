@@ -18,6 +18,7 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "proto/status_macros.h"
+#include "storage/crash_point.h"
 #include "storage/disk/disk.h"
 #include "storage/disk/disk_error.h"
 
@@ -39,6 +40,7 @@ absl::StatusOr<std::unique_ptr<DiskFile>> DiskFile::Open(const std::string& path
   std::unique_ptr<DiskFile> file(new DiskFile(path));
   QUARRY_RETURN_IF_ERROR(file->Acquire(bytes));
   file->BypassPageCache();
+  if (file->created_) CrashPoint("disk.created");
   absl::Status sized = file->Size(bytes);
   if (!sized.ok()) {
     if (file->created_) unlink(path.c_str());
@@ -152,7 +154,9 @@ absl::Status DiskFile::SizeFile(uint64_t bytes) {
       }
       return status;
     }
+    CrashPoint("disk.preallocated");
     if (fsync(fd_) != 0) return Error(errno, "fsync");
+    CrashPoint("disk.synced");
   }
   bytes_ = bytes;
   return created_ ? SyncDirectory() : absl::OkStatus();

@@ -12,6 +12,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "proto/status_macros.h"
+#include "storage/crash_point.h"
 #include "storage/log/block_log.h"
 #include "storage/log/footer.h"
 #include "storage/log/purge_note.h"
@@ -28,15 +29,20 @@ bool IsBlank(std::span<const std::byte> bytes) {
 
 // Superblocks last: a disk with one has all that belongs to it.
 absl::Status Format(Disk* disk, const Superblock& superblock) {
+  CrashPoint("format.begun");
   QUARRY_RETURN_IF_ERROR(WriteEmptyNotes(disk, superblock));
   QUARRY_RETURN_IF_ERROR(WriteNoKeys(disk, superblock));
+  CrashPoint("format.areas-written");
   QUARRY_RETURN_IF_ERROR(disk->Sync());
+  CrashPoint("format.areas-synced");
   for (int copy = 0; copy < LogLayout::kSuperblocks; ++copy) {
     const uint64_t offset = superblock.SuperblockOffset(copy);
     const AlignedBuffer frame = EncodeSuperblock(superblock, offset);
     const std::span<const std::byte> piece[] = {frame.bytes()};
     QUARRY_RETURN_IF_ERROR(disk->Write(offset, piece));
+    CrashPoint("format.copy-written");
   }
+  CrashPoint("format.written");
   return disk->Sync();
 }
 
@@ -118,6 +124,7 @@ absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
         "; it is left as it is"));
   }
   QUARRY_RETURN_IF_ERROR(Format(disk, fresh));
+  CrashPoint("format.synced");
   return fresh;
 }
 
@@ -167,12 +174,15 @@ class Recovery {
              PurgeTable(superblock.segments)} {}
 
   absl::StatusOr<RecoveredLog> Run() {
+    CrashPoint("recovery.begun");
     for (uint32_t s = 0; s < superblock_.segments; ++s) RecoverSegment(s);
+    CrashPoint("recovery.segments-read");
     if (unreadable_ == superblock_.segments) {
       return absl::UnavailableError(absl::StrCat("none of the ", unreadable_, " segments of ",
                                                  disk_->name(), " can be read"));
     }
     ChooseBlocks();
+    CrashPoint("recovery.blocks-chosen");
     // What could not be read may have any sequence up to there.
     if (incomplete_) out_.next_sequence += kUnreadSequences;
     if (out_.hidden_blocks > 0) {
@@ -196,6 +206,7 @@ class Recovery {
     if (start.has_value()) {
       generation = start->place.generation;
       info.first_sequence = start->sequence;
+      CrashPoint("recovery.start-read");
     }
     absl::StatusOr<Footer> footer = ReadFooter(disk_, superblock_, s, generation);
     const bool sealed = footer.ok();
@@ -207,6 +218,7 @@ class Recovery {
       if (generation.has_value()) {
         ++out_.scanned_segments;
         footer->entries = Scan(s, *generation, &complete);
+        CrashPoint("recovery.scanned");
       } else if (!complete) {
         ++unreadable_;
       }
@@ -246,9 +258,13 @@ class Recovery {
   absl::Status Seal(uint32_t s, const PurgeNote& note, Footer* footer) {
     QUARRY_RETURN_IF_ERROR(
         WriteNote(disk_, superblock_, s, footer->generation, out_.next_sequence++, note));
+    CrashPoint("recovery.note-written");
     footer->sequence = out_.next_sequence++;
     QUARRY_RETURN_IF_ERROR(WriteFooter(disk_, superblock_, s, *footer).status());
-    return disk_->Sync();
+    CrashPoint("recovery.footer-written");
+    QUARRY_RETURN_IF_ERROR(disk_->Sync());
+    CrashPoint("recovery.sealed");
+    return absl::OkStatus();
   }
 
   // The start of a segment, or the frame behind it where that is broken; nothing where neither is

@@ -10,6 +10,7 @@
 #include "proto/byte_digest.h"
 #include "proto/check.h"
 #include "proto/status_macros.h"
+#include "storage/crash_point.h"
 #include "storage/log/part_cipher.h"
 #include "storage/slot_size.h"
 
@@ -61,6 +62,7 @@ absl::Status LogWriter::OpenNext(uint32_t reserved) {
     }
     next.segment = *free;
   }
+  CrashPoint("segment.chosen");
   next.at = superblock_.SegmentOffset(next.segment);
   const AlignedBuffer start = EncodeSegmentStart(
       {superblock_.device, next.segment, next.generation, next.at}, next_sequence_++);
@@ -70,14 +72,18 @@ absl::Status LogWriter::OpenNext(uint32_t reserved) {
   const std::span<const std::byte> first[] = {start.bytes(), zeros.bytes()};
   const std::span<const std::byte> last[] = {zeros.bytes()};
   absl::Status begun = disk_->Write(next.at, first);
+  CrashPoint("segment.start-written");
   if (begun.ok()) {
     begun = disk_->Write(next.at + superblock_.segment_bytes - kSectorBytes, last);
+    CrashPoint("segment.end-cleared");
   }
   if (begun.ok()) {
     begun = WriteNote(disk_, superblock_, next.segment, next.generation, next_sequence_++, {});
+    CrashPoint("segment.note-written");
   }
   if (begun.ok()) {
     begun = disk_->Sync();
+    CrashPoint("segment.synced");
     // It was to make more durable than the start: what was written behind, and is not to be trusted
     // whatever a later sync says.
     if (!pending_.empty()) behind_status_.Update(begun);
@@ -91,6 +97,7 @@ absl::Status LogWriter::OpenNext(uint32_t reserved) {
   next.at += start.size();
   // A hint: where the disk cannot forget, nothing is lost.
   (void)disk_->Discard(next.at + kSectorBytes, superblock_.segment_bytes - 3 * kSectorBytes);
+  CrashPoint("segment.discarded");
   open_ = std::move(next);
   BeginBatch();
   pending_.back().starts = true;
@@ -175,12 +182,15 @@ void LogWriter::WriteBehind() {
   } catch (const std::system_error&) {
     behind_status_.Update(write());  // there is no thread to be had
   }
+  CrashPoint("data.begun-behind");
   batch.from = open_->at;
   unwritten_bytes_ = 0;
 }
 
 void LogWriter::AwaitBehind() {
-  if (behind_.valid()) behind_status_.Update(behind_.get());
+  if (!behind_.valid()) return;
+  behind_status_.Update(behind_.get());
+  CrashPoint("data.behind-done");
 }
 
 absl::StatusOr<LoggedPart> LogWriter::AddPart(PartFrame* part, std::span<const std::byte> rest,
@@ -249,7 +259,9 @@ absl::Status LogWriter::WriteData() {
     QUARRY_RETURN_IF_ERROR(WriteNote(disk_, superblock_, batch.place.segment,
                                      batch.place.generation, next_sequence_++, *batch.note));
     written_bytes_ += kWrittenNoteBytes;
+    CrashPoint("data.note-written");
   }
+  CrashPoint("data.written");
   return absl::OkStatus();
 }
 
@@ -261,14 +273,18 @@ absl::Status LogWriter::WriteCommits() {
       const std::span<const std::byte> piece[] = {commit.bytes()};
       QUARRY_RETURN_IF_ERROR(disk_->Write(batch.place.offset, piece));
       written_bytes_ += commit.size();
+      CrashPoint("commit.frame-written");
     }
     if (!batch.seals) continue;
+    CrashPoint("commit.footer-next");
     QUARRY_ASSIGN_OR_RETURN(
         const uint64_t bytes,
         WriteFooter(disk_, superblock_, batch.place.segment,
                     {batch.place.generation, next_sequence_++, std::move(batch.entries)}));
     written_bytes_ += bytes;
+    CrashPoint("commit.footer-written");
   }
+  CrashPoint("commit.written");
   return disk_->Sync();
 }
 
@@ -290,7 +306,9 @@ absl::Status LogWriter::Commit() {
   if (open_.has_value()) CloseBatch(false);
   absl::Status status = WriteData();
   if (status.ok()) status = disk_->Sync();
+  CrashPoint("commit.data-synced");
   if (status.ok()) status = WriteCommits();
+  CrashPoint("commit.synced");
   if (!status.ok()) {
     GiveUp();
     return status;
@@ -302,6 +320,7 @@ absl::Status LogWriter::Commit() {
         batch.starts ? batch.oldest_born : std::min(info.oldest_born, batch.oldest_born);
     if (batch.seals) table_->Move(batch.place.segment, SegmentState::kSealed);
   }
+  CrashPoint("commit.counted");
   pending_.clear();
   pending_bytes_ = 0;
   return absl::OkStatus();

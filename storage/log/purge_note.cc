@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "proto/byte_digest.h"
 #include "proto/status_macros.h"
+#include "storage/crash_point.h"
 #include "storage/log/frame_codec.h"
 #include "storage/log/sectors.h"
 
@@ -86,6 +87,7 @@ absl::Status WriteNote(Disk* disk, const Superblock& superblock, uint32_t segmen
         note.Encode({superblock.device, segment, generation, offset}, sequence);
     const std::span<const std::byte> piece[] = {frame.bytes()};
     QUARRY_RETURN_IF_ERROR(disk->Write(offset, piece));
+    CrashPoint("note.copy-written");
   }
   return absl::OkStatus();
 }

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/status_macros.h"
+#include "storage/crash_point.h"
 #include "storage/log/footer.h"
 #include "storage/log/read_block.h"
 #include "storage/log/segmented_log.h"
@@ -36,6 +37,7 @@ absl::Status SegmentedLog::FreeSegments(uint32_t wanted) {
       passed_over_.clear();
       continue;
     }
+    CrashPoint("reclaim.chosen");
     const absl::Status reclaimed = Reclaim(*victim);
     if (reclaimed.ok()) {
       tried_before_.erase(*victim);
@@ -98,9 +100,12 @@ absl::Status SegmentedLog::Reclaim(uint32_t segment) {
     ++read_errors_;
     return absl::AbortedError(footer.status().message());
   }
+  CrashPoint("reclaim.footer-read");
   QUARRY_RETURN_IF_ERROR(MoveOrDrop(segment, footer->entries));
+  CrashPoint("reclaim.dropped");
   absl::MutexLock lock(&mutex_);
   segments_.Move(segment, SegmentState::kFree);
+  CrashPoint("reclaim.freed");
   return absl::OkStatus();
 }
 
@@ -146,6 +151,7 @@ absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved
     if (absl::IsDataLoss(origin.status())) return origin.status();
     return absl::AbortedError(origin.status().message());
   }
+  CrashPoint("reclaim.block-read");
   PartFrame frame;
   frame.tenant = *block.tenant;
   frame.key = std::move(origin->key);
@@ -154,6 +160,7 @@ absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved
   one.to.uses = block.uses / 2;
   one.whole = placed.ok();
   moved->push_back(std::move(one));
+  CrashPoint("reclaim.block-added");
   return placed;
 }
 
@@ -166,6 +173,7 @@ absl::Status SegmentedLog::HandOver(std::span<const LoggedBlock> live, bool agai
       return absl::AbortedError(place.status().message());
     }
     QUARRY_ASSIGN_OR_RETURN(purges->places[i], std::move(place));
+    CrashPoint("reclaim.purges-added");
   }
   uint64_t room = superblock_.segment_bytes / 4 * 3;
   room -= std::min(room, writer_.pending_bytes());
@@ -199,12 +207,15 @@ absl::Status SegmentedLog::MoveOrDrop(uint32_t segment, std::span<const FooterEn
   MovedPurges purges;
   purges.frames = purges_.Take(segment, oldest, PurgeFrame::MostBlocks(superblock_.segment_bytes));
   purges.places.resize(purges.frames.size(), segment);
+  CrashPoint("reclaim.purges-taken");
   std::vector<Moved> moved;
   std::vector<LoggedBlock> dropped;
   absl::Status status = HandOver(TakeStock(segment, entries), tried_before_.contains(segment),
                                  &purges, &moved, &dropped);
   // Also where it failed: nothing may stay pending that borrows what ends here.
+  CrashPoint("reclaim.handed-over");
   status.Update(Commit());
+  CrashPoint("reclaim.committed");
   absl::MutexLock lock(&mutex_);
   for (size_t i = 0; i < purges.frames.size(); ++i) {
     purges_.Add(tenants_.Intern(purges.frames[i].tenant), purges.frames[i],
@@ -217,6 +228,7 @@ absl::Status SegmentedLog::MoveOrDrop(uint32_t segment, std::span<const FooterEn
     if (!one.whole || now == nullptr || now->born != one.from.born) continue;
     moved_bytes_ += one.from.bytes;
     index_.Add(std::move(one.to));
+    CrashPoint("reclaim.indexed");
   }
   for (const LoggedBlock& block : dropped) {
     ++dropped_blocks_;

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "proto/byte_digest.h"
 #include "proto/status_macros.h"
+#include "storage/crash_point.h"
 #include "storage/slot_size.h"
 
 namespace quarry {
@@ -39,8 +40,10 @@ LogWriterOptions WriterOptions(const BlockLogOptions& options, const Superblock&
 absl::Status DestroyKeys(Disk* disk, std::string_view tenant, uint64_t before, TenantKeys* keys) {
   const absl::StatusOr<size_t> destroyed = keys->Destroy(tenant, before);
   if (destroyed.ok() && *destroyed == 0) return absl::OkStatus();
+  CrashPoint("keys.erased");
   absl::Status status = destroyed.status();
   if (status.ok()) status = disk->Sync();
+  CrashPoint("keys.gone");
   keys->Settle(status.ok() ? TenantKeys::Outcome::kDurable : TenantKeys::Outcome::kUnknown);
   if (status.ok()) return status;
   return absl::Status(status.code(),
@@ -101,6 +104,7 @@ absl::StatusOr<std::unique_ptr<BlockLog>> BlockLog::Open(std::unique_ptr<Disk> d
   std::unique_ptr<TenantKeys> keys;
   if (key.has_value()) {
     QUARRY_ASSIGN_OR_RETURN(keys, TenantKeys::Recover(disk.get(), superblock, key->secret));
+    CrashPoint("recovery.keys-read");
   }
   TenantNames tenants;
   QUARRY_ASSIGN_OR_RETURN(RecoveredLog recovered, RecoverLog(disk.get(), superblock, &tenants));
@@ -173,6 +177,7 @@ absl::Status SegmentedLog::Commit() {
 absl::Status SegmentedLog::CommitAdded(std::vector<Added>* added,
                                        std::span<absl::Status> statuses) {
   absl::Status committed = Commit();
+  CrashPoint("append.committed");
   absl::MutexLock lock(&mutex_);
   for (Added& one : *added) {
     statuses[one.number] = committed;
@@ -235,6 +240,7 @@ std::vector<absl::Status> SegmentedLog::Append(std::span<const BlockToLog> block
   for (size_t i = 0; i < blocks.size(); ++i) {
     const BlockToLog& block = blocks[i];
     statuses[i] = MakeRoom(block, &added, statuses);
+    CrashPoint("append.room-made");
     // Nothing waits for the disk from here to the commit but what is written, so that who purges
     // after the answer purges what is written.
     if (statuses[i].ok() && block.still_wanted != nullptr && !block.still_wanted()) {
@@ -244,6 +250,7 @@ std::vector<absl::Status> SegmentedLog::Append(std::span<const BlockToLog> block
       Added one{i, {}};
       statuses[i] = Add(block, &one.block);
       if (statuses[i].ok()) added.push_back(std::move(one));
+      CrashPoint("append.added");
     }
     if (absl::IsUnavailable(statuses[i]) || absl::IsResourceExhausted(statuses[i])) {
       std::fill(statuses.begin() + static_cast<ptrdiff_t>(i) + 1, statuses.end(), statuses[i]);
@@ -251,6 +258,7 @@ std::vector<absl::Status> SegmentedLog::Append(std::span<const BlockToLog> block
     }
   }
   (void)CommitAdded(&added, statuses);
+  CrashPoint("append.indexed");
   return statuses;
 }
 
@@ -273,6 +281,7 @@ absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
     owner = tenants_.Intern(tenant);
     purged = index_.Purge(owner, name_space, blocks);
   }
+  CrashPoint("purge.not-found-any-more");
   do {
     const std::span<const BlockId> now =
         blocks.first(std::min(PurgeFrame::MostBlocks(superblock_.segment_bytes), blocks.size()));
@@ -281,6 +290,7 @@ absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
     purge.blocks.clear();
     for (const BlockId& id : now) purge.blocks.push_back({id, 0});
     absl::Status status = FreeSegments(kReservedSegments + 1);
+    CrashPoint("purge.room-made");
     uint32_t segment = 0;
     // Where there is no room to reclaim by, the reserve is for this.
     if (status.ok() || absl::IsResourceExhausted(status) || absl::IsUnavailable(status)) {
@@ -288,7 +298,9 @@ absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
       status = added.status();
       if (added.ok()) segment = *added;
     }
+    CrashPoint("purge.added");
     if (status.ok()) status = Commit();
+    CrashPoint("purge.durable");
     if (!status.ok()) {
       return absl::Status(status.code(), absl::StrCat("purge of tenant ", std::string(tenant),
                                                       " on ", disk_->name(), " is not durable: ",
@@ -299,6 +311,7 @@ absl::StatusOr<uint64_t> SegmentedLog::Purge(std::string_view tenant,
   // Later than the purge: a block that is found has its key.
   if (purge.destroys_keys)
     QUARRY_RETURN_IF_ERROR(DestroyKeys(disk_.get(), tenant, ~0ull, keys_.get()));
+  CrashPoint("purge.done");
   return purged;
 }
 

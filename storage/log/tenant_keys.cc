@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/status_macros.h"
+#include "storage/crash_point.h"
 #include "storage/disk/aligned_buffer.h"
 #include "storage/log/frame_codec.h"
 #include "storage/log/part_cipher.h"
@@ -156,6 +157,7 @@ void TenantKeys::RecoverSlot(uint32_t slot, const Found& sectors) {
       // If that fails, the next start tries again.
       (void)WriteOne(disk_, superblock_.KeyOffset(area, slot),
                      found->Encode(superblock_, area, slot));
+      CrashPoint("recovery.key-mended");
     }
   } else if (!found.has_value() && !read_all) {
     value.state = SlotState::kUnknown;
@@ -213,6 +215,7 @@ absl::Status TenantKeys::WriteSlot(uint32_t slot, const Wrapped& wrapped) {
   for (int area = 0; area < LogLayout::kAreas; ++area) {
     QUARRY_RETURN_IF_ERROR(WriteOne(disk_, superblock_.KeyOffset(area, slot),
                                     wrapped.Encode(superblock_, area, slot)));
+    CrashPoint("keys.copy-written");
   }
   return absl::OkStatus();
 }
@@ -222,6 +225,7 @@ absl::Status TenantKeys::EraseSlot(uint32_t slot) {
   absl::Status status;
   for (int area = 0; area < LogLayout::kAreas; ++area) {  // all that can be
     status.Update(WriteOne(disk_, superblock_.KeyOffset(area, slot), zeros));
+    CrashPoint("keys.copy-erased");
   }
   return status;
 }
@@ -259,6 +263,7 @@ absl::StatusOr<TenantKeys::Writing> TenantKeys::Draw(std::string_view tenant, ui
   wrapped.tag = Seal(wrapping_key_, wrapped.nonce, {context.bytes()},
                      {{std::as_bytes(key->bytes()), wrapped.key.data()}});
   const absl::Status written = WriteSlot(slot, wrapped);
+  CrashPoint("keys.drawn");
   Use(slot, {SlotState::kFresh, wrapped.tenant, wrapped.id, sequence, std::move(key)});
   absl::MutexLock lock(&mutex_);
   if (written.ok()) return writing_.find(tenant)->second;

@@ -52,7 +52,11 @@ TEST_F(LogFuzzTest, Superblock) {
   SimulatedDisk disk({.bytes = whole.bytes()});
   uint64_t taken = 0;
   for (uint64_t run = 0; run < runs && !HasFailure(); ++run) {
-    // One copy, or with it a right one.
+    // By itself, or beside a right copy.
+    if (mutator_.Below(4) == 0) {
+      disk.Corrupt(whole.SuperblockOffset(2),
+                   EncodeSuperblock(whole, whole.SuperblockOffset(2)).bytes());
+    }
     const int copy = static_cast<int>(mutator_.Below(2));
     AlignedBuffer frame = EncodeSuperblock(whole, whole.SuperblockOffset(copy));
     for (uint64_t n = mutator_.Below(4); n > 0; --n) mutator_.Change(frame.bytes().first(80));
@@ -72,7 +76,9 @@ TEST_F(LogFuzzTest, Superblock) {
     } else {
       EXPECT_TRUE(absl::IsFailedPrecondition(opened.status())) << opened.status();
     }
-    disk.Corrupt(whole.SuperblockOffset(copy), AlignedBuffer(kSectorBytes).bytes());
+    for (int i = 0; i < LogLayout::kSuperblocks; ++i) {
+      disk.Corrupt(whole.SuperblockOffset(i), AlignedBuffer(kSectorBytes).bytes());
+    }
   }
   Report(runs, taken);
 }
@@ -248,7 +254,8 @@ TEST_P(ImageFuzzTest, Image) {
     SCOPED_TRACE(absl::StrCat("run ", run));
     auto disk = wholes[run % 2]->Clone();
     const bool mends = mutator_.Below(4) != 0;
-    for (uint64_t n = 1 + mutator_.Below(3); n > 0; --n) {
+    // Of what was purged no one broken sector brings back anything; two may.
+    for (uint64_t n = mends ? 1 + mutator_.Below(3) : 1; n > 0; --n) {
       const std::vector<uint64_t>& sectors = metadata[run % 2];
       const uint64_t sector = sectors[mutator_.Below(sectors.size())];
       std::vector<std::byte> bytes = disk->Peek(sector * kSectorBytes, kSectorBytes);
@@ -256,7 +263,9 @@ TEST_P(ImageFuzzTest, Image) {
         bytes = disk->Peek(sectors[mutator_.Below(sectors.size())] * kSectorBytes, kSectorBytes);
       }
       const bool frame = PeekFrame(bytes).ok();
-      mutator_.Change(std::span(bytes).first(frame ? 400 : 2600));
+      for (uint64_t changes = 1 + mutator_.Below(3); changes > 0; --changes) {
+        mutator_.Change(std::span(bytes).first(frame ? 400 : 2600));
+      }
       disk->Corrupt(sector * kSectorBytes, bytes);
       if (!mends) continue;
       const uint64_t offset = sector * kSectorBytes;
