@@ -4,9 +4,11 @@
 #   thread    all tests under ThreadSanitizer
 #   release   all tests, those labelled slow (none so far) included, in the build that is measured
 #   simd      the kernels' tests and the attention tests at every instruction-set level
-#   disk      20,000 seeds of the simulated disk, every bit of a log's metadata and 10^6 of its payload
-#             flipped, 10^6 executions of each fuzz target of the log and the configuration, 2,000
-#             kills of the daemon under load, and 25 crashes at each of the named places
+#   disk      20,000 seeds of the simulated disk, each of its calls failing in both tiers, every bit
+#             of a log's metadata and 10^6 of its payload flipped, 10^6 executions of each fuzz target
+#             of the log and the configuration, every fault at each call of the disk, 2,000 kills of the daemon under load, and 25 crashes
+#             at each of the named places
+#   mutants   bugs that peers had, put into copies of the tree: tests must fail (tests/mutants/run.py)
 #   demo      the demo of every reference model
 #   perf      every benchmark, its JSON lines in the results; of retrieval_bench one trace of its
 #             default set, which takes half an hour (perf/README.md)
@@ -18,7 +20,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly parts=(address thread release simd disk demo perf bundle)
+readonly parts=(address thread release simd disk mutants demo perf bundle)
 chosen=("$@")
 [ ${#chosen[@]} -gt 0 ] || chosen=("${parts[@]}")
 for part in "${chosen[@]}"; do
@@ -90,18 +92,23 @@ run_simd() {
 }
 
 run_disk() {
-  build release log_simulation_test log_flip_test log_fuzz_test config_fuzz_test kill_test quarryd || return
+  build release log_simulation_test tiered_failure_test log_flip_test log_fuzz_test config_fuzz_test kill_test quarryd || return
   # Seeds of each kind of disk; there are six.
   QUARRY_SIMULATION_SEEDS=3400 step simulation 12 \
     build/release/tests/storage/log/log_simulation_test
+  QUARRY_FAILURE_STRIDE=1 step failures 12 build/release/tests/storage/tiered_failure_test
   QUARRY_FLIP_STRIDE=1 QUARRY_PAYLOAD_FLIPS=1000000 step flips 16 \
     build/release/tests/storage/log/log_flip_test
   QUARRY_FUZZ_RUNS=1000000 step fuzz-log 20 build/release/tests/storage/log/log_fuzz_test
   QUARRY_FUZZ_RUNS=1000000 step fuzz-config 8 build/release/tests/daemon/config_fuzz_test
   step kills 8 build/release/tests/crash/kill_test --kills=2000
-  build dev crash_point_test quarryd || return
+  build dev crash_point_test call_sites_test quarryd || return
+  QUARRY_CALLS_PER_SITE=3 step call-sites 8 build/dev/tests/storage/log/call_sites_test
+  cat build/dev/tests/storage/log/disk_call_sites.txt >>"$results"
   QUARRY_CRASHES=25 step crash-points 8 build/dev/tests/crash/crash_point_test
 }
+
+run_mutants() { step mutants 50 tests/mutants/run.py --jobs "$jobs"; }
 
 run_demo() {
   local model
