@@ -5,9 +5,9 @@
 #   release   all tests, those labelled slow (none so far) included, in the build that is measured
 #   simd      the kernels' tests and the attention tests at every instruction-set level
 #   disk      20,000 seeds of the simulated disk, each of its calls failing in both tiers, every bit
-#             of a log's metadata and 10^6 of its payload flipped, 10^6 executions of each fuzz target
-#             of the log and the configuration, every fault at each call of the disk, 2,000 kills of the daemon under load, and 25 crashes
-#             at each of the named places
+#             of the metadata of logs and 10^6 of their payload flipped, 10^6 executions of each fuzz
+#             target of the log and the configuration, every fault at each call of the disk, 2,000
+#             kills of the daemon under load, and 25 crashes at each of the named places
 #   mutants   bugs that peers had, put into copies of the tree: tests must fail (tests/mutants/run.py)
 #   demo      the demo of every reference model
 #   perf      every benchmark, its JSON lines in the results; of retrieval_bench one trace of its
@@ -92,7 +92,8 @@ run_simd() {
 }
 
 run_disk() {
-  build release log_simulation_test tiered_failure_test log_flip_test log_fuzz_test config_fuzz_test kill_test quarryd || return
+  build release log_simulation_test tiered_failure_test log_flip_test log_fuzz_test config_fuzz_test \
+    kill_test quarryd || return
   # Seeds of each kind of disk; there are six.
   QUARRY_SIMULATION_SEEDS=3400 step simulation 12 \
     build/release/tests/storage/log/log_simulation_test

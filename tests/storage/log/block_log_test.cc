@@ -100,6 +100,26 @@ TEST_F(BlockLogTest, OtherTenantsAndKeysAreMisses) {
   EXPECT_EQ(*ReadVersion(*log_, block), 1u);
 }
 
+TEST_F(BlockLogTest, IdsThatDifferInOneBitAreOfDifferentBlocks) {
+  Make(10);
+  for (const size_t byte : {0, 7, 15, 16, 31}) {
+    BlockKey keys[] = {OwnedBlock{0, 1}.key(), OwnedBlock{0, 1}.key()};
+    keys[1].id.bytes[byte] ^= 0x80;
+    LoggedBatch batch;
+    for (uint32_t i = 0; i < 2; ++i) {
+      batch.Add({0, 1, i + 1, 5000});
+      batch.at(i).key = &keys[i];
+    }
+    for (const absl::Status& status : log_->Append(batch.blocks())) ASSERT_TRUE(status.ok());
+    AlignedBuffer memory(8192);
+    for (uint32_t i = 0; i < 2; ++i) {
+      const auto read = log_->Read("tenant-0", keys[i], memory.bytes().first(5000));
+      ASSERT_TRUE(read.ok()) << "byte " << byte << ": " << read.status();
+      EXPECT_EQ(*read, batch.blocks()[i].digest);
+    }
+  }
+}
+
 TEST_F(BlockLogTest, MemoryNeedNotBeAligned) {
   Make(10);
   const OwnedBlock block{0, 1, 1, 70000};

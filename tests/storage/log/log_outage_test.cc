@@ -312,6 +312,29 @@ TEST_F(LogOutageTest, FormerUsesOfASegmentDoNotSpeakForIt) {
   }
 }
 
+// The disk has lost the zeros that were written over the footer of an earlier use.
+TEST_F(LogOutageTest, AFooterOfAnEarlierUseDoesNotSpeakForASegment) {
+  Make(8);
+  const auto footer_of = [&](uint32_t s) {
+    return disk_->Peek(kFirst + (s + 1) * kSegment - 8192, 8192);
+  };
+  AppendAll(0, 0, 60);
+  std::vector<std::vector<std::byte>> footers;
+  for (uint32_t s = 0; s < 8; ++s) footers.push_back(footer_of(s));
+  // Until the segment that is written has been sealed before.
+  uint32_t reused = 8, count = 60;
+  for (; reused == 8; ++count) {
+    AppendAll(0, count, 1);
+    for (uint32_t s = 0; s < 8; ++s) {
+      if (footers[s][4096] == std::byte{0}) continue;
+      if (footer_of(s)[4096] == std::byte{0}) reused = s;
+    }
+  }
+  disk_->Corrupt(kFirst + (reused + 1) * kSegment - 8192, footers[reused]);
+  Open();
+  EXPECT_TRUE(Has(0, count - 1));
+}
+
 TEST_F(LogOutageTest, PurgesOfNamespacesDoNotStarveALogWithAnUnreadableSegment) {
   Make(40);
   AppendAll(0, 0, 150);

@@ -20,9 +20,9 @@
 
 namespace quarry::testing {
 
-// Two segments are used: the first is sealed, the second as after a stop. It has blocks in one part
-// and in several, over both segments too, later ones of an id, and purges by id, by namespace and
-// of all that a tenant has.
+// Its last segment is as after a stop, the others are sealed. It has blocks in one part and in
+// several, over two segments too, later ones of an id, and purges by id, by namespace and of all
+// that a tenant has.
 class SmallLog {
  public:
   static constexpr uint64_t kSegment = kMinSegmentBytes;
@@ -54,6 +54,11 @@ class SmallLog {
     Append(**log, {{2, 6, 10, 1500}});
     QUARRY_CHECK((*log)->Purge("tenant-2", std::nullopt, {}).ok());  // with its key
     allowed_[{2, 6}].clear();
+    // The last of all lies in a segment without a footer.
+    Append(**log, {{1, 5, 9, 500}});
+    const BlockId last[] = {OwnedBlock{1, 5}.key().id};
+    QUARRY_CHECK((*log)->Purge("tenant-1", std::nullopt, last).ok());
+    allowed_[{1, 5}].clear();
     disk_ = raw->Crashed(PowerCut::kAllKept, 1);
   }
 
