@@ -231,7 +231,7 @@ std::map<const void*, std::string> LinesOf(const std::set<const void*>& addresse
 // What the sources say: file and line of every call of a disk, also by way of others.
 std::set<std::pair<std::string, int>> CallsInSources() {
   constexpr std::string_view kCalls[] = {
-      // not their declarations
+      // and not their declarations
       "->Read(",       "->Write(",         "->Sync(",           "->Discard(",    "ReadBlock(s",
       "ReadSectors(d", "ReadEachSector(d", "ReadFooter(d",      "WriteFooter(d", "ReadPurge(d",
       "ReadNote(d",    "WriteNote(d",      "WriteEmptyNotes(d", "WriteNoKeys(d"};
