@@ -20,6 +20,7 @@ inline constexpr std::string_view kCrashPoints[] = {
     "format.copy-written",
     "format.written",
     "format.synced",
+    "recovery.superblock-mended",
     "recovery.keys-read",
     "recovery.key-mended",
     "recovery.begun",

@@ -46,6 +46,7 @@ struct Superblock : LogLayout {
   DeviceId device{};
   // Of the key that its keys are wrapped with; where there are slots for them.
   std::array<uint8_t, 16> key_check{};
+  friend bool operator==(const Superblock&, const Superblock&) = default;
 };
 
 // How a part is encrypted: storage/log/part_cipher.h.

@@ -46,6 +46,7 @@ struct LogLayout {
     return copy == 0 ? 0 : copy == 1 ? kFirstArea / 2 : AreaOffset(1) + AreaBytes();
   }
   constexpr uint64_t bytes() const { return SuperblockOffset(2) + kSectorBytes; }
+  friend bool operator==(const LogLayout&, const LogLayout&) = default;
 };
 
 }  // namespace quarry

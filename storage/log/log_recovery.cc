@@ -46,6 +46,29 @@ absl::Status Format(Disk* disk, const Superblock& superblock) {
   return disk->Sync();
 }
 
+// Copies that are broken, or were not written when the disk was formatted, are written again: the
+// good ones may break, too. One of another version is left as it is.
+absl::Status MendSuperblocks(Disk* disk, const Superblock& superblock) {
+  bool mended = false;
+  AlignedBuffer sector(kSectorBytes);
+  for (int copy = 0; copy < LogLayout::kSuperblocks; ++copy) {
+    const uint64_t offset = superblock.SuperblockOffset(copy);
+    if (!ReadSectors(disk, offset, &sector).ok()) continue;
+    const absl::StatusOr<Superblock> found = DecodeSuperblock(sector.bytes(), offset);
+    if (absl::IsFailedPrecondition(found.status()) || (found.ok() && *found == superblock)) {
+      continue;
+    }
+    spdlog::warn("copy {} of the superblock of {} is broken, and written again", copy,
+                 disk->name());
+    const AlignedBuffer frame = EncodeSuperblock(superblock, offset);
+    const std::span<const std::byte> piece[] = {frame.bytes()};
+    QUARRY_RETURN_IF_ERROR(disk->Write(offset, piece));
+    CrashPoint("recovery.superblock-mended");
+    mended = true;
+  }
+  return mended ? disk->Sync() : absl::OkStatus();
+}
+
 absl::Status CheckKey(const std::string& disk, const Superblock& superblock,
                       const std::optional<LogKey>& key) {
   const bool encrypted = superblock.key_slots > 0;
@@ -115,6 +138,10 @@ absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
                                                         disk->bytes()));
     }
     QUARRY_RETURN_IF_ERROR(CheckKey(disk->name(), *found, key));
+    if (const absl::Status mended = MendSuperblocks(disk, *found); !mended.ok()) {
+      spdlog::error("the superblock of {} stays broken: {}", disk->name(),
+                    std::string(mended.message()));
+    }
     return *found;
   }
   if (absl::IsUnavailable(trouble)) return trouble;

@@ -32,8 +32,9 @@ struct RecoveredLog {
 };
 
 // The superblock of a disk, which is formatted in segments of these bytes first if it is blank, and
-// with room for keys if there is one to wrap them with. FailedPrecondition: something else is on
-// it, or a log of another version, of a larger disk, or of another key.
+// with room for keys if there is one to wrap them with. Broken copies are written again.
+// FailedPrecondition: something else is on it, or a log of another version, of a larger disk, or of
+// another key.
 absl::StatusOr<Superblock> OpenSuperblock(Disk* disk, uint64_t segment_bytes,
                                           const std::optional<LogKey>& key,
                                           const std::function<uint64_t()>& random);

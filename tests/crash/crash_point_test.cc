@@ -39,6 +39,13 @@ class CrashPointTest : public testing::CrashTest,
     ASSERT_TRUE(CheckAll(client.get()) && Load(client.get(), random, steps));
     daemon_->Kill();
   }
+  // Of one copy a byte.
+  void BreakSuperblock() {
+    std::fstream disk(directory_ / "disk", std::ios::in | std::ios::out | std::ios::binary);
+    disk.seekp(LogLayout::kFirstArea / 2 + 100);
+    disk.put('x');
+    ASSERT_TRUE(disk.good());
+  }
   // Of one copy of the tenant's key a byte. False: it has none yet.
   bool BreakKey() {
     std::fstream disk(directory_ / "disk", std::ios::in | std::ios::out | std::ios::binary);
@@ -89,6 +96,7 @@ TEST_P(CrashPointTest, NothingIsWrongLostOrBackAgain) {
     // At a start most places are met once.
     const bool often =
         GetParam() == "format.copy-written" || !(Of("disk") || Of("format") || Of("recovery"));
+    if (GetParam() == "recovery.superblock-mended") BreakSuperblock();
     if (GetParam() == "recovery.key-mended") {
       int tries = 0;
       while (!BreakKey() && ++tries < 10) Live(&random, 60);

@@ -273,7 +273,7 @@ TEST_F(BlockLogTest, ADiskThatIsTooSmallIsNamed) {
   EXPECT_NE(std::string(refused.message()).find("2097152"), std::string::npos) << refused;
 }
 
-// Any copy of the superblock is enough.
+// Any copy of the superblock is enough, and mends the others.
 TEST_F(BlockLogTest, SuperblocksStandInForOneAnother) {
   Make(8);
   ASSERT_TRUE(AppendOne(*log_, {0, 1, 1, 20000}).ok());
@@ -284,7 +284,14 @@ TEST_F(BlockLogTest, SuperblocksStandInForOneAnother) {
     for (const uint64_t copy : copies) {
       if (copy != kept) disk->Corrupt(copy, garbage);
     }
+    SimulatedDisk* const raw = disk.get();
     auto log = BlockLog::Open(std::move(disk), {.segment_bytes = kSegment});
+    ASSERT_TRUE(log.ok()) << log.status();
+    EXPECT_EQ(*ReadVersion(**log, {0, 1}), 1u);
+    // The others are there again, and outlive it.
+    auto later = raw->Crashed(testing::PowerCut::kNoneKept, 1);
+    later->Corrupt(kept, garbage);
+    log = BlockLog::Open(std::move(later), {.segment_bytes = kSegment});
     ASSERT_TRUE(log.ok()) << log.status();
     EXPECT_EQ(*ReadVersion(**log, {0, 1}), 1u);
   }

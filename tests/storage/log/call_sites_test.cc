@@ -150,6 +150,7 @@ class Life {
       NoteStruck();
       disk_ = disk_->Crashed(testing::PowerCut::kAllKept, 1);
       disk_->FlipBit((kLayout.KeyOffset(0, 0) + 100) * 8);  // in a key, which is mended
+      disk_->FlipBit(99);                                   // and in a superblock
     }
     BlockLogOptions options;
     options.segment_bytes = kSegment;
