@@ -173,6 +173,13 @@ TEST_F(BlockLogTest, WhatWasPurgedNeverReturns) {
   }
 }
 
+TEST_F(BlockLogTest, NobodysBlocksAreNotThereToBePurged) {
+  Make(10);
+  const uint64_t before = disk_->counts().writes;
+  EXPECT_EQ(*log_->Purge("", std::nullopt, {}), 0u);
+  EXPECT_EQ(disk_->counts().writes, before) << "a purge that no start could read";
+}
+
 // Ten times the disk's size is written; what is asked for all the time stays, and purges hold.
 TEST_F(BlockLogTest, ReclaimingKeepsWhatIsUsedAndWhatIsPurgedAway) {
   Make(12);
