@@ -4,7 +4,7 @@
 #   thread    all tests under ThreadSanitizer
 #   release   all tests, those labelled slow (none so far) included, in the build that is measured
 #   simd      the kernels' tests and the attention tests at every instruction-set level
-#   disk      20,000 seeds of the simulated disk, each of its calls failing in both tiers, every bit
+#   disk      30,000 seeds of the simulated disk, each of its calls failing in both tiers, every bit
 #             of the metadata of logs and 10^6 of their payload flipped, 10^6 executions of each fuzz
 #             target of the log and the configuration, every fault at each call of the disk, 2,000
 #             kills of the daemon under load, and 25 crashes at each of the named places
@@ -94,7 +94,7 @@ run_simd() {
 run_disk() {
   build release log_simulation_test tiered_failure_test log_flip_test log_fuzz_test config_fuzz_test \
     kill_test quarryd || return
-  # Seeds of each kind of disk; there are six.
+  # Seeds of each kind of disk; there are nine.
   QUARRY_SIMULATION_SEEDS=3400 step simulation 12 \
     build/release/tests/storage/log/log_simulation_test
   QUARRY_FAILURE_STRIDE=1 step failures 12 build/release/tests/storage/tiered_failure_test

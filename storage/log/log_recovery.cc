@@ -23,10 +23,6 @@
 namespace quarry {
 namespace {
 
-bool IsBlank(std::span<const std::byte> bytes) {
-  return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
-}
-
 // Superblocks last: a disk with one has all that belongs to it.
 absl::Status Format(Disk* disk, const Superblock& superblock) {
   CrashPoint("format.begun");

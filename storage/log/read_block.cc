@@ -65,7 +65,7 @@ struct PartTarget {
       if (!piece.empty()) pieces->push_back(piece);
     }
   }
-  absl::StatusOr<BlockOrigin> Check(const TenantKeys* keys, const LoggedBlock& block) {
+  absl::StatusOr<WrittenAs> Check(const TenantKeys* keys, const LoggedBlock& block) {
     QUARRY_ASSIGN_OR_RETURN(PartFrame found, CheckedPart(frame.bytes(), block, *part));
     if (straight < here.size()) {
       std::memcpy(here.data() + straight, rest.bytes().data(), here.size() - straight);
@@ -78,7 +78,7 @@ struct PartTarget {
     }
     if (keys != nullptr) QUARRY_RETURN_IF_ERROR(Open(*keys, &found));
     QUARRY_RETURN_IF_ERROR(CheckDigest(here, found.digest, *part));
-    return BlockOrigin{std::move(found.key), found.block_digest};
+    return WrittenAs{std::move(found.key), found.block_digest};
   }
   absl::Status Open(const TenantKeys& keys, PartFrame* found) {
     const std::shared_ptr<const Secret> key = keys.Find(found->seal.key);
@@ -130,9 +130,9 @@ std::future<absl::Status> ReadBeside(Disk* disk, const PartGroup& group) {
 
 }  // namespace
 
-absl::StatusOr<BlockOrigin> ReadBlock(const BlockSource& source, const LoggedBlock& block,
-                                      std::span<std::byte> out) {
-  std::optional<BlockOrigin> origin;
+absl::StatusOr<WrittenAs> ReadBlock(const BlockSource& source, const LoggedBlock& block,
+                                    std::span<std::byte> out) {
+  std::optional<WrittenAs> origin;
   auto part = block.parts.begin();
   PartGroup group = NextGroup(source.group_bytes, block, out, &part);
   absl::Status read = group.Read(source.disk);
@@ -145,7 +145,7 @@ absl::StatusOr<BlockOrigin> ReadBlock(const BlockSource& source, const LoggedBlo
       reading = ReadBeside(source.disk, next);
     }
     for (PartTarget& target : group.targets) {
-      QUARRY_ASSIGN_OR_RETURN(BlockOrigin found, target.Check(source.keys, block));
+      QUARRY_ASSIGN_OR_RETURN(WrittenAs found, target.Check(source.keys, block));
       if (origin.has_value() &&
           (found.key.full_key != origin->key.full_key || found.digest != origin->digest)) {
         return absl::DataLossError(

@@ -14,7 +14,7 @@
 namespace quarry {
 
 // What a block was written with.
-struct BlockOrigin {
+struct WrittenAs {
   BlockKey key;
   ByteDigest digest;
 };
@@ -28,8 +28,8 @@ struct BlockSource {
 // The whole block into `out`, every part decrypted and checked; or, of one that is given with some
 // of its parts, which follow one another, these. DataLoss, Unavailable. Large ones
 // are read group by group of so many bytes, each while the one before is decrypted and checked.
-absl::StatusOr<BlockOrigin> ReadBlock(const BlockSource& source, const LoggedBlock& block,
-                                      std::span<std::byte> out);
+absl::StatusOr<WrittenAs> ReadBlock(const BlockSource& source, const LoggedBlock& block,
+                                    std::span<std::byte> out);
 
 // Of a log's reads and writes that go on beside digests.
 inline uint64_t GroupBytes(const Superblock& superblock) {

@@ -140,7 +140,7 @@ absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved
   Moved one{block, {}, AlignedBuffer(RoundUp(block.bytes, kSectorBytes))};
   const std::span<std::byte> bytes = one.bytes.bytes().first(block.bytes);
   writer_.AwaitBehind();
-  absl::StatusOr<BlockOrigin> origin = ReadBlock(source_, block, bytes);
+  absl::StatusOr<WrittenAs> origin = ReadBlock(source_, block, bytes);
   for (int tries = 1; tries < kReadTries && absl::IsUnavailable(origin.status()); ++tries) {
     origin = ReadBlock(source_, block, bytes);
   }

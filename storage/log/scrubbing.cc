@@ -77,8 +77,9 @@ uint64_t SegmentedLog::ScrubSegment(uint32_t segment) {
             [](const LoggedBlock& a, const LoggedBlock& b) {
               return a.parts[0].place.offset > b.parts[0].place.offset;
             });
-  scrubbed_bytes_ += bytes + FooterBytes(entry_bytes);
-  return bytes + FooterBytes(entry_bytes);
+  bytes += FooterBytes(entry_bytes);
+  scrubbed_bytes_ += bytes;
+  return bytes;
 }
 
 uint64_t SegmentedLog::ScrubPart(const LoggedBlock& part) {

@@ -1,7 +1,7 @@
 #include "storage/log/sectors.h"
 
+#include <algorithm>
 #include <cstring>
-#include <span>
 
 namespace quarry {
 namespace {
@@ -30,6 +30,10 @@ std::vector<bool> ReadEachSector(Disk* disk, uint64_t offset, AlignedBuffer* out
     std::memcpy(out->bytes().data() + i * kSectorBytes, sector.bytes().data(), kSectorBytes);
   }
   return read;
+}
+
+bool IsBlank(std::span<const std::byte> bytes) {
+  return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
 }
 
 }  // namespace quarry

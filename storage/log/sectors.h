@@ -1,7 +1,9 @@
 // Reading what the log says of itself.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -15,5 +17,7 @@ absl::Status ReadSectors(Disk* disk, uint64_t offset, AlignedBuffer* out);
 // All that can be read, each sector by itself where need be. Those that cannot are zeros, and
 // false.
 std::vector<bool> ReadEachSector(Disk* disk, uint64_t offset, AlignedBuffer* out);
+// Nothing but zeros.
+bool IsBlank(std::span<const std::byte> bytes);
 
 }  // namespace quarry

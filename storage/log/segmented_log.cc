@@ -362,7 +362,7 @@ absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const Blo
       if (tries == 0) found->Use();
       block = *found;
     }
-    const absl::StatusOr<BlockOrigin> read = ReadBlock(source_, block, out);
+    const absl::StatusOr<WrittenAs> read = ReadBlock(source_, block, out);
     status = read.status();
     if (read.ok()) {
       if (read->key.full_key != key.full_key || read->key.parent != key.parent ||

@@ -141,7 +141,7 @@ void TenantKeys::RecoverSlot(uint32_t slot, const Found& sectors) {
       read_all = false;
       continue;
     }
-    blank &= std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{}; });
+    blank &= IsBlank(bytes);
     absl::StatusOr<Wrapped> one = Wrapped::Decode(bytes, superblock_, area, slot);
     Slot unwrapped;
     if (one.ok()) unwrapped = Unwrapped(slot, *one);

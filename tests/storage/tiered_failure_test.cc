@@ -112,6 +112,15 @@ class RefusingStore final : public BlockStore {
   std::atomic<uint64_t>* const calls_;
 };
 
+BlockStoreOptions SmallRam() {
+  BlockStoreOptions options;
+  options.arena.capacity_bytes = kRamBlocks * kBlock;
+  options.arena.extent_bytes = 4 * kBlock;
+  options.arena.spare_bytes = 0;
+  options.arena.huge_pages = ArenaOptions::HugePages::kNever;
+  return options;
+}
+
 constexpr uint64_t kNone = ~0ull;
 
 // Puts, reads from both tiers, pins and purges; every call may fail, none may leave anything
@@ -122,12 +131,7 @@ class TieredLife {
   explicit TieredLife(bool encrypted, uint64_t refused = kNone)
       : disk_({.bytes = encrypted ? EncryptedLogBytes(8, kSegment) : LogBytes(8, kSegment),
                .seed = 5}) {
-    BlockStoreOptions options;
-    options.arena.capacity_bytes = kRamBlocks * kBlock;
-    options.arena.extent_bytes = 4 * kBlock;
-    options.arena.spare_bytes = 0;
-    options.arena.huge_pages = ArenaOptions::HugePages::kNever;
-    auto ram = BlockStore::Create(options);
+    auto ram = BlockStore::Create(SmallRam());
     QUARRY_CHECK(ram.ok());
     BlockLogOptions of_log{.segment_bytes = kSegment, .max_part_bytes = 16 << 10};
     if (encrypted) of_log.key.environment = testing::SetTestKey('7');
@@ -283,12 +287,7 @@ TEST_F(TieredFailureTest, AnyAdmissionToTheQueue) {
     SimulatedDisk disk(
         {.bytes = LogBytes(20, kSegment), .stall = [&] { goes_on.WaitForNotification(); }});
     const testing::DiskHooks hooks;
-    BlockStoreOptions options;
-    options.arena.capacity_bytes = kRamBlocks * kBlock;
-    options.arena.extent_bytes = 4 * kBlock;
-    options.arena.spare_bytes = 0;
-    options.arena.huge_pages = ArenaOptions::HugePages::kNever;
-    auto ram = BlockStore::Create(options);
+    auto ram = BlockStore::Create(SmallRam());
     ASSERT_TRUE(ram.ok()) << ram.status();
     auto log = BlockLog::Open(std::make_unique<testing::HookedDisk>(&disk, &hooks),
                               {.segment_bytes = kSegment});
