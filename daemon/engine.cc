@@ -11,18 +11,19 @@
 #include "daemon/attend_batch.h"
 #include "daemon/auditor.h"
 #include "daemon/background.h"
+#include "daemon/bulk_pool.h"
 #include "daemon/context_factory.h"
 #include "daemon/context_table.h"
 #include "daemon/engine_counters.h"
 #include "daemon/executor.h"
 #include "daemon/finite.h"
 #include "daemon/opaque_blocks.h"
-#include "daemon/prefetcher.h"
 #include "daemon/run_indexer.h"
 #include "daemon/run_registry.h"
 #include "daemon/session_table.h"
 #include "daemon/top_k.h"
 #include "proto/attend_shape.h"
+#include "proto/identity.h"
 #include "proto/status_macros.h"
 #include "storage/tiered_block_store.h"
 
@@ -73,6 +74,17 @@ LatencySummary Summary(const LatencyPercentiles& p) {
           us(p.MaxNs())};
 }
 
+absl::Status CheckOneNamed(absl::string_view call, absl::string_view things,
+                           std::initializer_list<bool> named) {
+  const auto count = std::count(named.begin(), named.end(), true);
+  if (count == 1) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(call, " names ", count, " of: ", things, "; one is wanted"));
+}
+
+// That wait; one is done at a time.
+constexpr uint32_t kMostPrefetches = 64;
+
 // Adds the time until its end to a histogram.
 class Timed {
  public:
@@ -105,8 +117,10 @@ class EngineImpl final : public Engine {
         factory_(
             {store_.get(), &stretches_, &runs_, &indexer_, &background_, &counters_, &auditor_},
             contexts_, options.max_context_tokens),
-        prefetcher_(store_.get()),
         executor_({ExecutorThreads(options), options.max_queued_batches}) {}
+
+  // Prefetches end with the block that is being read.
+  ~EngineImpl() override { draining_.store(true, std::memory_order_release); }
 
   absl::StatusOr<SessionId> StartSession(std::string_view tenant, std::string_view name) override {
     QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Start(tenant, name));
@@ -247,8 +261,12 @@ class EngineImpl final : public Engine {
       if (!block.place.in_ram) keys.push_back(block.key);
     }
     const uint64_t count = keys.size();
-    QUARRY_RETURN_IF_ERROR(prefetcher_.Add(session->tenant(), std::move(keys)));
-    return count;
+    if (count == 0) return 0;
+    const bool taken = prefetches_.TrySubmit(
+        [this, tenant = session->tenant(), keys = std::move(keys)] { Load(tenant, keys); });
+    if (taken) return count;
+    return absl::ResourceExhaustedError(
+        absl::StrCat(kMostPrefetches, " requests to prefetch wait already"));
   }
   absl::StatusOr<PutResult> Put(SessionId id, std::string_view name_space, std::string_view key,
                                 std::span<const std::byte> bytes,
@@ -297,9 +315,10 @@ class EngineImpl final : public Engine {
   EngineStats Stats() const override;
 
  private:
-  // Of the blocks that are to be purged.
+  // Of the blocks that are to be purged, if the disk may have indexes of them.
   std::vector<NamespaceDigest> NamespacesOf(const std::string& tenant,
                                             const PurgeRequest& request) const;
+  void Load(const std::string& tenant, std::span<const BlockKey> keys);
   absl::Status CheckNotDraining() const {
     if (!draining_.load(std::memory_order_acquire)) return absl::OkStatus();
     return absl::UnavailableError("the daemon is draining");
@@ -327,7 +346,7 @@ class EngineImpl final : public Engine {
   BackgroundWorker background_;
   Auditor auditor_;
   ContextFactory factory_;
-  Prefetcher prefetcher_;
+  BulkPool prefetches_{{.threads = 1, .queue = kMostPrefetches, .name = "quarry-prefetch"}};
   Executor executor_;  // first to end: answers what is queued
 };
 
@@ -358,13 +377,9 @@ absl::StatusOr<uint64_t> EngineImpl::Pin(SessionId id, const PinRequest& request
 
 absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& request) {
   QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
-  const int kinds = static_cast<int>(request.whole_tenant) +
-                    static_cast<int>(request.name_space.has_value()) +
-                    static_cast<int>(!request.blocks.empty());
-  if (kinds != 1) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "a purge names ", kinds, " of: the whole tenant, a namespace, blocks; one is wanted"));
-  }
+  QUARRY_RETURN_IF_ERROR(CheckOneNamed(
+      "a purge", "the whole tenant, a namespace, blocks",
+      {request.whole_tenant, request.name_space.has_value(), !request.blocks.empty()}));
   const std::vector<NamespaceDigest> namespaces = NamespacesOf(session->tenant(), request);
   const absl::StatusOr<uint64_t> purged =
       store_->Purge(session->tenant(), request.name_space, request.blocks);
@@ -372,9 +387,10 @@ absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& req
   // gone.
   runs_.Purge(session->tenant(), request.name_space, request.blocks);
   stretches_.Sweep();  // they tell of tokens
-  // A purge of the whole tenant has them already.
-  if (archive_ != nullptr) {
-    QUARRY_RETURN_IF_ERROR(archive_->Purge(session->tenant(), namespaces));
+  // Also those that another start made. A purge of the whole tenant has them already.
+  for (const NamespaceDigest& name_space : namespaces) {
+    QUARRY_RETURN_IF_ERROR(
+        log_->Purge(session->tenant(), IndexNamespaceOf(name_space), {}).status());
   }
   return purged;
 }
@@ -383,14 +399,14 @@ absl::StatusOr<uint64_t> EngineImpl::Purge(SessionId id, const PurgeRequest& req
 // are built anew when they are wanted.
 std::vector<NamespaceDigest> EngineImpl::NamespacesOf(const std::string& tenant,
                                                       const PurgeRequest& request) const {
+  if (log_ == nullptr) return {};
   if (request.name_space.has_value()) return {*request.name_space};
   absl::flat_hash_set<NamespaceDigest> namespaces;
   for (const BlockId& id : request.blocks) {
     if (const auto in_ram = store_->AcquireInRam(tenant, id); in_ram.ok()) {
       namespaces.insert(in_ram->key.name_space);
       store_->Release(in_ram->view.handle);
-    } else if (const auto logged = log_ == nullptr ? std::nullopt : log_->Find(tenant, id);
-               logged.has_value()) {
+    } else if (const auto logged = log_->Find(tenant, id); logged.has_value()) {
       namespaces.insert(logged->name_space);
     }
   }
@@ -398,15 +414,21 @@ std::vector<NamespaceDigest> EngineImpl::NamespacesOf(const std::string& tenant,
   return {namespaces.begin(), namespaces.end()};
 }
 
+// In order; a miss ends it, for what lies behind it cannot be reused.
+void EngineImpl::Load(const std::string& tenant, std::span<const BlockKey> keys) {
+  for (const BlockKey& key : keys) {
+    if (draining_.load(std::memory_order_acquire)) return;
+    const absl::StatusOr<BlockView> view = store_->Acquire(tenant, key);
+    if (!view.ok()) return;
+    store_->Release(view->handle);
+  }
+}
+
 absl::StatusOr<FlushResult> EngineImpl::Flush(SessionId id, const FlushRequest& request) {
   QUARRY_ASSIGN_OR_RETURN(const std::shared_ptr<Session> session, sessions_.Find(id));
-  const int kinds = static_cast<int>(request.whole_tenant) +
-                    static_cast<int>(request.context.has_value()) +
-                    static_cast<int>(!request.blocks.empty());
-  if (kinds != 1) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "a flush names ", kinds, " of: the whole tenant, a context, blocks; one is wanted"));
-  }
+  QUARRY_RETURN_IF_ERROR(
+      CheckOneNamed("a flush", "the whole tenant, a context, blocks",
+                    {request.whole_tenant, request.context.has_value(), !request.blocks.empty()}));
   if (request.whole_tenant) return store_->Flush(session->tenant(), std::nullopt);
   if (!request.context.has_value()) {
     return store_->Flush(session->tenant(), std::span<const BlockId>(request.blocks));

@@ -30,7 +30,7 @@ struct DiskTierOptions {
   FileDiskOptions file;
   BlockLogOptions log;
   TieredOptions tier;
-  IndexArchiveOptions indexes;  // choice: as index.choice
+  IndexArchiveOptions indexes;
 };
 
 struct EngineOptions {

@@ -138,7 +138,7 @@ void IndexArchive::SaveAll(Which which, absl::Time end) {
       spdlog::warn("the indexes of some runs are not on the disk: their writing took too long");
       break;
     }
-    if (const absl::Status saved = Save(indexes, layers); !saved.ok()) {
+    if (const absl::Status saved = Save(*indexes, layers); !saved.ok()) {
       spdlog::warn("indexes of tokens [{}, {}) are not on the disk: {}", indexes->name()->tokens.lo,
                    indexes->name()->tokens.hi, std::string(saved.message()));
       if (which == Which::kAll) break;
@@ -150,57 +150,50 @@ void IndexArchive::SaveAll(Which which, absl::Time end) {
   changes_ = std::move(seen);
 }
 
-absl::Status IndexArchive::Save(const std::shared_ptr<RunIndexes>& indexes,
-                                std::span<const uint32_t> layers) {
-  const std::shared_ptr<const RunName> name = indexes->name();
+absl::Status IndexArchive::Save(RunIndexes& indexes, std::span<const uint32_t> layers) {
+  struct Saving {
+    uint32_t layer;
+    uint64_t changes;
+    BlockKey key;
+    SectorBytes form;
+  };
+  const std::shared_ptr<const RunName> name = indexes.name();
   for (size_t at = 0; at < layers.size();) {
-    std::vector<BlockKey> keys;
-    std::vector<SectorBytes> forms;
-    std::vector<uint64_t> changes;
-    const size_t first = at;
+    std::vector<Saving> batch;
     for (uint64_t bytes = 0; at < layers.size() && bytes < kBatchBytes; ++at) {
-      changes.push_back(indexes->changes(layers[at]));  // first: what is read may only be newer
-      absl::StatusOr<std::vector<std::byte>> form = [&] {
+      const uint32_t layer = layers[at];
+      const uint64_t changes = indexes.changes(layer);  // first: what is read may only be newer
+      const absl::StatusOr<std::vector<std::byte>> form = [&] {
         const OfferingProcessor offering;
-        return FormOf(*indexes, name->shape, layers[at]);
+        return FormOf(indexes, name->shape, layer);
       }();
-      // A kind that is not kept as bytes is built anew.
       if (!form.ok() && !absl::IsUnimplemented(form.status())) return form.status();
-      SectorBytes& kept = forms.emplace_back(form.ok() ? form->size() : 0);
-      if (form.ok()) std::ranges::copy(*form, kept.bytes().begin());
-      keys.push_back(KeyOf(*name, layers[at]));
-      bytes += kept.size;
-    }
-    std::vector<BlockToLog> blocks;
-    std::vector<size_t> of;  // which layer
-    for (size_t i = 0; i < forms.size(); ++i) {
-      if (forms[i].size == 0 || !log_->CheckSize(name->tenant, keys[i], forms[i].size).ok()) {
-        indexes->SetSaved(layers[first + i], changes[i]);  // never, as it is
+      BlockKey key = KeyOf(*name, layer);
+      if (!form.ok() || !log_->CheckSize(name->tenant, key, form->size()).ok()) {
+        indexes.SetSaved(layer, changes);  // never, as it is: it is built anew
         continue;
       }
-      of.push_back(i);
-      blocks.push_back({name->tenant, &keys[i], DigestOf(forms[i].bytes()), forms[i].bytes(),
-                        [this, &indexes] { return runs_->Knows(*indexes); }});
+      Saving& saving =
+          batch.emplace_back(Saving{layer, changes, std::move(key), SectorBytes(form->size())});
+      std::ranges::copy(*form, saving.form.bytes().begin());
+      bytes += form->size();
+    }
+    std::vector<BlockToLog> blocks;
+    for (Saving& saving : batch) {
+      const std::span<const std::byte> bytes = saving.form.bytes();
+      blocks.push_back({name->tenant, &saving.key, DigestOf(bytes), bytes,
+                        [this, &indexes] { return runs_->Knows(indexes); }});
     }
     const std::vector<absl::Status> written = log_->Append(blocks);
-    for (size_t b = 0; b < written.size(); ++b) {
-      if (absl::IsCancelled(written[b])) return absl::OkStatus();  // purged meanwhile
-      QUARRY_RETURN_IF_ERROR(written[b]);
-      indexes->SetSaved(layers[first + of[b]], changes[of[b]]);
+    for (size_t i = 0; i < batch.size(); ++i) {
+      if (absl::IsCancelled(written[i])) return absl::OkStatus();  // purged meanwhile
+      QUARRY_RETURN_IF_ERROR(written[i]);
+      indexes.SetSaved(batch[i].layer, batch[i].changes);
       saved_layers_.fetch_add(1, std::memory_order_relaxed);
-      saved_bytes_.fetch_add(forms[of[b]].size, std::memory_order_relaxed);
+      saved_bytes_.fetch_add(batch[i].form.size, std::memory_order_relaxed);
     }
   }
   return absl::OkStatus();
-}
-
-absl::Status IndexArchive::Purge(std::string_view tenant,
-                                 std::span<const NamespaceDigest> namespaces) {
-  absl::Status status;
-  for (const NamespaceDigest& name_space : namespaces) {
-    status.Update(log_->Purge(tenant, IndexNamespaceOf(name_space), {}).status());
-  }
-  return status;
 }
 
 // ---- From the disk.

@@ -62,10 +62,6 @@ class IndexArchive {
   using KnownModels = std::vector<std::vector<std::shared_ptr<const ClusterModel>>>;
   absl::StatusOr<Layer> Load(const RunName& run, uint32_t layer, const KnownModels& known);
 
-  // Indexes of runs with blocks of these namespaces do not come back; called when the registry has
-  // forgotten these. Errors are the log's.
-  absl::Status Purge(std::string_view tenant, std::span<const NamespaceDigest> namespaces);
-
   IndexArchiveStats stats() const;
 
  private:
@@ -74,7 +70,7 @@ class IndexArchive {
   // Of all runs that have not changed since the last look, or of all.
   enum class Which { kSettled, kAll };
   void SaveAll(Which which, absl::Time end);
-  absl::Status Save(const std::shared_ptr<RunIndexes>& indexes, std::span<const uint32_t> layers);
+  absl::Status Save(RunIndexes& indexes, std::span<const uint32_t> layers);
 
   BlockLog* const log_;
   RunRegistry* const runs_;

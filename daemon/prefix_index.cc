@@ -113,10 +113,10 @@ PrefixMatch PrefixIndex::FindAndLease(std::string_view tenant, const OpenRequest
 std::vector<PrefixBlock> PrefixIndex::Locate(std::string_view tenant,
                                              const OpenRequest& request) const {
   std::vector<PrefixBlock> blocks;
-  Walk(tenant, request, [&](const BlockKey& key, const BlockOrigin& origin) {
+  Walk(tenant, request, [&](const BlockKey& key, const BlockOrigin&) {
     const std::optional<BlockPlace> place = store_.Locate(tenant, key);
     if (!place.has_value()) return false;
-    blocks.push_back({key, origin, *place});
+    blocks.push_back({key, *place});
     return true;
   });
   return blocks;

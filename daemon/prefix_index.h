@@ -44,7 +44,6 @@ struct PrefixMatch {
 // A block that is cached.
 struct PrefixBlock {
   BlockKey key;
-  BlockOrigin origin;
   BlockPlace place;
 };
 

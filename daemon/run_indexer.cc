@@ -379,7 +379,6 @@ bool RunIndexer::LoadPart(Job& job, Part& part) {
     const uint64_t wanted = ReservedBytes() + *bytes;
     if (run == nullptr || stopping_ || room_.UpTo(wanted) < wanted) return false;
     building.runs = {std::move(run)};
-    building.parts = {&part};
     building_.push_back(&building);
   }
   const bool loaded = KeepStored(job, *name, part, *building.runs.front());
@@ -389,14 +388,13 @@ bool RunIndexer::LoadPart(Job& job, Part& part) {
 
 bool RunIndexer::KeepStored(const Job& job, const RunName& name, Part& part, const Run& run) {
   IndexArchive::KnownModels known(job.heads());
-  const auto know = [&](const RunIndexes& indexes) {
+  for (const auto& other : job.others) {
     for (uint32_t h = 0; h < job.heads(); ++h) {
-      const auto index = indexes.Get(job.layer, h);
+      const auto index = other->Get(job.layer, h);
       auto model = index == nullptr ? nullptr : ModelOf(*index);
       if (model != nullptr) known[h].push_back(std::move(model));
     }
-  };
-  for (const auto& other : job.others) know(*other);
+  }
   absl::StatusOr<IndexArchive::Layer> layer = archive_->Load(name, job.layer, known);
   if (!layer.ok()) return false;
   for (uint32_t h = 0; h < job.heads(); ++h) {

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <functional>
 
+#include "proto/identity.h"
 #include "tests/daemon/engine_fixture.h"
 #include "tests/support/seed.h"
 
@@ -142,6 +143,23 @@ TEST_F(EngineArchiveTest, WhatIsPurgedDoesNotComeBack) {
     EXPECT_EQ(Index().loaded_layers, 0u);
     EXPECT_EQ(Index().failed_loads, 0u);
   }
+}
+
+TEST_F(EngineArchiveTest, APurgeTakesIndexesAlongThatADaemonWithoutAnyDoesNotUse) {
+  Restart();
+  OpenFilled();
+  WaitForBuilt(kIndexes);
+  Restart([](EngineOptions& o) { o.index.choice.kind = IndexKind::kExact; });
+  const auto blocks = engine_->ListBlocks(session_, 1000);
+  ASSERT_OK(blocks.status());
+  const auto of_context = std::ranges::find_if(
+      *blocks, [](const BlockInfo& info) { return !IsIndexNamespace(info.name_space); });
+  ASSERT_NE(of_context, blocks->end());
+  ASSERT_OK(engine_->Purge(session_, {.blocks = {of_context->id}}).status());
+  Restart();
+  OpenFilled();
+  WaitForBuilt(kIndexes);
+  EXPECT_EQ(Index().loaded_layers, 0u);
 }
 
 TEST_F(EngineArchiveTest, IndexesOfAnotherKindAreNotTakenForTheseAndNoOneElsesAre) {

@@ -47,6 +47,11 @@ class DiskTierTest : public ::testing::Test {
     client_ = *std::move(client);
   }
 
+  void Restart() {
+    EXPECT_EQ(daemon_->Stop(), 0);
+    Start();
+  }
+
   // Computes the context, or what of it is not cached; says how many tokens were.
   uint32_t Compute(const KvData& data) {
     auto open = client_->Open(testing::OpenFor(spec_, data, kTokens));
@@ -81,8 +86,7 @@ TEST_F(DiskTierTest, ARestartIsWarm) {
   const std::string value(100000, 'v');
   const absl::Status put = client_->Put("engine", "key", std::as_bytes(std::span(value)));
   ASSERT_TRUE(put.ok()) << put;
-  EXPECT_EQ(daemon_->Stop(), 0);
-  Start();
+  Restart();
   EXPECT_EQ(Compute(data), 4 * kBlockTokens);
   const auto got = client_->Get("engine", "key");
   ASSERT_TRUE(got.ok()) << got.status();
@@ -114,8 +118,7 @@ TEST_F(DiskTierTest, WhatTheArenaEvictsIsReadFromTheDisk) {
 TEST_F(DiskTierTest, WhatLoadingTakesIsKnownBeforeAndMayBeLimited) {
   const KvData data(spec_.shape, kTokens, 5);
   Compute(data);
-  EXPECT_EQ(daemon_->Stop(), 0);
-  Start();
+  Restart();
   OpenRequest request = testing::OpenFor(spec_, data, kTokens);
   const auto before = client_->LongestPrefix(request);
   ASSERT_TRUE(before.ok()) << before.status();
@@ -152,8 +155,7 @@ TEST_F(DiskTierTest, WhatLoadingTakesIsKnownBeforeAndMayBeLimited) {
 TEST_F(DiskTierTest, WhatIsPrefetchedIsInRamWhenItIsOpened) {
   const KvData data(spec_.shape, kTokens, 6);
   Compute(data);
-  EXPECT_EQ(daemon_->Stop(), 0);
-  Start();
+  Restart();
   OpenRequest request = testing::OpenFor(spec_, data, kTokens);
   const auto asked = client_->Prefetch(request);
   ASSERT_TRUE(asked.ok()) << asked.status();
@@ -173,8 +175,7 @@ TEST_F(DiskTierTest, APurgeOutlivesARestart) {
   const KvData data(spec_.shape, kTokens, 2);
   Compute(data);
   ASSERT_TRUE(client_->Purge({.whole_tenant = true}).ok());
-  EXPECT_EQ(daemon_->Stop(), 0);
-  Start();
+  Restart();
   EXPECT_EQ(Compute(data), 0u);
 }
 
