@@ -13,7 +13,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <memory>
@@ -29,6 +28,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "perf/die.h"
 #include "perf/statistics.h"
 #include "storage/disk/aligned_buffer.h"
 #include "storage/disk/file_disk.h"
@@ -36,6 +36,8 @@
 
 namespace quarry {
 namespace {
+
+using perf::Die;
 
 struct Settings {
   std::string path = "stall_bench.log";
@@ -49,12 +51,6 @@ struct Settings {
   double seconds = 5;
   bool json = false;
 };
-
-void Die(const absl::Status& status, const char* what) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "stall_bench: %s: %s\n", what, std::string(status.message()).c_str());
-  std::exit(1);
-}
 
 // A disk of which no call returns while it stalls.
 class StallingDisk final : public Disk {

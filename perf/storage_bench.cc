@@ -28,6 +28,7 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
+#include "perf/die.h"
 #include "perf/statistics.h"
 #include "proto/byte_digest.h"
 #include "storage/disk/aligned_buffer.h"
@@ -37,6 +38,8 @@
 
 namespace quarry {
 namespace {
+
+using perf::Die;
 
 struct Settings {
   std::string path = "storage_bench.log";
@@ -53,12 +56,6 @@ struct Series {
   std::string name;
   std::vector<double> bytes_per_s, share;  // share: of the disk's own rate, by this program
 };
-
-void Die(const absl::Status& status, const char* what) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "storage_bench: %s: %s\n", what, std::string(status.message()).c_str());
-  std::exit(1);
-}
 
 constexpr char kKeyVariable[] = "QUARRY_STORAGE_BENCH_KEY";
 
