@@ -128,11 +128,13 @@ TEST_P(KvCodecsTest, CodesAreTheNearestUnderTheFormatsScales) {
         const double x = rows[size_t{t} * strip.head_dim + c];
         const double step = reference.Scale(t, c), zero = reference.Zero(t, c);
         const double y = (x - zero) / step;
-        // Half a step, that of the code's size for fp8.
+        // Half a step, that of the code's size for fp8. The coder finds y by three roundings of an
+        // fp32, so that a y that is nearly between two codes may get either.
+        const double roundings = std::abs(y) * 3 * 0x1p-24;
         const double half = strip.codec != KvCodec::kFp8
                                 ? 0.5
                                 : std::exp2(std::max(-6, std::ilogb(std::abs(y) + 1e-30)) - 4);
-        ASSERT_LE(std::abs(x - reference.Number(t, c)) / step, half * (1 + 1e-5))
+        ASSERT_LE(std::abs(x - reference.Number(t, c)) / step, half * (1 + 1e-7) + roundings)
             << NameOf(strip, dtype) << ", token " << t << ", channel " << c << ", " << x;
         const double least = strip.codec == KvCodec::kInt4   ? 0
                              : strip.codec == KvCodec::kInt8 ? -127
