@@ -14,6 +14,10 @@ namespace quarry {
 inline constexpr uint64_t kSectorBytes = 4096;
 
 using ReadPieces = std::span<const std::span<std::byte>>;
+struct DiskRead {
+  uint64_t offset = 0;
+  ReadPieces out;
+};
 using WritePieces = std::span<const std::span<const std::byte>>;
 
 // Thread-safe; calls block. A call that returns OK has done all that it was asked; any other may
@@ -31,6 +35,13 @@ class Disk {
   // One stretch of the disk from `offset` on, into or from the pieces in their order. Pieces are in
   // whole sectors each, at addresses that are multiples of kSectorBytes.
   virtual absl::Status Read(uint64_t offset, ReadPieces out) = 0;
+  // All of them, several at a time where the disk can.
+  virtual absl::Status ReadMany(std::span<const DiskRead> reads) {
+    for (const DiskRead& read : reads) {
+      if (absl::Status status = Read(read.offset, read.out); !status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
   // Reads see it at once. It survives a crash from when a Sync that began afterwards has succeeded;
   // until then any of its sectors may.
   virtual absl::Status Write(uint64_t offset, WritePieces pieces) = 0;

@@ -61,6 +61,7 @@ class FileDisk : public Disk {
   absl::Status Read(uint64_t offset, ReadPieces out) override {
     return Transfer(IoDirection::kRead, offset, out);
   }
+  absl::Status ReadMany(std::span<const DiskRead> reads) override;
   absl::Status Write(uint64_t offset, WritePieces pieces) override {
     return Transfer(IoDirection::kWrite, offset, pieces);
   }
@@ -70,6 +71,8 @@ class FileDisk : public Disk {
  private:
   template <typename Pieces>
   absl::Status Transfer(IoDirection direction, uint64_t offset, Pieces pieces);
+  template <typename Pieces>
+  absl::StatusOr<DiskIoList> Prepare(IoDirection direction, uint64_t offset, Pieces pieces) const;
   absl::Status CheckRange(const std::string& what, uint64_t offset, uint64_t bytes) const;
 
   const uint64_t io_bytes_;
@@ -90,7 +93,8 @@ absl::Status FileDisk::CheckRange(const std::string& what, uint64_t offset, uint
 }
 
 template <typename Pieces>
-absl::Status FileDisk::Transfer(IoDirection direction, uint64_t offset, Pieces pieces) {
+absl::StatusOr<DiskIoList> FileDisk::Prepare(IoDirection direction, uint64_t offset,
+                                             Pieces pieces) const {
   uint64_t bytes = 0;
   for (const auto& piece : pieces) bytes += piece.size();
   const std::string what = DescribeIo(name(), direction, bytes, offset);
@@ -106,8 +110,24 @@ absl::Status FileDisk::Transfer(IoDirection direction, uint64_t offset, Pieces p
     }
     memory.push_back({.iov_base = const_cast<std::byte*>(piece.data()), .iov_len = piece.size()});
   }
-  DiskIoList list = CutIntoIos(offset, memory, io_bytes_);
+  return CutIntoIos(offset, memory, io_bytes_);
+}
+
+template <typename Pieces>
+absl::Status FileDisk::Transfer(IoDirection direction, uint64_t offset, Pieces pieces) {
+  QUARRY_ASSIGN_OR_RETURN(DiskIoList list, Prepare(direction, offset, pieces));
   return queue_->Run(direction, list.ios);
+}
+
+absl::Status FileDisk::ReadMany(std::span<const DiskRead> reads) {
+  std::vector<DiskIoList> lists;  // their memory is in use until all are done
+  std::vector<DiskIo> ios;
+  for (const DiskRead& read : reads) {
+    QUARRY_ASSIGN_OR_RETURN(DiskIoList list, Prepare(IoDirection::kRead, read.offset, read.out));
+    ios.insert(ios.end(), list.ios.begin(), list.ios.end());
+    lists.push_back(std::move(list));
+  }
+  return queue_->Run(IoDirection::kRead, ios);
 }
 
 absl::Status FileDisk::Sync() {

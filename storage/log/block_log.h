@@ -77,6 +77,28 @@ struct LoggedBlockName {
   uint64_t bytes = 0;
 };
 
+// A piece of a block: whole sectors. `out` is at an address that is a multiple of kSectorBytes;
+// both offset and out.size() are multiples of it; the end may lie in the block's last sector, whose
+// rest reads as zeros.
+struct PieceToRead {
+  uint64_t offset = 0;
+  std::span<std::byte> out;
+};
+
+// A block that can be read in pieces, and that reclaiming moves rather than drops while this is
+// held. Thread-safe; the log outlives it.
+class LoggedBlockReader {
+ public:
+  virtual ~LoggedBlockReader() = default;
+  virtual uint64_t bytes() const = 0;
+  virtual const ByteDigest& digest() const = 0;  // of the whole block, as its frames say
+  // All pieces at once; each sector is checked. OK: all are right. NotFound: the block was purged,
+  // or written anew, or dropped. DataLoss: something is not what was written; counted, logged, and
+  // the block is gone from now on, as in BlockLog::Read. Unavailable: the disk. What is in `out`
+  // after an error is to be used by nobody.
+  virtual absl::Status Read(std::span<const PieceToRead> pieces) = 0;
+};
+
 // Thread-safe. Calls that write (Append, Purge) wait for one another, for the disk, and for
 // segments to be reclaimed; Read waits for the disk only. Every answer of Read is checked: place,
 // generation, whole key and digests.
@@ -119,6 +141,10 @@ class BlockLog {
   // Unavailable: the disk. What is in `out` after an error is to be used by nobody.
   virtual absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
                                           std::span<std::byte> out) = 0;
+  // NotFound, DataLoss, Unavailable as Read; reads frames only. ResourceExhausted: blocks that are
+  // held so have as much of the log as they may, half of its segments' bytes.
+  virtual absl::StatusOr<std::unique_ptr<LoggedBlockReader>> OpenBlock(std::string_view tenant,
+                                                                       const BlockKey& key) = 0;
   // Checks a next piece of what the log has: the footer and the purges of a sealed segment, or a
   // part of a block as Read does. What is not what was written is counted and logged, and such a
   // block is gone; what cannot be read is counted, and looked at again by the next pass. One caller

@@ -1,8 +1,11 @@
 #include "storage/log/frames.h"
 
+#include <algorithm>
+#include <array>
 #include <utility>
 
 #include "proto/status_macros.h"
+#include "storage/log/checksum.h"
 #include "storage/log/frame_codec.h"
 #include "storage/slot_size.h"
 
@@ -58,12 +61,27 @@ namespace {
 constexpr size_t kPartFixedBytes = 3 * 16 + 3 * 32 + 4 * 8 + 2 * 4;
 constexpr size_t kPartDigestBytes = 2 * 16;
 
+uint64_t SumsOf(uint64_t part_bytes) { return RoundUp(part_bytes, kSectorBytes) / kSectorBytes; }
+
 }  // namespace
 
-uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key) {
-  return RoundUp(
-      kFrameHeadBytes + kPartFixedBytes + tenant.size() + kPartDigestBytes + key.full_key.size(),
-      kSectorBytes);
+uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key, uint64_t part_bytes) {
+  return RoundUp(kFrameHeadBytes + kPartFixedBytes + tenant.size() + kPartDigestBytes +
+                     key.full_key.size() + SumsOf(part_bytes) * sizeof(uint32_t),
+                 kSectorBytes);
+}
+
+std::vector<uint32_t> SectorSums(std::span<const std::byte> bytes) {
+  std::vector<uint32_t> sums;
+  sums.reserve(SumsOf(bytes.size()));
+  for (; bytes.size() >= kSectorBytes; bytes = bytes.subspan(kSectorBytes)) {
+    sums.push_back(Crc32c(bytes.first(kSectorBytes)));
+  }
+  if (bytes.empty()) return sums;
+  std::array<std::byte, kSectorBytes> last{};
+  std::copy(bytes.begin(), bytes.end(), last.begin());
+  sums.push_back(Crc32c(last));
+  return sums;
 }
 
 size_t PartSecretOffset(const PartFrame& part) {
@@ -90,8 +108,10 @@ absl::Status DecodePartSecret(std::span<const std::byte> secret, PartFrame* part
 }
 
 AlignedBuffer EncodePart(const FramePlace& place, uint64_t sequence, const PartFrame& part) {
+  QUARRY_CHECK(part.sums.size() == (part.seal.sealed() ? 0 : SumsOf(part.part_bytes)));
   AlignedBuffer frame = NewFrame(FrameKind::kPart, place, sequence,
-                                 PartSecretOffset(part) + PartSecretBytes(part) - kFrameHeadBytes);
+                                 PartSecretOffset(part) + PartSecretBytes(part) +
+                                     part.sums.size() * sizeof(uint32_t) - kFrameHeadBytes);
   FrameWriter out(BodyOf(&frame));
   static_assert(kPartTagOffset == kFrameHeadBytes);
   out.Bytes(part.seal.tag.data(), part.seal.tag.size());
@@ -109,6 +129,7 @@ AlignedBuffer EncodePart(const FramePlace& place, uint64_t sequence, const PartF
   out.Digest(part.block_digest);
   out.Digest(part.digest);
   out.Bytes(part.key.full_key.data(), part.key.full_key.size());
+  out.Bytes(part.sums.data(), part.sums.size() * sizeof(uint32_t));
   return FinishFrame(std::move(frame));
 }
 
@@ -139,6 +160,13 @@ absl::StatusOr<PartFrame> DecodePart(std::span<const std::byte> frame, const Fra
   if (!out.seal.sealed()) {
     QUARRY_RETURN_IF_ERROR(
         DecodePartSecret(frame.subspan(PartSecretOffset(out), PartSecretBytes(out)), &out));
+    FrameReader sums(frame.subspan(PartSecretOffset(out) + PartSecretBytes(out)));
+    if (SumsOf(out.part_bytes) > frame.size() / sizeof(uint32_t)) {
+      return MalformedFrame("block part");
+    }
+    out.sums.resize(SumsOf(out.part_bytes));
+    sums.Bytes(out.sums.data(), out.sums.size() * sizeof(uint32_t));
+    if (!sums.ok()) return MalformedFrame("block part");
   }
   return out;
 }

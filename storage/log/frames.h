@@ -22,7 +22,7 @@
 
 namespace quarry {
 
-inline constexpr uint32_t kLogVersion = 2;
+inline constexpr uint32_t kLogVersion = 3;
 inline constexpr uint64_t kMinSegmentBytes = 16 * kSectorBytes;
 inline constexpr uint64_t kMaxSegmentBytes = 1ull << 30;
 // Of a frame without its payload.
@@ -71,6 +71,9 @@ struct PartFrame {
   // moved to.
   uint64_t born = 0;
   PartSeal seal;
+  // CRC32C of each sector of the bytes, the last one with zeros behind their end, so that any can
+  // be read by itself. Of a sealed part none: they would be fingerprints of plaintext.
+  std::vector<uint32_t> sums;
 };
 
 // A block with this id that was born before is gone.
@@ -130,8 +133,10 @@ AlignedBuffer EncodeSegmentStart(const FramePlace& place, uint64_t sequence);
 AlignedBuffer EncodePart(const FramePlace& place, uint64_t sequence, const PartFrame& part);
 AlignedBuffer EncodePurge(const FramePlace& place, uint64_t sequence, const PurgeFrame& purge);
 AlignedBuffer EncodeCommit(const FramePlace& place, uint64_t sequence, const CommitFrame& commit);
-// Bytes that the frame of a part takes.
-uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key);
+// Bytes that the frame of a part of so many takes; a sealed one's is no longer.
+uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key, uint64_t part_bytes);
+// Of PartFrame::sums.
+std::vector<uint32_t> SectorSums(std::span<const std::byte> bytes);
 // Where a part's frame has its tag, and what is encrypted of it: both digests and the full key.
 inline constexpr size_t kPartTagOffset = 64;
 size_t PartSecretOffset(const PartFrame& part);

@@ -32,7 +32,8 @@ bool IsAligned(const std::byte* data) {
   return reinterpret_cast<uintptr_t>(data) % kSectorBytes == 0;
 }
 
-// The frame of a part, checked against where it is and what the index has of it.
+}  // namespace
+
 absl::StatusOr<PartFrame> CheckedPart(std::span<const std::byte> frame, const LoggedBlock& block,
                                       const LoggedPart& part) {
   QUARRY_ASSIGN_OR_RETURN(PartFrame found, DecodePart(frame, part.place, part.sequence));
@@ -45,6 +46,8 @@ absl::StatusOr<PartFrame> CheckedPart(std::span<const std::byte> frame, const Lo
       "a frame in segment ", part.place.segment, ", offset ", part.place.offset, " is of block ",
       found.key.id.Hex(), ", born ", found.born, ", not ", block.id.Hex(), ", born ", block.born));
 }
+
+namespace {
 
 // Where one part's sectors go: into the block's memory, but for the frame and what is not whole
 // sectors at aligned memory.

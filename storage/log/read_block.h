@@ -25,6 +25,10 @@ struct BlockSource {
   const TenantKeys* keys = nullptr;  // of a log that is encrypted
 };
 
+// The frame of a part, checked against where it is and what the index has of it. DataLoss.
+absl::StatusOr<PartFrame> CheckedPart(std::span<const std::byte> frame, const LoggedBlock& block,
+                                      const LoggedPart& part);
+
 // The whole block into `out`, every part decrypted and checked; or, of one that is given with some
 // of its parts, which follow one another, these. DataLoss, Unavailable. Large ones
 // are read group by group of so many bytes, each while the one before is decrypted and checked.

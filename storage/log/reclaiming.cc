@@ -64,8 +64,11 @@ std::optional<uint32_t> SegmentedLog::ChooseVictim() const {
   std::optional<uint32_t> emptiest, oldest;
   uint64_t least = 0;
   absl::MutexLock lock(&mutex_);
+  const std::vector<uint64_t> held = HeldBytes();
   for (uint32_t s = 0; s < segments_.size(); ++s) {
     if (segments_.at(s).state != SegmentState::kSealed || passed_over_.contains(s)) continue;
+    // Moving that much would make too little room.
+    if (held[s] > superblock_.segment_bytes / 2) continue;
     const uint64_t kept = index_.live_bytes(s) + segments_.at(s).hidden_bytes + purges_.bytes(s);
     if (!emptiest.has_value() || kept < least) {
       emptiest = s;
@@ -109,6 +112,21 @@ absl::Status SegmentedLog::Reclaim(uint32_t segment) {
   return absl::OkStatus();
 }
 
+std::vector<uint64_t> SegmentedLog::HeldBytes() const {
+  std::vector<uint64_t> bytes(segments_.size());
+  for (const auto& [name, holders] : held_) {
+    const LoggedBlock* const block = index_.Find(name.first, name.second);
+    if (block == nullptr) continue;
+    for (const LoggedPart& part : block->parts) bytes[part.place.segment] += part.disk_bytes();
+  }
+  return bytes;
+}
+
+bool SegmentedLog::IsHeld(const LoggedBlock& block) const {
+  absl::MutexLock lock(&mutex_);
+  return held_.contains({block.tenant, block.id});
+}
+
 bool SegmentedLog::Keeps(const LoggedBlock& block) const {
   if (options_.keep == nullptr) return block.uses > 0;
   return options_.keep({*block.tenant, block.id, block.bytes, block.uses});
@@ -131,8 +149,11 @@ std::vector<LoggedBlock> SegmentedLog::TakeStock(uint32_t segment,
     seen.insert({tenant, entry.id});
     live.push_back(*block);
   }
+  const auto rank = [&](const LoggedBlock& block) ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+    return std::pair(held_.contains({block.tenant, block.id}), block.uses);
+  };
   std::stable_sort(live.begin(), live.end(),
-                   [](const LoggedBlock& a, const LoggedBlock& b) { return a.uses > b.uses; });
+                   [&](const LoggedBlock& a, const LoggedBlock& b) { return rank(a) > rank(b); });
   return live;
 }
 
@@ -177,18 +198,25 @@ absl::Status SegmentedLog::HandOver(std::span<const LoggedBlock> live, bool agai
   }
   uint64_t room = superblock_.segment_bytes / 4 * 3;
   room -= std::min(room, writer_.pending_bytes());
+  bool no_segment = false;
   {
     // Without a segment to move to, dropping is what makes one.
     absl::MutexLock lock(&mutex_);
-    if (segments_.free() == 0) room = 0;
+    no_segment = segments_.free() == 0;
+    if (no_segment) room = 0;
   }
   for (const LoggedBlock& block : live) {
     uint64_t bytes = 0;
     for (const LoggedPart& part : block.parts) bytes += part.disk_bytes();
     absl::Status kept = absl::DataLossError("it is not wanted");
-    if (Keeps(block) && bytes <= room) kept = MoveBlock(block, moved);
+    const bool held = IsHeld(block);
+    if (held && no_segment) {
+      return absl::AbortedError(
+          absl::StrCat("block ", block.id.Hex(), " is being read, and there is no segment for it"));
+    }
+    if (held || (Keeps(block) && bytes <= room)) kept = MoveBlock(block, moved);
     if (kept.ok()) {
-      room -= bytes;
+      room -= std::min(room, bytes);
     } else if (absl::IsDataLoss(kept) || (again && absl::IsAborted(kept))) {
       dropped->push_back(block);
     } else {

@@ -7,15 +7,18 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/synchronization/mutex.h"
 #include "storage/log/block_log.h"
 #include "storage/log/log_index.h"
 #include "storage/log/log_recovery.h"
 #include "storage/log/log_writer.h"
+#include "storage/log/piece_reader.h"
 #include "storage/log/purge_table.h"
 #include "storage/log/read_block.h"
 #include "storage/log/scrubber.h"
@@ -24,7 +27,7 @@
 
 namespace quarry {
 
-class SegmentedLog final : public BlockLog {
+class SegmentedLog final : public BlockLog, private HeldBlocks {
  public:
   // `keys`: null where the log is not encrypted.
   SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& options, TenantNames tenants,
@@ -41,6 +44,8 @@ class SegmentedLog final : public BlockLog {
   std::vector<LoggedBlockName> List(std::string_view tenant, uint32_t limit) const override;
   absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
                                   std::span<std::byte> out) override;
+  absl::StatusOr<std::unique_ptr<LoggedBlockReader>> OpenBlock(std::string_view tenant,
+                                                               const BlockKey& key) override;
   ScrubStep ScrubNext() override;
   BlockLogStats Stats() const override;
 
@@ -49,6 +54,10 @@ class SegmentedLog final : public BlockLog {
   }
 
  private:
+  // Of the log: what blocks that are held may have of it, so that there are always segments that
+  // can be used anew.
+  static constexpr uint64_t kHeldShare = 2;
+
   // A block on its way to the next commit.
   struct Added {
     size_t number = 0;  // in Append's list
@@ -91,10 +100,22 @@ class SegmentedLog final : public BlockLog {
   absl::Status HandOver(std::span<const LoggedBlock> live, bool again, MovedPurges* purges,
                         std::vector<Moved>* moved, std::vector<LoggedBlock>* dropped)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
-  // The blocks that have parts in the segment, the most used first.
+  // The blocks that have parts in the segment: those that are held first, then the most used.
   std::vector<LoggedBlock> TakeStock(uint32_t segment, std::span<const FooterEntry> entries) const
       ABSL_LOCKS_EXCLUDED(mutex_);
   bool Keeps(const LoggedBlock& block) const;
+  bool IsHeld(const LoggedBlock& block) const ABSL_LOCKS_EXCLUDED(mutex_);
+  // Of blocks that are held, by segment.
+  std::vector<uint64_t> HeldBytes() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  absl::Status Hold(const LoggedBlock& block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // HeldBlocks.
+  std::optional<LoggedBlock> Now(TenantName tenant, const BlockId& id) const override;
+  void FoundBroken(const LoggedBlock& block, const absl::Status& why) override {
+    (void)DropBroken(block, why);
+  }
+  void CountPieces(uint64_t bytes, const absl::Status& read) override;
+  void Release(TenantName tenant, const BlockId& id) override;
   // DataLoss: what is there is broken. Aborted: it cannot be read. Else as the writer says.
   absl::Status MoveBlock(const LoggedBlock& block, std::vector<Moved>* moved)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
@@ -131,6 +152,12 @@ class SegmentedLog final : public BlockLog {
   TenantNames tenants_ ABSL_GUARDED_BY(mutex_);
   LogIndex index_ ABSL_GUARDED_BY(mutex_);
   SegmentTable segments_ ABSL_GUARDED_BY(mutex_);
+  struct Holders {
+    uint32_t readers = 0;
+    uint64_t bytes = 0;  // of the block, when the first of them came
+  };
+  absl::flat_hash_map<std::pair<TenantName, BlockId>, Holders> held_ ABSL_GUARDED_BY(mutex_);
+  uint64_t held_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   LogWriter writer_ ABSL_GUARDED_BY(append_mutex_);
   PurgeTable purges_ ABSL_GUARDED_BY(append_mutex_);
   // Segments that could not be reclaimed: passed over while there are others, and what cannot be

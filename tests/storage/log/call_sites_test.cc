@@ -63,6 +63,13 @@ class WatchedDisk final : public Disk {
     Note(DiskCall::kRead, offset, Sum(out));
     return disk_->Read(offset, out);
   }
+  absl::Status ReadMany(std::span<const DiskRead> reads) override {
+    for (const DiskRead& read : reads) {
+      Note(DiskCall::kRead, read.offset, Sum(read.out));
+      if (absl::Status status = disk_->Read(read.offset, read.out); !status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
   absl::Status Write(uint64_t offset, WritePieces pieces) override {
     Note(DiskCall::kWrite, offset, Sum(pieces));
     return disk_->Write(offset, pieces);
@@ -100,14 +107,16 @@ class WatchedDisk final : public Disk {
 };
 
 constexpr uint64_t kSegment = 4 << 20;
-constexpr LogLayout kLayout = LogLayout::Encrypted(kSegment, 6);
 
-// Formats, writes, reads, looks through, purges, reclaims and recovers an encrypted log; what fails
+// Formats, writes, reads, looks through, purges, reclaims and recovers a log; what fails
 // is left at that, and nothing wrong is read. Returns whether the fault has struck. The same calls
 // each time, until one fails.
 class Life {
  public:
-  explicit Life(Watch* watch) : watch_(watch) {}
+  Life(Watch* watch, bool encrypted)
+      : watch_(watch),
+        encrypted_(encrypted),
+        layout_(encrypted ? LogLayout::Encrypted(kSegment, 6) : LogLayout{kSegment, 6}) {}
 
   bool Run() {
     {
@@ -132,30 +141,34 @@ class Life {
       Purge(5);
       Open();
       for (uint32_t i = 0; i < 14; ++i) Check({1, 1000 + i});
+      Hold({1, 1000});
       while (start == 0 && log_ != nullptr && !log_->ScrubNext().ends_pass) NoteStruck();
       LoggedBatch one;
       one.Add({0, 7, 2, 100});
       Append(one);
+      CheckHeld();
     }
     return struck_ > 0;
   }
 
  private:
   void Open() {
+    reader_ = nullptr;
     log_ = nullptr;
     if (disk_ == nullptr) {
       disk_ = std::make_unique<SimulatedDisk>(
-          testing::SimulatedDiskOptions{.bytes = kLayout.bytes(), .stall = [] {}});
+          testing::SimulatedDiskOptions{.bytes = layout_.bytes(), .stall = [] {}});
     } else {
       NoteStruck();
       disk_ = disk_->Crashed(testing::PowerCut::kAllKept, 1);
-      disk_->FlipBit((kLayout.KeyOffset(0, 0) + 100) * 8);  // in a key, which is mended
-      disk_->FlipBit(99);                                   // and in a superblock
+      // In a key, which is mended.
+      if (encrypted_) disk_->FlipBit((layout_.KeyOffset(0, 0) + 100) * 8);
+      disk_->FlipBit(99);  // in a superblock
     }
     BlockLogOptions options;
     options.segment_bytes = kSegment;
     options.max_part_bytes = 256 << 10;
-    options.key.environment = testing::SetTestKey('7');
+    if (encrypted_) options.key.environment = testing::SetTestKey('7');
     options.random = [n = uint64_t{7}]() mutable { return n = n * 6364136223846793005 + 1; };
     auto log = BlockLog::Open(std::make_unique<WatchedDisk>(disk_.get(), watch_), options);
     if (log.ok()) log_ = *std::move(log);
@@ -178,6 +191,31 @@ class Life {
     if (log_ != nullptr) (void)log_->Purge(OwnedBlock{tenant}.tenant_name(), std::nullopt, {});
     NoteStruck();
   }
+  // To be read in pieces.
+  void Hold(const OwnedBlock& block) {
+    if (log_ == nullptr) return;
+    auto reader = log_->OpenBlock(block.tenant_name(), block.key());
+    if (reader.ok()) reader_ = *std::move(reader);
+    NoteStruck();
+    held_ = block;
+    held_.version = 1;
+    held_.bytes = 1'600'000;
+  }
+  // From two of its parts.
+  void CheckHeld() {
+    if (reader_ == nullptr) return;
+    AlignedBuffer first(2 * kSectorBytes), last(kSectorBytes);
+    const PieceToRead pieces[] = {{10 * kSectorBytes, first.bytes()},
+                                  {300 * kSectorBytes, last.bytes()}};
+    if (reader_->Read(pieces).ok()) {
+      const AlignedBuffer want = held_.Make();
+      for (const PieceToRead& piece : pieces) {
+        EXPECT_EQ(
+            std::memcmp(piece.out.data(), want.bytes().data() + piece.offset, piece.out.size()), 0);
+      }
+    }
+    NoteStruck();
+  }
   void Check(const OwnedBlock& block) {
     if (log_ == nullptr) return;
     const auto version = testing::ReadVersion(*log_, block);
@@ -188,8 +226,12 @@ class Life {
   }
 
   Watch* const watch_;
+  const bool encrypted_;
+  const LogLayout layout_;
   std::unique_ptr<SimulatedDisk> disk_;
   std::unique_ptr<BlockLog> log_;  // after its disk
+  std::unique_ptr<LoggedBlockReader> reader_;
+  OwnedBlock held_;
   uint64_t struck_ = 0;
 };
 
@@ -233,9 +275,10 @@ std::map<const void*, std::string> LinesOf(const std::set<const void*>& addresse
 std::set<std::pair<std::string, int>> CallsInSources() {
   constexpr std::string_view kCalls[] = {
       // and not their declarations
-      "->Read(",       "->Write(",         "->Sync(",           "->Discard(",    "ReadBlock(s",
-      "ReadSectors(d", "ReadEachSector(d", "ReadFooter(d",      "WriteFooter(d", "ReadPurge(d",
-      "ReadNote(d",    "WriteNote(d",      "WriteEmptyNotes(d", "WriteNoKeys(d"};
+      "->Read(",           "->Write(",      "->Sync(",      "->Discard(",    "ReadBlock(s",
+      "->ReadMany(",       "ReadSums(d",    "ReadSummed(d", "ReadSectors(d", "ReadEachSector(d",
+      "ReadFooter(d",      "WriteFooter(d", "ReadPurge(d",  "ReadNote(d",    "WriteNote(d",
+      "WriteEmptyNotes(d", "WriteNoKeys(d"};
   std::set<std::pair<std::string, int>> out;
   for (const auto& file : std::filesystem::directory_iterator(QUARRY_SOURCE_DIR "/storage/log")) {
     if (file.path().extension() != ".cc") continue;
@@ -261,22 +304,15 @@ std::set<const void*> AddressesOf(const std::vector<CallRecord>& records) {
 
 // Those that others call to read and write: a site is what calls them, too.
 bool IsShared(const std::string& line) {
-  constexpr std::string_view kShared[] = {
-      "sectors.cc:", "footer.cc:", "read_block.cc:", "purge_note.cc:", "tenant_keys.cc:"};
+  constexpr std::string_view kShared[] = {"sectors.cc:",      "footer.cc:",     "read_block.cc:",
+                                          "piece_reader.cc:", "purge_note.cc:", "tenant_keys.cc:"};
   return std::any_of(std::begin(kShared), std::end(kShared),
                      [&](std::string_view file) { return line.starts_with(file); });
 }
 
-TEST(CallSitesTest, EveryFaultAtEveryCallOfTheDisk) {
-  spdlog::set_level(spdlog::level::off);
-  std::vector<CallRecord> records;
-  Watch whole;
-  whole.records = &records;
-  (void)Life(&whole).Run();
-  std::map<const void*, std::string> lines = LinesOf(AddressesOf(records));
-  if (lines.empty()) GTEST_SKIP() << "a build without line numbers, or no addr2line";
-
-  // Calls of each site, by their number in a life.
+// Calls of each site, by their number in a life.
+std::map<std::string, std::vector<uint64_t>> SitesOf(
+    const std::vector<CallRecord>& records, const std::map<const void*, std::string>& lines) {
   std::map<std::string, std::vector<uint64_t>> sites;
   for (size_t n = 0; n < records.size(); ++n) {
     std::string site;
@@ -288,26 +324,35 @@ TEST(CallSitesTest, EveryFaultAtEveryCallOfTheDisk) {
     }
     sites[absl::StrCat(site, " ", std::string(NameOf(records[n].operation.call)))].push_back(n);
   }
+  return sites;
+}
+
+// Lives of a log that is encrypted or not: adds to the lines that were met, and to the table.
+void StrikeAllSites(bool encrypted, std::ostream& table, std::set<std::string>* met) {
+  std::vector<CallRecord> records;
+  Watch whole;
+  whole.records = &records;
+  (void)Life(&whole, encrypted).Run();
+  std::map<const void*, std::string> lines = LinesOf(AddressesOf(records));
+  const auto sites = SitesOf(records, lines);
+  const LogLayout layout = encrypted ? LogLayout::Encrypted(kSegment, 6) : LogLayout{kSegment, 6};
   const uint64_t per_site = GivenNumber("QUARRY_CALLS_PER_SITE", 1);
   std::vector<CallRecord> others;  // what follows faults
-  const std::filesystem::path path =
-      std::filesystem::read_symlink("/proc/self/exe").replace_filename("disk_call_sites.txt");
-  std::ofstream table(path);
   for (const auto& [site, calls] : sites) {
-    table << site << ": " << calls.size() << " calls;";
+    table << (encrypted ? "encrypted: " : "") << site << ": " << calls.size() << " calls;";
     for (int i = 0; i < Fault::kKinds; ++i) {
       const auto kind = static_cast<Fault::Kind>(i);
       if (kind == Fault::kStall) continue;  // nothing fails
       uint64_t tried = 0, struck = 0;
       for (uint64_t which = 0; which < std::min<uint64_t>(per_site, calls.size()); ++which) {
         const uint64_t n = calls[which * calls.size() / std::min<uint64_t>(per_site, calls.size())];
-        if (!CanBefall(kind, records[n].operation, kLayout.bytes())) continue;
+        if (!CanBefall(kind, records[n].operation, layout.bytes())) continue;
         SCOPED_TRACE(absl::StrCat(std::string(NameOf(kind)), " at call ", n, ", ", site));
         Watch watch;
         watch.strikes = {n, kind};
         watch.records = &others;
         ++tried;
-        struck += Life(&watch).Run() ? 1 : 0;
+        struck += Life(&watch, encrypted).Run() ? 1 : 0;
       }
       if (tried == 0) continue;
       table << " " << NameOf(kind) << " " << struck;
@@ -316,15 +361,25 @@ TEST(CallSitesTest, EveryFaultAtEveryCallOfTheDisk) {
     table << "\n";
   }
   lines.merge(LinesOf(AddressesOf(others)));
+  for (const auto& [address, line] : lines) met->insert(line);
+  std::printf("%zu sites of %zu calls\n", sites.size(), records.size());
+}
+
+TEST(CallSitesTest, EveryFaultAtEveryCallOfTheDisk) {
+  spdlog::set_level(spdlog::level::off);
+  const std::filesystem::path path =
+      std::filesystem::read_symlink("/proc/self/exe").replace_filename("disk_call_sites.txt");
+  std::ofstream table(path);
   std::set<std::string> met;
-  for (const auto& [address, line] : lines) met.insert(line);
+  for (const bool encrypted : {true, false}) StrikeAllSites(encrypted, table, &met);
+  if (met.empty()) GTEST_SKIP() << "a build without line numbers, or no addr2line";
   for (const auto& [file, line] : CallsInSources()) {
     // A call in a macro is at the macro's line.
     bool found = false;
     for (int up = 0; up < 4; ++up) found |= met.contains(absl::StrCat(file, ":", line - up));
     EXPECT_TRUE(found) << file << ":" << line << " calls the disk, and no life does so";
   }
-  std::printf("%zu sites of %zu calls: %s\n", sites.size(), records.size(), path.c_str());
+  std::printf("%s\n", path.c_str());
   spdlog::set_level(spdlog::level::info);
 }
 

@@ -64,6 +64,13 @@ class Simulation {
     uint32_t tried = 0;    // the latest that was handed over
     uint32_t purged = 0;   // none up to this may be there
     bool may_be_gone = false;
+    uint32_t purges = 0;  // that were tried
+  };
+  // A block that is read in pieces, as it was when that began.
+  struct Held {
+    std::unique_ptr<LoggedBlockReader> reader;
+    OwnedBlock block;
+    Owed owed;
   };
   using Name = std::pair<uint32_t, uint32_t>;
 
@@ -71,7 +78,7 @@ class Simulation {
     return promise_.encrypted ? LogLayout::Encrypted(kSegment, segments_)
                               : LogLayout{kSegment, segments_};
   }
-  uint32_t Below(uint32_t n) { return static_cast<uint32_t>(random_() % n); }
+  uint32_t Below(uint64_t n) { return static_cast<uint32_t>(random_() % n); }
 
   void Live(bool last) {
     // Faults of this life, and for most the end of it.
@@ -100,6 +107,8 @@ class Simulation {
       unreadable_ = (*log)->Stats().condemned_segments > 0;
       CheckAll(**log);
       for (int i = 0; i < 60 && !::testing::Test::HasFailure(); ++i) Step(**log);
+      for (Held& held : held_) CheckHeld(held);
+      held_.clear();
       // Also what is found without a restart.
       if (disk->struck(Fault::kCrash) == 0) CheckAll(**log);
       log->reset();
@@ -142,6 +151,12 @@ class Simulation {
     const uint32_t what = Below(20);
     if (what == 0) return Purge(log);
     if (what < 8) return Append(log);
+    if (what == 8) return Hold(log);
+    if (what < 11 && !held_.empty()) return CheckHeld(held_[Below(held_.size())]);
+    if (what == 11 && held_.size() > 3) {
+      held_.erase(held_.begin());
+      return;
+    }
     const OwnedBlock block{Below(kTenants), Below(kNumbers)};
     CheckOne(log, block, /*at_rest=*/false);
   }
@@ -198,10 +213,63 @@ class Simulation {
     for (const uint32_t number : numbers) {
       Owed& owed = owed_[{tenant, number}];
       owed.may_be_gone = true;
+      ++owed.purges;
       if (purged.ok()) owed.purged = std::max(owed.purged, owed.tried);
       EXPECT_FALSE(
           log.Find(absl::StrCat("tenant-", tenant), OwnedBlock{0, number}.key().id).has_value());
     }
+  }
+
+  void Hold(BlockLog& log) {
+    Held held;
+    held.block = {Below(kTenants), Below(kNumbers)};
+    held.owed = owed_[{held.block.tenant, held.block.number}];
+    auto reader = log.OpenBlock(held.block.tenant_name(), held.block.key());
+    if (!reader.ok()) {
+      EXPECT_TRUE(!absl::IsFailedPrecondition(reader.status()) || promise_.encrypted)
+          << reader.status();
+      return;
+    }
+    held.reader = *std::move(reader);
+    held.block.bytes = held.reader->bytes();
+    // The version is known by its digest.
+    const auto has = [&](uint32_t version) {
+      held.block.version = version;
+      return DigestOf(held.block.Make().bytes().first(held.block.bytes)) == held.reader->digest();
+    };
+    while (!has(held.block.version)) {
+      ASSERT_LT(held.block.version, held.owed.tried) << "never written";
+      ++held.block.version;
+    }
+    held_.push_back(std::move(held));
+  }
+
+  void CheckHeld(Held& held) {
+    SCOPED_TRACE(absl::StrCat("held: tenant ", held.block.tenant, ", block ", held.block.number));
+    const uint64_t sectors = RoundUp(held.block.bytes, kSectorBytes) / kSectorBytes;
+    std::vector<AlignedBuffer> outs;
+    std::vector<PieceToRead> pieces;
+    for (uint64_t at = Below(sectors); at < sectors; at += Below(4)) {
+      const uint64_t count = std::min<uint64_t>(sectors - at, 1 + Below(3));
+      pieces.push_back({at * kSectorBytes, outs.emplace_back(count * kSectorBytes).bytes()});
+      at += count;
+    }
+    const absl::Status read = held.reader->Read(pieces);
+    if (read.ok()) {
+      const AlignedBuffer want = held.block.Make();
+      for (const PieceToRead& piece : pieces) {
+        ASSERT_EQ(
+            std::memcmp(piece.out.data(), want.bytes().data() + piece.offset, piece.out.size()), 0)
+            << "foreign bytes at " << piece.offset;
+      }
+      return;
+    }
+    if (absl::IsUnavailable(read) || disk_->struck(Fault::kCrash) > 0) return;
+    EXPECT_TRUE(absl::IsNotFound(read) || absl::IsDataLoss(read)) << read;
+    const Owed& now = owed_[{held.block.tenant, held.block.number}];
+    const bool ended = now.tried > held.owed.tried || now.purges > held.owed.purges;
+    EXPECT_TRUE(ended || !promise_.durable || !promise_.readable) << "lost while held: " << read;
+    EXPECT_TRUE(absl::IsNotFound(read) || !promise_.durable) << read;
   }
 
   void CheckAll(BlockLog& log) {
@@ -249,6 +317,7 @@ class Simulation {
   std::unique_ptr<SimulatedDisk> disk_;
   testing::DiskHooks hooks_;
   std::map<Name, Owed> owed_;
+  std::vector<Held> held_;
   uint32_t version_ = 0;
   uint64_t crashes_ = 0, operations_ = 0;
   bool unreadable_ = false;  // some segment, in this life
