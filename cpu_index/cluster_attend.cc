@@ -4,12 +4,14 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "cpu_index/cluster_part.h"
 #include "cpu_index/float_sum.h"
 #include "cpu_index/run_rows.h"
 #include "cpu_index/simd.h"
+#include "proto/check.h"
 #include "proto/half.h"
 
 namespace quarry {
@@ -20,6 +22,47 @@ constexpr float kAll = std::numeric_limits<float>::infinity();
 constexpr float kLeast = std::numeric_limits<float>::lowest();
 // Rows' scores are not believed beyond so much more than anything had before.
 constexpr float kMostSurprise = 40;
+
+// Tokens that are gathered at once.
+constexpr uint32_t kTogether = 512;
+
+// Copies keys and values of a run's tokens from where they lie.
+class RowGatherer {
+ public:
+  explicit RowGatherer(const KvView& view) : view_(view) {
+    if (view.fetcher != nullptr) return;
+    keys_.emplace(view, KvPart::kKey);
+    values_.emplace(view, KvPart::kValue);
+  }
+
+  // As RowFetcher::Fetch, of kTogether tokens at most.
+  bool operator()(std::span<const uint32_t> tokens, std::byte* k, std::byte* v) const {
+    if (view_.fetcher != nullptr) return view_.fetcher->Fetch(tokens, k, v);
+    constexpr size_t kAhead = 8;
+    const size_t row = keys_->row_bytes(), n = tokens.size();
+    QUARRY_CHECK(n <= kTogether);
+    const std::byte* key[kTogether];
+    const std::byte* value[kTogether];
+    for (size_t t = 0; t < n; ++t) {
+      key[t] = keys_->At(tokens[t] - view_.tokens().lo);
+      value[t] = values_->At(tokens[t] - view_.tokens().lo);
+    }
+    for (size_t t = 0; t < n; ++t) {
+      const size_t ahead = std::min(t + kAhead, n - 1);
+      for (size_t line = 0; line < row; line += 64) {
+        __builtin_prefetch(key[ahead] + line);
+        __builtin_prefetch(value[ahead] + line);
+      }
+      std::memcpy(k + t * row, key[t], row);
+      std::memcpy(v + t * row, value[t], row);
+    }
+    return true;
+  }
+
+ private:
+  const KvView& view_;
+  std::optional<RunRows> keys_, values_;
+};
 
 }  // namespace
 
@@ -72,7 +115,9 @@ void ClusterPart::Scan(const std::vector<bool>& scanned) {
   block.ranges = ranges;
   for (const ClusterRun& run : runs_) {
     for (uint32_t i = 0; i < count_; ++i) ranges[i] = scanned[i] ? run.ranges[i] : TokenRange{};
-    ExactScan().AttendAll(*run.view, block, exact_);
+    RowFetcher* const fetcher = run.view->fetcher;
+    const KvView* const view = fetcher == nullptr ? run.view : fetcher->Whole();
+    if (view != nullptr) ExactScan().AttendAll(*view, block, exact_);
   }
   for (uint32_t i = 0; i < count_; ++i) {
     if (!scanned[i]) continue;
@@ -290,36 +335,21 @@ void ClusterPart::ListTokens(std::span<const uint32_t> entries,
 // any other run.
 void ClusterPart::AttendExactly(std::span<const uint32_t> entries,
                                 const std::vector<bool>& scanned) {
-  constexpr uint32_t kTogether = 512, kAhead = 8;
   std::vector<uint32_t> tokens;
   std::vector<TokenRange> ranges(count_);
   ForTaken(entries, [&](size_t r, size_t lo, size_t some) {
     const KvView& view = *runs_[r].view;
-    const RunRows keys(view, KvPart::kKey), values(view, KvPart::kValue);
     const size_t row = size_t{view.head_dim} * DTypeBytes(view.dtype);
     tokens.clear();
     ListTokens(entries.subspan(lo, some), &tokens);
     std::sort(tokens.begin(), tokens.end());
     bytes_ += some * sizeof(uint32_t);
+    const RowGatherer gather(view);
     std::byte* const gathered = s_.gathered.Take(2 * kTogether * row);
     for (size_t first = 0; first < some; first += kTogether) {
       const size_t n = std::min<size_t>(kTogether, some - first);
       const std::span<const uint32_t> part = std::span(tokens).subspan(first, n);
-      const std::byte* key[kTogether];
-      const std::byte* value[kTogether];
-      for (size_t t = 0; t < n; ++t) {
-        key[t] = keys.At(part[t] - view.tokens().lo);
-        value[t] = values.At(part[t] - view.tokens().lo);
-      }
-      for (size_t t = 0; t < n; ++t) {
-        const size_t ahead = std::min(t + kAhead, n - 1);
-        for (size_t line = 0; line < row; line += 64) {
-          __builtin_prefetch(key[ahead] + line);
-          __builtin_prefetch(value[ahead] + line);
-        }
-        std::memcpy(gathered + t * row, key[t], row);
-        std::memcpy(gathered + (kTogether + t) * row, value[t], row);
-      }
+      if (!gather(part, gathered, gathered + kTogether * row)) return;
       for (uint32_t i = 0; i < count_; ++i) {
         const auto place = [&](uint32_t token) {
           return static_cast<uint32_t>(std::lower_bound(part.begin(), part.end(), token) -

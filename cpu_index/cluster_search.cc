@@ -208,7 +208,10 @@ ClusterSearch::ClusterSearch(std::span<const ClusterRun> runs, const QueryBlock&
       top_(queries.queries),
       closed_(queries.queries),
       mass_(queries.queries) {
-  for (const ClusterRun& run : runs) tokens_ += run.index->tokens();
+  for (const ClusterRun& run : runs) {
+    tokens_ += run.index->tokens();
+    far_rows_ |= run.view->fetcher != nullptr;
+  }
   uint64_t tokens = 0;
   for (size_t lo = 0, hi = 0; lo < runs.size(); lo = hi) {
     do {
@@ -315,7 +318,7 @@ bool ClusterSearch::ScansAll() const {
 // less time. rows: [queries] how many each query is to read.
 void ClusterSearch::ScanIfFaster(std::span<const uint64_t> rows) {
   const ClusterQueries& q = *queries_;
-  if (q.limits.depth != Depth::kAsNeeded || !q.model.scan_if_faster) return;
+  if (!MayScan()) return;
   float search = TimeOfRows(rows);
   if (q.every_code && stage_ == Stage::kLeaves) {  // codes are still to be read
     search += kCodesTime * static_cast<float>(tokens_);
@@ -347,11 +350,12 @@ void ClusterSearch::ScanUncapped() {
   }
 }
 
-bool ClusterSearch::UsesHistory() const {
+bool ClusterSearch::MayScan() const {
   const ClusterQueries& q = *queries_;
-  return q.limits.history != nullptr && q.limits.depth == Depth::kAsNeeded &&
-         q.model.scan_if_faster;
+  return q.limits.depth == Depth::kAsNeeded && q.model.scan_if_faster && !far_rows_;
 }
+
+bool ClusterSearch::UsesHistory() const { return queries_->limits.history != nullptr && MayScan(); }
 
 // By that of a scan. codes: whether they were read; rows: [queries] that are read still.
 float ClusterSearch::TimeOfLook(bool codes, std::span<const uint64_t> rows) const {

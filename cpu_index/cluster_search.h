@@ -28,7 +28,8 @@ struct ClusterRun {
 // (Partial::doubt) is to be at most `tolerance` of the length of what the answer is merged with,
 // the answer itself included. A query is attended exactly, whatever it may read, if it is unlike
 // all that were sampled, or if its error cannot be brought near to what is tolerated; with
-// ClusterModel::scan_if_faster all are where estimates should not take clearly less time.
+// ClusterModel::scan_if_faster all are where estimates should not take clearly less time, unless
+// rows are to be fetched.
 struct ClusterLimits {
   float tolerance = 0;         // 0: every token's key and value are read
   // [queries] how many tokens are read one by one for each; empty: any number. A query may be
@@ -102,6 +103,7 @@ class ClusterSearch {
   bool ScansAll() const;
   void ScanIfFaster(std::span<const uint64_t> rows);
   void ScanUncapped();
+  bool MayScan() const;  // where that is faster
   bool UsesHistory() const;
   float TimeOfRows(std::span<const uint64_t> rows) const;
   float TimeOfLook(bool codes, std::span<const uint64_t> rows) const;
@@ -120,6 +122,7 @@ class ClusterSearch {
 
   const std::unique_ptr<ClusterQueries> queries_;
   std::vector<std::unique_ptr<ClusterPart>> parts_;
+  bool far_rows_ = false;           // some are fetched: a scan of all is never the faster way
   uint64_t tokens_ = 0, seen_ = 0;  // of all runs, and of these what a query sees that sees most
   Stage stage_ = Stage::kLeaves;
   // What was decided, by query.

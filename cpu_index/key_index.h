@@ -23,11 +23,25 @@ struct KvSegment {
   TokenRange tokens;
 };
 
+// Copies rows of a view that are not in memory. Used by one thread at a time.
+class RowFetcher {
+ public:
+  virtual ~RowFetcher() = default;
+  // K and V of these tokens of the view, rising, each [tokens][head_dim]; waits for them. False:
+  // they cannot be had, and no answer comes of it; the fetcher's owner knows why.
+  virtual bool Fetch(std::span<const uint32_t> tokens, std::byte* k, std::byte* v) = 0;
+  // All of them, as long as it lives; null: they cannot be had.
+  virtual const struct KvView* Whole() = 0;
+};
+
 // K and V of consecutive tokens of one (layer, kv_head), as segments in token order without gaps.
 struct KvView {
   std::span<const KvSegment> segments;
   uint32_t head_dim = 0;
   DType dtype = DType::kBf16;
+  // Null: all rows are in memory. Else segments say which tokens there are, and rows come from it:
+  // for ClusterSearch; others are not given such a view.
+  RowFetcher* fetcher = nullptr;
   TokenRange tokens() const {
     return segments.empty() ? TokenRange{}
                             : TokenRange{segments.front().tokens.lo, segments.back().tokens.hi};

@@ -77,7 +77,7 @@ class AttendBatch::PhaseJob final : public Executor::Job {
 AttendBatch::AttendBatch(Params params, const ContextTable& contexts)
     : params_(std::move(params)), contexts_(contexts) {}
 
-void AttendBatch::Start(Executor& executor) {
+void AttendBatch::Start(Executor& executor, Executor* paged) {
   if (executor.full()) {
     params_.counters->refused_batches.fetch_add(1, std::memory_order_relaxed);
     for (AttendAnswer& answer : params_.answers) {
@@ -111,6 +111,13 @@ void AttendBatch::Start(Executor& executor) {
   for (const AttendLane& lane : lanes_) bytes += std::max(lane.scan_bytes(), lane.work_bytes());
   lanes_left_.store(static_cast<uint32_t>(lanes_.size()), std::memory_order_relaxed);
   set_tasks(static_cast<uint32_t>(tasks_.size()));
+  if (ReadsPages()) {
+    executor_ = paged;
+    if (paged->Submit(shared_from_this())) return;
+    FailAdmitted(absl::ResourceExhaustedError(absl::StrCat(
+        "queue of attends that read the disk is full with ", paged->queued_jobs(), " batches")));
+    return Finish();
+  }
   if (bytes > params_.inline_bytes) {
     executor_ = &executor;
     if (executor.Submit(shared_from_this())) return;
@@ -306,6 +313,14 @@ void AttendBatch::AddLane(std::span<const LaneSeat> seats, uint32_t search_parts
   for (uint32_t i = 0; i < lane.tasks(); ++i) tasks_.push_back({&lane, i});
 }
 
+bool AttendBatch::ReadsPages() const {
+  return std::any_of(admitted_.begin(), admitted_.end(), [&](const AdmittedRow& row) {
+    const uint32_t paged_end = row.table->paged_end;
+    return params_.rows[row.index].range.lo < paged_end ||
+           (params_.rows[row.index].merged && paged_end > 0);  // what it is merged with may be read
+  });
+}
+
 bool AttendBatch::cancelled() {
   if (params_.session->ended()) cancelled_.store(true, std::memory_order_relaxed);
   return cancelled_.load(std::memory_order_relaxed);
@@ -325,8 +340,18 @@ void AttendBatch::PhaseDone(AttendLane& lane) {
     if (executor_ == nullptr || !executor_->Submit(job)) job->Help();
     return;
   }
-  if (!cancelled()) lane.Finish();
+  if (!cancelled() && lane.status().ok()) lane.Finish();
   if (lanes_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) Finish();
+}
+
+void AttendBatch::FailUnread() {
+  for (size_t l = 0; l < lanes_.size() && !admitted_.empty(); ++l) {
+    const absl::Status status = lanes_[l].status();
+    if (status.ok()) continue;
+    for (const uint32_t r : lane_rows_[l]) {
+      params_.answers[admitted_[r].index].status.Update(status);
+    }
+  }
 }
 
 void AttendBatch::FailAdmitted(const absl::Status& status) {
@@ -339,6 +364,8 @@ void AttendBatch::OfferAudits() {
   for (size_t l = 0; l < lanes_.size() && !admitted_.empty(); ++l) {
     const LaneKey& key = lanes_[l].key();
     for (size_t m = 0; m < lane_rows_[l].size() && key.kind == ScanKind::kIndexed; ++m) {
+      // An audit reads all tokens: not from the disk.
+      if (admitted_[lane_rows_[l][m]].table->paged_end > 0) continue;
       if (!params_.auditor->Draw()) continue;
       const AdmittedRow& admitted = admitted_[lane_rows_[l][m]];
       const AttendRow& row = params_.rows[admitted.index];
@@ -378,9 +405,11 @@ void AttendBatch::Finish() {
       answer.error_estimate = std::max(answer.error_estimate, results[m].error_estimate);
     }
   }
+  FailUnread();
   uint64_t failures = 0, tokens = 0, bytes = 0, shifted_rows = 0;
   for (const AdmittedRow& row : admitted_) {
     AttendAnswer& answer = params_.answers[row.index];
+    if (!answer.status.ok()) continue;
     answer.covered = params_.rows[row.index].range;
     answer.shifted_tokens = row.table->PlacedTokens(answer.covered);
     shifted_rows += answer.shifted_tokens > 0 ? 1 : 0;

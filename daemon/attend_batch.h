@@ -41,8 +41,9 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   };
   AttendBatch(Params params, const ContextTable& contexts);
 
-  // Runs the batch; `done` has run, or will on the thread that scans last.
-  void Start(Executor& executor);
+  // Runs the batch; `done` has run, or will on the thread that scans last. Where rows read pages of
+  // the disk it is left to `paged`, and the caller does none of it; null: there are no pages.
+  void Start(Executor& executor, Executor* paged);
   void RunTask(uint32_t task) override;
 
  private:
@@ -79,12 +80,15 @@ class AttendBatch final : public Executor::Job, public std::enable_shared_from_t
   const Plan& PlanFor(std::span<const LaneSeat> seats);
   void PlanRest(Plan* plan) const;
   void AddLane(std::span<const LaneSeat> seats, uint32_t search_parts);
+  bool ReadsPages() const;
   bool cancelled();
   void RunLaneTask(AttendLane& lane, uint32_t task);
   void PhaseDone(AttendLane& lane);
   void OfferAudits();
   void Finish();
   void FailAdmitted(const absl::Status& status);
+  // Rows whose keys or values could not be read.
+  void FailUnread();
 
   const Params params_;
   const ContextTable& contexts_;

@@ -23,8 +23,15 @@ class AttendLane::View {
                  &index == &ExactScan() && lane.clusters_[u] == nullptr ? lane.unit(u).tokens
                                                                         : lane.unit(u).run_tokens,
                  lane.unit(u).blocks, lane.unit(u).first_block) {}
+  // All rows in memory; null where they could not be read, which the lane notes.
+  const KvView* Whole(AttendLane* lane) {
+    const KvView* const whole = segments.Whole();
+    if (whole == nullptr) lane->NoteRead(segments.status());
+    return whole;
+  }
+
   const TokenIndex& index;
-  const KvSegments segments;
+  KvSegments segments;
 };
 
 // The queries of one unit: contiguous, each with its range.
@@ -82,7 +89,7 @@ class AttendLane::Queries {
 class AttendLane::FamilySearch {
  public:
   FamilySearch(AttendLane& lane, const Family& family)
-      : answers_(lane.UnitPartials(family.front())) {
+      : lane_(lane), answers_(lane.UnitPartials(family.front())) {
     for (uint32_t u : family) {
       lane.ClearPartials(u);
       views_.emplace_back(lane, u);
@@ -112,10 +119,12 @@ class AttendLane::FamilySearch {
   bool Next() {
     if (search_->Next()) return true;
     search_->Finish(answers_);
+    for (const View& view : views_) lane_.NoteRead(view.segments.status());
     return false;
   }
 
  private:
+  AttendLane& lane_;
   const std::span<Partial> answers_;
   std::deque<View> views_;
   std::deque<KvView> kv_;
@@ -282,7 +291,20 @@ void AttendLane::EnterPhase(Phase phase) {
   tasks_left_.store(tasks(), std::memory_order_relaxed);
 }
 
+void AttendLane::NoteRead(const absl::Status& status) {
+  if (status.ok()) return;
+  absl::MutexLock lock(&status_mutex_);
+  status_.Update(status);
+  failed_.store(true, std::memory_order_release);
+}
+
+absl::Status AttendLane::status() const {
+  absl::ReaderMutexLock lock(&status_mutex_);
+  return status_;
+}
+
 bool AttendLane::NextPhase() {
+  if (failed_.load(std::memory_order_acquire)) return false;
   switch (phase_) {
     case Phase::kAttend:
       if (families_.empty()) return false;
@@ -345,17 +367,21 @@ void AttendLane::MeasureElsewhere() {
 }
 
 void AttendLane::Attend(uint32_t u) {
-  const View view(*this, u);
+  View view(*this, u);
+  const KvView* const rows = view.Whole(this);
+  if (rows == nullptr) return;
   const Queries queries(*this, unit(u));
   ClearPartials(u);
   // Every token is wanted: an index has nothing to add.
-  ExactScan().AttendAll(view.segments.view(), queries.block(), UnitPartials(u));
+  ExactScan().AttendAll(*rows, queries.block(), UnitPartials(u));
 }
 
 void AttendLane::Score(uint32_t u) {
-  const View view(*this, u);
+  View view(*this, u);
+  const KvView* const rows = view.Whole(this);
+  if (rows == nullptr) return;
   const Queries queries(*this, units_[u]);
-  view.index.Score(view.segments.view(), queries.block(), &coarse_[u]);
+  view.index.Score(*rows, queries.block(), &coarse_[u]);
 }
 
 void AttendLane::Allocate(uint32_t query) {
@@ -393,11 +419,12 @@ void AttendLane::Allocate(uint32_t query) {
 }
 
 void AttendLane::Refine(uint32_t u) {
-  const View view(*this, u);
+  View view(*this, u);
+  const KvView* const rows = view.Whole(this);
+  if (rows == nullptr) return;
   const Queries queries(*this, units_[u]);
   ClearPartials(u);
-  view.index.Refine(view.segments.view(), queries.block(), coarse_[u], allotments_[u],
-                    UnitPartials(u));
+  view.index.Refine(*rows, queries.block(), coarse_[u], allotments_[u], UnitPartials(u));
   coarse_[u] = CoarseScores{};  // of no more use, and large
 }
 

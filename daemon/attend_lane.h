@@ -7,6 +7,9 @@
 #include <span>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
 #include "cpu_index/cluster_search.h"
 #include "cpu_index/key_index.h"
 #include "cpu_index/partial.h"
@@ -70,10 +73,12 @@ class AttendLane {
   void RunTask(uint32_t task);
   // Counts a finished task; true for the last one of the phase: its caller alone goes on.
   bool TaskDone() { return tasks_left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
-  // False after the last phase.
+  // False after the last phase, and where it has failed.
   bool NextPhase();
+  // Not OK: keys or values could not be read from the disk, and there is no answer.
+  absl::Status status() const;
 
-  // Writes the answers of the members; after the last phase.
+  // Writes the answers of the members; after the last phase, unless it has failed.
   void Finish();
   std::span<const LaneResult> results() const { return results_; }  // by member
 
@@ -89,6 +94,7 @@ class AttendLane {
   const ScanUnit& unit(uint32_t u) const {
     return u < units_.size() ? units_[u] : rest_[u - units_.size()];
   }
+  void NoteRead(const absl::Status& status);
   void PickIndexes(std::span<const KeyIndex* const> indexes);
   void EnterPhase(Phase phase);
   void MeasureElsewhere();
@@ -130,6 +136,9 @@ class AttendLane {
   std::vector<float> elsewhere_;  // with a tolerance: per query, as ClusterLimits::other_length
   Phase phase_;
   std::atomic<uint32_t> tasks_left_;
+  std::atomic<bool> failed_{false};
+  mutable absl::Mutex status_mutex_;
+  absl::Status status_ ABSL_GUARDED_BY(status_mutex_);  // of the first that failed
 };
 
 }  // namespace quarry

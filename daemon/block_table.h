@@ -38,7 +38,15 @@ struct BlockTable {
   std::vector<std::shared_ptr<HeldBlock>> blocks;  // of max_tokens, from token 0
   std::vector<RunUse> runs;  // disjoint, in token order; each in a placed stretch, or in none
   std::vector<PlacedStretch> placed;  // disjoint, in token order
+  // Behind the last block that is paged; 0: none is. Blocks before it may be in memory.
+  uint32_t paged_end = 0;
 
+  void FindPaged() {
+    paged_end = 0;
+    for (size_t b = blocks.size(); b > 0 && paged_end == 0; --b) {
+      if (blocks[b - 1]->paged() != nullptr) paged_end = static_cast<uint32_t>(b) * kBlockTokens;
+    }
+  }
   // Those that hold the tokens, of which there are some.
   std::span<const std::shared_ptr<HeldBlock>> BlocksOf(TokenRange tokens) const {
     const uint32_t first = tokens.lo / kBlockTokens, last = (tokens.hi - 1) / kBlockTokens;

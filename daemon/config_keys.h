@@ -41,6 +41,7 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Choice("disk.io", c.engine.disk.file.io, {"auto", "uring", "threads"});
   v.Bytes("disk.scrub_bytes_per_s", c.engine.disk.log.scrub_bytes_per_s, 0, kTiB);
   v.Count("disk.queue_depth", c.engine.disk.file.queue_depth, 1, 1024);
+  v.Bytes("disk.page_bytes", c.engine.disk.page_bytes, 0, 64 * kTiB);
   v.Bytes("disk.max_queued_bytes", c.engine.disk.tier.max_queued_bytes, kMiB, 64 * kTiB);
 
   v.Choice("index.kind", c.engine.index.choice.kind,

@@ -67,20 +67,27 @@ absl::Status BeginBlocks(const ContextServices& services, const PrivateBlocks& w
 }
 
 // Copies the first `tokens` tokens of a block, of every layer and KV head. The copy's keys are
-// turned, unless `turn` is null.
-void CopyTokens(const KvShape& shape, const HeldBlock& from, uint32_t tokens, const Rotation* turn,
-                HeldBlock* to) {
+// turned, unless `turn` is null. Errors of reading a block that is on the disk.
+absl::Status CopyTokens(const KvShape& shape, const HeldBlock& from, uint32_t tokens,
+                        const Rotation* turn, HeldBlock* to) {
   const size_t bytes = tokens * shape.vector_bytes();
   for (uint32_t layer = 0; layer < shape.layers; ++layer) {
     for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
       for (uint32_t h = 0; h < shape.kv_heads; ++h) {
         const uint64_t strip = shape.strip_offset(layer, part, h);
-        std::memcpy(to->writable() + strip, from.data() + strip, bytes);
+        std::byte* const copy = to->writable() + strip;
+        if (from.paged() != nullptr) {
+          const WantedBytes wanted{strip, {copy, bytes}};
+          QUARRY_RETURN_IF_ERROR(from.paged()->CopyOnce({&wanted, 1}));
+        } else {
+          std::memcpy(copy, from.data() + strip, bytes);
+        }
         if (part != KvPart::kKey || turn == nullptr) continue;
-        turn->TurnStoredKeys(to->writable() + strip, tokens, shape.head_dim, shape.dtype);
+        turn->TurnStoredKeys(copy, tokens, shape.head_dim, shape.dtype);
       }
     }
   }
+  return absl::OkStatus();
 }
 
 // Whose block is it when a fork appends to a copy of its parent's partial block? The fork's, if
@@ -204,7 +211,30 @@ absl::StatusOr<OpenResult> ContextFactory::Open(Session& session, const OpenRequ
   }
   QUARRY_RETURN_IF_ERROR(contexts_.CheckRoom());
 
-  PrefixMatch prefix = prefixes_.FindAndLease(session.tenant(), request);
+  const BlockStore& store = *services_.store;
+  const bool pages = store.page_bytes() > 0;
+  const uint64_t bytes = uint64_t{BlocksFor(request.max_tokens)} * request.spec.shape.block_bytes();
+  absl::StatusOr<OpenResult> result = absl::ResourceExhaustedError("");
+  // What cannot fit into RAM, or does not beside what others use.
+  if (!pages || bytes <= store.arena().Stats().capacity_bytes) {
+    result = OpenWhere(session, request, PrefixUse::kInRam);
+  }
+  for (PrefixUse use : {PrefixUse::kRunsPaged, PrefixUse::kPaged}) {
+    if (!pages || !absl::IsResourceExhausted(result.status())) break;
+    result = OpenWhere(session, request, use);
+  }
+  return result;
+}
+
+absl::StatusOr<OpenResult> ContextFactory::OpenWhere(Session& session, const OpenRequest& request,
+                                                     PrefixUse use) {
+  const RunGridOptions& grid = services_.runs->grid();
+  PrefixMatch prefix =
+      prefixes_.FindAndLease(session.tenant(), request, use, [&](uint32_t tokens) -> TokenRange {
+        const uint32_t runs = grid.RunsIn(tokens);
+        if (runs == 0) return {};
+        return {grid.RunTokens(0).lo, grid.RunTokens(runs - 1).hi};
+      });
   std::vector<StretchMatch> stretches;
   if (request.reuse_shifted) {
     stretches = StretchFinder(*services_.store, *services_.stretches, session.tenant(), request)
@@ -260,7 +290,9 @@ absl::Status ContextFactory::FillTable(const Session& session, const OpenRequest
                        OriginOf(tenant, request.spec, request.recipe),
                        OriginOf(tenant, request.spec, ShiftedRecipeOf(request.recipe))};
   if (!stretches.empty()) wanted.first_behind = stretches.front().first_block;
-  return BeginBlocks(services_, wanted, &table->blocks);
+  QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, wanted, &table->blocks));
+  table->FindPaged();
+  return absl::OkStatus();
 }
 
 absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkRequest& request) {
@@ -310,9 +342,11 @@ absl::StatusOr<ContextId> ContextFactory::Fork(Session& session, const ForkReque
   }
   start.table.blocks.resize(BlocksFor(request.max_tokens));
   QUARRY_RETURN_IF_ERROR(BeginBlocks(services_, wanted, &start.table.blocks));
+  start.table.FindPaged();
   if (partial > 0) {
-    CopyTokens(shape, *table->blocks[whole], partial, table->TurnAt(request.tokens),
-               start.table.blocks[whole].get());
+    QUARRY_RETURN_IF_ERROR(CopyTokens(shape, *table->blocks[whole], partial,
+                                      table->TurnAt(request.tokens),
+                                      start.table.blocks[whole].get()));
   }
   ContextId id;
   QUARRY_RETURN_IF_ERROR(Insert(session,

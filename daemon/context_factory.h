@@ -32,6 +32,7 @@ class ContextFactory {
                                                         const OpenRequest& request) const;
 
  private:
+  absl::StatusOr<OpenResult> OpenWhere(Session& session, const OpenRequest& request, PrefixUse use);
   absl::Status CheckMaxTokens(const RopeSpec& rope, uint32_t max_tokens) const;
   absl::Status CheckOpen(const OpenRequest& request) const;
   absl::Status FillTable(const Session& session, const OpenRequest& request, PrefixMatch prefix,

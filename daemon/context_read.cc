@@ -38,12 +38,23 @@ absl::Status Context::Read(uint32_t layer, TokenRange range, std::span<std::byte
       services_.runs->Forget(table->blocks[block]->handle());
       return verified;
     }
+    const size_t part_bytes = s.kv_heads * size_t{kBlockTokens} * vector_bytes;
+    const uint64_t first_strip = s.strip_offset(layer, KvPart::kKey, 0);
+    std::vector<std::byte> copied;  // of a paged block: all of the layer
+    const std::byte* strips = nullptr;
+    if (PagedBlock* const paged = table->blocks[block]->paged(); paged != nullptr) {
+      copied.resize(2 * part_bytes);
+      const WantedBytes all{first_strip, copied};
+      QUARRY_RETURN_IF_ERROR(paged->CopyOnce({&all, 1}));
+      strips = copied.data();
+    } else {
+      strips = table->blocks[block]->data() + first_strip;
+    }
     for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
       std::byte* const out =
           (part == KvPart::kKey ? k : v).data() + size_t{lo - range.lo} * token_bytes;
       for (uint32_t h = 0; h < s.kv_heads; ++h) {
-        const std::byte* const strip = table->blocks[block]->data() +
-                                       s.strip_offset(layer, part, h) +
+        const std::byte* const strip = strips + (s.strip_offset(layer, part, h) - first_strip) +
                                        size_t{lo % kBlockTokens} * vector_bytes;
         for (uint32_t t = 0; t < hi - lo; ++t) {
           std::memcpy(out + t * token_bytes + h * vector_bytes, strip + t * vector_bytes,

@@ -51,9 +51,7 @@ void Context::AttachRuns() {
   std::shared_ptr<const BlockTable> old;  // ends outside the lock: it may be the last owner
   absl::MutexLock lock(&mutex_);
   if (retired_) return;
-  auto next = std::make_shared<BlockTable>();
-  next->blocks = table_->blocks;
-  next->placed = table_->placed;
+  auto next = std::make_shared<BlockTable>(*table_);
   next->runs = std::move(runs);
   old = std::exchange(table_, std::move(next));
 }

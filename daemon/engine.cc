@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -117,7 +118,12 @@ class EngineImpl final : public Engine {
         factory_(
             {store_.get(), &stretches_, &runs_, &indexer_, &background_, &counters_, &auditor_},
             contexts_, options.max_context_tokens),
-        executor_({ExecutorThreads(options), options.max_queued_batches}) {}
+        executor_({ExecutorThreads(options), options.max_queued_batches}) {
+    if (store_->page_bytes() == 0) return;
+    // A thread of these waits for the disk most of the time.
+    paged_executor_.emplace(
+        ExecutorOptions{2 * ExecutorThreads(options), options.max_queued_batches});
+  }
 
   // Prefetches end with the block that is being read.
   ~EngineImpl() override { draining_.store(true, std::memory_order_release); }
@@ -204,6 +210,11 @@ class EngineImpl final : public Engine {
     if (!table->blocks[block]->published()) {
       return absl::FailedPreconditionError(
           absl::StrCat("context ", context.value, ": block ", block, " is not published"));
+    }
+    if (table->blocks[block]->paged() != nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("context ", context.value, ": block ", block,
+                       " is on the disk: its keys and values are to be read, not leased"));
     }
     if (table->TurnAt(block * kBlockTokens) != nullptr) {
       return absl::FailedPreconditionError(
@@ -347,6 +358,8 @@ class EngineImpl final : public Engine {
   Auditor auditor_;
   ContextFactory factory_;
   BulkPool prefetches_{{.threads = 1, .queue = kMostPrefetches, .name = "quarry-prefetch"}};
+  // For attends that read pages of the disk, which no others wait behind.
+  std::optional<Executor> paged_executor_;
   Executor executor_;  // first to end: answers what is queued
 };
 
@@ -469,7 +482,7 @@ void EngineImpl::Attend(SessionId id, std::span<const AttendRow> rows,
                           options_.inline_bytes, options_.max_attend_scratch_bytes, &scratch_bytes_,
                           &counters_, &auditor_},
       contexts_);
-  batch->Start(executor_);
+  batch->Start(executor_, paged_executor_.has_value() ? &*paged_executor_ : nullptr);
 }
 
 TopKAnswer EngineImpl::TopK(SessionId id, const AttendRow& row, uint32_t k, bool gather) {
@@ -502,9 +515,7 @@ TopKAnswer EngineImpl::TopK(SessionId id, const AttendRow& row, uint32_t k, bool
   if (!table.ok()) return failed(table.status());
   const TopKQuery query{table->get(), &s,       row.layer,   row.range, row.first_head,
                         row.heads,    q.data(), row.q_dtype, k,         options_.task_tokens};
-  TopKAnswer answer = ExactTopK(query);
-  if (gather) GatherTopK(query, &answer);
-  return answer;
+  return ExactTopK(query, gather);
 }
 
 EngineStats EngineImpl::Stats() const {
@@ -528,6 +539,7 @@ EngineStats EngineImpl::Stats() const {
   s.read_digest_failures = get(counters_.read_digest_failures);
   s.refused_batches = get(counters_.refused_batches);
   s.queued_batches = executor_.queued_jobs();
+  if (paged_executor_.has_value()) s.queued_batches += paged_executor_->queued_jobs();
   s.runs_made = runs_.made();
   s.runs_live = runs_.live();
   s.index = indexer_.stats();
@@ -553,7 +565,12 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
     QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<BlockLog> log,
                             BlockLog::Open(std::move(disk), options.disk.log));
     of_store = log.get();
-    store = std::make_unique<TieredBlockStore>(std::move(store), std::move(log), options.disk.tier);
+    std::unique_ptr<PageCache> pages;
+    if (options.disk.page_bytes > 0) {
+      QUARRY_ASSIGN_OR_RETURN(pages, PageCache::Create(options.disk.page_bytes));
+    }
+    store = std::make_unique<TieredBlockStore>(std::move(store), std::move(log), options.disk.tier,
+                                               std::move(pages));
   }
   return std::make_unique<EngineImpl>(options, std::move(store), of_store);
 }

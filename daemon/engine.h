@@ -30,6 +30,9 @@ struct DiskTierOptions {
   FileDiskOptions file;
   BlockLogOptions log;
   TieredOptions tier;
+  // For pages of blocks that are used on the disk, beside the arena. 0: none are, and a context has
+  // to fit into the arena.
+  uint64_t page_bytes = 512ull << 20;
   IndexArchiveOptions indexes;
 };
 

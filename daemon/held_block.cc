@@ -3,12 +3,15 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
 
 namespace quarry {
 
 HeldBlock::HeldBlock(BlockStore& store, const BlockView& view, const BlockOrigin& origin)
-    : store_(store), handle_(view.handle), memory_(view.memory), origin_(origin) {
+    : store_(store),
+      handle_(view.handle),
+      memory_(view.memory),
+      paged_(view.paged),
+      origin_(origin) {
   if (view.state == BlockState::kPublished) {
     id_ = view.id;
     digest_ = view.digest;
@@ -47,7 +50,9 @@ absl::StatusOr<std::shared_ptr<HeldBlock>> HeldBlock::Publish(const BlockKey& ke
 }
 
 absl::Status HeldBlock::Verify() {
-  if (!published() || verified_.load(std::memory_order_acquire)) return absl::OkStatus();
+  if (!published() || paged_ != nullptr || verified_.load(std::memory_order_acquire)) {
+    return absl::OkStatus();
+  }
   const absl::Status status = store_.CopyOut(handle_, 0, {});
   if (status.ok()) verified_.store(true, std::memory_order_release);
   return status;

@@ -10,8 +10,10 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "proto/check.h"
 #include "proto/types.h"
 #include "storage/block_store.h"
+#include "storage/page_cache.h"
 
 namespace quarry {
 
@@ -41,10 +43,21 @@ class HeldBlock {
   absl::StatusOr<std::shared_ptr<HeldBlock>> Publish(
       const BlockKey& key, std::optional<ByteDigest> digest = std::nullopt);
 
-  // Checks the digest of a published block, once. DataLoss: the store has retired it.
+  // Checks the digest of a published block, once. DataLoss: the store has retired it. Of a paged
+  // block every piece is checked when it is read.
   absl::Status Verify();
 
-  const std::byte* data() const { return memory_.data; }
+  // All bytes; of a block that is not paged.
+  const std::byte* data() const {
+    QUARRY_CHECK(paged_ == nullptr);
+    return memory_.data;
+  }
+  // On the disk, read in pieces; null: all of it is in memory.
+  PagedBlock* paged() const { return paged_; }
+  // Tells blocks apart: contexts that share one share its memory, or its place on the disk.
+  const void* place() const {
+    return paged_ == nullptr ? static_cast<const void*>(memory_.data) : paged_;
+  }
   std::byte* writable() { return memory_.data; }
   uint64_t bytes() const { return memory_.bytes; }
   const ArenaSlot& memory() const { return memory_; }
@@ -62,6 +75,7 @@ class HeldBlock {
   BlockStore& store_;
   const BlockHandle handle_;
   const ArenaSlot memory_;
+  PagedBlock* const paged_;  // the store's, while it is leased
   const BlockOrigin origin_;
 
   absl::Mutex mutex_;  // never taken by an attend

@@ -75,6 +75,19 @@ constexpr Figure<DiskTierStats> kDiskTier[] = {
      &DiskTierStats::failed_promotions},
 };
 
+constexpr Figure<PageCacheStats> kPages[] = {
+    {"quarry_disk_page_capacity_bytes", "for pages of blocks that are used on the disk",
+     &PageCacheStats::capacity_bytes},
+    {"quarry_disk_page_bytes", "of such pages that are in RAM", &PageCacheStats::bytes},
+    {"quarry_disk_page_hits_total", "pages that were wanted and in RAM", &PageCacheStats::hits},
+    {"quarry_disk_page_reads_total", "pages that were wanted and read", &PageCacheStats::reads},
+    {"quarry_disk_page_scans_total", "pages that scans read, which are not kept",
+     &PageCacheStats::once},
+    {"quarry_disk_page_evictions_total", "pages that made room for others",
+     &PageCacheStats::evictions},
+    {"quarry_disk_page_failures_total", "reads of pages that failed", &PageCacheStats::failures},
+};
+
 constexpr Figure<BlockLogStats> kLog[] = {
     {"quarry_disk_capacity_bytes", "of all segments", &BlockLogStats::capacity_bytes},
     {"quarry_disk_segments_count", "of the log", &BlockLogStats::segments},
@@ -251,6 +264,7 @@ MetricsSnapshot Metrics::Collect() const {
   Write(kStore, stats.store, &out);
   if (stats.store.disk.has_value()) {
     Write(kDiskTier, *stats.store.disk, &out);
+    Write(kPages, stats.store.disk->pages, &out);
     Write(kLog, stats.store.disk->log, &out);
     out.samples.push_back({MetricSample::Type::kGauge,
                            "quarry_disk_load_bytes_per_second",

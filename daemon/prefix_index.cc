@@ -81,15 +81,19 @@ void PrefixIndex::Walk(std::string_view tenant, const OpenRequest& request,
   }
 }
 
-PrefixMatch PrefixIndex::FindAndLease(std::string_view tenant, const OpenRequest& request) const {
+PrefixMatch PrefixIndex::FindAndLease(std::string_view tenant, const OpenRequest& request,
+                                      PrefixUse use,
+                                      absl::FunctionRef<TokenRange(uint32_t)> in_runs) const {
   PrefixMatch match;
   const absl::Duration limit = request.max_load_ms.has_value()
                                    ? absl::Milliseconds(*request.max_load_ms)
                                    : absl::InfiniteDuration();
   uint64_t load_bytes = 0;
   bool left = false;  // a block was, and so are those behind it
+  const bool paged = use != PrefixUse::kInRam;
+  std::vector<BlockKey> keys;
   Walk(tenant, request, [&](const BlockKey& key, const BlockOrigin& origin) {
-    if (request.max_load_ms.has_value()) {
+    if (request.max_load_ms.has_value() && !paged) {
       const std::optional<BlockPlace> place = store_.Locate(tenant, key);
       if (!place.has_value()) return false;
       const uint64_t bytes = place->in_ram ? 0 : place->bytes;
@@ -101,12 +105,25 @@ PrefixMatch PrefixIndex::FindAndLease(std::string_view tenant, const OpenRequest
       }
       load_bytes += bytes;
     }
-    const absl::StatusOr<BlockView> view = store_.Acquire(tenant, key);
+    absl::StatusOr<BlockView> view =
+        paged ? store_.AcquirePaged(tenant, key) : store_.Acquire(tenant, key);
+    if (!view.ok()) view = paged ? store_.Acquire(tenant, key) : store_.AcquirePaged(tenant, key);
     if (!view.ok()) return false;
     match.blocks.push_back(std::make_shared<HeldBlock>(store_, *view, origin));
     match.dense &= origin.dense;
+    keys.push_back(key);
     return true;
   });
+  if (use != PrefixUse::kRunsPaged) return match;
+  const TokenRange paged_tokens = in_runs(static_cast<uint32_t>(keys.size()) * kBlockTokens);
+  for (uint32_t b = 0; b < keys.size(); ++b) {
+    const bool in_run =
+        b * kBlockTokens >= paged_tokens.lo && (b + 1) * kBlockTokens <= paged_tokens.hi;
+    std::shared_ptr<HeldBlock>& block = match.blocks[b];
+    if (in_run || block->paged() == nullptr) continue;
+    const absl::StatusOr<BlockView> view = store_.Acquire(tenant, keys[b]);
+    if (view.ok()) block = std::make_shared<HeldBlock>(store_, *view, block->origin());
+  }
   return match;
 }
 

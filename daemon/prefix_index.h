@@ -41,6 +41,14 @@ struct PrefixMatch {
   uint64_t unloaded_bytes = 0;  // on the disk
 };
 
+// Where a context's blocks of a prefix are used. What the disk lacks is in RAM always.
+enum class PrefixUse {
+  kInRam,      // what RAM has no room for is used on the disk
+  kRunsPaged,  // runs are used on the disk; what lies before and behind them, which attends read
+               // whole, is in RAM as far as there is room
+  kPaged,      // all of it is used on the disk
+};
+
 // A block that is cached.
 struct PrefixBlock {
   BlockKey key;
@@ -53,8 +61,10 @@ class PrefixIndex {
   explicit PrefixIndex(BlockStore& store) : store_(store) {}
 
   // At each block the accepted recipes are tried in order. Leaves at least one token to compute.
+  // in_runs: the tokens that runs hold of a prefix of so many, for kRunsPaged.
   // Cost: one SHA-256 of about 1 KiB per block and recipe tried.
-  PrefixMatch FindAndLease(std::string_view tenant, const OpenRequest& request) const;
+  PrefixMatch FindAndLease(std::string_view tenant, const OpenRequest& request, PrefixUse use,
+                           absl::FunctionRef<TokenRange(uint32_t tokens)> in_runs) const;
   // The same blocks by where they are; nothing is leased or read, and max_load_ms does not count.
   std::vector<PrefixBlock> Locate(std::string_view tenant, const OpenRequest& request) const;
 

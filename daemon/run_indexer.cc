@@ -507,7 +507,9 @@ absl::Status RunIndexer::BuildHeld(const Job& job, uint32_t kv_head, Building* b
     const Run& run = *building->runs[r];
     segments.emplace_back(job.shape, job.layer, kv_head, run.tokens(), run.blocks().data(),
                           run.tokens().lo / kBlockTokens);
-    views.push_back(segments.back().view());
+    const KvView* const rows = segments.back().Whole();
+    if (rows == nullptr) return segments.back().status();
+    views.push_back(*rows);
   }
   const OfferingProcessor offering;
   const std::vector<float> queries = job.samples->Scaled(job.layer, kv_head);

@@ -99,12 +99,12 @@ class BlockPlanner {
     class_of_.clear();
     for (size_t i = 0; i < active_.size(); ++i) {
       if (Intersect(active_[i]->tokens, block).empty()) continue;
-      const std::byte* data = active_[i]->table->blocks[block.lo / kBlockTokens]->data();
+      const void* place = active_[i]->table->blocks[block.lo / kBlockTokens]->place();
       const Rotation* const turn = active_[i]->table->TurnAt(block.lo);
       if (turn != nullptr) (*shifts)[i] = turn->distance();
       (*classes)[i] =
           class_of_
-              .try_emplace(std::pair(data, (*shifts)[i]), static_cast<uint32_t>(class_of_.size()))
+              .try_emplace(std::pair(place, (*shifts)[i]), static_cast<uint32_t>(class_of_.size()))
               .first->second;
     }
   }
@@ -133,7 +133,7 @@ class BlockPlanner {
   const uint32_t task_tokens_;
   std::vector<ScanUnit>* const units_;
   std::vector<const Stretch*> active_;
-  absl::flat_hash_map<std::pair<const std::byte*, int32_t>, uint32_t> class_of_;
+  absl::flat_hash_map<std::pair<const void*, int32_t>, uint32_t> class_of_;
 };
 
 // Units of whole runs; what no run covers is left in `tail`.

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "cpu_index/key_index.h"
 #include "daemon/kv_segments.h"
+#include "proto/status_macros.h"
 
 namespace quarry {
 namespace {
@@ -28,13 +30,15 @@ void Offer(const TopKEntry& entry, uint32_t k, std::vector<TopKEntry>* heap) {
 }
 
 // Exact scores of tokens whose keys are turned alike, for the query heads of one KV head's group.
-void ScorePiece(const TopKQuery& query, uint32_t first_head, TokenRange tokens,
-                CoarseScores* scores) {
+absl::Status ScorePiece(const TopKQuery& query, uint32_t first_head, TokenRange tokens,
+                        CoarseScores* scores) {
   const KvShape& s = *query.shape;
   const uint32_t group = s.group();
   const uint32_t block_number = tokens.lo / kBlockTokens;
-  const KvSegments segments(s, query.layer, (query.first_head + first_head) / group, tokens,
-                            &query.table->blocks[block_number], block_number);
+  KvSegments segments(s, query.layer, (query.first_head + first_head) / group, tokens,
+                      &query.table->blocks[block_number], block_number);
+  const KvView* const rows = segments.Whole();
+  if (rows == nullptr) return segments.status();
   const std::vector<TokenRange> ranges(group, tokens);
   QueryBlock block;
   block.q = query.q + size_t{first_head} * s.head_dim;
@@ -50,15 +54,49 @@ void ScorePiece(const TopKQuery& query, uint32_t first_head, TokenRange tokens,
     block.q = turned.data();
     block.q_dtype = DType::kFp32;
   }
-  ExactScan().Score(segments.view(), block, scores);
+  ExactScan().Score(*rows, block, scores);
+  return absl::OkStatus();
+}
+
+// Adds K and V of the entries of a head to the answer.
+absl::Status GatherHead(const TopKQuery& query, uint32_t head, TopKAnswer* answer) {
+  const KvShape& s = *query.shape;
+  const std::vector<TopKEntry>& entries = answer->heads[head];
+  if (entries.empty()) return absl::OkStatus();
+  const size_t vector_bytes = s.vector_bytes();
+  const uint32_t kv_head = (query.first_head + head) / s.group();
+  const uint32_t first_block = query.range.lo / kBlockTokens;
+  KvSegments segments(s, query.layer, kv_head, query.range, &query.table->blocks[first_block],
+                      first_block);
+  std::vector<uint32_t> tokens;
+  for (const TopKEntry& entry : entries) tokens.push_back(entry.token);
+  std::sort(tokens.begin(), tokens.end());
+  std::vector<std::byte> k(tokens.size() * vector_bytes), v(k.size());
+  if (!segments.Fetch(tokens, k.data(), v.data())) return segments.status();
+  for (const TopKEntry& entry : entries) {
+    const size_t row = static_cast<size_t>(
+        std::lower_bound(tokens.begin(), tokens.end(), entry.token) - tokens.begin());
+    std::byte* const key = k.data() + row * vector_bytes;
+    if (const Rotation* turn = query.table->TurnAt(entry.token); turn != nullptr) {
+      turn->TurnStoredKeys(key, 1, s.head_dim, s.dtype);
+    }
+    answer->k[head].append(reinterpret_cast<const char*>(key), vector_bytes);
+    answer->v[head].append(reinterpret_cast<const char*>(v.data() + row * vector_bytes),
+                           vector_bytes);
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
 
-TopKAnswer ExactTopK(const TopKQuery& query) {
+TopKAnswer ExactTopK(const TopKQuery& query, bool gather) {
   TopKAnswer answer;
   answer.heads.resize(query.heads);
   answer.shifted_tokens = query.table->PlacedTokens(query.range);
+  if (gather) {
+    answer.k.resize(query.heads);
+    answer.v.resize(query.heads);
+  }
   if (query.k == 0) return answer;
   const uint32_t group = query.shape->group();
   CoarseScores scores;
@@ -66,7 +104,8 @@ TopKAnswer ExactTopK(const TopKQuery& query) {
     for (uint32_t lo = query.range.lo; lo < query.range.hi;) {
       const auto hi = static_cast<uint32_t>(std::min<uint64_t>(
           {query.range.hi, uint64_t{lo} + query.task_tokens, query.table->NextEdge(lo)}));
-      ScorePiece(query, h, {lo, hi}, &scores);
+      answer.status = ScorePiece(query, h, {lo, hi}, &scores);
+      if (!answer.status.ok()) return answer;
       for (uint32_t g = 0; g < group; ++g) {
         const float* const row = scores.score.data() + size_t{g} * scores.nodes;
         for (uint32_t t = 0; t < hi - lo; ++t) {
@@ -77,32 +116,10 @@ TopKAnswer ExactTopK(const TopKQuery& query) {
     }
   }
   for (auto& entries : answer.heads) std::sort_heap(entries.begin(), entries.end(), Better);
-  return answer;
-}
-
-void GatherTopK(const TopKQuery& query, TopKAnswer* answer) {
-  const KvShape& s = *query.shape;
-  const size_t vector_bytes = s.vector_bytes();
-  answer->k.resize(query.heads);
-  answer->v.resize(query.heads);
-  for (uint32_t h = 0; h < query.heads; ++h) {
-    const uint32_t kv_head = (query.first_head + h) / s.group();
-    for (const TopKEntry& entry : answer->heads[h]) {
-      const std::byte* const data = query.table->blocks[entry.token / kBlockTokens]->data() +
-                                    (entry.token % kBlockTokens) * vector_bytes;
-      const auto append = [&](KvPart part, std::string* out) {
-        out->append(
-            reinterpret_cast<const char*>(data + s.strip_offset(query.layer, part, kv_head)),
-            vector_bytes);
-      };
-      append(KvPart::kKey, &answer->k[h]);
-      if (const Rotation* turn = query.table->TurnAt(entry.token); turn != nullptr) {
-        char* const key = answer->k[h].data() + answer->k[h].size() - vector_bytes;
-        turn->TurnStoredKeys(key, 1, s.head_dim, s.dtype);
-      }
-      append(KvPart::kValue, &answer->v[h]);
-    }
+  for (uint32_t h = 0; gather && h < query.heads && answer.status.ok(); ++h) {
+    answer.status = GatherHead(query, h, &answer);
   }
+  return answer;
 }
 
 }  // namespace quarry

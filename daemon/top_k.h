@@ -24,9 +24,8 @@ struct TopKQuery {
 };
 
 // Ranks per head by falling score, ties by token; at most k entries. One pass over K per KV head.
-TopKAnswer ExactTopK(const TopKQuery& query);
-
-// Adds K and V of every entry to the answer.
-void GatherTopK(const TopKQuery& query, TopKAnswer* answer);
+// gather: with K and V of every entry. The answer's status is not OK where blocks on the disk could
+// not be read.
+TopKAnswer ExactTopK(const TopKQuery& query, bool gather);
 
 }  // namespace quarry

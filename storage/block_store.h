@@ -23,6 +23,8 @@
 
 namespace quarry {
 
+class PagedBlock;
+
 // A block's slot in the table and the generation it was handed out at: stale handles are refused.
 struct BlockHandle {
   uint32_t slot = 0;
@@ -39,9 +41,11 @@ struct BlockView {
   BlockHandle handle;
   BlockId id;
   std::string_view tenant;  // lives as long as the store
-  ArenaSlot memory;
+  ArenaSlot memory;         // of a paged block: none
   ByteDigest digest;              // of a SEALED or PUBLISHED block
   BlockState state = BlockState::kEmpty;
+  // What is read from the disk in pieces; null: all of it is in memory.
+  PagedBlock* paged = nullptr;
 };
 
 // A block and the whole of its key.
@@ -113,6 +117,11 @@ class BlockStore {
   virtual absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) = 0;
   // The same by the id alone, for one that is in RAM.
   virtual absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) = 0;
+  // A block that the disk has, without bringing it into RAM: view.paged has its pages. The lease
+  // keeps it on the disk. NotFound = miss; FailedPrecondition: there are no pages of the disk.
+  virtual absl::StatusOr<BlockView> AcquirePaged(std::string_view tenant, const BlockKey& key) = 0;
+  // Room for pages of such blocks; 0: there are none.
+  virtual uint64_t page_bytes() const = 0;
   // One more lease of a block that the caller has a lease of.
   virtual void Retain(BlockHandle block) = 0;
   // The last lease of a block that is not PUBLISHED frees it.
@@ -129,7 +138,8 @@ class BlockStore {
 
   // Copies bytes [offset, offset + out.size()) and checks the digest of the whole block in the same
   // pass. DataLoss: the block is retired, counted and logged (id, place, both digests); the caller
-  // treats it as a miss and does not use `out`.
+  // treats it as a miss and does not use `out`. Of a paged block only the sectors that are read are
+  // checked; NotFound, Unavailable: as LoggedBlockReader::Read.
   virtual absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) = 0;
 
   // A pin is retention: named, owned by a tenant, of published blocks of that tenant, until

@@ -27,6 +27,14 @@ struct BlockLogStats {
   double recovery_seconds = 0;
 };
 
+// Pages of blocks on the disk that are in RAM.
+struct PageCacheStats {
+  uint64_t capacity_bytes = 0, bytes = 0;
+  // Pages, since the start: wanted and there, read, read past it by scans, given back; reads that
+  // failed.
+  uint64_t hits = 0, reads = 0, once = 0, evictions = 0, failures = 0;
+};
+
 struct DiskTierStats {
   BlockLogStats log;
   uint64_t queued_bytes = 0;       // that wait to be written
@@ -34,6 +42,7 @@ struct DiskTierStats {
   uint64_t promoted = 0;           // blocks read into RAM
   uint64_t failed_promotions = 0;  // a block was on the disk, and the look-up a miss
   double load_bytes_per_second = 0;  // what loads are expected to take
+  PageCacheStats pages;
   bool refuses = false;            // for a while, after a write that failed
 };
 

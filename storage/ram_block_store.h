@@ -33,6 +33,10 @@ class RamBlockStore final : public BlockStore {
                                     std::optional<ByteDigest> digest, bool* existed) override;
   absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) override;
   absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) override;
+  absl::StatusOr<BlockView> AcquirePaged(std::string_view, const BlockKey&) override {
+    return absl::FailedPreconditionError("there is no disk");
+  }
+  uint64_t page_bytes() const override { return 0; }
   void Retain(BlockHandle block) override;
   void Release(BlockHandle block) override;
   std::optional<BlockPlace> Locate(std::string_view tenant, const BlockKey& key) const override;

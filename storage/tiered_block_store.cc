@@ -22,8 +22,8 @@ constexpr double kLoadsOfMean = 8;
 }  // namespace
 
 TieredBlockStore::TieredBlockStore(std::unique_ptr<BlockStore> ram, std::unique_ptr<BlockLog> log,
-                                   const TieredOptions& options)
-    : options_(options), ram_(std::move(ram)), log_(std::move(log)) {
+                                   const TieredOptions& options, std::unique_ptr<PageCache> pages)
+    : options_(options), ram_(std::move(ram)), log_(std::move(log)), pages_(std::move(pages)) {
   writer_ = std::thread([this] { WriteQueued(); });
   pthread_setname_np(writer_.native_handle(), "quarry-disk");
 }
@@ -246,6 +246,35 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
   return published;
 }
 
+absl::StatusOr<BlockView> TieredBlockStore::AcquirePaged(std::string_view tenant,
+                                                         const BlockKey& key) {
+  if (pages_ == nullptr) {
+    return absl::FailedPreconditionError("there is no room for pages of the disk");
+  }
+  // Not between the two halves of a purge.
+  absl::ReaderMutexLock lock(&promotion_mutex_);
+  absl::StatusOr<BlockView> view =
+      paged_.Acquire(tenant, key, [&]() -> absl::StatusOr<std::unique_ptr<PagedBlock>> {
+        QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<LoggedBlockReader> reader,
+                                log_->OpenBlock(tenant, key));
+        return std::make_unique<PagedBlock>(pages_.get(), std::move(reader));
+      });
+  if (view.ok()) {
+    (void)log_->Touch(tenant, key.id);
+    return view;
+  }
+  return absl::NotFoundError(absl::StrCat(
+      "block ", key.id.Hex(), " is not used on the disk: ", std::string(view.status().message())));
+}
+
+absl::Status TieredBlockStore::CopyOut(BlockHandle block, uint64_t offset,
+                                       std::span<std::byte> out) {
+  if (!PagedBlocks::Has(block)) return ram_->CopyOut(block, offset, out);
+  QUARRY_ASSIGN_OR_RETURN(PagedBlock* const paged, paged_.Find(block));
+  const WantedBytes wanted{offset, out};
+  return paged->CopyOnce({&wanted, 1});
+}
+
 std::optional<BlockPlace> TieredBlockStore::Locate(std::string_view tenant,
                                                    const BlockKey& key) const {
   if (const auto in_ram = ram_->Locate(tenant, key); in_ram.has_value()) return in_ram;
@@ -272,6 +301,7 @@ absl::StatusOr<uint64_t> TieredBlockStore::Purge(std::string_view tenant,
   // RAM first: what is written from here on is no longer wanted, what was before is older than the
   // log's purge.
   QUARRY_ASSIGN_OR_RETURN(const uint64_t in_ram, ram_->Purge(tenant, name_space, blocks));
+  paged_.Purge(tenant, name_space, blocks);
   CrashPoint("purge.ram-done");
   QUARRY_ASSIGN_OR_RETURN(const uint64_t on_disk, log_->Purge(tenant, name_space, blocks));
   return std::max(in_ram, on_disk);
@@ -308,6 +338,7 @@ BlockStoreStats TieredBlockStore::Stats() const {
   disk.failed_promotions = failed_promotions_;
   disk.not_admitted = not_admitted_;
   disk.load_bytes_per_second = load_bytes_per_second_;
+  if (pages_ != nullptr) disk.pages = pages_->Stats();
   absl::MutexLock lock(&queue_mutex_);
   disk.queued_bytes = queued_bytes_;
   disk.refuses = absl::Now() < refuse_until_;

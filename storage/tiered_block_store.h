@@ -18,6 +18,8 @@
 #include "absl/time/time.h"
 #include "storage/block_store.h"
 #include "storage/log/block_log.h"
+#include "storage/page_cache.h"
+#include "storage/paged_blocks.h"
 
 namespace quarry {
 
@@ -38,8 +40,9 @@ struct TieredOptions {
 // larger of both tiers' counts. Its end waits for what is queued.
 class TieredBlockStore final : public BlockStore {
  public:
+  // pages: of blocks that are used on the disk; null: none are.
   TieredBlockStore(std::unique_ptr<BlockStore> ram, std::unique_ptr<BlockLog> log,
-                   const TieredOptions& options);
+                   const TieredOptions& options, std::unique_ptr<PageCache> pages = nullptr);
   ~TieredBlockStore() override;
 
   absl::Status Reserve(std::string_view tenant, uint64_t bytes, uint32_t count) override;
@@ -55,13 +58,19 @@ class TieredBlockStore final : public BlockStore {
   absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) override {
     return ram_->AcquireInRam(tenant, id);
   }
-  void Retain(BlockHandle block) override { ram_->Retain(block); }
-  void Release(BlockHandle block) override { ram_->Release(block); }
+  absl::StatusOr<BlockView> AcquirePaged(std::string_view tenant, const BlockKey& key) override;
+  uint64_t page_bytes() const override {
+    return pages_ == nullptr ? 0 : pages_->Stats().capacity_bytes;
+  }
+  void Retain(BlockHandle block) override {
+    PagedBlocks::Has(block) ? paged_.Retain(block) : ram_->Retain(block);
+  }
+  void Release(BlockHandle block) override {
+    PagedBlocks::Has(block) ? paged_.Release(block) : ram_->Release(block);
+  }
   std::optional<BlockPlace> Locate(std::string_view tenant, const BlockKey& key) const override;
   absl::Duration ExpectedLoad(uint64_t bytes) const override;
-  absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) override {
-    return ram_->CopyOut(block, offset, out);
-  }
+  absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) override;
   absl::Status Pin(std::string_view tenant, std::string_view name, std::span<const BlockId> blocks,
                    absl::Time expires) override {
     return ram_->Pin(tenant, name, blocks, expires);
@@ -73,7 +82,9 @@ class TieredBlockStore final : public BlockStore {
                                  std::span<const BlockId> blocks) override;
   absl::StatusOr<FlushResult> Flush(std::string_view tenant,
                                     std::optional<std::span<const BlockId>> blocks) override;
-  bool IsPublished(BlockHandle block) const override { return ram_->IsPublished(block); }
+  bool IsPublished(BlockHandle block) const override {
+    return PagedBlocks::Has(block) ? paged_.Stands(block) : ram_->IsPublished(block);
+  }
   uint64_t PublishedBytes(std::string_view tenant, std::span<const BlockId> blocks) const override {
     return ram_->PublishedBytes(tenant, blocks);
   }
@@ -108,6 +119,8 @@ class TieredBlockStore final : public BlockStore {
   const TieredOptions options_;
   const std::unique_ptr<BlockStore> ram_;
   const std::unique_ptr<BlockLog> log_;
+  const std::unique_ptr<PageCache> pages_;
+  PagedBlocks paged_;  // what it has ends before the cache and the log
 
   // Shared by who brings a block back to RAM, while that is decided; alone by who purges both.
   absl::Mutex promotion_mutex_;

@@ -52,6 +52,15 @@ def wait_for_indexes(daemon, before, heads):
     raise ProcessError(f"{heads} heads were not indexed in {INDEX_TIMEOUT_S} s")
 
 
+def wait_until(daemon, what, reached):
+    """Until reached(the daemon's statistics)."""
+    deadline = time.monotonic() + INDEX_TIMEOUT_S
+    while not reached(daemon.statistics()):
+        if time.monotonic() > deadline:
+            raise ProcessError(f"{what} took more than {INDEX_TIMEOUT_S} s")
+        time.sleep(0.1)
+
+
 class Asking:
     """The workers of one model on one daemon."""
 

@@ -127,7 +127,7 @@ absl::Status PieceReader::Read(std::span<const PieceToRead> pieces) {
     // now, for it is moved away before.
     const std::optional<LoggedBlock> now = log_->Now(tenant_, id_);
     if (!now.has_value()) {
-      return absl::NotFoundError(absl::StrCat("block ", id_.Hex(), " is no longer in the log"));
+      return absl::NotFoundError("it is no longer in the log");
     }
     if (now->parts == sums->block.parts) {
       if (read.ok()) break;
@@ -145,7 +145,7 @@ absl::Status PieceReader::Read(std::span<const PieceToRead> pieces) {
 absl::Status PieceReader::Follow(const LoggedBlock& now) {
   QUARRY_ASSIGN_OR_RETURN(BlockSums moved, ReadSums(disk_, now));
   if (moved.written.digest != digest_ || now.bytes != bytes_) {
-    return absl::NotFoundError(absl::StrCat("block ", id_.Hex(), " was written anew"));
+    return absl::NotFoundError("it was written anew");
   }
   auto sums = std::make_shared<const BlockSums>(std::move(moved));
   absl::MutexLock lock(&mutex_);

@@ -64,6 +64,10 @@ class RefusingStore final : public BlockStore {
   absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) override {
     return store_->Acquire(tenant, key);
   }
+  absl::StatusOr<BlockView> AcquirePaged(std::string_view tenant, const BlockKey& key) override {
+    return store_->AcquirePaged(tenant, key);
+  }
+  uint64_t page_bytes() const override { return store_->page_bytes(); }
   void Retain(BlockHandle block) override { store_->Retain(block); }
   void Release(BlockHandle block) override { store_->Release(block); }
   absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) override {
