@@ -14,11 +14,12 @@ namespace quarry {
 inline constexpr uint64_t kSectorBytes = 4096;
 
 using ReadPieces = std::span<const std::span<std::byte>>;
+using WritePieces = std::span<const std::span<const std::byte>>;
+// One stretch of the disk from `offset` on, into the pieces in their order.
 struct DiskRead {
   uint64_t offset = 0;
   ReadPieces out;
 };
-using WritePieces = std::span<const std::span<const std::byte>>;
 
 // Thread-safe; calls block. A call that returns OK has done all that it was asked; any other may
 // have done any part of it, in any order. Errors name the operation, the bytes, the offset and the
@@ -35,7 +36,8 @@ class Disk {
   // One stretch of the disk from `offset` on, into or from the pieces in their order. Pieces are in
   // whole sectors each, at addresses that are multiples of kSectorBytes.
   virtual absl::Status Read(uint64_t offset, ReadPieces out) = 0;
-  // All of them, several at a time where the disk can.
+  // As Read, each of them, in any order; as many at once as the disk's queue is deep. A disk
+  // without a queue reads one after the other.
   virtual absl::Status ReadMany(std::span<const DiskRead> reads) {
     for (const DiskRead& read : reads) {
       if (absl::Status status = Read(read.offset, read.out); !status.ok()) return status;

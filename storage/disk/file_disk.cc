@@ -69,10 +69,11 @@ class FileDisk : public Disk {
   absl::Status Discard(uint64_t offset, uint64_t bytes) override;
 
  private:
+  // InvalidArgument: as Disk says.
+  template <typename Pieces>
+  absl::StatusOr<DiskIoList> Cut(IoDirection direction, uint64_t offset, Pieces pieces) const;
   template <typename Pieces>
   absl::Status Transfer(IoDirection direction, uint64_t offset, Pieces pieces);
-  template <typename Pieces>
-  absl::StatusOr<DiskIoList> Prepare(IoDirection direction, uint64_t offset, Pieces pieces) const;
   absl::Status CheckRange(const std::string& what, uint64_t offset, uint64_t bytes) const;
 
   const uint64_t io_bytes_;
@@ -93,8 +94,8 @@ absl::Status FileDisk::CheckRange(const std::string& what, uint64_t offset, uint
 }
 
 template <typename Pieces>
-absl::StatusOr<DiskIoList> FileDisk::Prepare(IoDirection direction, uint64_t offset,
-                                             Pieces pieces) const {
+absl::StatusOr<DiskIoList> FileDisk::Cut(IoDirection direction, uint64_t offset,
+                                         Pieces pieces) const {
   uint64_t bytes = 0;
   for (const auto& piece : pieces) bytes += piece.size();
   const std::string what = DescribeIo(name(), direction, bytes, offset);
@@ -115,15 +116,16 @@ absl::StatusOr<DiskIoList> FileDisk::Prepare(IoDirection direction, uint64_t off
 
 template <typename Pieces>
 absl::Status FileDisk::Transfer(IoDirection direction, uint64_t offset, Pieces pieces) {
-  QUARRY_ASSIGN_OR_RETURN(DiskIoList list, Prepare(direction, offset, pieces));
+  QUARRY_ASSIGN_OR_RETURN(DiskIoList list, Cut(direction, offset, pieces));
   return queue_->Run(direction, list.ios);
 }
 
 absl::Status FileDisk::ReadMany(std::span<const DiskRead> reads) {
-  std::vector<DiskIoList> lists;  // their memory is in use until all are done
+  std::vector<DiskIoList> lists;  // whose memory the ios point into
   std::vector<DiskIo> ios;
+  lists.reserve(reads.size());
   for (const DiskRead& read : reads) {
-    QUARRY_ASSIGN_OR_RETURN(DiskIoList list, Prepare(IoDirection::kRead, read.offset, read.out));
+    QUARRY_ASSIGN_OR_RETURN(DiskIoList list, Cut(IoDirection::kRead, read.offset, read.out));
     ios.insert(ios.end(), list.ios.begin(), list.ios.end());
     lists.push_back(std::move(list));
   }

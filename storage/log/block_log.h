@@ -78,24 +78,27 @@ struct LoggedBlockName {
 };
 
 // A piece of a block: whole sectors. `out` is at an address that is a multiple of kSectorBytes;
-// both offset and out.size() are multiples of it; the end may lie in the block's last sector, whose
-// rest reads as zeros.
+// both `offset` and out.size() are multiples of it. The end may lie in the block's last sector,
+// whose rest reads as zeros.
 struct PieceToRead {
-  uint64_t offset = 0;
+  uint64_t offset = 0;  // in the block
   std::span<std::byte> out;
 };
 
 // A block that can be read in pieces, and that reclaiming moves rather than drops while this is
-// held. Thread-safe; the log outlives it.
+// held. Has the tables of the block's sectors in memory, a thousandth of its bytes, or of an
+// encrypted block four. Thread-safe; the log outlives it.
 class LoggedBlockReader {
  public:
   virtual ~LoggedBlockReader() = default;
   virtual uint64_t bytes() const = 0;
-  virtual const ByteDigest& digest() const = 0;  // of the whole block, as its frames say
+  // Of the whole block, as its frames say.
+  virtual const ByteDigest& digest() const = 0;
   // All pieces at once; each sector is checked. OK: all are right. NotFound: the block was purged,
   // or written anew, or dropped. DataLoss: something is not what was written; counted, logged, and
-  // the block is gone from now on, as in BlockLog::Read. Unavailable: the disk. What is in `out`
-  // after an error is to be used by nobody.
+  // the block is gone from now on, as in BlockLog::Read. Unavailable: the disk. InvalidArgument: a
+  // piece is not as PieceToRead says, or passes the block's end. What is in `out` after an error is
+  // to be used by nobody.
   virtual absl::Status Read(std::span<const PieceToRead> pieces) = 0;
 };
 
@@ -141,8 +144,9 @@ class BlockLog {
   // Unavailable: the disk. What is in `out` after an error is to be used by nobody.
   virtual absl::StatusOr<ByteDigest> Read(std::string_view tenant, const BlockKey& key,
                                           std::span<std::byte> out) = 0;
-  // NotFound, DataLoss, Unavailable as Read; reads frames only. ResourceExhausted: blocks that are
-  // held so have as much of the log as they may, half of its segments' bytes.
+  // For reading in pieces. Reads frames only; counts as a use. NotFound, DataLoss and Unavailable
+  // as Read. ResourceExhausted: blocks that are held so have as much of the log as they may, half
+  // of its segments' bytes.
   virtual absl::StatusOr<std::unique_ptr<LoggedBlockReader>> OpenBlock(std::string_view tenant,
                                                                        const BlockKey& key) = 0;
   // Checks a next piece of what the log has: the footer and the purges of a sealed segment, or a

@@ -1,7 +1,5 @@
 #include "storage/log/frames.h"
 
-#include <algorithm>
-#include <array>
 #include <utility>
 
 #include "proto/status_macros.h"
@@ -61,26 +59,41 @@ namespace {
 constexpr size_t kPartFixedBytes = 3 * 16 + 3 * 32 + 4 * 8 + 2 * 4;
 constexpr size_t kPartDigestBytes = 2 * 16;
 
-uint64_t SumsOf(uint64_t part_bytes) { return RoundUp(part_bytes, kSectorBytes) / kSectorBytes; }
+uint64_t TableBytes(uint64_t part_bytes, Sealing sealing) {
+  return RoundUp(part_bytes, kSectorBytes) / kSectorBytes *
+         (sealing == Sealing::kSealed ? sizeof(SealTag) : sizeof(uint32_t));
+}
 
 }  // namespace
 
-uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key, uint64_t part_bytes) {
+uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key, uint64_t part_bytes,
+                        Sealing sealing) {
   return RoundUp(kFrameHeadBytes + kPartFixedBytes + tenant.size() + kPartDigestBytes +
-                     key.full_key.size() + SumsOf(part_bytes) * sizeof(uint32_t),
+                     key.full_key.size() + TableBytes(part_bytes, sealing),
                  kSectorBytes);
 }
 
+uint64_t AllPartFrameBytes(std::string_view tenant, const BlockKey& key, uint64_t block_bytes,
+                           uint64_t least, uint64_t most, Sealing sealing) {
+  const uint64_t parts = block_bytes / least + 1;
+  const uint64_t of_largest =
+      parts * PartFrameBytes(tenant, key, std::min(block_bytes, most), sealing);
+  // The tables together have the block's sectors, and each may begin one sector of a frame more.
+  const uint64_t of_tables = parts * (PartFrameBytes(tenant, key, 0, sealing) + kSectorBytes) +
+                             TableBytes(block_bytes, sealing);
+  return std::min(of_largest, of_tables);
+}
+
 std::vector<uint32_t> SectorSums(std::span<const std::byte> bytes) {
+  static constexpr std::byte kZeros[kSectorBytes] = {};
   std::vector<uint32_t> sums;
-  sums.reserve(SumsOf(bytes.size()));
-  for (; bytes.size() >= kSectorBytes; bytes = bytes.subspan(kSectorBytes)) {
-    sums.push_back(Crc32c(bytes.first(kSectorBytes)));
+  sums.reserve(RoundUp(bytes.size(), kSectorBytes) / kSectorBytes);
+  while (!bytes.empty()) {
+    const auto sector = bytes.first(std::min<size_t>(kSectorBytes, bytes.size()));
+    const uint32_t sum = Crc32c(sector);
+    sums.push_back(Crc32c(std::span(kZeros).subspan(sector.size()), sum));
+    bytes = bytes.subspan(sector.size());
   }
-  if (bytes.empty()) return sums;
-  std::array<std::byte, kSectorBytes> last{};
-  std::copy(bytes.begin(), bytes.end(), last.begin());
-  sums.push_back(Crc32c(last));
   return sums;
 }
 
@@ -91,8 +104,15 @@ size_t PartSecretBytes(const PartFrame& part) {
   return kPartDigestBytes + part.key.full_key.size();
 }
 
+size_t PartTableOffset(const PartFrame& part) {
+  return PartSecretOffset(part) + PartSecretBytes(part);
+}
+size_t PartTableBytes(const PartFrame& part) {
+  return TableBytes(part.part_bytes, part.seal.sealed() ? Sealing::kSealed : Sealing::kPlain);
+}
+
 bool IsPart(uint64_t part_offset, uint64_t part_bytes, uint64_t block_bytes) {
-  return part_bytes > 0 && part_bytes < kMaxSegmentBytes && part_offset % kSectorBytes == 0 &&
+  return part_bytes > 0 && part_bytes <= kMaxPartBytes && part_offset % kSectorBytes == 0 &&
          part_offset <= block_bytes && part_bytes <= block_bytes - part_offset;
 }
 
@@ -108,10 +128,10 @@ absl::Status DecodePartSecret(std::span<const std::byte> secret, PartFrame* part
 }
 
 AlignedBuffer EncodePart(const FramePlace& place, uint64_t sequence, const PartFrame& part) {
-  QUARRY_CHECK(part.sums.size() == (part.seal.sealed() ? 0 : SumsOf(part.part_bytes)));
+  QUARRY_CHECK(part.sums.size() * sizeof(uint32_t) + part.tags.size() * sizeof(SealTag) ==
+               PartTableBytes(part));
   AlignedBuffer frame = NewFrame(FrameKind::kPart, place, sequence,
-                                 PartSecretOffset(part) + PartSecretBytes(part) +
-                                     part.sums.size() * sizeof(uint32_t) - kFrameHeadBytes);
+                                 PartTableOffset(part) + PartTableBytes(part) - kFrameHeadBytes);
   FrameWriter out(BodyOf(&frame));
   static_assert(kPartTagOffset == kFrameHeadBytes);
   out.Bytes(part.seal.tag.data(), part.seal.tag.size());
@@ -129,7 +149,8 @@ AlignedBuffer EncodePart(const FramePlace& place, uint64_t sequence, const PartF
   out.Digest(part.block_digest);
   out.Digest(part.digest);
   out.Bytes(part.key.full_key.data(), part.key.full_key.size());
-  out.Bytes(part.sums.data(), part.sums.size() * sizeof(uint32_t));
+  for (const uint32_t sum : part.sums) out.Number(sum);
+  for (const SealTag& tag : part.tags) out.Bytes(tag.data(), tag.size());
   return FinishFrame(std::move(frame));
 }
 
@@ -153,20 +174,21 @@ absl::StatusOr<PartFrame> DecodePart(std::span<const std::byte> frame, const Fra
   out.tenant = in.Text();
   if (!in.ok() || out.tenant.empty() || out.born > sequence ||
       !IsPart(out.part_offset, out.part_bytes, out.block_bytes) || key_bytes > frame.size() ||
-      PartSecretOffset(out) + PartSecretBytes(out) + key_bytes > frame.size()) {
+      PartTableOffset(out) + key_bytes + PartTableBytes(out) > frame.size()) {
     return MalformedFrame("block part");
   }
   out.key.full_key.resize(key_bytes);
   if (!out.seal.sealed()) {
     QUARRY_RETURN_IF_ERROR(
         DecodePartSecret(frame.subspan(PartSecretOffset(out), PartSecretBytes(out)), &out));
-    FrameReader sums(frame.subspan(PartSecretOffset(out) + PartSecretBytes(out)));
-    if (SumsOf(out.part_bytes) > frame.size() / sizeof(uint32_t)) {
-      return MalformedFrame("block part");
-    }
-    out.sums.resize(SumsOf(out.part_bytes));
-    sums.Bytes(out.sums.data(), out.sums.size() * sizeof(uint32_t));
-    if (!sums.ok()) return MalformedFrame("block part");
+  }
+  FrameReader table(frame.subspan(PartTableOffset(out)));
+  if (out.seal.sealed()) {
+    out.tags.resize(PartTableBytes(out) / sizeof(SealTag));
+    for (SealTag& tag : out.tags) table.Bytes(tag.data(), tag.size());
+  } else {
+    out.sums.resize(PartTableBytes(out) / sizeof(uint32_t));
+    for (uint32_t& sum : out.sums) sum = table.Number<uint32_t>();
   }
   return out;
 }

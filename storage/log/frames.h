@@ -27,6 +27,8 @@ inline constexpr uint64_t kMinSegmentBytes = 16 * kSectorBytes;
 inline constexpr uint64_t kMaxSegmentBytes = 1ull << 30;
 // Of a frame without its payload.
 inline constexpr uint64_t kMaxFrameBytes = 128ull << 10;
+// Of a block's bytes behind one frame, so that the table of their sectors has a bound.
+inline constexpr uint64_t kMaxPartBytes = 8ull << 20;
 
 using DeviceId = std::array<uint8_t, 16>;
 using KeyId = std::array<uint8_t, 16>;  // drawn at random with the key
@@ -71,9 +73,10 @@ struct PartFrame {
   // moved to.
   uint64_t born = 0;
   PartSeal seal;
-  // CRC32C of each sector of the bytes, the last one with zeros behind their end, so that any can
-  // be read by itself. Of a sealed part none: they would be fingerprints of plaintext.
+  // Of each sector of the part, the last one with the zeros behind the end: by these any sector is
+  // checked by itself. CRC32C, or the tags of what is sealed: one of both is empty.
   std::vector<uint32_t> sums;
+  std::vector<SealTag> tags;
 };
 
 // A block with this id that was born before is gone.
@@ -133,14 +136,24 @@ AlignedBuffer EncodeSegmentStart(const FramePlace& place, uint64_t sequence);
 AlignedBuffer EncodePart(const FramePlace& place, uint64_t sequence, const PartFrame& part);
 AlignedBuffer EncodePurge(const FramePlace& place, uint64_t sequence, const PurgeFrame& purge);
 AlignedBuffer EncodeCommit(const FramePlace& place, uint64_t sequence, const CommitFrame& commit);
-// Bytes that the frame of a part of so many takes; a sealed one's is no longer.
-uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key, uint64_t part_bytes);
-// Of PartFrame::sums.
+// Whether a log's parts are encrypted.
+enum class Sealing : uint8_t { kPlain, kSealed };
+// Bytes that the frame of a part of so many bytes takes, with the table of its sectors.
+uint64_t PartFrameBytes(std::string_view tenant, const BlockKey& key, uint64_t part_bytes,
+                        Sealing sealing);
+// At most, those of all parts of a block of so many bytes, which have `least` to `most` bytes each
+// but one.
+uint64_t AllPartFrameBytes(std::string_view tenant, const BlockKey& key, uint64_t block_bytes,
+                           uint64_t least, uint64_t most, Sealing sealing);
+// Of each sector of `bytes`, whose last one has zeros behind the end.
 std::vector<uint32_t> SectorSums(std::span<const std::byte> bytes);
 // Where a part's frame has its tag, and what is encrypted of it: both digests and the full key.
 inline constexpr size_t kPartTagOffset = 64;
 size_t PartSecretOffset(const PartFrame& part);
 size_t PartSecretBytes(const PartFrame& part);
+// Of the table of its sectors, which follows what is encrypted.
+size_t PartTableOffset(const PartFrame& part);
+size_t PartTableBytes(const PartFrame& part);
 // From those bytes. `part->key.full_key` has its size. DataLoss: the only part of a block has
 // another digest than the block.
 absl::Status DecodePartSecret(std::span<const std::byte> secret, PartFrame* part);

@@ -196,27 +196,29 @@ void LogWriter::AwaitBehind() {
 absl::StatusOr<LoggedPart> LogWriter::AddPart(PartFrame* part, std::span<const std::byte> rest,
                                               uint32_t reserved) {
   const uint64_t wanted = std::min<uint64_t>(rest.size(), options_.max_part_bytes);
-  const uint64_t frame_bytes = PartFrameBytes(part->tenant, part->key, wanted);
+  const Sealing sealing = keys_ == nullptr ? Sealing::kPlain : Sealing::kSealed;
+  // Of a part that may turn out shorter: its frame has no more.
+  const uint64_t most_frame_bytes = PartFrameBytes(part->tenant, part->key, wanted, sealing);
   const uint64_t least = std::min(RoundUp(wanted, kSectorBytes), options_.min_part_bytes);
-  QUARRY_RETURN_IF_ERROR(Ensure(part->tenant, frame_bytes + least, reserved));
-  const uint64_t room = (RoomFor(part->tenant) - frame_bytes) / kSectorBytes * kSectorBytes;
+  QUARRY_RETURN_IF_ERROR(Ensure(part->tenant, most_frame_bytes + least, reserved));
+  const uint64_t room = (RoomFor(part->tenant) - most_frame_bytes) / kSectorBytes * kSectorBytes;
   const std::span<const std::byte> bytes = rest.first(std::min(wanted, room));
   part->part_bytes = bytes.size();
   part->digest = bytes.size() == part->block_bytes ? part->block_digest : DigestOf(bytes);
   if (part->born == 0) part->born = next_sequence_;
-  LoggedPart placed{PlaceHere(), next_sequence_, 0, part->part_offset, bytes.size()};
+  const LoggedPart placed{PlaceHere(), next_sequence_,
+                          PartFrameBytes(part->tenant, part->key, bytes.size(), sealing),
+                          part->part_offset, bytes.size()};
   if (keys_ != nullptr) {
-    QUARRY_ASSIGN_OR_RETURN(placed.frame_bytes, PlaceSealed(part, bytes));
+    QUARRY_RETURN_IF_ERROR(PlaceSealed(part, bytes));
   } else {
     part->sums = SectorSums(bytes);
-    AlignedBuffer frame = EncodePart(placed.place, placed.sequence, *part);
-    placed.frame_bytes = frame.size();
-    Place(std::move(frame), bytes, EntryOf(*part));
+    Place(EncodePart(placed.place, placed.sequence, *part), bytes, EntryOf(*part));
   }
   return placed;
 }
 
-absl::StatusOr<uint64_t> LogWriter::PlaceSealed(PartFrame* part, std::span<const std::byte> bytes) {
+absl::Status LogWriter::PlaceSealed(PartFrame* part, std::span<const std::byte> bytes) {
   std::optional<TenantKeys::Writing> with = keys_->ForWriting(part->tenant);
   if (!with.has_value()) {
     AwaitBehind();  // calls of the disk have an order
@@ -224,13 +226,12 @@ absl::StatusOr<uint64_t> LogWriter::PlaceSealed(PartFrame* part, std::span<const
   }
   part->seal = with->seal;
   AlignedBuffer sealed(RoundUp(bytes.size(), kSectorBytes));
-  AlignedBuffer frame = EncodeSealedPart(PlaceHere(), next_sequence_, *with->part_key, bytes,
+  AlignedBuffer frame = EncodeSealedPart(PlaceHere(), next_sequence_, with->part_key, bytes,
                                          sealed.bytes().data(), part);
   const std::span<const std::byte> payload = sealed.bytes();
-  const uint64_t frame_bytes = frame.size();
   pending_.back().buffers.push_back(std::move(sealed));
   Place(std::move(frame), payload, EntryOf(*part));
-  return frame_bytes;
+  return absl::OkStatus();
 }
 
 absl::StatusOr<uint32_t> LogWriter::AddPurge(PurgeFrame* purge) {

@@ -107,8 +107,8 @@ class LogWriter {
   void CloseBatch(bool seals);
   // Adds the frame and its payload to the pending batch; `entry` tells of it but for its place.
   void Place(AlignedBuffer frame, std::span<const std::byte> payload, FooterEntry entry);
-  // The same of a part that is encrypted first. Returns its frame's bytes.
-  absl::StatusOr<uint64_t> PlaceSealed(PartFrame* part, std::span<const std::byte> bytes);
+  // The same of a part that is encrypted first.
+  absl::Status PlaceSealed(PartFrame* part, std::span<const std::byte> bytes);
   // Begins to write what the last batch has, while the caller goes on with other frames.
   void WriteBehind();
   absl::Status WriteData();

@@ -3,12 +3,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <span>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "storage/disk/disk.h"
 #include "storage/log/frames.h"
 #include "storage/log/log_index.h"
+#include "storage/log/part_cipher.h"
 #include "storage/log/tenant_keys.h"
 
 namespace quarry {
@@ -25,9 +28,26 @@ struct BlockSource {
   const TenantKeys* keys = nullptr;  // of a log that is encrypted
 };
 
-// The frame of a part, checked against where it is and what the index has of it. DataLoss.
-absl::StatusOr<PartFrame> CheckedPart(std::span<const std::byte> frame, const LoggedBlock& block,
-                                      const LoggedPart& part);
+// A part of which any sector can be checked by itself.
+struct PartSectors {
+  LoggedPart part;
+  std::vector<uint32_t> sums;
+  std::vector<SealTag> tags;
+  std::shared_ptr<const SectorCipher> cipher;  // null: it is not encrypted, and has sums
+
+  // Decrypts the sectors from the `first`th of the part on, where they are encrypted, and checks
+  // them. DataLoss.
+  absl::Status Open(uint64_t first, std::span<std::byte> sectors) const;
+};
+
+// What a block's frames say of it.
+struct BlockSectors {
+  WrittenAs written;
+  std::vector<PartSectors> parts;  // as the block's
+};
+
+// Reads frames only, all at once. DataLoss, Unavailable.
+absl::StatusOr<BlockSectors> ReadFrames(const BlockSource& source, const LoggedBlock& block);
 
 // The whole block into `out`, every part decrypted and checked; or, of one that is given with some
 // of its parts, which follow one another, these. DataLoss, Unavailable. Large ones

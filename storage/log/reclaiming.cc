@@ -43,6 +43,11 @@ absl::Status SegmentedLog::FreeSegments(uint32_t wanted) {
       tried_before_.erase(*victim);
       continue;
     }
+    if (absl::IsCancelled(reclaimed)) {
+      passed_over_.insert(*victim);
+      trouble = reclaimed;
+      continue;
+    }
     if (!absl::IsAborted(reclaimed)) return reclaimed;
     spdlog::error("segment {} of {} cannot be reclaimed: {}", *victim, disk_->name(),
                   std::string(reclaimed.message()));
@@ -61,14 +66,17 @@ absl::Status SegmentedLog::FreeSegments(uint32_t wanted) {
 }
 
 std::optional<uint32_t> SegmentedLog::ChooseVictim() const {
-  std::optional<uint32_t> emptiest, oldest;
+  std::optional<uint32_t> emptiest, oldest, least_held;
   uint64_t least = 0;
   absl::MutexLock lock(&mutex_);
-  const std::vector<uint64_t> held = HeldBytes();
   for (uint32_t s = 0; s < segments_.size(); ++s) {
     if (segments_.at(s).state != SegmentState::kSealed || passed_over_.contains(s)) continue;
-    // Moving that much would make too little room.
-    if (held[s] > superblock_.segment_bytes / 2) continue;
+    if (index_.held_bytes(s) > 0) {
+      if (!least_held.has_value() || index_.held_bytes(s) < index_.held_bytes(*least_held)) {
+        least_held = s;
+      }
+      continue;
+    }
     const uint64_t kept = index_.live_bytes(s) + segments_.at(s).hidden_bytes + purges_.bytes(s);
     if (!emptiest.has_value() || kept < least) {
       emptiest = s;
@@ -79,6 +87,7 @@ std::optional<uint32_t> SegmentedLog::ChooseVictim() const {
       oldest = s;
     }
   }
+  if (!oldest.has_value()) return least_held;
   // Little to move, or else what was written longest ago.
   return emptiest.has_value() && least < superblock_.segment_bytes / 4 ? emptiest : oldest;
 }
@@ -112,21 +121,6 @@ absl::Status SegmentedLog::Reclaim(uint32_t segment) {
   return absl::OkStatus();
 }
 
-std::vector<uint64_t> SegmentedLog::HeldBytes() const {
-  std::vector<uint64_t> bytes(segments_.size());
-  for (const auto& [name, holders] : held_) {
-    const LoggedBlock* const block = index_.Find(name.first, name.second);
-    if (block == nullptr) continue;
-    for (const LoggedPart& part : block->parts) bytes[part.place.segment] += part.disk_bytes();
-  }
-  return bytes;
-}
-
-bool SegmentedLog::IsHeld(const LoggedBlock& block) const {
-  absl::MutexLock lock(&mutex_);
-  return held_.contains({block.tenant, block.id});
-}
-
 bool SegmentedLog::Keeps(const LoggedBlock& block) const {
   if (options_.keep == nullptr) return block.uses > 0;
   return options_.keep({*block.tenant, block.id, block.bytes, block.uses});
@@ -149,11 +143,9 @@ std::vector<LoggedBlock> SegmentedLog::TakeStock(uint32_t segment,
     seen.insert({tenant, entry.id});
     live.push_back(*block);
   }
-  const auto rank = [&](const LoggedBlock& block) ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
-    return std::pair(held_.contains({block.tenant, block.id}), block.uses);
-  };
-  std::stable_sort(live.begin(), live.end(),
-                   [&](const LoggedBlock& a, const LoggedBlock& b) { return rank(a) > rank(b); });
+  std::stable_sort(live.begin(), live.end(), [](const LoggedBlock& a, const LoggedBlock& b) {
+    return std::pair(a.held(), a.uses) > std::pair(b.held(), b.uses);
+  });
   return live;
 }
 
@@ -187,7 +179,8 @@ absl::Status SegmentedLog::MoveBlock(const LoggedBlock& block, std::vector<Moved
 
 absl::Status SegmentedLog::HandOver(std::span<const LoggedBlock> live, bool again,
                                     MovedPurges* purges, std::vector<Moved>* moved,
-                                    std::vector<LoggedBlock>* dropped) {
+                                    std::vector<Dropped>* dropped) {
+  QUARRY_RETURN_IF_ERROR(CheckRoomForHeld(live));
   for (size_t i = 0; i < purges->frames.size(); ++i) {
     absl::StatusOr<uint32_t> place = writer_.AddPurge(&purges->frames[i]);
     if (absl::IsResourceExhausted(place.status())) {
@@ -198,32 +191,42 @@ absl::Status SegmentedLog::HandOver(std::span<const LoggedBlock> live, bool agai
   }
   uint64_t room = superblock_.segment_bytes / 4 * 3;
   room -= std::min(room, writer_.pending_bytes());
-  bool no_segment = false;
   {
     // Without a segment to move to, dropping is what makes one.
     absl::MutexLock lock(&mutex_);
-    no_segment = segments_.free() == 0;
-    if (no_segment) room = 0;
+    if (segments_.free() == 0) room = 0;
   }
   for (const LoggedBlock& block : live) {
-    uint64_t bytes = 0;
-    for (const LoggedPart& part : block.parts) bytes += part.disk_bytes();
-    absl::Status kept = absl::DataLossError("it is not wanted");
-    const bool held = IsHeld(block);
-    if (held && no_segment) {
-      return absl::AbortedError(
-          absl::StrCat("block ", block.id.Hex(), " is being read, and there is no segment for it"));
+    const uint64_t bytes = block.disk_bytes();
+    const bool wanted = Keeps(block);
+    if (!block.held() && (!wanted || bytes > room)) {
+      dropped->push_back({block, Why::kUnwanted});
+      continue;
     }
-    if (held || (Keeps(block) && bytes <= room)) kept = MoveBlock(block, moved);
+    const absl::Status kept = MoveBlock(block, moved);
     if (kept.ok()) {
       room -= std::min(room, bytes);
-    } else if (absl::IsDataLoss(kept) || (again && absl::IsAborted(kept))) {
-      dropped->push_back(block);
+    } else if (absl::IsDataLoss(kept)) {
+      dropped->push_back({block, Why::kBroken});
+    } else if (again && absl::IsAborted(kept) && !block.held()) {
+      dropped->push_back({block, Why::kUnwanted});
+    } else if (block.held() && absl::IsResourceExhausted(kept)) {
+      return absl::CancelledError(kept.message());
     } else {
       return kept;
     }
   }
   return absl::OkStatus();
+}
+
+absl::Status SegmentedLog::CheckRoomForHeld(std::span<const LoggedBlock> live) const {
+  uint64_t wanted = 0;
+  for (const LoggedBlock& block : live) wanted += block.held() ? block.disk_bytes() : 0;
+  absl::MutexLock lock(&mutex_);
+  const uint64_t room = segments_.free() * (superblock_.segment_bytes / 4 * 3);
+  if (wanted <= room) return absl::OkStatus();
+  return absl::CancelledError(
+      absl::StrCat("blocks of it that are held take ", wanted, " bytes, and ", room, " are free"));
 }
 
 absl::Status SegmentedLog::MoveOrDrop(uint32_t segment, std::span<const FooterEntry> entries) {
@@ -237,7 +240,7 @@ absl::Status SegmentedLog::MoveOrDrop(uint32_t segment, std::span<const FooterEn
   purges.places.resize(purges.frames.size(), segment);
   CrashPoint("reclaim.purges-taken");
   std::vector<Moved> moved;
-  std::vector<LoggedBlock> dropped;
+  std::vector<Dropped> dropped;
   absl::Status status = HandOver(TakeStock(segment, entries), tried_before_.contains(segment),
                                  &purges, &moved, &dropped);
   // Also where it failed: nothing may stay pending that borrows what ends here.
@@ -255,15 +258,21 @@ absl::Status SegmentedLog::MoveOrDrop(uint32_t segment, std::span<const FooterEn
     // It may have been found broken meanwhile.
     if (!one.whole || now == nullptr || now->born != one.from.born) continue;
     moved_bytes_ += one.from.bytes;
-    index_.Add(std::move(one.to));
+    index_.Move(std::move(one.to));
     CrashPoint("reclaim.indexed");
   }
-  for (const LoggedBlock& block : dropped) {
+  for (const auto& [block, why] : dropped) {
+    const LoggedBlock* const now = index_.Find(block.tenant, block.id);
+    if (now == nullptr || now->born != block.born) continue;  // found broken meanwhile
+    if (why == Why::kUnwanted && now->held()) {
+      status = absl::CancelledError("a block of it is held since it was looked at");
+      continue;
+    }
     ++dropped_blocks_;
     dropped_bytes_ += block.bytes;
     index_.Remove(block.tenant, block.id);
   }
-  return absl::OkStatus();
+  return status;
 }
 
 }  // namespace quarry

@@ -19,9 +19,6 @@ namespace {
 // Left for reclaiming, which must have room to move to.
 constexpr uint32_t kReservedSegments = 1;
 
-// So that the sums of its sectors fit into a frame.
-constexpr uint64_t kMostPartBytes = 64ull << 20;
-
 uint64_t RandomNumber() {
   std::random_device random;
   return uint64_t{random()} << 32 | random();
@@ -72,7 +69,9 @@ SegmentedLog::SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& op
       superblock_(recovered.superblock),
       options_(options),
       min_part_bytes_(WriterOptions(options, superblock_).min_part_bytes),
+      max_part_bytes_(WriterOptions(options, superblock_).max_part_bytes),
       keys_(std::move(keys)),
+      sealing_(keys_ == nullptr ? Sealing::kPlain : Sealing::kSealed),
       source_{disk_.get(), GroupBytes(superblock_), keys_.get()},
       recovered_blocks_(recovered.index.blocks()),
       hidden_blocks_(recovered.hidden_blocks),
@@ -96,10 +95,10 @@ absl::StatusOr<std::unique_ptr<BlockLog>> BlockLog::Open(std::unique_ptr<Disk> d
                                                    kMinSegmentBytes, " to ", kMaxSegmentBytes));
   }
   if (options.max_part_bytes % kSectorBytes != 0 || options.max_part_bytes == 0 ||
-      options.max_part_bytes > kMostPartBytes) {
+      options.max_part_bytes > kMaxPartBytes) {
     return absl::InvalidArgumentError(absl::StrCat("max_part_bytes ", options.max_part_bytes,
-                                                   " is not in whole sectors, ", kMostPartBytes,
-                                                   " at most"));
+                                                   " is not in whole sectors up to ",
+                                                   kMaxPartBytes));
   }
   if (options.random == nullptr) options.random = RandomNumber;
   QUARRY_ASSIGN_OR_RETURN(const std::optional<LogKey> key, LoadLogKey(options.key));
@@ -197,8 +196,7 @@ absl::Status SegmentedLog::CommitAdded(std::vector<Added>* added,
 
 uint64_t SegmentedLog::DiskBytes(std::string_view tenant, const BlockKey& key,
                                  uint64_t bytes) const {
-  const uint64_t most = PartFrameBytes(tenant, key, std::min(bytes, options_.max_part_bytes));
-  return bytes + (bytes / min_part_bytes_ + 1) * most;
+  return bytes + AllPartFrameBytes(tenant, key, bytes, min_part_bytes_, max_part_bytes_, sealing_);
 }
 
 absl::Status SegmentedLog::CheckSize(std::string_view tenant, const BlockKey& key,
@@ -206,7 +204,7 @@ absl::Status SegmentedLog::CheckSize(std::string_view tenant, const BlockKey& ke
   if (bytes == 0 || tenant.empty()) {
     return absl::InvalidArgumentError("a block without bytes or tenant");
   }
-  const uint64_t frame = PartFrameBytes(tenant, key, std::min(bytes, options_.max_part_bytes));
+  const uint64_t frame = PartFrameBytes(tenant, key, std::min(bytes, max_part_bytes_), sealing_);
   if (frame > kMaxFrameBytes) {
     return absl::InvalidArgumentError(absl::StrCat("a key of ", key.full_key.size(),
                                                    " bytes takes a frame of ", frame, "; ",
@@ -388,78 +386,6 @@ absl::StatusOr<ByteDigest> SegmentedLog::Read(std::string_view tenant, const Blo
   }
   (void)DropBroken(block, status);
   return status;
-}
-
-absl::StatusOr<std::unique_ptr<LoggedBlockReader>> SegmentedLog::OpenBlock(std::string_view tenant,
-                                                                           const BlockKey& key) {
-  absl::Status status;
-  for (int tries = 0; tries < 3; ++tries) {
-    LoggedBlock block;
-    {
-      absl::MutexLock lock(&mutex_);
-      LoggedBlock* const found = index_.Find(tenants_.Find(tenant), key.id);
-      if (found == nullptr) {
-        return absl::NotFoundError(absl::StrCat("block ", key.id.Hex(), " is not in the log"));
-      }
-      block = *found;
-      QUARRY_RETURN_IF_ERROR(Hold(block));
-    }
-    absl::StatusOr<BlockSums> sums = ReadSums(disk_.get(), block);
-    status = sums.status();
-    if (sums.ok() &&
-        (sums->written.key.full_key != key.full_key || sums->written.key.parent != key.parent ||
-         sums->written.key.name_space != key.name_space)) {
-      status = absl::NotFoundError(
-          absl::StrCat("block id ", key.id.Hex(), " names a block of another key"));
-    }
-    if (status.ok()) {
-      return std::make_unique<PieceReader>(static_cast<HeldBlocks*>(this), disk_.get(),
-                                           *std::move(sums));
-    }
-    Release(block.tenant, block.id);
-    // It may have been moved while it was read; now it is held, and is not for long.
-    const std::optional<LoggedBlock> now = Now(block.tenant, block.id);
-    if (!now.has_value() || now->parts != block.parts) continue;
-    if (absl::IsDataLoss(status)) (void)DropBroken(block, status);
-    if (absl::IsUnavailable(status)) ++read_errors_;
-    return status;
-  }
-  return status;
-}
-
-absl::Status SegmentedLog::Hold(const LoggedBlock& block) {
-  const uint64_t most = uint64_t{superblock_.segments} * superblock_.segment_bytes / kHeldShare;
-  const auto [held, fresh] = held_.try_emplace({block.tenant, block.id}, Holders{0, block.bytes});
-  if (fresh && held_bytes_ + block.bytes > most) {
-    held_.erase(held);
-    return absl::ResourceExhaustedError(
-        absl::StrCat("blocks that are read in pieces have ", held_bytes_, " bytes of the log; ",
-                     most, " are allowed, and block ", block.id.Hex(), " has ", block.bytes));
-  }
-  if (fresh) held_bytes_ += block.bytes;
-  ++held->second.readers;
-  return absl::OkStatus();
-}
-
-void SegmentedLog::Release(TenantName tenant, const BlockId& id) {
-  absl::MutexLock lock(&mutex_);
-  const auto held = held_.find({tenant, id});
-  QUARRY_CHECK(held != held_.end());
-  if (--held->second.readers > 0) return;
-  held_bytes_ -= held->second.bytes;
-  held_.erase(held);
-}
-
-std::optional<LoggedBlock> SegmentedLog::Now(TenantName tenant, const BlockId& id) const {
-  absl::MutexLock lock(&mutex_);
-  const LoggedBlock* const block = index_.Find(tenant, id);
-  if (block == nullptr) return std::nullopt;
-  return *block;
-}
-
-void SegmentedLog::CountPieces(uint64_t bytes, const absl::Status& read) {
-  if (read.ok()) read_bytes_ += bytes;
-  if (absl::IsUnavailable(read)) ++read_errors_;
 }
 
 bool SegmentedLog::DropBroken(const LoggedBlock& block, const absl::Status& why) {

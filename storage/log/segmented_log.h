@@ -7,18 +7,15 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/synchronization/mutex.h"
 #include "storage/log/block_log.h"
 #include "storage/log/log_index.h"
 #include "storage/log/log_recovery.h"
 #include "storage/log/log_writer.h"
-#include "storage/log/piece_reader.h"
 #include "storage/log/purge_table.h"
 #include "storage/log/read_block.h"
 #include "storage/log/scrubber.h"
@@ -27,7 +24,7 @@
 
 namespace quarry {
 
-class SegmentedLog final : public BlockLog, private HeldBlocks {
+class SegmentedLog final : public BlockLog {
  public:
   // `keys`: null where the log is not encrypted.
   SegmentedLog(std::unique_ptr<Disk> disk, const BlockLogOptions& options, TenantNames tenants,
@@ -54,9 +51,7 @@ class SegmentedLog final : public BlockLog, private HeldBlocks {
   }
 
  private:
-  // Of the log: what blocks that are held may have of it, so that there are always segments that
-  // can be used anew.
-  static constexpr uint64_t kHeldShare = 2;
+  class BlockReader;  // storage/log/block_reader.cc
 
   // A block on its way to the next commit.
   struct Added {
@@ -68,6 +63,12 @@ class SegmentedLog final : public BlockLog, private HeldBlocks {
     LoggedBlock from, to;
     AlignedBuffer bytes;
     bool whole = false;  // if not, only its bytes are wanted, by what is pending
+  };
+  // One that it does not move, which only a block that is broken may be when it is held.
+  enum class Why : uint8_t { kUnwanted, kBroken };
+  struct Dropped {
+    LoggedBlock block;
+    Why why = Why::kUnwanted;
   };
   // Purges that it moves, and the segments that they are moved to.
   struct MovedPurges {
@@ -90,7 +91,8 @@ class SegmentedLog final : public BlockLog, private HeldBlocks {
   // So many segments free, by reclaiming others.
   absl::Status FreeSegments(uint32_t wanted) ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
   std::optional<uint32_t> ChooseVictim() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
-  // Aborted: what the segment has cannot be read now, or not moved: another may do.
+  // Aborted: what the segment has cannot be read now, or not moved: another may do. Cancelled: so,
+  // because of blocks that are held.
   absl::Status Reclaim(uint32_t segment) ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
   // Moves what is to be kept of a segment's entries and drops the rest; nothing, if that fails.
   absl::Status MoveOrDrop(uint32_t segment, std::span<const FooterEntry> entries)
@@ -98,24 +100,15 @@ class SegmentedLog final : public BlockLog, private HeldBlocks {
   // Hands what is kept to the writer, and tells the rest.
   // `again`: what cannot be read is told with it.
   absl::Status HandOver(std::span<const LoggedBlock> live, bool again, MovedPurges* purges,
-                        std::vector<Moved>* moved, std::vector<LoggedBlock>* dropped)
+                        std::vector<Moved>* moved, std::vector<Dropped>* dropped)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
-  // The blocks that have parts in the segment: those that are held first, then the most used.
+  // Cancelled: there is no room to move those that are held to.
+  absl::Status CheckRoomForHeld(std::span<const LoggedBlock> live) const
+      ABSL_LOCKS_EXCLUDED(mutex_);
+  // The blocks that have parts in the segment, those that are held and the most used first.
   std::vector<LoggedBlock> TakeStock(uint32_t segment, std::span<const FooterEntry> entries) const
       ABSL_LOCKS_EXCLUDED(mutex_);
   bool Keeps(const LoggedBlock& block) const;
-  bool IsHeld(const LoggedBlock& block) const ABSL_LOCKS_EXCLUDED(mutex_);
-  // Of blocks that are held, by segment.
-  std::vector<uint64_t> HeldBytes() const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  absl::Status Hold(const LoggedBlock& block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-
-  // HeldBlocks.
-  std::optional<LoggedBlock> Now(TenantName tenant, const BlockId& id) const override;
-  void FoundBroken(const LoggedBlock& block, const absl::Status& why) override {
-    (void)DropBroken(block, why);
-  }
-  void CountPieces(uint64_t bytes, const absl::Status& read) override;
-  void Release(TenantName tenant, const BlockId& id) override;
   // DataLoss: what is there is broken. Aborted: it cannot be read. Else as the writer says.
   absl::Status MoveBlock(const LoggedBlock& block, std::vector<Moved>* moved)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(append_mutex_);
@@ -139,8 +132,9 @@ class SegmentedLog final : public BlockLog, private HeldBlocks {
   const std::unique_ptr<Disk> disk_;
   const Superblock superblock_;
   const BlockLogOptions options_;
-  const uint64_t min_part_bytes_;
+  const uint64_t min_part_bytes_, max_part_bytes_;
   const std::unique_ptr<TenantKeys> keys_;
+  const Sealing sealing_;
   const BlockSource source_;
   const uint64_t recovered_blocks_, hidden_blocks_, incomplete_blocks_, scanned_segments_;
   const double recovery_seconds_;
@@ -152,12 +146,6 @@ class SegmentedLog final : public BlockLog, private HeldBlocks {
   TenantNames tenants_ ABSL_GUARDED_BY(mutex_);
   LogIndex index_ ABSL_GUARDED_BY(mutex_);
   SegmentTable segments_ ABSL_GUARDED_BY(mutex_);
-  struct Holders {
-    uint32_t readers = 0;
-    uint64_t bytes = 0;  // of the block, when the first of them came
-  };
-  absl::flat_hash_map<std::pair<TenantName, BlockId>, Holders> held_ ABSL_GUARDED_BY(mutex_);
-  uint64_t held_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   LogWriter writer_ ABSL_GUARDED_BY(append_mutex_);
   PurgeTable purges_ ABSL_GUARDED_BY(append_mutex_);
   // Segments that could not be reclaimed: passed over while there are others, and what cannot be

@@ -275,9 +275,9 @@ std::map<const void*, std::string> LinesOf(const std::set<const void*>& addresse
 std::set<std::pair<std::string, int>> CallsInSources() {
   constexpr std::string_view kCalls[] = {
       // and not their declarations
-      "->Read(",           "->Write(",      "->Sync(",      "->Discard(",    "ReadBlock(s",
-      "->ReadMany(",       "ReadSums(d",    "ReadSummed(d", "ReadSectors(d", "ReadEachSector(d",
-      "ReadFooter(d",      "WriteFooter(d", "ReadPurge(d",  "ReadNote(d",    "WriteNote(d",
+      "->Read(",           "->Write(",        "->Sync(",       "->Discard(",    "ReadBlock(s",
+      "->ReadMany(",       "ReadFrames(log_", "ReadRuns(log_", "ReadSectors(d", "ReadEachSector(d",
+      "ReadFooter(d",      "WriteFooter(d",   "ReadPurge(d",   "ReadNote(d",    "WriteNote(d",
       "WriteEmptyNotes(d", "WriteNoKeys(d"};
   std::set<std::pair<std::string, int>> out;
   for (const auto& file : std::filesystem::directory_iterator(QUARRY_SOURCE_DIR "/storage/log")) {
@@ -305,7 +305,7 @@ std::set<const void*> AddressesOf(const std::vector<CallRecord>& records) {
 // Those that others call to read and write: a site is what calls them, too.
 bool IsShared(const std::string& line) {
   constexpr std::string_view kShared[] = {"sectors.cc:",      "footer.cc:",     "read_block.cc:",
-                                          "piece_reader.cc:", "purge_note.cc:", "tenant_keys.cc:"};
+                                          "block_reader.cc:", "purge_note.cc:", "tenant_keys.cc:"};
   return std::any_of(std::begin(kShared), std::end(kShared),
                      [&](std::string_view file) { return line.starts_with(file); });
 }

@@ -28,7 +28,7 @@ PartFrame Part() {
   part.part_offset = 8192;
   part.part_bytes = 11808;
   part.born = 98;
-  part.sums = {8, 9, 10};
+  part.sums = {11, 12, 13};
   return part;
 }
 
@@ -42,7 +42,8 @@ TEST(FramesTest, ChecksumIsCrc32c) {
 
 TEST(FramesTest, PartsComeBack) {
   const AlignedBuffer frame = EncodePart(kPlace, kSequence, Part());
-  EXPECT_EQ(frame.size(), PartFrameBytes(Part().tenant, Part().key, Part().part_bytes));
+  EXPECT_EQ(frame.size(),
+            PartFrameBytes(Part().tenant, Part().key, Part().part_bytes, Sealing::kPlain));
   const auto head = PeekFrame(frame.bytes().first(kSectorBytes));
   ASSERT_TRUE(head.ok()) << head.status();
   EXPECT_EQ(head->kind, FrameKind::kPart);
@@ -60,31 +61,6 @@ TEST(FramesTest, PartsComeBack) {
   EXPECT_EQ(part->part_offset, 8192u);
   EXPECT_EQ(part->born, 98u);
   EXPECT_EQ(part->sums, Part().sums);
-}
-
-TEST(FramesTest, SumsAreOfWholeSectorsWithZerosBehindTheEnd) {
-  AlignedBuffer bytes(3 * kSectorBytes);
-  for (size_t i = 0; i < 2 * kSectorBytes + 100; ++i) bytes.bytes()[i] = std::byte(i * 7 % 251);
-  const auto sums = SectorSums(bytes.bytes().first(2 * kSectorBytes + 100));
-  ASSERT_EQ(sums.size(), 3u);
-  for (size_t s = 0; s < 3; ++s) {
-    EXPECT_EQ(sums[s], Crc32c(bytes.bytes().subspan(s * kSectorBytes, kSectorBytes))) << s;
-  }
-  EXPECT_EQ(SectorSums(bytes.bytes().first(2 * kSectorBytes)).size(), 2u);
-}
-
-// A frame may not make a program believe in more sums than it has room for.
-TEST(FramesTest, MorePartThanSumsIsDataLoss) {
-  PartFrame part = Part();
-  part.part_offset = 0;
-  part.block_bytes = part.part_bytes = 2000 * kSectorBytes;
-  part.digest = part.block_digest;
-  part.sums.assign(2000, 1);
-  const AlignedBuffer frame = EncodePart(kPlace, kSequence, part);
-  EXPECT_EQ(frame.size(), 3 * kSectorBytes);
-  ASSERT_TRUE(DecodePart(frame.bytes(), kPlace, kSequence).ok());
-  EXPECT_TRUE(absl::IsDataLoss(
-      DecodePart(frame.bytes().first(2 * kSectorBytes), kPlace, kSequence).status()));
 }
 
 TEST(FramesTest, KeysOfSeveralSectors) {

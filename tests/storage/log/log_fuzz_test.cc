@@ -95,6 +95,7 @@ TEST_F(LogFuzzTest, Frames) {
   part.born = 7;
   PartFrame sealed = part;
   part.sums = {1, 2, 3};
+  sealed.tags.resize(3);
   sealed.seal = {{1}, {2}, {3}};
   const PurgeFrame purge{"tenant", true, {}, {{BlockId{}, 1}, {BlockId{}, 2}, {BlockId{}, 3}}, 3};
   PurgeNote note;
