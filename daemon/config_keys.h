@@ -33,6 +33,11 @@ void VisitConfigKeys(Visitor& v, ConfigRef& c) {
   v.Count("engine.max_leases_per_session", c.engine.max_leases_per_session, 1, 1u << 24);
   v.Count("engine.max_context_tokens", c.engine.max_context_tokens, 256, 1u << 30);
 
+  v.Choice("eviction.policy", c.engine.eviction.kind, {"lru", "s3-fifo", "cost"});
+  v.Bytes("eviction.recompute_bytes_per_s", c.engine.eviction.recompute_bytes_per_s, kMiB, kTiB);
+  v.Count("eviction.recompute_doubling_blocks", c.engine.eviction.recompute_doubling_blocks, 1,
+          1u << 20);
+
   v.Text("disk.path", c.engine.disk.file.path);
   v.Bytes("disk.bytes", c.engine.disk.file.bytes, 0, 64 * kTiB);
   v.Bytes("disk.segment_bytes", c.engine.disk.log.segment_bytes, 64 * kKiB, 1024 * kMiB);

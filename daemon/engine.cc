@@ -556,6 +556,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const EngineOptions& opti
   QUARRY_RETURN_IF_ERROR(CheckOptions(options));
   BlockStoreOptions store_options;
   store_options.arena = options.arena;
+  store_options.eviction = options.eviction;
   store_options.max_pinned_bytes_per_tenant = options.max_pinned_bytes_per_tenant;
   store_options.max_pins_per_tenant = options.max_pins_per_tenant;
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<BlockStore> store, BlockStore::Create(store_options));

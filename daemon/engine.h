@@ -38,6 +38,7 @@ struct DiskTierOptions {
 
 struct EngineOptions {
   ArenaOptions arena;
+  EvictionOptions eviction;
   DiskTierOptions disk;
   uint32_t max_contexts = 1024;
   uint32_t max_sessions = 256;

@@ -57,6 +57,8 @@ constexpr Figure<BlockStoreStats> kStore[] = {
     {"quarry_store_hits_total", "block look-ups that found one", &BlockStoreStats::hits},
     {"quarry_store_misses_total", "block look-ups that found none", &BlockStoreStats::misses},
     {"quarry_store_evictions_total", "blocks evicted for room", &BlockStoreStats::evictions},
+    {"quarry_store_ghost_hits_total", "blocks that came back soon after s3-fifo had evicted them",
+     &BlockStoreStats::ghost_hits},
     {"quarry_store_refused_total", "reservations refused for lack of room",
      &BlockStoreStats::refused},
     {"quarry_store_digest_failures_total", "blocks lost to a wrong checksum",

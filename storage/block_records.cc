@@ -54,6 +54,7 @@ void BlockRecords::Insert(uint32_t block) {
       Link(block, kNoBlock, &it->second);
     } else {
       Link(block, parent, &records_[parent].first_child);
+      record.depth = records_[parent].depth + 1;
       ++records_[parent].children;
       if (record.held) ++records_[parent].held_children;
     }

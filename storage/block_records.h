@@ -18,6 +18,9 @@ namespace quarry {
 
 inline constexpr uint32_t kNoBlock = ~0u;
 
+// Most policies have one queue, the main one.
+enum class EvictionQueue : uint8_t { kMain, kSmall };
+
 struct BlockRecord {
   BlockState state = BlockState::kEmpty;
   uint32_t generation = 1;
@@ -33,12 +36,20 @@ struct BlockRecord {
   uint32_t first_child = kNoBlock;
   uint32_t next_sibling = kNoBlock, previous_sibling = kNoBlock;
   uint32_t children = 0;
+  // Blocks before it, as far as they were here when it came.
+  uint32_t depth = 0;
 
   // Kept by EvictionOrder.
   uint32_t held_children = 0;
   bool held = true;
   bool in_order = false;
   uint64_t last_used = 0;
+
+  // Kept by EvictionPolicy: lower ranks go first, of equal ones what was used longest ago.
+  uint64_t rank = 0;
+  EvictionQueue queue = EvictionQueue::kMain;
+  uint8_t uses = 0;
+  double load_bytes_per_s = 0;  // of its copy on the disk; 0: there is none
 };
 
 // Not thread-safe.

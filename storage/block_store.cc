@@ -25,7 +25,7 @@ constexpr size_t kMaxPinnedIds = 1 << 16;
 RamBlockStore::RamBlockStore(const BlockStoreOptions& options, std::unique_ptr<Arena> arena)
     : options_(options),
       arena_(std::move(arena)),
-      order_(records_, *arena_),
+      order_(records_, *arena_, EvictionPolicy::Create(options.eviction)),
       pins_({options.max_pinned_bytes_per_tenant, options.max_pins_per_tenant}),
       extent_return_([this](EmptyExtents emptied) {
         arena_->GiveBack(std::move(emptied));
@@ -34,6 +34,13 @@ RamBlockStore::RamBlockStore(const BlockStoreOptions& options, std::unique_ptr<A
       }) {}
 
 absl::StatusOr<std::unique_ptr<BlockStore>> BlockStore::Create(const BlockStoreOptions& options) {
+  const EvictionOptions& eviction = options.eviction;
+  if (eviction.recompute_bytes_per_s == 0 || eviction.recompute_doubling_blocks == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("recompute_bytes_per_s = ", eviction.recompute_bytes_per_s,
+                     ", recompute_doubling_blocks = ", eviction.recompute_doubling_blocks,
+                     ": both must be above 0"));
+  }
   QUARRY_ASSIGN_OR_RETURN(std::unique_ptr<Arena> arena, Arena::Create(options.arena));
   return std::make_unique<RamBlockStore>(options, std::move(arena));
 }
@@ -84,12 +91,13 @@ absl::StatusOr<BlockView> RamBlockStore::PublishDigested(BlockHandle block, Bloc
     *existed = true;
     ++duplicate_publishes_;
     Lease(earlier);
+    order_.Use(earlier);
     return ViewOf(earlier);
   }
   record.key = std::move(key);
   records_.Move(block.slot, BlockState::kPublished);
-  order_.Touch(block.slot);
   records_.Insert(block.slot);
+  order_.Admit(block.slot);
   order_.Update(record.parent);
   ++leased_;  // the caller's lease
   return ViewOf(block.slot);
@@ -117,6 +125,7 @@ absl::StatusOr<BlockView> RamBlockStore::Acquire(std::string_view tenant, const 
   }
   ++hits_;
   Lease(block);
+  order_.Use(block);
   return ViewOf(block);
 }
 
@@ -132,7 +141,6 @@ void RamBlockStore::Lease(uint32_t block) {
   BlockRecord& record = records_.at(block);
   if (record.leases++ == 0 && record.state == BlockState::kPublished) ++leased_;
   order_.Update(block);
-  order_.Touch(block);
 }
 
 absl::StatusOr<KeyedBlock> RamBlockStore::AcquireInRam(std::string_view tenant, const BlockId& id) {
@@ -143,6 +151,12 @@ absl::StatusOr<KeyedBlock> RamBlockStore::AcquireInRam(std::string_view tenant, 
   }
   Lease(block);
   return KeyedBlock{ViewOf(block), records_.at(block).key};
+}
+
+void RamBlockStore::NoteDiskCopy(BlockHandle block, std::optional<double> bytes_per_s) {
+  absl::MutexLock lock(&mutex_);
+  QUARRY_CHECK(records_.IsCurrent(block) && records_.at(block.slot).leases > 0);
+  records_.at(block.slot).load_bytes_per_s = bytes_per_s.value_or(0);
 }
 
 void RamBlockStore::Retain(BlockHandle block) {
@@ -161,7 +175,7 @@ void RamBlockStore::Release(BlockHandle block) {
     if (--record.leases > 0) return;
     if (record.state == BlockState::kPublished) {
       --leased_;
-      order_.Touch(block.slot);
+      order_.LetGo(block.slot);
       order_.Update(block.slot);
       return;
     }
@@ -248,6 +262,7 @@ void RamBlockStore::Retire(uint32_t block, std::vector<FreedSlot>* freed) {
   }
   records_.Move(block, BlockState::kRetiring);
   order_.Update(block);
+  order_.Retire(block);
   order_.Update(parent);
   if (record.leases > 0) {
     --leased_;
@@ -436,6 +451,7 @@ BlockStoreStats RamBlockStore::Stats() const {
   s.hits = hits_;
   s.misses = misses_;
   s.evictions = evictions_;
+  s.ghost_hits = order_.GhostHits();
   s.refused = refused_;
   s.digest_failures = digest_failures_;
   s.duplicate_publishes = duplicate_publishes_;

@@ -20,6 +20,7 @@
 #include "storage/block_key.h"
 #include "storage/block_state.h"
 #include "storage/disk_tier_stats.h"
+#include "storage/eviction_options.h"
 
 namespace quarry {
 
@@ -57,7 +58,7 @@ struct KeyedBlock {
 struct BlockStoreStats {
   uint64_t blocks = 0, published = 0, leased = 0, pinned = 0;
   uint64_t bytes = 0, reserved_bytes = 0;
-  uint64_t hits = 0, misses = 0, evictions = 0, refused = 0;
+  uint64_t hits = 0, misses = 0, evictions = 0, ghost_hits = 0, refused = 0;
   uint64_t digest_failures = 0, duplicate_publishes = 0;
   ArenaStats arena;
   std::optional<DiskTierStats> disk;
@@ -77,6 +78,7 @@ struct BlockInfo {
 
 struct BlockStoreOptions {
   ArenaOptions arena;
+  EvictionOptions eviction;
   uint64_t max_pinned_bytes_per_tenant = 1ull << 30;
   uint32_t max_pins_per_tenant = 4096;
   std::function<absl::Time()> now = absl::Now;  // ends pins; tests inject a clock
@@ -92,12 +94,12 @@ class BlockStore {
   virtual ~BlockStore() = default;
 
   // Sets aside memory for `count` blocks of `bytes` each, evicting unleased, unpinned blocks leaf
-  // first, the least recently used first: blocks of the tenant's own in slots of this size, or
-  // whole extents of others that have not been used for longer. What it sets aside is memory, so
-  // Begin cannot fail. ResourceExhausted (with wanted, capacity, leased and pinned counts) where no
-  // eviction could make enough room: nothing is set aside then and nothing evicted.
-  // Unused reservations go back with Unreserve. Cost: O(log blocks) per block evicted; new extents
-  // are pre-faulted here (up to seconds per GiB).
+  // first, in the order of BlockStoreOptions::eviction: blocks of the tenant's own in slots of this
+  // size, or whole extents of others that have not been used for longer. What it sets aside is
+  // memory, so Begin cannot fail. ResourceExhausted (with wanted, capacity, leased and pinned
+  // counts) where no eviction could make enough room: nothing is set aside then and nothing
+  // evicted. Unused reservations go back with Unreserve. Cost: O(log blocks) per block evicted; new
+  // extents are pre-faulted here (up to seconds per GiB).
   virtual absl::Status Reserve(std::string_view tenant, uint64_t bytes, uint32_t count) = 0;
   virtual void Unreserve(std::string_view tenant, uint64_t bytes, uint32_t count) = 0;
 
@@ -115,13 +117,17 @@ class BlockStore {
   // PUBLISHED blocks only; the lease is the caller's. NotFound = miss (also when full_key, parent,
   // namespace or tenant differ).
   virtual absl::StatusOr<BlockView> Acquire(std::string_view tenant, const BlockKey& key) = 0;
-  // The same by the id alone, for one that is in RAM.
+  // The same by the id alone, for one that is in RAM. Not a use, for the order of eviction, but by
+  // the end of its lease.
   virtual absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) = 0;
   // A block that the disk has, without bringing it into RAM: view.paged has its pages. The lease
   // keeps it on the disk. NotFound = miss; FailedPrecondition: there are no pages of the disk.
   virtual absl::StatusOr<BlockView> AcquirePaged(std::string_view tenant, const BlockKey& key) = 0;
   // Room for pages of such blocks; 0: there are none.
   virtual uint64_t page_bytes() const = 0;
+  // The disk has a copy of the block, read at about this rate; none: it has not. For who weighs
+  // what a miss costs, from the end of the caller's lease on.
+  virtual void NoteDiskCopy(BlockHandle block, std::optional<double> bytes_per_s) = 0;
   // One more lease of a block that the caller has a lease of.
   virtual void Retain(BlockHandle block) = 0;
   // The last lease of a block that is not PUBLISHED frees it.

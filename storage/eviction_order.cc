@@ -3,6 +3,12 @@
 #include "proto/check.h"
 
 namespace quarry {
+namespace {
+
+// The small queue gives way while it has more than one of so many blocks: S3-FIFO's tenth.
+constexpr uint64_t kSmallShare = 10;
+
+}  // namespace
 
 void EvictionOrder::Occupy(TenantName tenant, const ArenaSlot& slot) {
   auto [it, added] = extents_.try_emplace(slot.extent);
@@ -59,6 +65,31 @@ void EvictionOrder::Touch(uint32_t block) {
   extents_.at(record.memory.extent).last_used = tick_;
 }
 
+void EvictionOrder::Admit(uint32_t block) {
+  policy_->Admit(&blocks_.at(block), blocks_.published());
+  CountQueued(block, +1);
+  Touch(block);
+}
+
+void EvictionOrder::Use(uint32_t block) {
+  policy_->Use(&blocks_.at(block));
+  Touch(block);
+}
+
+void EvictionOrder::LetGo(uint32_t block) {
+  policy_->LetGo(&blocks_.at(block));
+  Touch(block);
+}
+
+void EvictionOrder::Retire(uint32_t block) { CountQueued(block, -1); }
+
+void EvictionOrder::CountQueued(uint32_t block, int change) {
+  const BlockRecord& record = blocks_.at(block);
+  ClassUse& of_class = ClassOf(record);
+  of_class.published += static_cast<uint64_t>(change);
+  if (record.queue == EvictionQueue::kSmall) of_class.small += static_cast<uint64_t>(change);
+}
+
 void EvictionOrder::Update(uint32_t block) {
   while (block != kNoBlock) {
     BlockRecord& record = blocks_.at(block);
@@ -69,11 +100,11 @@ void EvictionOrder::Update(uint32_t block) {
     const bool in_order = !held && record.children == 0;
     if (in_order != record.in_order) {
       record.in_order = in_order;
-      const std::pair place(record.last_used, block);
+      const Place place(record.rank, record.last_used, block);
       if (in_order) {
-        of_class.leaves.insert(place);
+        LeavesOf(&of_class, record.queue).insert(place);
       } else {
-        of_class.leaves.erase(place);
+        LeavesOf(&of_class, record.queue).erase(place);
       }
     }
     if (held == record.held) return;
@@ -101,10 +132,26 @@ uint64_t EvictionOrder::EvictableExtentBytesExcept(const SlotClass& slot_class) 
          (it == classes_.end() ? 0 : it->second.evictable_extent_bytes);
 }
 
-std::optional<uint32_t> EvictionOrder::ColdestLeaf(const SlotClass& slot_class) const {
+std::optional<uint32_t> EvictionOrder::NextLeaf(const SlotClass& slot_class) {
   auto it = classes_.find(slot_class);
-  if (it == classes_.end() || it->second.leaves.empty()) return std::nullopt;
-  return it->second.leaves.begin()->second;
+  if (it == classes_.end()) return std::nullopt;
+  ClassUse& of_class = it->second;
+  std::set<Place>& small = LeavesOf(&of_class, EvictionQueue::kSmall);
+  std::set<Place>& main = LeavesOf(&of_class, EvictionQueue::kMain);
+  while (!small.empty() || !main.empty()) {
+    const bool from_small =
+        main.empty() || (!small.empty() && of_class.small * kSmallShare > of_class.published);
+    std::set<Place>& queue = from_small ? small : main;
+    const uint32_t block = std::get<2>(*queue.begin());
+    BlockRecord& record = blocks_.at(block);
+    CountQueued(block, -1);
+    const bool spared = policy_->Spare(&record);
+    CountQueued(block, +1);
+    if (!spared) return block;
+    queue.erase(queue.begin());
+    LeavesOf(&of_class, record.queue).emplace(record.rank, record.last_used, block);
+  }
+  return std::nullopt;
 }
 
 std::optional<uint32_t> EvictionOrder::AnyEvictable(const SlotClass& slot_class) const {

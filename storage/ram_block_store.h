@@ -37,6 +37,7 @@ class RamBlockStore final : public BlockStore {
     return absl::FailedPreconditionError("there is no disk");
   }
   uint64_t page_bytes() const override { return 0; }
+  void NoteDiskCopy(BlockHandle block, std::optional<double> bytes_per_s) override;
   void Retain(BlockHandle block) override;
   void Release(BlockHandle block) override;
   std::optional<BlockPlace> Locate(std::string_view tenant, const BlockKey& key) const override;

@@ -121,10 +121,10 @@ void RamBlockStore::MakeRoom(Reservation* wanted) {
   }
 }
 
-// Our own coldest leaf, unless all of some other extent has not been used for longer.
+// Our own next leaf by the policy, unless all of some other extent has not been used for longer.
 void RamBlockStore::EvictColdest(const SlotClass& slot_class, bool extents_help,
                                  std::vector<FreedSlot>* freed) {
-  std::optional<uint32_t> leaf = order_.ColdestLeaf(slot_class);
+  std::optional<uint32_t> leaf = order_.NextLeaf(slot_class);
   std::optional<uint32_t> extent;
   if (extents_help) extent = order_.ColdestExtentExcept(slot_class);
   const bool take_extent =
@@ -153,6 +153,7 @@ void RamBlockStore::EvictFamily(uint32_t block, std::vector<FreedSlot>* freed) {
     }
     QUARRY_CHECK(record.in_order);  // a leaf, and nothing holds it
     const uint32_t parent = record.parent;
+    order_.NoteEvicted(at);
     Retire(at, freed);
     ++evictions_;
     if (at == block) return;

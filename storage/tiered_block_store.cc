@@ -132,6 +132,7 @@ void TieredBlockStore::Write(std::span<const KeyedBlock> batch) {
   CrashPoint("write.written");
   absl::Status failed;
   for (size_t i = 0; i < batch.size(); ++i) {
+    if (written[i].ok()) NoteDiskCopy(batch[i].view.handle, load_bytes_per_second_);
     // The store looks for itself, retires it, and says so.
     if (absl::IsDataLoss(written[i])) (void)ram_->CopyOut(batch[i].view.handle, 0, {});
     if (absl::IsUnavailable(written[i]) || absl::IsResourceExhausted(written[i])) {
@@ -200,8 +201,11 @@ absl::StatusOr<FlushResult> TieredBlockStore::Flush(
 absl::StatusOr<BlockView> TieredBlockStore::Acquire(std::string_view tenant, const BlockKey& key) {
   absl::StatusOr<BlockView> in_ram = ram_->Acquire(tenant, key);
   if (in_ram.ok()) {
+    const bool on_disk = log_->Touch(tenant, key.id);
+    NoteDiskCopy(in_ram->handle,
+                 on_disk ? std::optional<double>(load_bytes_per_second_) : std::nullopt);
     // What was refused when it came is asked for again.
-    if (!log_->Touch(tenant, key.id)) EnqueueOrCount(*in_ram, key);
+    if (!on_disk) EnqueueOrCount(*in_ram, key);
     return in_ram;
   }
   const std::optional<LoggedBlockInfo> info = log_->Find(tenant, key.id);
@@ -242,6 +246,7 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
     published = digest.status();
   }
   CrashPoint("promote.published");
+  if (published.ok()) NoteDiskCopy(published->handle, load_bytes_per_second_);
   if (!published.ok() || existed) ram_->Release(begun->handle);
   return published;
 }

@@ -68,6 +68,9 @@ class TieredBlockStore final : public BlockStore {
   void Release(BlockHandle block) override {
     PagedBlocks::Has(block) ? paged_.Release(block) : ram_->Release(block);
   }
+  void NoteDiskCopy(BlockHandle block, std::optional<double> bytes_per_s) override {
+    ram_->NoteDiskCopy(block, bytes_per_s);
+  }
   std::optional<BlockPlace> Locate(std::string_view tenant, const BlockKey& key) const override;
   absl::Duration ExpectedLoad(uint64_t bytes) const override;
   absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) override;

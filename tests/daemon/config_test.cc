@@ -72,6 +72,22 @@ TEST(ConfigTest, LimitsOfSpareMemoryAndPinsAreReadAndMayBeZero) {
   EXPECT_THAT(ErrorOf("[engine]\nspare_bytes = \"65TiB\"\n"), HasSubstr("0B\" to \"64TiB"));
 }
 
+TEST(ConfigTest, EvictionIsConfigured) {
+  EXPECT_EQ(DefaultConfig().engine.eviction.kind, EvictionKind::kLru);
+  const auto config = ParseConfig(
+      "[eviction]\npolicy = \"cost\"\nrecompute_bytes_per_s = \"2GiB\"\n"
+      "recompute_doubling_blocks = 64\n",
+      "t");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->engine.eviction.kind, EvictionKind::kCost);
+  EXPECT_EQ(config->engine.eviction.recompute_bytes_per_s, 2ull << 30);
+  EXPECT_EQ(config->engine.eviction.recompute_doubling_blocks, 64u);
+  EXPECT_EQ(ParseConfig("[eviction]\npolicy = \"s3-fifo\"\n", "t")->engine.eviction.kind,
+            EvictionKind::kS3Fifo);
+  EXPECT_THAT(ErrorOf("[eviction]\npolicy = \"fifo\"\n"),
+              HasSubstr("must be \"lru\" or \"s3-fifo\" or \"cost\""));
+}
+
 TEST(ConfigTest, AuditsAreConfigured) {
   const auto config =
       ParseConfig("[audit]\nfraction = 0.1\nthreads = 2\nqueue = 5\ndrift_factor = 3\n", "t");

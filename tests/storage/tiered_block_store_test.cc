@@ -33,6 +33,7 @@ class TieredBlockStoreTest : public ::testing::Test {
     options.arena.capacity_bytes = 16 * kBlock;
     options.arena.extent_bytes = 4 * kBlock;
     options.arena.spare_bytes = 0;
+    options.eviction = eviction_;
     options.arena.huge_pages = ArenaOptions::HugePages::kNever;
     auto ram = BlockStore::Create(options);
     ASSERT_TRUE(ram.ok()) << ram.status();
@@ -82,6 +83,7 @@ class TieredBlockStoreTest : public ::testing::Test {
 
   std::unique_ptr<SimulatedDisk> disk_ = std::make_unique<SimulatedDisk>(
       testing::SimulatedDiskOptions{.bytes = LogBytes(60, 512 << 10)});
+  EvictionOptions eviction_;
   testing::DiskHooks hooks_;
   std::unique_ptr<TieredBlockStore> store_;
 };
@@ -173,6 +175,30 @@ TEST_F(TieredBlockStoreTest, WhatWasRefusedIsWrittenWhenItIsAskedForAgain) {
     EXPECT_TRUE(Has(1));
     return store_->Stats().disk->log.blocks == 1;
   }));
+}
+
+TEST_F(TieredBlockStoreTest, ByCostWhatTheDiskLacksStaysInRam) {
+  eviction_ = {.kind = EvictionKind::kCost, .recompute_bytes_per_s = 1 << 10};
+  Open();
+  disk_->Schedule({Fault::kError, disk_->operations()});
+  ASSERT_TRUE(Put(0).ok());
+  AwaitWritten();
+  ASSERT_TRUE(Eventually([&] { return !store_->Stats().disk->refuses; }));
+  for (uint32_t i = 1; i < 20; ++i) {
+    ASSERT_TRUE(Put(i).ok()) << i;
+    AwaitWritten();
+  }
+  const auto in_ram = [&](uint32_t i) { return store_->Locate("t", KeyOf(i))->in_ram; };
+  EXPECT_TRUE(in_ram(0));
+  EXPECT_FALSE(in_ram(1));
+  // What came from there is as cheap to have again.
+  ASSERT_TRUE(Has(1));
+  for (uint32_t i = 20; i < 40; ++i) {
+    ASSERT_TRUE(Put(i).ok()) << i;
+    AwaitWritten();
+  }
+  EXPECT_TRUE(in_ram(0));
+  EXPECT_FALSE(in_ram(1));
 }
 
 TEST_F(TieredBlockStoreTest, AFlushSaysWhatIsDurableAndSeesToTheRest) {

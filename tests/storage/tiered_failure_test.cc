@@ -70,6 +70,9 @@ class RefusingStore final : public BlockStore {
   uint64_t page_bytes() const override { return store_->page_bytes(); }
   void Retain(BlockHandle block) override { store_->Retain(block); }
   void Release(BlockHandle block) override { store_->Release(block); }
+  void NoteDiskCopy(BlockHandle block, std::optional<double> bytes_per_s) override {
+    store_->NoteDiskCopy(block, bytes_per_s);
+  }
   absl::StatusOr<KeyedBlock> AcquireInRam(std::string_view tenant, const BlockId& id) override {
     return store_->AcquireInRam(tenant, id);
   }
