@@ -44,7 +44,7 @@ class EvictionOrder {
   void Use(uint32_t block);
   void LetGo(uint32_t block);
   void Retire(uint32_t block);
-  // It is about to be retired for room. In any state.
+  // It goes for room: to be said before Retire.
   void NoteEvicted(uint32_t block) { policy_->Evicted(blocks_.at(block)); }
   // After any change of the block's state, leases, pins or children. O(log n), and once more for
   // each ancestor that becomes held or free by it.

@@ -242,11 +242,11 @@ absl::StatusOr<BlockView> TieredBlockStore::Promote(std::string_view tenant, con
     if (now.has_value() && now->born == info.born) {
       published = ram_->Publish(begun->handle, key, *digest, &existed);
     }
+    if (published.ok()) NoteDiskCopy(published->handle, load_bytes_per_second_);
   } else {
     published = digest.status();
   }
   CrashPoint("promote.published");
-  if (published.ok()) NoteDiskCopy(published->handle, load_bytes_per_second_);
   if (!published.ok() || existed) ram_->Release(begun->handle);
   return published;
 }

@@ -188,7 +188,10 @@ TEST_F(TieredBlockStoreTest, ByCostWhatTheDiskLacksStaysInRam) {
     ASSERT_TRUE(Put(i).ok()) << i;
     AwaitWritten();
   }
-  const auto in_ram = [&](uint32_t i) { return store_->Locate("t", KeyOf(i))->in_ram; };
+  const auto in_ram = [&](uint32_t i) {
+    const auto place = store_->Locate("t", KeyOf(i));
+    return place.has_value() && place->in_ram;
+  };
   EXPECT_TRUE(in_ram(0));
   EXPECT_FALSE(in_ram(1));
   // What came from there is as cheap to have again.
