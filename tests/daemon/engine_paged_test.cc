@@ -1,5 +1,6 @@
 // Contexts that are larger than RAM: their blocks are used on the disk, by the pages that attention
 // reads.
+#include <stdlib.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -35,11 +36,12 @@ class EnginePagedTest : public EngineTest {
   }
   std::string disk() const { return directory_ / "kv.quarry"; }
 
-  static EngineOptions Options() {
+  EngineOptions Options() const {
     EngineOptions options = ClusterOptions(kRunTokens, kFirst);
     options.disk.file.bytes = 128 << 20;
     options.disk.log.segment_bytes = 4 << 20;
     options.disk.indexes.look_every = absl::Milliseconds(50);
+    options.disk.log.key.environment = key_;
     return options;
   }
   // Ends the engine before.
@@ -107,6 +109,7 @@ class EnginePagedTest : public EngineTest {
   const KvData data_{PagedShape(), kTokens, SteadySeed()};
   std::vector<std::vector<float>> in_ram_;  // answers: exact of both layers, within an error
   std::filesystem::path directory_;
+  std::string key_;  // of an encrypted disk
 };
 
 TEST_F(EnginePagedTest, AnswersAreThoseOfOneInRam) {
@@ -133,6 +136,22 @@ TEST_F(EnginePagedTest, AnswersAreThoseOfOneInRam) {
       << "an exact answer reads everything";
   EXPECT_LE(Pages().bytes, kPagesBytes);
   EXPECT_EQ(Pages().failures, 0u);
+}
+
+// Each sector is a message of its own there, whose tag is checked.
+TEST_F(EnginePagedTest, AnEncryptedDiskIsReadInPiecesToo) {
+  setenv("QUARRY_TEST_DISK_KEY", std::string(64, '7').c_str(), 1);
+  key_ = "QUARRY_TEST_DISK_KEY";
+  Fill();
+  StartSmall();
+  const ContextId context = OpenPaged();
+  WaitFor([](const EngineStats& s) { return s.index.loaded_layers == 2 * 5; });
+  for (uint32_t l = 0; l < 2; ++l) {
+    EXPECT_EQ(Ask(context, l, kRange, kWithinError)->o, in_ram_[2 + l]) << l;
+    EXPECT_EQ(Ask(context, l)->o, in_ram_[l]) << l;
+  }
+  EXPECT_GT(Pages().reads, 0u);
+  EXPECT_GT(Pages().once, 0u);
 }
 
 TEST_F(EnginePagedTest, WhatIsAskedAgainIsInRam) {

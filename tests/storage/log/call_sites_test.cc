@@ -275,10 +275,10 @@ std::map<const void*, std::string> LinesOf(const std::set<const void*>& addresse
 std::set<std::pair<std::string, int>> CallsInSources() {
   constexpr std::string_view kCalls[] = {
       // and not their declarations
-      "->Read(",           "->Write(",        "->Sync(",       "->Discard(",    "ReadBlock(s",
-      "->ReadMany(",       "ReadFrames(log_", "ReadRuns(log_", "ReadSectors(d", "ReadEachSector(d",
-      "ReadFooter(d",      "WriteFooter(d",   "ReadPurge(d",   "ReadNote(d",    "WriteNote(d",
-      "WriteEmptyNotes(d", "WriteNoKeys(d"};
+      "->Read(",          "->Write(",     "->Sync(",           "->Discard(",
+      "ReadBlock(s",      "->ReadMany(",  "ReadFrames(log_",   "ReadSectors(d",
+      "ReadEachSector(d", "ReadFooter(d", "WriteFooter(d",     "ReadPurge(d",
+      "ReadNote(d",       "WriteNote(d",  "WriteEmptyNotes(d", "WriteNoKeys(d"};
   std::set<std::pair<std::string, int>> out;
   for (const auto& file : std::filesystem::directory_iterator(QUARRY_SOURCE_DIR "/storage/log")) {
     if (file.path().extension() != ".cc") continue;
