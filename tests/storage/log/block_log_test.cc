@@ -48,6 +48,34 @@ class BlockLogTest : public ::testing::Test {
     Open(std::move(disk));
   }
 
+  // Sectors [first, first + count) of the block. Foreign bytes are a failure whatever the status.
+  static absl::Status ReadSectors(LoggedBlockReader& reader, const OwnedBlock& block,
+                                  std::vector<std::pair<uint64_t, uint64_t>> stretches) {
+    std::vector<AlignedBuffer> outs;
+    std::vector<PieceToRead> pieces;
+    for (const auto& [first, count] : stretches) {
+      pieces.push_back({first * kSectorBytes, outs.emplace_back(count * kSectorBytes).bytes()});
+    }
+    absl::Status read = reader.Read(pieces);
+    if (!read.ok()) return read;
+    const AlignedBuffer want = block.Make();
+    for (const PieceToRead& piece : pieces) {
+      EXPECT_EQ(std::memcmp(piece.out.data(), want.bytes().data() + piece.offset, piece.out.size()),
+                0)
+          << "foreign bytes at " << piece.offset;
+    }
+    return read;
+  }
+  // Where a sector of a block's bytes lies on the disk.
+  uint64_t Place(const OwnedBlock& block, uint64_t sector) {
+    const uint64_t word = block.WordAt(sector * kSectorBytes);
+    for (uint64_t at = 0; at < disk_->bytes(); at += kSectorBytes) {
+      if (std::memcmp(disk_->Peek(at, 8).data(), &word, 8) == 0) return at;
+    }
+    ADD_FAILURE() << "sector " << sector << " is not on the disk";
+    return 0;
+  }
+
   SimulatedDisk* disk_ = nullptr;
   std::function<bool(const ReclaimCandidate&)> keep_;
   std::unique_ptr<BlockLog> log_;
@@ -219,6 +247,29 @@ TEST_F(BlockLogTest, ABrokenBlockIsAMissAndTheOthersStay) {
   EXPECT_EQ(*ReadVersion(*log_, {0, 0}), 1u);
   EXPECT_EQ(*ReadVersion(*log_, {0, 2}), 1u);
   EXPECT_EQ(log_->Stats().broken_blocks, 1u);
+}
+
+TEST_F(BlockLogTest, AFlippedBitOfAnySectorIsFoundWhereThatIsRead) {
+  Make(20);
+  std::mt19937_64 random(Seed());
+  constexpr uint64_t kSectors = 30;  // in four parts, the last sector not full
+  for (uint32_t i = 0; i < 40; ++i) {
+    const OwnedBlock block{0, i, 1, kSectors * kSectorBytes - 100};
+    ASSERT_TRUE(AppendOne(*log_, block).ok());
+    const auto reader = log_->OpenBlock(block.tenant_name(), block.key());
+    ASSERT_TRUE(reader.ok());
+    const uint64_t sector = i < kSectors ? i : random() % kSectors;
+    disk_->FlipBit(8 * Place(block, sector) + random() % (8 * kSectorBytes));
+    for (uint64_t s = 0; s < kSectors; ++s) {
+      if (s == sector) continue;
+      ASSERT_TRUE(ReadSectors(**reader, block, {{s, 1}}).ok());
+    }
+    const absl::Status read = ReadSectors(**reader, block, {{0, kSectors}});
+    EXPECT_TRUE(absl::IsDataLoss(read)) << read;
+    EXPECT_TRUE(absl::IsNotFound(ReadSectors(**reader, block, {{(sector + 1) % kSectors, 1}})));
+    EXPECT_FALSE(log_->Find("tenant-0", block.key().id).has_value());
+    EXPECT_EQ(log_->Stats().broken_blocks, i + 1);
+  }
 }
 
 TEST_F(BlockLogTest, AFailedSyncIsNotTriedAgainAndItsSegmentIsLeft) {
