@@ -116,7 +116,8 @@ class Engine {
   virtual void EndSession(SessionId session) = 0;
 
   // Finds and leases the longest cached prefix of request.tokens and reserves blocks for the
-  // rest of max_tokens.
+  // rest of max_tokens. What of the prefix RAM has no room for is used on the disk, if there is
+  // room for pages of it (DiskTierOptions::page_bytes).
   // - Whole blocks only, and at least one token is left to compute (its logits are wanted):
   //   reused_tokens <= tokens.size() - 1.
   // - At each block the accepted recipes are tried in order (none given: recipe alone).
@@ -156,8 +157,8 @@ class Engine {
   // The first read of a reused block checks its digest; DataLoss retires the block: open again.
   virtual absl::Status Read(SessionId, ContextId, uint32_t layer, TokenRange range,
                             std::span<std::byte> k, std::span<std::byte> v) = 0;
-  // Leases end with ReleaseLease or the session. FailedPrecondition: the block is not published, or
-  // is reused from another position (its bytes are of there).
+  // Leases end with ReleaseLease or the session. FailedPrecondition: the block is not published, is
+  // reused from another position (its bytes are of there), or is used on the disk.
   virtual absl::StatusOr<BlockLease> LeaseContextBlock(SessionId, ContextId, uint32_t block) = 0;
   virtual absl::StatusOr<BlockLease> LeaseEngineBlock(SessionId, std::string_view engine_namespace,
                                                       std::string_view key) = 0;
@@ -197,8 +198,10 @@ class Engine {
   // share blocks, layer and KV head are scanned in one pass.
   // Row statuses: InvalidArgument (heads not whole groups, range beyond the stored tokens of the
   // layer and heads, NaN or infinity in q, k or v), FailedPrecondition (token_position is not the
-  // next one), NotFound (context), ResourceExhausted (queue full), Cancelled (session ended).
-  // A row that fails stores no token, unless its status is Cancelled.
+  // next one), NotFound (context), ResourceExhausted (queue full), Cancelled (session ended). Rows
+  // over blocks that are used on the disk also NotFound (a block was purged), DataLoss (it is not
+  // what was written) and Unavailable (the disk).
+  // A row that fails stores no token, unless its status is Cancelled or it reads the disk.
   virtual void Attend(SessionId, std::span<const AttendRow> rows, std::span<AttendAnswer> answers,
                       std::function<void()> done) = 0;
   // Does one task of the attends in flight, whoever's (task_tokens of one KV head), if there is
