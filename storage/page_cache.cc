@@ -198,16 +198,15 @@ absl::Status PagedBlock::Read(std::span<const uint32_t> pages, std::vector<Align
           stays ? Page{frames[i], 1, State::kThere} : Page{PageCache::kNoFrame, 0, State::kAbsent};
     }
   }
+  read_.SignalAll();
   // Held meanwhile: it cannot go before the cache knows whose it is.
   read.ok() ? cache_->Fill(this, pages, frames) : cache_->Free(frames);
   return read;
 }
 
 void PagedBlock::AwaitRead(uint32_t page) {
-  const auto read = [this, page]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
-    return pages_[page].state != State::kReading;
-  };
-  absl::ReaderMutexLock lock(&mutex_, absl::Condition(&read));
+  absl::MutexLock lock(&mutex_);
+  while (pages_[page].state == State::kReading) read_.Wait(&mutex_);
 }
 
 void PagedBlock::Release(std::span<const Found> found) {

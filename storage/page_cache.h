@@ -123,6 +123,7 @@ class PagedBlock {
   const std::unique_ptr<LoggedBlockReader> reader_;
   std::atomic<bool> lost_{false};
   mutable absl::Mutex mutex_;  // never held while the disk is waited for
+  absl::CondVar read_;         // pages are no longer being read
   std::vector<Page> pages_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -202,13 +203,13 @@ TEST_F(EnginePagedTest, NeitherTheCallerNorWhoHelpsReadsTheDisk) {
   ASSERT_OK(fork.status());
   const auto answered_by = [&](ContextId context, TokenRange range) {
     OwnedRow row(PagedShape(), context, 0, range, SteadySeed());
-    absl::Notification done;
+    std::atomic<bool> done{false};
     std::thread::id thread;
     engine_->Attend(session_, {&row.row, 1}, {&row.answer, 1}, [&] {
       thread = std::this_thread::get_id();
-      done.Notify();
+      done = true;
     });
-    while (!done.HasBeenNotified()) engine_->Work();
+    while (!done) engine_->Work();
     EXPECT_OK(row.answer.status);
     return thread;
   };
