@@ -142,6 +142,21 @@ TEST_F(LogOutageTest, APurgeThatCannotBeReadBringsNothingBack) {
   }
 }
 
+// The same of a segment that was full, whose note no start has written again.
+TEST_F(LogOutageTest, APurgeInAFullSegmentThatCannotBeReadIsNoted) {
+  Make(12);
+  AppendAll(0, 0, 3);
+  Open();
+  ASSERT_TRUE(PurgeOne(0, 1).ok());
+  AppendAll(1, 0, 12);  // in that segment, to its end, and beyond
+  FailReads(kFirst + kSegment, kFirst + 2 * kSegment);
+  Open();
+  hooks_ = {};
+  EXPECT_EQ(log_->Stats().condemned_segments, 1u);
+  EXPECT_FALSE(Has(0, 1)) << "purged";
+  EXPECT_TRUE(Has(1, 11)) << "behind it";
+}
+
 // What is found in spite of it is like any other block: it is moved when its segment is wanted.
 TEST_F(LogOutageTest, WhatNoUnreadPurgeMeansIsMovedOn) {
   keep_ = [](const ReclaimCandidate& block) { return block.tenant == "tenant-0"; };
