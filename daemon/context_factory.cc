@@ -1,7 +1,6 @@
 #include "daemon/context_factory.h"
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -71,22 +70,20 @@ absl::Status BeginBlocks(const ContextServices& services, const PrivateBlocks& w
 absl::Status CopyTokens(const KvShape& shape, const HeldBlock& from, uint32_t tokens,
                         const Rotation* turn, HeldBlock* to) {
   const size_t bytes = tokens * shape.vector_bytes();
+  std::vector<WantedBytes> strips;
+  std::vector<std::byte*> keys;
   for (uint32_t layer = 0; layer < shape.layers; ++layer) {
     for (const KvPart part : {KvPart::kKey, KvPart::kValue}) {
       for (uint32_t h = 0; h < shape.kv_heads; ++h) {
         const uint64_t strip = shape.strip_offset(layer, part, h);
-        std::byte* const copy = to->writable() + strip;
-        if (from.paged() != nullptr) {
-          const WantedBytes wanted{strip, {copy, bytes}};
-          QUARRY_RETURN_IF_ERROR(from.paged()->CopyOnce({&wanted, 1}));
-        } else {
-          std::memcpy(copy, from.data() + strip, bytes);
-        }
-        if (part != KvPart::kKey || turn == nullptr) continue;
-        turn->TurnStoredKeys(copy, tokens, shape.head_dim, shape.dtype);
+        strips.push_back({strip, {to->writable() + strip, bytes}});
+        if (part == KvPart::kKey) keys.push_back(to->writable() + strip);
       }
     }
   }
+  QUARRY_RETURN_IF_ERROR(from.CopyOnce(strips));
+  if (turn == nullptr) return absl::OkStatus();
+  for (std::byte* const key : keys) turn->TurnStoredKeys(key, tokens, shape.head_dim, shape.dtype);
   return absl::OkStatus();
 }
 

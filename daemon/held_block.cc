@@ -1,5 +1,6 @@
 #include "daemon/held_block.h"
 
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -56,6 +57,24 @@ absl::Status HeldBlock::Verify() {
   const absl::Status status = store_.CopyOut(handle_, 0, {});
   if (status.ok()) verified_.store(true, std::memory_order_release);
   return status;
+}
+
+void HeldBlock::CopyFromMemory(std::span<const WantedBytes> wanted) const {
+  for (const WantedBytes& one : wanted) {
+    std::memcpy(one.out.data(), data() + one.offset, one.out.size());
+  }
+}
+
+absl::Status HeldBlock::Copy(std::span<const WantedBytes> wanted) const {
+  if (paged_ != nullptr) return paged_->Copy(wanted);
+  CopyFromMemory(wanted);
+  return absl::OkStatus();
+}
+
+absl::Status HeldBlock::CopyOnce(std::span<const WantedBytes> wanted) const {
+  if (paged_ != nullptr) return paged_->CopyOnce(wanted);
+  CopyFromMemory(wanted);
+  return absl::OkStatus();
 }
 
 }  // namespace quarry

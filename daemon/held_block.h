@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
@@ -52,6 +53,9 @@ class HeldBlock {
     QUARRY_CHECK(paged_ == nullptr);
     return memory_.data;
   }
+  // Bytes at rising offsets, from memory or from the disk: as PagedBlock's of these names.
+  absl::Status Copy(std::span<const WantedBytes> wanted) const;
+  absl::Status CopyOnce(std::span<const WantedBytes> wanted) const;
   // On the disk, read in pieces; null: all of it is in memory.
   PagedBlock* paged() const { return paged_; }
   // Tells blocks apart: contexts that share one share its memory, or its place on the disk.
@@ -72,6 +76,8 @@ class HeldBlock {
   const ByteDigest& digest() const { return digest_; }
 
  private:
+  void CopyFromMemory(std::span<const WantedBytes> wanted) const;
+
   BlockStore& store_;
   const BlockHandle handle_;
   const ArenaSlot memory_;

@@ -1,11 +1,9 @@
 #include "daemon/kv_segments.h"
 
-#include <cstring>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "storage/page_cache.h"
-#include "storage/slot_size.h"
 
 namespace quarry {
 
@@ -24,13 +22,7 @@ bool KvSegments::Fetch(std::span<const uint32_t> tokens, std::byte* k, std::byte
       }
     }
     i = end;
-    if (block.paged() != nullptr) {
-      if (!Note(block, block.paged()->Copy(rows))) return false;
-      continue;
-    }
-    for (const WantedBytes& row : rows) {
-      std::memcpy(row.out.data(), block.data() + row.offset, row.out.size());
-    }
+    if (!Note(block, block.Copy(rows))) return false;
   }
   return true;
 }
@@ -40,18 +32,16 @@ const KvView* KvSegments::Whole() {
   if (!whole_segments_.empty()) return &whole_;
   if (!status_.ok()) return nullptr;
   // Whole pages of each paged block's rows: they come right to where they are read.
-  const auto pages = [&](uint64_t offset, uint64_t bytes) {
-    const uint64_t lo = offset / kPageBytes * kPageBytes;
-    return std::pair(lo, RoundUp(offset + bytes, kPageBytes) - lo);
+  const auto first_row = [&](const KvSegment& segment, uint64_t strip) {
+    return strip + segment.tokens.lo % kBlockTokens * row_bytes_;
   };
-  const auto place = [&](const KvSegment& segment, uint64_t strip) {
-    return pages(strip + segment.tokens.lo % kBlockTokens * row_bytes_,
-                 segment.tokens.size() * row_bytes_);
+  const auto pages = [&](const KvSegment& segment, uint64_t strip) {
+    return PagesAround(first_row(segment, strip), segment.tokens.size() * row_bytes_);
   };
   uint64_t bytes = 0;
   for (const KvSegment& segment : segments_) {
     if (segment.k != nullptr) continue;
-    bytes += place(segment, k_offset_).second + place(segment, v_offset_).second;
+    bytes += pages(segment, k_offset_).bytes + pages(segment, v_offset_).bytes;
   }
   strips_ = AlignedBuffer(bytes);
   std::byte* next = strips_.bytes().data();
@@ -61,11 +51,10 @@ const KvView* KvSegments::Whole() {
     WantedBytes wanted[2];
     for (int part = 0; part < 2; ++part) {
       const uint64_t strip = part == 0 ? k_offset_ : v_offset_;
-      const auto [offset, size] = place(segment, strip);
-      const uint64_t row = strip + segment.tokens.lo % kBlockTokens * row_bytes_;
-      (part == 0 ? segment.k : segment.v) = next + (row - offset);
-      wanted[part] = {offset, {next, size}};
-      next += size;
+      const PageStretch stretch = pages(segment, strip);
+      (part == 0 ? segment.k : segment.v) = next + (first_row(segment, strip) - stretch.offset);
+      wanted[part] = {stretch.offset, {next, stretch.bytes}};
+      next += stretch.bytes;
     }
     const HeldBlock& block = *blocks_[segment.tokens.lo / kBlockTokens - first_block_];
     if (!Note(block, block.paged()->CopyOnce(wanted))) return nullptr;

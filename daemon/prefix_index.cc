@@ -105,9 +105,11 @@ PrefixMatch PrefixIndex::FindAndLease(std::string_view tenant, const OpenRequest
       }
       load_bytes += bytes;
     }
-    absl::StatusOr<BlockView> view =
-        paged ? store_.AcquirePaged(tenant, key) : store_.Acquire(tenant, key);
-    if (!view.ok()) view = paged ? store_.Acquire(tenant, key) : store_.AcquirePaged(tenant, key);
+    const auto acquire = [&](bool on_disk) {
+      return on_disk ? store_.AcquirePaged(tenant, key) : store_.Acquire(tenant, key);
+    };
+    absl::StatusOr<BlockView> view = acquire(paged);
+    if (!view.ok()) view = acquire(!paged);
     if (!view.ok()) return false;
     match.blocks.push_back(std::make_shared<HeldBlock>(store_, *view, origin));
     match.dense &= origin.dense;

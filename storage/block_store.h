@@ -144,8 +144,8 @@ class BlockStore {
 
   // Copies bytes [offset, offset + out.size()) and checks the digest of the whole block in the same
   // pass. DataLoss: the block is retired, counted and logged (id, place, both digests); the caller
-  // treats it as a miss and does not use `out`. Of a paged block only the sectors that are read are
-  // checked; NotFound, Unavailable: as LoggedBlockReader::Read.
+  // treats it as a miss and does not use `out`. Not of paged blocks: their views have what reads
+  // them.
   virtual absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) = 0;
 
   // A pin is retention: named, owned by a tenant, of published blocks of that tenant, until

@@ -9,7 +9,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/check.h"
-#include "storage/slot_size.h"
 
 namespace quarry {
 namespace {
@@ -261,13 +260,11 @@ absl::Status PagedBlock::CopyOnce(std::span<const WantedBytes> wanted) {
   std::vector<AlignedBuffer> memory;
   std::vector<PieceToRead> pieces;
   for (const WantedBytes& one : wanted) {
-    const uint64_t lo = one.offset / kPageBytes * kPageBytes;
-    const uint64_t hi = RoundUp(one.offset + one.out.size(), kPageBytes);
     QUARRY_CHECK(one.offset + one.out.size() <= bytes());
-    const bool straight =
-        one.out.size() == hi - lo && reinterpret_cast<uintptr_t>(one.out.data()) % kPageBytes == 0;
-    pieces.push_back(
-        {lo, straight ? one.out : memory.emplace_back(hi - lo).bytes().first(hi - lo)});
+    const PageStretch pages = PagesAround(one.offset, one.out.size());
+    const bool straight = one.out.size() == pages.bytes &&
+                          reinterpret_cast<uintptr_t>(one.out.data()) % kPageBytes == 0;
+    pieces.push_back({pages.offset, straight ? one.out : memory.emplace_back(pages.bytes).bytes()});
   }
   absl::Status read = ReadChecked(pieces);
   for (const PieceToRead& piece : pieces) {

@@ -16,6 +16,7 @@
 #include "storage/disk/disk.h"
 #include "storage/disk_tier_stats.h"
 #include "storage/log/block_log.h"
+#include "storage/slot_size.h"
 
 namespace quarry {
 
@@ -26,6 +27,16 @@ struct WantedBytes {
   uint64_t offset = 0;
   std::span<std::byte> out;
 };
+
+// Whole pages.
+struct PageStretch {
+  uint64_t offset = 0, bytes = 0;
+};
+// Those that hold so many bytes.
+constexpr PageStretch PagesAround(uint64_t offset, uint64_t bytes) {
+  const uint64_t lo = offset / kPageBytes * kPageBytes;
+  return {lo, RoundUp(offset + bytes, kPageBytes) - lo};
+}
 
 class PagedBlock;
 

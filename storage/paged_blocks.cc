@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
 #include "proto/check.h"
 #include "proto/status_macros.h"
 
@@ -89,14 +88,6 @@ bool PagedBlocks::Stands(BlockHandle block) const {
   absl::ReaderMutexLock lock(&mutex_);
   const Entry* const entry = At(block);
   return entry != nullptr && !entry->purged && !entry->block->lost();
-}
-
-absl::StatusOr<PagedBlock*> PagedBlocks::Find(BlockHandle block) const {
-  absl::ReaderMutexLock lock(&mutex_);
-  const Entry* const entry = At(block);
-  if (entry != nullptr) return entry->block.get();
-  return absl::FailedPreconditionError(absl::StrCat(
-      "stale handle of paged block ", block.slot & ~kPagedSlot, ", generation ", block.generation));
 }
 
 void PagedBlocks::Purge(std::string_view tenant, const std::optional<NamespaceDigest>& name_space,

@@ -36,8 +36,6 @@ class PagedBlocks {
   void Release(BlockHandle block);
   // Neither purged nor lost by the disk; false of a stale handle.
   bool Stands(BlockHandle block) const;
-  // FailedPrecondition: a stale handle.
-  absl::StatusOr<PagedBlock*> Find(BlockHandle block) const;
   // As BlockStore::Purge: who uses them keeps the pages that are held, and gets no others.
   void Purge(std::string_view tenant, const std::optional<NamespaceDigest>& name_space,
              std::span<const BlockId> blocks);

@@ -272,14 +272,6 @@ absl::StatusOr<BlockView> TieredBlockStore::AcquirePaged(std::string_view tenant
       "block ", key.id.Hex(), " is not used on the disk: ", std::string(view.status().message())));
 }
 
-absl::Status TieredBlockStore::CopyOut(BlockHandle block, uint64_t offset,
-                                       std::span<std::byte> out) {
-  if (!PagedBlocks::Has(block)) return ram_->CopyOut(block, offset, out);
-  QUARRY_ASSIGN_OR_RETURN(PagedBlock* const paged, paged_.Find(block));
-  const WantedBytes wanted{offset, out};
-  return paged->CopyOnce({&wanted, 1});
-}
-
 std::optional<BlockPlace> TieredBlockStore::Locate(std::string_view tenant,
                                                    const BlockKey& key) const {
   if (const auto in_ram = ram_->Locate(tenant, key); in_ram.has_value()) return in_ram;

@@ -73,7 +73,9 @@ class TieredBlockStore final : public BlockStore {
   }
   std::optional<BlockPlace> Locate(std::string_view tenant, const BlockKey& key) const override;
   absl::Duration ExpectedLoad(uint64_t bytes) const override;
-  absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) override;
+  absl::Status CopyOut(BlockHandle block, uint64_t offset, std::span<std::byte> out) override {
+    return ram_->CopyOut(block, offset, out);
+  }
   absl::Status Pin(std::string_view tenant, std::string_view name, std::span<const BlockId> blocks,
                    absl::Time expires) override {
     return ram_->Pin(tenant, name, blocks, expires);

@@ -1,6 +1,5 @@
 // How blocks are held, and read in pieces.
 #include <algorithm>
-#include <map>
 #include <utility>
 
 #include "absl/strings/str_cat.h"

@@ -1,12 +1,10 @@
 // Indexes of runs outlive the daemon where there is a disk.
-#include <unistd.h>
-
 #include <filesystem>
 #include <fstream>
 #include <functional>
 
 #include "proto/identity.h"
-#include "tests/daemon/engine_fixture.h"
+#include "tests/daemon/disk_fixture.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -20,27 +18,12 @@ constexpr uint64_t kIndexes = uint64_t{kLayers} * 2 * kRuns;  // of a layer and 
 
 KvShape ArchivedShape() { return {.layers = kLayers, .heads = 4, .kv_heads = 2, .head_dim = 64}; }
 
-class EngineArchiveTest : public EngineTest {
+class EngineArchiveTest : public EngineDiskTest {
  protected:
-  void SetUp() override {
-    directory_ =
-        std::filesystem::temp_directory_path() / ("quarry-archive-" + std::to_string(getpid()));
-    std::filesystem::create_directories(directory_);
-  }
-  void TearDown() override {
-    engine_ = nullptr;
-    std::filesystem::remove_all(directory_);
-  }
-  std::string disk() const { return directory_ / "kv.quarry"; }
-
   // Ends the engine before; there is one with its disk then.
   void Restart(const std::function<void(EngineOptions&)>& change = {}) {
     engine_ = nullptr;
-    EngineOptions options = ClusterOptions(kRunTokens, kFirst);
-    options.disk.file.path = disk();
-    options.disk.file.bytes = 128 << 20;
-    options.disk.log.segment_bytes = 4 << 20;
-    options.disk.indexes.look_every = absl::Milliseconds(50);
+    EngineOptions options = DiskOptions(kRunTokens, kFirst);
     if (change) change(options);
     Start(options);
   }
@@ -58,7 +41,6 @@ class EngineArchiveTest : public EngineTest {
   static bool Indexed(const OwnedRow& row) { return row.answer.error_estimate > 0; }
 
   const KvData data_{ArchivedShape(), kTokens, SteadySeed()};
-  std::filesystem::path directory_;
 };
 
 TEST_F(EngineArchiveTest, ARestartFindsTheIndexesAndAnswersAsBefore) {

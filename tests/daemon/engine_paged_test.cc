@@ -1,7 +1,6 @@
 // Contexts that are larger than RAM: their blocks are used on the disk, by the pages that attention
 // reads.
 #include <stdlib.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <filesystem>
@@ -9,7 +8,7 @@
 #include <functional>
 #include <thread>
 
-#include "tests/daemon/engine_fixture.h"
+#include "tests/daemon/disk_fixture.h"
 #include "tests/support/seed.h"
 
 namespace quarry {
@@ -24,38 +23,21 @@ constexpr uint64_t kTokenBytes = 2 * 2 * 2 * 64 * 2;  // 256 KiB a block
 constexpr uint64_t kArenaBytes = 4ull << 20, kPagesBytes = 1ull << 20;
 static_assert(kTokens * kTokenBytes > 2 * (kArenaBytes + kPagesBytes));
 
-class EnginePagedTest : public EngineTest {
+class EnginePagedTest : public EngineDiskTest {
  protected:
-  void SetUp() override {
-    directory_ =
-        std::filesystem::temp_directory_path() / ("quarry-paged-" + std::to_string(getpid()));
-    std::filesystem::create_directories(directory_);
-  }
-  void TearDown() override {
-    engine_ = nullptr;
-    std::filesystem::remove_all(directory_);
-  }
-  std::string disk() const { return directory_ / "kv.quarry"; }
-
   EngineOptions Options() const {
-    EngineOptions options = ClusterOptions(kRunTokens, kFirst);
-    options.disk.file.bytes = 128 << 20;
-    options.disk.log.segment_bytes = 4 << 20;
-    options.disk.indexes.look_every = absl::Milliseconds(50);
+    EngineOptions options = DiskOptions(kRunTokens, kFirst);
     options.disk.log.key.environment = key_;
     return options;
   }
   // Ends the engine before.
   void StartLarge() {
     engine_ = nullptr;
-    EngineOptions options = Options();
-    options.disk.file.path = disk();
-    Start(options);
+    Start(Options());
   }
   void StartSmall(const std::function<void(EngineOptions&)>& change = {}) {
     engine_ = nullptr;
     EngineOptions options = Options();
-    options.disk.file.path = disk();
     options.arena.capacity_bytes = kArenaBytes;
     options.disk.page_bytes = kPagesBytes;
     if (change) change(options);
@@ -109,7 +91,6 @@ class EnginePagedTest : public EngineTest {
 
   const KvData data_{PagedShape(), kTokens, SteadySeed()};
   std::vector<std::vector<float>> in_ram_;  // answers: exact of both layers, within an error
-  std::filesystem::path directory_;
   std::string key_;  // of an encrypted disk
 };
 
